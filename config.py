@@ -1,0 +1,178 @@
+"""Every option of the program, once: its default, its help text, and what makes a value wrong."""
+
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from errors import UserError
+
+MODES = ("energy_train", "baseline_train")
+DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
+
+# A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
+CHANGEABLE = frozenset(
+    "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
+    "sample_every gif_every eval_every ckpt_every".split()
+)
+
+
+def option(default: Any, group: str, text: str, choices: tuple = (), minimum: float = -math.inf,
+           maximum: float = math.inf, above: float = -math.inf, flags: tuple = ()) -> Any:
+    """A dataclass field that carries what the command line and the checks need to know of it.
+
+    ``minimum`` and ``maximum`` are allowed values, ``above`` is not.
+    """
+    return field(default=default, metadata={
+        "group": group, "help": text, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above,
+        "flags": flags,
+    })
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's options. Construction checks every value and raises UserError for the first that is wrong."""
+
+    mode: str = option("energy_train", "run", "what to do: train a JEM, or the plain classifier", MODES)
+    gpu: str = option("0", "run", "index of the CUDA device, or cpu")
+    seed: int = option(1, "run", "seed of every random generator", minimum=0, maximum=2**31 - 1)
+    logdir: str = option("runs", "run", "folder in which each run makes its own directory")
+    note: str = option("", "run", "words added to the run directory's name")
+    no_log: bool = option(False, "run", "write no TensorBoard events")
+    load_ckpt: str = option("", "run", "start from the weights and the replay buffer of this checkpoint or "
+                            "run directory")
+    resume: str = option("", "run", "continue a run directory or checkpoint exactly where it stopped, or auto: the "
+                         "newest run in logdir with the same configuration (a new run if there is none)")
+
+    dataset: str = option("cifar10", "data", "training and test images", DATASETS)
+    data_dir: str = option("data", "data", "where the data set's files are, or are downloaded to")
+    image_size: int | None = option(None, "data", "side in pixels that the images of a folder are resized to "
+                                    "(default: the images' own)", minimum=8)
+    n_valid: int | None = option(None, "data", "images held out of train for validation (default: 5000, or a tenth of "
+                                 "train where that is less)", minimum=0)
+    sigma: float = option(0.03, "data", "standard deviation of the noise added to real images in training, on the "
+                          "[-1, 1] scale", minimum=0)
+
+    depth: int = option(28, "model", "layers of the Wide-ResNet, 6n + 4", minimum=10)
+    width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
+    norm: str = option("none", "model", "normalisation layers", ("none", "batch", "instance", "group"))
+    dropout_rate: float = option(0.0, "model", "dropout probability inside each block", minimum=0, maximum=0.99)
+    activation: str = option("leaky_relu", "model", "nonlinearity", ("leaky_relu", "silu"))
+
+    lr: float = option(1e-4, "optimisation", "peak learning rate", above=0, flags=("-l",))
+    batch_size: int = option(128, "optimisation", "real images, and chains, of one step", minimum=1)
+    epochs: int = option(200, "optimisation", "passes over the training images", minimum=1)
+    max_steps: int | None = option(None, "optimisation", "stop after this many steps if the epochs last longer "
+                                   "(default: no limit)", minimum=1)
+    optimizer: str = option("adam", "optimisation", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
+    weight_decay: float = option(0.0, "optimisation", "L2 penalty on the parameters, as the optimizer applies it",
+                                 minimum=0)
+    warmup_steps: int = option(1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to "
+                               "1e-6 follows", minimum=0)
+    ema: float = option(0.0, "optimisation", "decay of the exponential moving average of the weights, which evaluation "
+                        "and GIFs then use, for instance 0.999; 0 is off", minimum=0, maximum=0.99999)
+
+    reinit_freq: float = option(0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0,
+                                maximum=1)
+    sgld_step: int = option(20, "SGLD", "Langevin steps of a training chain", minimum=1)
+    sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", minimum=0)
+    sgld_std: float = option(0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale",
+                             minimum=0)
+    buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)
+
+    p_x_weight: float = option(1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples",
+                               minimum=0)
+    p_y_x_weight: float = option(1.0, "objective", "weight of the cross-entropy of p(y|x)", minimum=0)
+    energy_l2: float = option(0.0, "objective", "weight of the mean squared log-density of real and sampled images",
+                              minimum=0)
+    diverge_threshold: float = option(1e4, "objective", "size of the gap between the mean log-densities of real and "
+                                      "sampled images (nats) that counts as divergence", above=0)
+    max_recoveries: int = option(10, "objective", "returns to an earlier state after divergence before giving up; 0 "
+                                 "ends at the first", minimum=0)
+
+    sample_every: int = option(100, "dumps", "steps between grids of samples (PNG)", minimum=1)
+    gif_every: int = option(500, "dumps", "steps between films of a long SGLD chain (GIF)", minimum=1)
+    eval_every: int = option(1, "dumps", "epochs between evaluations on validation and test images", minimum=1)
+    ckpt_every: int = option(1000, "dumps", "steps between checkpoints, besides the one after each epoch", minimum=1)
+
+    precision: str = option("auto", "speed", "arithmetic of the network; auto takes bf16 where the hardware has it",
+                            ("auto", "fp32", "bf16"))
+    compile: str = option("auto", "speed", "torch.compile; auto takes it where it pays", ("auto", "on", "off"))
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_value(f, getattr(self, f.name))
+        if (self.depth - 4) % 6:
+            raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {self.depth}")
+        if self.gpu != "cpu" and not self.gpu.isdecimal():
+            raise UserError(f"--gpu takes the index of a CUDA device or cpu, not {self.gpu!r}")
+        if self.image_size is not None and self.dataset != "folder":
+            raise UserError(f"--image_size is for --dataset folder; {self.dataset} keeps its own size")
+        if self.image_size is not None and self.image_size % 4:
+            raise UserError(f"--image_size must be a multiple of 4, not {self.image_size}")
+        if self.p_x_weight == self.p_y_x_weight == 0:
+            raise UserError("--p_x_weight and --p_y_x_weight are both 0: there is nothing to train")
+        if self.samples and self.buffer_size < self.batch_size:
+            raise UserError(f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
+                            "draws that many different images from the buffer")
+        if self.resume and self.load_ckpt:
+            raise UserError("--resume continues a run and --load_ckpt starts one: give one of them")
+        if any(c in "/\\\0" for c in self.note):
+            raise UserError("--note becomes part of a directory's name and takes no slashes")
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run draws negative samples (and so has a replay buffer)."""
+        return self.mode == "energy_train" and self.p_x_weight > 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The options that a resumed run may not change."""
+        return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
+        """A Config from a checkpoint's options; ``source`` names it in errors."""
+        unknown = options.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
+        return cls(**options)
+
+
+def check_value(f, value) -> None:
+    """Raise UserError unless ``value`` is one that option ``f`` allows."""
+    meta, name = f.metadata, f"--{f.name}"
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value <= meta["above"]:
+        raise UserError(f"{name} must be above {meta['above']:g}, not {value}")
+    if value < meta["minimum"]:
+        raise UserError(f"{name} must be at least {meta['minimum']:g}, not {value}")
+    if value > meta["maximum"]:
+        raise UserError(f"{name} must be at most {meta['maximum']:g}, not {value}")
+
+
+def add_options(parser) -> None:
+    """Give an argparse parser every option of Config, in its groups.
+
+    Only options that were given appear in the parsed namespace, so that a resumed run can tell them from defaults.
+    """
+    import argparse
+
+    groups = {}
+    for f in fields(Config):
+        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        text = f.metadata["help"].replace("%", "%%")
+        assert f.default is not MISSING
+        if f.type is bool:
+            group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
+        if f.default not in (None, ""):
+            text += f" (default: {f.default})"
+        group.add_argument(f"--{f.name}", *f.metadata["flags"], type=kind, default=argparse.SUPPRESS, help=text,
+                           metavar="|".join(f.metadata["choices"]) or kind.__name__.upper())

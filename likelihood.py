@@ -1,0 +1,329 @@
+"""log Z of an energy model by annealed importance sampling, forward and in reverse, and bits per dimension.
+
+An energy model gives log p(x) only up to its normaliser, ``Z = integral of exp(log_density(x))``. Annealed
+importance sampling (AIS; Neal, "Annealed importance sampling", 2001) walks chains from a base density, whose
+normaliser is known, to the model along the geometric path ``p_beta ~ base^(1 - beta) exp(beta log_density)``
+and weights them, so that the mean weight is an unbiased estimate of Z. Its logarithm is therefore too low on
+average: a stochastic lower bound. The same chains run backwards from samples of the model give a stochastic
+upper bound (reverse AIS, Burda et al. 2015; bidirectional Monte Carlo, Grosse et al. 2015, arXiv:1511.02543),
+and the gap between the two says how far either can be trusted.
+
+How to read the numbers:
+
+- A log Z that is too low makes test likelihoods look too good. So the forward run alone flatters the model;
+  the reverse run errs on the safe side.
+- The upper bound is one only if the samples really come from ``exp(log_density) / Z``. Samples of SGLD follow
+  a much colder density (their noise is far below the Langevin ratio ``sgld_std^2 = 2 sgld_lr``). ``burn_in``
+  moves them towards the density at temperature one; what is left of the difference is left in the bound.
+- The bootstrap interval shows the spread between chains. It knows nothing of a mode that no chain has found.
+
+Images live in the box [-1, 1]^D, and so does the density whose bits are counted: the energy normalised over
+the box (base ``Box``), a proper density of dequantised images. ``Gaussian`` is the base for densities on R^D.
+
+``log_density`` maps (N, ...) to (N,), each row on its own and without randomness (a model in eval mode; no
+bf16 or TF32, since the acceptance test subtracts nearly equal numbers), and is finite on the base's support.
+Only its gradient in x is computed. Everything runs on the device of the generator.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+
+from errors import UserError
+
+LogDensity = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(0, scale^2 I) on R^D; ``shape`` is that of one point, for instance (1, 8, 8)."""
+
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        noise = torch.randn(n, *self.shape, generator=generator, device=generator.device, dtype=self.dtype)
+        return self.scale * noise  # (n, *shape)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        log_normaliser = math.prod(self.shape) * math.log(self.scale * math.sqrt(2 * math.pi))
+        return -0.5 * (y / self.scale).flatten(1).square().sum(1) - log_normaliser  # (N,)
+
+    def score(self, y: Tensor) -> Tensor:
+        return -y / self.scale**2
+
+    def log_ratio(self, log_density: LogDensity, y: Tensor) -> Tensor:
+        return log_density(y) - self.log_prob(y)
+
+    def to_image(self, y: Tensor) -> Tensor:
+        return y
+
+    def from_image(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Box:
+    """The uniform density on [-1, 1]^D; ``shape`` is that of one image.
+
+    Chains walk in y = artanh(x), where there are no walls and the uniform density is a logistic one. Bouncing
+    off walls instead costs leapfrog an energy error of the first order in its step at each bounce, and pixels
+    that crowd a wall, as the background of digits does, would need tiny steps; in y they are as wide as others.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    scale = 1.0  # of y; its standard deviation is 0.91
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        u = torch.rand(n, *self.shape, generator=generator, device=generator.device, dtype=self.dtype)
+        return 0.5 * u.logit(eps=torch.finfo(self.dtype).eps)  # (n, *shape)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        dx_dy = logsigmoid(2 * y) + logsigmoid(-2 * y) + 2 * math.log(2)  # log of 1 - tanh(y)^2
+        return (dx_dy - math.log(2)).flatten(1).sum(1)  # (N,)
+
+    def score(self, y: Tensor) -> Tensor:
+        return -2 * y.tanh()
+
+    def log_ratio(self, log_density: LogDensity, y: Tensor) -> Tensor:
+        return log_density(y.tanh()) + math.prod(self.shape) * math.log(2)  # dx/dy is in both and cancels
+
+    def to_image(self, y: Tensor) -> Tensor:
+        return y.tanh()
+
+    def from_image(self, x: Tensor) -> Tensor:
+        if not (x.abs() <= 1).all():
+            raise UserError("reverse AIS: samples must lie inside [-1, 1]; clamp or drop the others first")
+        return x.clamp(-1 + 1e-6, 1 - 1e-6).atanh()  # the walls themselves are infinitely far away
+
+
+class Point(NamedTuple):
+    """Where the chains are in the base's coordinates, with what is expensive to compute there."""
+
+    y: Tensor  # (N, ...)
+    ratio: Tensor  # (N,), log of model over base
+    grad: Tensor  # (N, ...), d ratio / dy
+
+
+class GeometricPath(NamedTuple):
+    """log p_beta = log base + beta log(model / base): the base at beta = 0, the model at beta = 1."""
+
+    log_density: LogDensity
+    base: Gaussian | Box
+
+    def point(self, y: Tensor) -> Point:
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            ratio = self.base.log_ratio(self.log_density, y)
+            (grad,) = torch.autograd.grad(ratio.sum(), y)
+        return Point(y.detach(), ratio.detach(), grad)
+
+    def log_prob(self, at: Point, beta: float) -> Tensor:
+        return self.base.log_prob(at.y) + beta * at.ratio  # (N,), unnormalised
+
+    def score(self, at: Point, beta: float) -> Tensor:
+        return self.base.score(at.y) + beta * at.grad  # (N, ...)
+
+
+def leapfrog(
+    path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int
+) -> tuple[Point, Tensor]:
+    """Hamiltonian dynamics with unit mass (Neal 2011, "MCMC using Hamiltonian dynamics", section 2.3).
+
+    Volume-preserving, and reversible: from the end with ``-v`` it leads back to the start. ``step_size``
+    broadcasts to y. Returns the last point and velocity.
+    """
+    for _ in range(n_leapfrog):
+        v = v + 0.5 * step_size * path.score(at, beta)
+        at = path.point(at.y + step_size * v)
+        v = v + 0.5 * step_size * path.score(at, beta)
+    return at, v
+
+
+def hmc_step(
+    path: GeometricPath, at: Point, beta: float, step_size: Tensor, n_leapfrog: int, generator: Generator
+) -> tuple[Point, Tensor]:
+    """One Hamiltonian Monte Carlo transition (Neal 2011, section 3.2) that leaves p_beta invariant.
+
+    Each chain draws its step size within 20 % of ``step_size`` (), lest trajectories come full circle. A
+    proposal where the density is NaN is rejected. Returns the new point and acceptance probabilities, (N,).
+    """
+    draw = {"generator": generator, "device": at.y.device, "dtype": at.y.dtype}
+    jitter = 0.8 + 0.4 * torch.rand(len(at.y), *[1] * (at.y.dim() - 1), **draw)  # (N, 1, ...)
+    v = torch.randn(at.y.shape, **draw)
+    new, new_v = leapfrog(path, at, v, beta, step_size * jitter, n_leapfrog)
+
+    kinetic_loss = 0.5 * (v.square() - new_v.square()).flatten(1).sum(1)
+    log_accept = path.log_prob(new, beta) - path.log_prob(at, beta) + kinetic_loss  # (N,)
+    p_accept = log_accept.exp().clamp(max=1).nan_to_num(0)
+    accept = torch.rand(len(at.y), **draw) < p_accept
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return Point(*map(choose, new, at)), p_accept
+
+
+def sigmoid_schedule(n_temperatures: int, steepness: float = 4.0) -> list[float]:
+    """``n_temperatures + 1`` values of beta from 0 to 1, denser near both ends (Grosse et al. 2015)."""
+    t = torch.linspace(-steepness, steepness, n_temperatures + 1, dtype=torch.float64).sigmoid()
+    return ((t - t[0]) / (t[-1] - t[0])).tolist()
+
+
+def tune_step_sizes(
+    log_density: LogDensity, base: Gaussian | Box, n_temperatures: int, generator: Generator,
+    n_leapfrog: int = 3, target: float = 0.8, n_chains: int = 64, n_knots: int = 50, n_updates: int = 10,
+) -> Tensor:
+    """HMC step sizes, (n_temperatures,), at which about ``target`` of the proposals are accepted.
+
+    A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias
+    their weights. Visits up to ``n_knots`` temperatures, raises the step where too much is accepted and
+    lowers it where too little, and interpolates between. No step is longer than 2 * scale of the base, where
+    leapfrog on a Gaussian becomes unstable.
+    """
+    betas = sigmoid_schedule(n_temperatures)[1:]
+    knots = np.linspace(0, n_temperatures - 1, min(n_knots, n_temperatures)).astype(int)
+    path = GeometricPath(log_density, base)
+    at = path.point(base.sample(n_chains, generator))
+    log_max = math.log(2 * base.scale)
+    log_step = torch.full((), log_max - 0.25 * math.log(math.prod(base.shape)), device=at.y.device)
+    tuned = []
+    for knot in knots:
+        visited = []
+        for _ in range(n_updates):
+            visited.append(log_step)
+            at, p_accept = hmc_step(path, at, betas[knot], log_step.exp(), n_leapfrog, generator)
+            log_step = (log_step + p_accept.mean() - target).clamp(max=log_max)
+        tuned.append(torch.stack(visited[n_updates // 2 :]).mean())
+    curve = np.interp(np.arange(n_temperatures), knots, torch.stack(tuned).cpu())
+    return torch.tensor(np.exp(curve), dtype=base.dtype, device=at.y.device)
+
+
+@dataclass(frozen=True)
+class AISResult:
+    """An estimate of log Z in nats, and what is needed to judge it. All but ``samples`` is on the CPU."""
+
+    log_z: float
+    log_z_interval: tuple[float, float]  # 95 %, bootstrap over chains
+    ess: float  # effective number of chains, between 1 and N: (sum w)^2 / sum w^2
+    log_weights: Tensor  # (N,) float64; forward: log mean exp(w) = log Z, reverse: -log mean exp(-w) = log Z
+    acceptance: Tensor  # (T,), mean HMC acceptance probability at each temperature, base first
+    step_sizes: Tensor  # (T,), base first
+    samples: Tensor  # (N, ...), where the chains ended: the model with weights w; in reverse, the base
+
+    def summary(self) -> dict:
+        """The same as plain numbers, for a report."""
+        return {
+            "log_z": self.log_z,
+            "log_z_interval": list(self.log_z_interval),
+            "ess": self.ess,
+            "n_chains": len(self.log_weights),
+            "n_temperatures": len(self.step_sizes),
+            "acceptance_mean": self.acceptance.mean().item(),
+            "acceptance_min": self.acceptance.min().item(),
+            "step_size_base": self.step_sizes[0].item(),
+            "step_size_model": self.step_sizes[-1].item(),
+        }
+
+
+def forward_ais(
+    log_density: LogDensity, base: Gaussian | Box, n_chains: int, n_temperatures: int, generator: Generator,
+    n_leapfrog: int = 3, step_sizes: Tensor | None = None, progress: bool = False,
+) -> AISResult:
+    """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
+
+    Costs ``n_temperatures * n_leapfrog`` gradients for each chain. At equal cost, more temperatures are worth
+    more than more leapfrog steps. ``step_sizes`` (n_temperatures,) come from ``tune_step_sizes`` unless
+    given. Raises UserError if the density is not finite where the chains go.
+    """
+    if step_sizes is None:
+        step_sizes = tune_step_sizes(log_density, base, n_temperatures, generator, n_leapfrog)
+    path = GeometricPath(log_density, base)
+    at = path.point(base.sample(n_chains, generator))
+    return _anneal(path, at, step_sizes, n_leapfrog, generator, progress, sign=1)
+
+
+def reverse_ais(
+    log_density: LogDensity, base: Gaussian | Box, samples: Tensor, step_sizes: Tensor, generator: Generator,
+    n_leapfrog: int = 3, burn_in: int = 0, progress: bool = False,
+) -> AISResult:
+    """Stochastic upper bound of log Z (Grosse et al. 2015): P(estimate < log Z - b) < exp(-b).
+
+    The forward run backwards, one chain from each of ``samples`` (N, ...), after ``burn_in`` HMC transitions
+    on the model itself. A bound only as far as the chains then follow the model. ``step_sizes`` (T,) are
+    those of the forward run and set the number of temperatures. Raises UserError if samples lie outside the
+    box, or the density is not finite.
+    """
+    path = GeometricPath(log_density, base)
+    at = path.point(base.from_image(samples.to(base.dtype)))
+    for _ in tqdm(range(burn_in), desc="burn-in", disable=not progress):
+        at, _ = hmc_step(path, at, 1.0, step_sizes[-1], n_leapfrog, generator)
+    return _anneal(path, at, step_sizes, n_leapfrog, generator, progress, sign=-1)
+
+
+def _anneal(
+    path: GeometricPath, at: Point, step_sizes: Tensor, n_leapfrog: int, generator: Generator,
+    progress: bool, sign: int,
+) -> AISResult:
+    """Sign 1: from base to model, mean(w) estimates Z. Sign -1: and back, mean(1/w) estimates 1/Z."""
+    n_chains, n_temperatures = len(at.y), len(step_sizes)
+    betas = sigmoid_schedule(n_temperatures)
+    log_w = torch.zeros(n_chains, dtype=torch.float64, device=at.y.device)
+    acceptance = torch.zeros(n_temperatures, device=at.y.device)
+    name = "AIS" if sign > 0 else "reverse AIS"
+    for t in tqdm(range(n_temperatures)[::sign], desc=name, disable=not progress):
+        weight_step = betas[t + 1] - betas[t]
+        if sign > 0:
+            log_w += weight_step * at.ratio.double()
+        at, p_accept = hmc_step(path, at, betas[t + 1], step_sizes[t], n_leapfrog, generator)
+        if sign < 0:
+            log_w += weight_step * at.ratio.double()
+        acceptance[t] = p_accept.mean()
+    if not log_w.isfinite().all():
+        raise UserError(f"{name}: the log density is not finite on some chains; check the model's weights")
+
+    def estimate(log_w: Tensor) -> Tensor:
+        return sign * (torch.logsumexp(sign * log_w, 0) - math.log(n_chains))
+
+    def resampled() -> Tensor:
+        return log_w[torch.randint(n_chains, (n_chains,), generator=generator, device=log_w.device)]
+
+    bootstrap = torch.stack([estimate(resampled()) for _ in range(1000)])
+    low, high = bootstrap.quantile(bootstrap.new_tensor([0.025, 0.975])).tolist()
+    log_ess = 2 * torch.logsumexp(sign * log_w, 0) - torch.logsumexp(2 * sign * log_w, 0)
+    return AISResult(
+        log_z=estimate(log_w).item(),
+        log_z_interval=(low, high),
+        ess=log_ess.exp().item(),
+        log_weights=log_w.cpu(),
+        acceptance=acceptance.cpu(),
+        step_sizes=step_sizes.cpu(),
+        samples=path.base.to_image(at.y),
+    )
+
+
+def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:
+    """Integers 0..levels-1 -> floats in the box [-1, 1], uniform within each grey level's cell; any shape."""
+    u = torch.rand(grey.shape, generator=generator, device=grey.device)
+    return 2 * (grey + u) / levels - 1
+
+
+def bits_per_dim(log_px: Tensor, dim: int, levels: int) -> Tensor:
+    """Upper bound of -log2 P(image) / dim for integer images with ``levels`` grey levels.
+
+    ``log_px`` is the normalised log density, ``log_density(x) - log_z`` in nats, of images from
+    ``dequantise``. A cell has volume (2 / levels)^dim, so log P >= E[log p(x)] + dim log(2 / levels) (Theis
+    et al. 2016, "A note on the evaluation of generative models", section 3.1). The uniform density has
+    log2(levels) bits whatever the images, so the number means nothing without its ``levels``: 256 for 8-bit
+    images; the digits have 17, which their loader spreads over 0..255 (grey = round(uint8 * 16 / 255)).
+    """
+    return -(log_px / dim + math.log(2 / levels)) / math.log(2)

@@ -1,0 +1,100 @@
+"""Command line of the program: options to a Config, a Config to one mode."""
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import data
+import utils
+from config import CHANGEABLE, Config, add_options
+from errors import TrainingFailed, UserError
+from trainer import Trainer, describe
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python main.py --help")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit status that --help explains."""
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="main.py", allow_abbrev=False, description="Train a network as a classifier and as an energy-based model.",
+        epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 130, 143 "
+               "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.")
+    add_options(parser)
+    given = vars(parser.parse_args(arguments))
+    cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
+
+    device = utils.pick_device(cfg.gpu)
+    utils.tune(device)
+    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+    trainer = Trainer(cfg, images, device)
+    if resumed is None:
+        if cfg.load_ckpt:
+            trainer.load_weights(cfg.load_ckpt)
+        directory = utils.RunDir.create(cfg.logdir, cfg.mode, cfg.note)
+        directory.write_config(asdict(cfg), utils.environment(device))
+        return trainer.train(directory)
+
+    path, content = resumed
+    if content["data"] != describe(images):
+        raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on; mend --data_dir")
+    trainer.load_state_dict(content["state"])
+    if trainer.step >= trainer.total_steps:
+        print(f"{path.parent.parent} is finished after {trainer.step} steps; more --epochs or --max_steps continue it.")
+        return 0
+    directory = utils.RunDir.reopen(path.parent.parent)
+    directory.write_config(asdict(cfg), utils.environment(device))
+    return trainer.train(directory, content["log_position"])
+
+
+def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
+    """The Config of the run that ``--resume`` names, and its checkpoint's path and content.
+
+    Options that were not given are the run's own; those given must agree with it where another value would make
+    another run. If "auto" finds no run, a Config for a new one, and None.
+    """
+    place = given["resume"]
+    if place == "auto":
+        cfg = Config(**given)
+        place = newest_run(cfg)
+        if place is None:
+            print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
+            return cfg, None
+    path, content = utils.find_checkpoint(place)
+    cfg = Config.from_dict(content["config"], str(path))
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != getattr(cfg, name):
+            raise UserError(f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
+                            "leave it out, or start a new run with --load_ckpt")
+    changes = {name: value for name, value in given.items() if name in CHANGEABLE}
+    return replace(cfg, **changes, load_ckpt=""), (path, content)
+
+
+def newest_run(cfg: Config) -> str | None:
+    """The newest run directory in logdir that has a checkpoint and the same configuration as ``cfg``."""
+    for path in sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True):
+        run = path.parent.parent
+        options = utils.read_options(run)
+        if options and {k: options.get(k) for k in cfg.identity} == cfg.identity:
+            return str(run)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""JEM: a classifier read as an energy-based model (Grathwohl et al., ICLR 2020)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from models.wide_resnet import WideResNet
+
+
+class JEM(nn.Module):
+    """A classifier whose logits are also unnormalised log-densities (section 3, equations 4 to 7).
+
+    Images are float tensors (N, C, H, W) in [-1, 1], labels int64 (N,).
+    """
+
+    def __init__(self, backbone: WideResNet, n_classes: int):
+        super().__init__()
+        self.f = backbone
+        self.class_output = nn.Linear(backbone.n_features, n_classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image."""
+        features = self.f(x)
+        # In bf16 a log-density of 100 has a resolution of half a nat, so the head stays in float32.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.class_output(features.float())
+
+    forward = logits
+
+    def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Unnormalised log p(x) = logsumexp_y f(x)[y], or with labels log p(x, y) = f(x)[y]; (N,), in nats."""
+        return log_density(self.logits(x), y)
+
+
+def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
+    """What ``JEM.log_density`` returns, from logits (N, K) at hand."""
+    return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
+
+
+def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
+    """A frozen copy in evaluation mode whose backbone computes in ``dtype``; the head stays float32.
+
+    Chains run on this copy, so that sampling touches neither the mode nor the flags of the model in training, casts
+    the weights once a step instead of once a layer and SGLD step, and finds them at addresses that never change.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen.f.to(dtype)
+    return frozen
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and buffers in place, casting to the target's types."""
+    for get in (nn.Module.parameters, nn.Module.buffers):
+        to, what = list(get(target)), list(get(source))
+        if to:
+            torch._foreach_copy_(to, what)

@@ -1,0 +1,202 @@
+"""Stochastic gradient Langevin dynamics and its replay buffer.
+
+Knows tensors and a callable ``log_density(x)`` or ``log_density(x, y)`` that returns (N,), nothing else. Images are
+float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LogDensity = Callable[..., Tensor]
+
+
+class Chain(NamedTuple):
+    x: Tensor  # the chains' end, float32 (N, C, H, W)
+    grad: Tensor  # d log_density / dx at the last step's start, same shape
+
+
+@contextmanager
+def sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every module's mode and every flag restored on exit."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def uniform_images(n: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Fresh chain starts: uniform in [-1, 1], float32 (n, C, H, W) in channels_last memory."""
+    c, h, w = shape
+    x = torch.rand(n, h, w, c, generator=generator, device=generator.device)
+    return x.mul_(2).sub_(1).permute(0, 3, 1, 2)
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise in the shape and memory format of ``x``, a channels_last (N, C, H, W).
+
+    Drawn into a contiguous (N, H, W, C): filling a channels_last tensor takes ten times longer on a CPU.
+    """
+    n, c, h, w = x.shape
+    return torch.randn(n, h, w, c, generator=generator, device=x.device).permute(0, 3, 1, 2)
+
+
+def langevin_step(log_density: LogDensity, x: Tensor, y: Tensor | None, noise: Tensor, step_size: Tensor,
+                  noise_std: Tensor) -> tuple[Tensor, Tensor]:
+    """One update x + step_size * d log_density / dx + noise_std * noise, and that gradient (JEM, equation 2)."""
+    given = () if y is None else (y,)
+    grad = torch.func.grad(lambda x: log_density(x, *given).sum())(x)
+    return x + step_size * grad + noise_std * noise, grad
+
+
+def reference_chain(log_density: LogDensity, x: Tensor, steps: int, step_size: float, noise_std: float,
+                    generator: torch.Generator, y: Tensor | None = None) -> Chain:
+    """SGLD as one reads it in the paper: what ``SGLD`` must agree with, given the same generator state."""
+    grad = torch.zeros_like(x)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        density = log_density(x) if y is None else log_density(x, y)
+        (grad,) = torch.autograd.grad(density.sum(), x)
+        x = x.detach() + step_size * grad + noise_std * normal_like(x, generator)
+    return Chain(x.detach(), grad)
+
+
+class SGLD:
+    """The same chains, fast: the whole step compiled where asked, and replayed as a CUDA graph on a GPU.
+
+    A graph reads the weights where they were when it was captured, so they must be updated in place. Nothing in a
+    chain waits for the device.
+    """
+
+    def __init__(self, log_density: LogDensity, compile: bool = False):
+        def step(x, y, noise, step_size, noise_std):
+            return langevin_step(log_density, x, y, noise, step_size, noise_std)
+
+        self.step = CompiledOrEager(step) if compile else step
+        self.graphs: dict[tuple, CapturedStep] = {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, steps: int, step_size: float, noise_std: float, generator: torch.Generator,
+                 y: Tensor | None = None) -> Chain:
+        """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        size, std = (torch.full((), value, device=x.device) for value in (step_size, noise_std))
+        step = self.captured(x, y, size, std) if x.is_cuda else self.step
+        for _ in range(steps):
+            x, grad = step(x, y, normal_like(x, generator), size, std)
+        return Chain(x.clone(), grad.clone()) if x.is_cuda else Chain(x, grad)  # the next replay overwrites a graph's
+
+    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> "CapturedStep":
+        key = (x.shape, y is None)
+        if key not in self.graphs:
+            self.graphs[key] = CapturedStep(self.step, x, y, torch.zeros_like(x), size, std)
+        return self.graphs[key]
+
+
+class CapturedStep:
+    """A function of tensors (and None) as a CUDA graph: no launch gaps, however small the network."""
+
+    def __init__(self, function: Callable, *example: Tensor | None):
+        self.inputs = [t if t is None else t.clone() for t in example]
+        stream = torch.cuda.Stream()  # capture wants its warm-up on another stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        for static, new in zip(self.inputs, inputs, strict=True):
+            if static is not None:
+                static.copy_(new)
+        self.graph.replay()
+        return self.outputs
+
+
+class CompiledOrEager:
+    """torch.compile of a function; without a working compiler, one warning and the function itself."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.compiled = torch.compile(function, dynamic=False)
+        self.proven = False
+
+    def __call__(self, *args):
+        if self.proven:
+            return self.compiled(*args)
+        try:
+            result = self.compiled(*args)
+            self.proven = True
+            return result
+        except Exception as error:  # the compiler's exceptions share no public base class
+            result = self.function(*args)  # an error of the function itself comes out here
+            warnings.warn(f"torch.compile does not work here ({type(error).__name__}); running without it",
+                          RuntimeWarning, stacklevel=2)
+            self.compiled, self.proven = self.function, True
+            return result
+
+
+def annealed_chain(sgld: SGLD, x: Tensor, sgld_lr: float, sgld_std: float, generator: torch.Generator,
+                   levels: int = 10, steps_per_level: int = 30) -> Tensor:
+    """A long chain from x, float32 (N, C, H, W), with every frame: (1 + levels * steps_per_level, N, C, H, W).
+
+    The levels lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and keeps the training
+    chain's ratio of noise to step size (the annealing of Song & Ermon, NeurIPS 2019). Clamped to [-1, 1] after each
+    step.
+    """
+    frames = [x]
+    for level in torch.logspace(0, -1, levels, dtype=torch.float64).tolist():
+        step_size = 0.01 * (level / 0.1) ** 2
+        for _ in range(steps_per_level):
+            x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, generator).x.clamp(-1, 1)
+            frames.append(x)
+    return torch.stack(frames)
+
+
+class ReplayBuffer:
+    """The persistent chains' last images, on the generator's device (JEM, section 4; Du & Mordatch, NeurIPS 2019).
+
+    images: float32 (size, C, H, W); age: int64 (size,), the training chains run since an image was last drawn fresh.
+    """
+
+    def __init__(self, size: int, shape: tuple[int, int, int], generator: torch.Generator):
+        self.images = uniform_images(size, shape, generator)
+        self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
+
+    def draw(self, n: int, reinit_freq: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Starts of n chains (n, C, H, W) and their places (n,), all different.
+
+        Each start is an image of the buffer or, with probability ``reinit_freq``, a fresh one; an image that holds a
+        value that is not finite is always replaced.
+        """
+        index = torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
+        x = self.images[index]
+        fresh = torch.rand(n, generator=generator, device=generator.device) < reinit_freq
+        fresh |= ~x.isfinite().all(dim=(1, 2, 3))
+        self.age[index] = self.age[index].where(~fresh, 0)
+        return torch.where(fresh[:, None, None, None], uniform_images(n, x.shape[1:], generator), x), index
+
+    def store(self, index: Tensor, x: Tensor) -> None:
+        """Put the chains' ends (n, C, H, W) back into their places (n,)."""
+        self.images[index] = x
+        self.age[index] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"images": self.images, "age": self.age}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.images.copy_(state["images"])
+        self.age.copy_(state["age"])

@@ -1,0 +1,272 @@
+"""log Z against closed forms and quadrature, HMC against known moments, bits against a hand computation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from errors import UserError
+from likelihood import (
+    Box,
+    Gaussian,
+    GeometricPath,
+    bits_per_dim,
+    dequantise,
+    forward_ais,
+    hmc_step,
+    leapfrog,
+    reverse_ais,
+    sigmoid_schedule,
+    tune_step_sizes,
+)
+
+D = 64
+MEAN = torch.linspace(-0.5, 0.5, D)
+STD = torch.linspace(0.3, 1.2, D)
+LOG_Z = 3 + STD.log().sum().item() + D / 2 * math.log(2 * math.pi)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian_density(x):
+    """Shifted, with unequal variances, normalised to exp(LOG_Z); x: (N, 64)."""
+    return 3 - 0.5 * ((x - MEAN) / STD).square().sum(1)
+
+
+def gaussian_samples(n: int) -> torch.Tensor:
+    return MEAN + STD * torch.randn(n, D, generator=seeded(10))
+
+
+def tilt(x):
+    """A density that crowds each pixel's right wall and dents its middle; x: (N, ...)."""
+    return (2 * x - torch.exp(-8 * x**2)).flatten(1).sum(1)
+
+
+GRID = np.linspace(-1, 1, 20001)
+TILT_CDF = integrate.cumulative_trapezoid(np.exp(2 * GRID - np.exp(-8 * GRID**2)), GRID, initial=0)  # ends at Z
+
+
+def test_log_z_of_a_64d_gaussian_is_sandwiched_to_a_tenth_of_a_nat():
+    base = Gaussian((D,))
+    forward = forward_ais(gaussian_density, base, n_chains=256, n_temperatures=600, generator=seeded(1))
+    reverse = reverse_ais(gaussian_density, base, gaussian_samples(256), forward.step_sizes, seeded(2))
+    assert forward.log_z == pytest.approx(LOG_Z, abs=0.1)
+    assert reverse.log_z == pytest.approx(LOG_Z, abs=0.1)
+    # the mean log-weights are the bounds in expectation, with a margin that the estimates themselves lack
+    assert forward.log_weights.mean() < LOG_Z < reverse.log_weights.mean()
+    assert forward.log_z_interval[0] < forward.log_z < forward.log_z_interval[1]
+    assert 100 < forward.ess <= 256
+
+
+def test_log_z_in_the_box_agrees_with_quadrature():
+    shape = (1, 8, 8)
+    log_z = math.prod(shape) * math.log(TILT_CDF[-1])
+    forward = forward_ais(tilt, Box(shape), n_chains=256, n_temperatures=800, generator=seeded(3))
+    assert forward.log_z == pytest.approx(log_z, abs=0.1)
+    assert forward.samples.shape == (256, *shape) and forward.samples.abs().max() <= 1
+
+    uniform = np.random.default_rng(0).random((256, *shape))
+    exact = torch.tensor(np.interp(uniform, TILT_CDF / TILT_CDF[-1], GRID), dtype=torch.float32)
+    reverse = reverse_ais(tilt, Box(shape), exact, forward.step_sizes, seeded(4))
+    assert reverse.log_z == pytest.approx(log_z, abs=0.1)
+    assert forward.log_weights.mean() < log_z < reverse.log_weights.mean()
+
+
+def test_log_z_of_a_mixture_of_gaussians():
+    dim, std, log_scale = 16, 0.4, -5.0
+    weights = torch.tensor([0.15, 0.35, 0.5])
+    centres = torch.randn(3, dim, generator=seeded(5))  # about 14 standard deviations apart
+
+    def mixture(x):
+        squares = (x[:, None] - centres).square().sum(2) / std**2  # (N, 3)
+        return log_scale + torch.logsumexp(weights.log() - 0.5 * squares, 1)
+
+    log_z = log_scale + dim * math.log(std * math.sqrt(2 * math.pi))
+    result = forward_ais(mixture, Gaussian((dim,)), n_chains=1000, n_temperatures=400, generator=seeded(6))
+    assert result.log_z == pytest.approx(log_z, abs=0.1)
+    nearest = torch.cdist(result.samples, centres).argmin(1)
+    share = torch.softmax(result.log_weights, 0) @ torch.nn.functional.one_hot(nearest, 3).double()
+    assert torch.allclose(share, weights.double(), atol=0.1)
+
+
+def test_a_wide_base_in_double_precision():
+    wide = Gaussian((4,), scale=2.5, dtype=torch.float64)
+    result = forward_ais(lambda x: -x.pow(4).sum(1), wide, 500, 100, seeded(7))
+    quad, _ = integrate.quad(lambda t: math.exp(-(t**4)), -np.inf, np.inf)
+    assert result.samples.dtype == torch.float64
+    assert result.log_z == pytest.approx(4 * math.log(quad), abs=0.1)
+
+
+def test_the_gap_closes_as_temperatures_grow():
+    base, gaps = Gaussian((D,)), []
+    for n_temperatures in (5, 50, 500):
+        forward = forward_ais(gaussian_density, base, 64, n_temperatures, seeded(8))
+        reverse = reverse_ais(gaussian_density, base, gaussian_samples(64), forward.step_sizes, seeded(9))
+        gaps.append(reverse.log_z - forward.log_z)
+    assert gaps[0] > 4
+    assert gaps[0] > gaps[1] > 0.1
+    assert abs(gaps[2]) < 0.3
+
+
+def test_without_annealing_it_is_importance_sampling():
+    base = Gaussian((2,))
+
+    def density(x):
+        return -((x - 0.5) ** 2).sum(1)
+
+    result = forward_ais(density, base, 1000, 1, seeded(11), step_sizes=torch.tensor([0.5]))
+    x = base.sample(1000, seeded(11)).double().numpy()
+    log_w = -((x - 0.5) ** 2).sum(1) - stats.norm.logpdf(x).sum(1)
+    assert np.allclose(result.log_weights.numpy(), log_w, atol=1e-5)
+    w = np.exp(log_w)
+    assert result.log_z == pytest.approx(math.log(w.mean()), abs=1e-5)
+    assert result.ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-4)
+    spread = 2 * 1.96 * w.std() / math.sqrt(1000) / w.mean()  # delta method
+    low, high = result.log_z_interval
+    assert high - low == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_hmc_keeps_the_moments_of_the_path(beta):
+    precision = (1 - beta) + beta / STD**2  # product of the base's and the model's Gaussians
+    mean, std = beta * MEAN / STD**2 / precision, precision.rsqrt()
+    path = GeometricPath(gaussian_density, Gaussian((D,)))
+    generator = seeded(12)
+    at = path.point(mean + std * torch.randn(4000, D, generator=generator))
+    for _ in range(30):
+        at, p_accept = hmc_step(path, at, beta, torch.tensor(0.4), 3, generator)
+    assert 0.3 < p_accept.mean() < 0.99  # so that accepting everything would show
+    z = (at.y - mean) / std
+    assert z.mean(0).abs().max() < 4.5 / math.sqrt(4000)
+    assert (z.square().mean(0) - 1).abs().max() < 4.5 * math.sqrt(2 / 4000)
+
+
+def test_hmc_in_the_box_converges_to_the_density_up_to_the_walls():
+    path = GeometricPath(tilt, Box((3,)))
+    generator = seeded(13)
+    at = path.point(path.base.sample(4000, generator))
+    for _ in range(40):
+        at, p_accept = hmc_step(path, at, 1.0, torch.tensor(0.8), 3, generator)
+    assert 0.3 < p_accept.mean() < 0.95
+    x = path.base.to_image(at.y)
+    for pixel in x.double().numpy().T:
+        assert stats.kstest(pixel, lambda x: np.interp(x, GRID, TILT_CDF / TILT_CDF[-1])).pvalue > 1e-3
+    assert torch.equal(at.ratio, path.point(at.y).ratio)  # what is carried along belongs to where the chains are
+
+
+def test_the_box_is_uniform_and_includes_its_walls():
+    box = Box((2, 2), dtype=torch.float64)
+    y = box.sample(5000, seeded(26))
+    assert stats.kstest(box.to_image(y).flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    logistic = stats.logistic(scale=0.5).logpdf(y.numpy()).sum((1, 2))
+    assert np.allclose(box.log_prob(y).numpy(), logistic)
+    x = torch.tensor([[[-1.0, 1.0], [0.3, -0.99]]], dtype=torch.float64)
+    assert torch.allclose(box.to_image(box.from_image(x)), x, atol=2e-6)
+    assert box.from_image(x).isfinite().all()
+    assert Box((2,)).sample(100_000, seeded(27)).isfinite().all()
+
+
+def test_a_flat_density_has_the_volume_of_the_box_whatever_the_walls_do():
+    """A constant density makes every weight exactly 2^D, so any error is one of the coordinates."""
+    result = forward_ais(lambda x: 0 * x.flatten(1).sum(1), Box((D,)), 8, 20, seeded(28))
+    assert torch.allclose(result.log_weights, torch.full((8,), D * math.log(2), dtype=torch.float64))
+
+
+def test_pixels_that_crowd_a_wall_are_no_obstacle():
+    slope = 20.0  # within 0.05 of the wall, a width that steps of the interior would jump over
+    log_z = D * math.log((1 - math.exp(-2 * slope)) / slope)
+    result = forward_ais(lambda x: slope * (x - 1).sum(1), Box((D,)), 128, 600, seeded(29))
+    assert result.log_z == pytest.approx(log_z, abs=0.5)
+
+
+@pytest.mark.parametrize("base", [Gaussian((2, 3), dtype=torch.float64), Box((2, 3), dtype=torch.float64)])
+def test_leapfrog_leads_back_to_the_start(base):
+    path = GeometricPath(tilt, base)
+    start = path.point(base.sample(50, seeded(14)))
+    v = torch.randn(start.y.shape, generator=seeded(15), dtype=torch.float64)
+    end, end_v = leapfrog(path, start, v, 0.7, torch.tensor(0.1), 20)
+    back, back_v = leapfrog(path, end, -end_v, 0.7, torch.tensor(0.1), 20)
+    assert (end.y - start.y).abs().mean() > 0.1
+    assert torch.allclose(back.y, start.y, atol=1e-9)
+    assert torch.allclose(back_v, -v, atol=1e-9)
+
+
+@pytest.mark.parametrize("density, base", [(gaussian_density, Gaussian((D,))), (tilt, Box((D,)))])
+def test_tuning_reaches_the_wanted_acceptance_at_every_temperature(density, base):
+    step_sizes = tune_step_sizes(density, base, 100, seeded(16), target=0.7)
+    assert step_sizes.shape == (100,)
+    assert step_sizes[-1] < 0.8 * step_sizes[0]
+    result = forward_ais(density, base, 100, 100, seeded(17), step_sizes=step_sizes)
+    assert result.acceptance.min() > 0.55 and result.acceptance.max() < 0.85
+    assert result.acceptance.mean() == pytest.approx(0.7, abs=0.04)
+
+
+def test_schedule_runs_from_base_to_model_and_is_denser_at_both_ends():
+    betas = sigmoid_schedule(100)
+    steps = np.diff(betas)
+    assert len(betas) == 101 and betas[0] == 0 and betas[-1] == 1
+    assert (steps > 0).all()
+    assert np.allclose(steps, steps[::-1])
+    assert steps[50] > 10 * steps[0]
+
+
+def test_burn_in_carries_poor_samples_to_the_model():
+    base, cold = Gaussian((D,)), MEAN.expand(128, D)  # every chain at the mode
+    step_sizes = tune_step_sizes(gaussian_density, base, 50, seeded(18))
+    exact = reverse_ais(gaussian_density, base, gaussian_samples(128), step_sizes, seeded(19))
+    raw = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19))
+    burnt = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19), burn_in=100)
+    difference = abs(burnt.log_weights.mean() - exact.log_weights.mean())
+    assert difference < 0.5 < abs(raw.log_weights.mean() - exact.log_weights.mean())
+
+
+def test_the_seed_decides_the_result():
+    runs = [forward_ais(gaussian_density, Gaussian((D,)), 8, 10, seeded(seed)) for seed in (20, 20, 21)]
+    assert runs[0].summary() == runs[1].summary()
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+    assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
+
+
+def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    base = Box((1, 4, 4))
+
+    def density(x):
+        return net(x).logsumexp(1)
+
+    with torch.no_grad():
+        forward = forward_ais(density, base, 8, 5, seeded(22))
+        reverse = reverse_ais(density, base, forward.samples, forward.step_sizes, seeded(23))
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert not forward.samples.requires_grad
+    assert forward.log_z == pytest.approx(reverse.log_z, abs=0.5)
+
+
+def test_what_cannot_be_estimated_is_refused():
+    box, step_sizes = Box((2,)), torch.full((5,), 0.1)
+    for outside in (1.01, math.nan):
+        with pytest.raises(UserError, match="inside"):
+            reverse_ais(tilt, box, torch.tensor([[0.0, outside]]), step_sizes, seeded())
+    with pytest.raises(UserError, match="not finite"):
+        forward_ais(lambda x: tilt(x) * math.nan, box, 4, 5, seeded(), step_sizes=step_sizes)
+
+
+def test_bits_of_the_uniform_density_are_those_of_a_fair_draw():
+    log_px = torch.full((3,), -D * math.log(2), dtype=torch.float64)  # the box has volume 2^D
+    assert bits_per_dim(log_px, D, 256).tolist() == pytest.approx([8.0] * 3)
+    assert bits_per_dim(log_px, D, 17).tolist() == pytest.approx([math.log2(17)] * 3)
+
+
+def test_bits_bound_the_code_length_and_are_tight_for_a_density_flat_in_each_cell():
+    p_level = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+    grey = torch.multinomial(p_level.expand(2000, 4), 6, replacement=True, generator=seeded(24))  # (2000, 6)
+    x = dequantise(grey, 4, seeded(25))
+    assert torch.equal(((x + 1) / 2 * 4).floor().long(), grey)
+    cell = (2 * x + 2).floor().long()
+    log_px = (p_level[cell] / 0.5).log().sum(1)  # each of the 4 cells of [-1, 1] is 0.5 wide
+    code_length = -p_level[grey].log2().mean(1)
+    assert torch.allclose(bits_per_dim(log_px, 6, 4), code_length)

@@ -1,0 +1,152 @@
+"""The network and the densities read from its logits."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from models import build_model, copy_weights, log_density, sampling_copy
+from trainer import joint_loss
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return build_model(1, 3, **({"depth": 10, "width": 1} | options))
+
+
+def test_wrn_28_10_has_the_published_size():
+    parameters = sum(p.numel() for p in build_model(3, 10, 28, 10).parameters())
+    assert round(parameters / 1e6, 1) == 36.5  # Zagoruyko & Komodakis, table 4
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 64, 64)])
+def test_output_shapes(shape):
+    model = build_model(shape[0], 7, 16, 1)
+    x = torch.rand(2, *shape) * 2 - 1
+    assert model.logits(x).shape == (2, 7)
+    assert model.f(x).shape == (2, 64)
+    assert model.log_density(x).shape == (2,)
+
+
+def test_stages_have_the_strides_and_widths_of_the_paper():
+    model, shapes = build_model(3, 10, 16, 2), []
+    for stage in (model.f.conv1, model.f.layer1, model.f.layer2, model.f.layer3):
+        stage.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
+    model(torch.zeros(1, 3, 32, 32))
+    assert shapes == [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
+    assert model.f.layer2[0].conv1.stride == (1, 1) and model.f.layer2[0].conv2.stride == (2, 2)
+
+
+def test_parameter_names_are_those_of_the_authors_checkpoints():
+    names = set(dict(build_model(3, 10, 10, 1, norm="batch").named_parameters()))
+    assert {"f.conv1.weight", "f.conv1.bias", "f.layer1.0.bn1.weight", "f.layer2.0.conv1.weight", "f.layer2.0.bn2.bias",
+            "f.layer3.0.conv2.bias", "f.layer3.0.shortcut.0.weight", "f.bn1.weight", "class_output.weight",
+            "class_output.bias"} <= names
+
+
+def test_a_block_by_hand():
+    torch.manual_seed(0)
+    model = build_model(3, 10, 10, 1)
+    block, x = model.f.layer2[0], torch.randn(2, 16, 8, 8)
+
+    def conv(layer, x, stride=1, pad=1):
+        return torch.nn.functional.conv2d(x, layer.weight, layer.bias, stride, pad)
+
+    def leaky(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    by_hand = conv(block.conv2, leaky(conv(block.conv1, leaky(x))), 2) + conv(block.shortcut[0], x, 2, 0)
+    torch.testing.assert_close(block(x), by_hand)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "instance", "group"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
+def test_norm_and_activation_change_the_network(norm, activation):
+    model = tiny(norm=norm, activation=activation, depth=10)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert {"none": "Identity", "batch": "BatchNorm2d", "instance": "InstanceNorm2d", "group": "GroupNorm"}[norm] in kinds
+    assert {"leaky_relu": "LeakyReLU", "silu": "SiLU"}[activation] in kinds
+    assert model(torch.rand(2, 1, 8, 8)).isfinite().all()
+
+
+def test_dropout_acts_in_training_only():
+    model, x = tiny(dropout_rate=0.5), torch.rand(2, 1, 8, 8)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_log_density_against_a_direct_computation():
+    model, x, y = tiny(), torch.rand(5, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, 0, 1])
+    logits = model.logits(x).tolist()
+    direct = [math.log(sum(math.exp(v) for v in row)) for row in logits]
+    torch.testing.assert_close(model.log_density(x), torch.tensor(direct))
+    torch.testing.assert_close(model.log_density(x, y), torch.tensor([row[k] for row, k in zip(logits, y, strict=True)]))
+    # log p(x, y) - log p(x) = log p(y|x)
+    posterior = model.log_density(x, y) - model.log_density(x)
+    torch.testing.assert_close(posterior, torch.log_softmax(model.logits(x), 1)[range(5), y])
+
+
+def test_joint_loss_against_a_direct_computation():
+    torch.manual_seed(0)
+    real, sampled, y = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 2, 1, 1])
+    loss, parts = joint_loss(real, y, sampled, p_y_x_weight=0.7, p_x_weight=1.3, energy_l2=0.1)
+
+    def density(row):
+        return math.log(sum(math.exp(v) for v in row))
+
+    d_real, d_sampled = [density(r) for r in real.tolist()], [density(r) for r in sampled.tolist()]
+    cross_entropy = sum(d - row[k] for d, row, k in zip(d_real, real.tolist(), y.tolist(), strict=True)) / 4
+    generative = sum(d_sampled) / 6 - sum(d_real) / 4
+    l2 = sum(d * d for d in d_real + d_sampled) / 10
+    assert loss.item() == pytest.approx(0.7 * cross_entropy + 1.3 * generative + 0.1 * l2, rel=1e-5)
+    assert parts["loss/classification"].item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert parts["loss/generative"].item() == pytest.approx(generative, rel=1e-5)
+    assert parts["log_density/real"].item() == pytest.approx(sum(d_real) / 4, rel=1e-5)
+    assert parts["log_density/sampled"].item() == pytest.approx(sum(d_sampled) / 6, rel=1e-5)
+
+
+def test_gradient_of_the_joint_loss_against_finite_differences():
+    """The classical check of JEM's objective: every kind of parameter of a small network, in float64."""
+    model = tiny(activation="silu").double()  # smooth, so that finite differences hold everywhere
+    torch.manual_seed(1)
+    real, sampled, y = torch.rand(3, 1, 8, 8).double(), torch.rand(2, 1, 8, 8).double(), torch.tensor([0, 1, 2])
+    chosen = {n: p for n, p in model.named_parameters()
+              if n in ("class_output.weight", "f.conv1.bias", "f.layer1.0.conv2.bias", "f.layer3.0.shortcut.0.bias")}
+    model.logits = lambda x: model.class_output(model.f(x))  # the head in float64 as well
+
+    def loss(*values):
+        def logits(x):
+            h = torch.func.functional_call(model.f, {n[2:]: v for n, v in zip(chosen, values, strict=True)
+                                                     if n.startswith("f.")}, x)
+            return h @ values[list(chosen).index("class_output.weight")].T + model.class_output.bias
+        return joint_loss(logits(real), y, logits(sampled), 1.0, 1.0, 0.1)[0]
+
+    assert gradcheck(loss, tuple(p.detach().requires_grad_() for p in chosen.values()), atol=1e-6)
+
+
+def test_sampling_copy_is_frozen_and_follows_the_weights():
+    model = tiny(norm="batch", dropout_rate=0.3)
+    frozen = sampling_copy(model, torch.bfloat16)
+    assert not any(m.training for m in frozen.modules())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert frozen.f.conv1.weight.dtype == torch.bfloat16 and frozen.class_output.weight.dtype == torch.float32
+    places = [p.data_ptr() for p in frozen.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+        model.f.bn1.running_mean.fill_(3)
+    copy_weights(model, frozen)
+    assert [p.data_ptr() for p in frozen.parameters()] == places
+    for mine, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs.to(mine.dtype))
+    assert (frozen.f.bn1.running_mean == 3).all()
+
+
+def test_log_density_of_logits():
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    assert log_density(logits).item() == pytest.approx(math.log(4))
+    assert log_density(logits, torch.tensor([1])).item() == pytest.approx(math.log(3))

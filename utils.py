@@ -1,0 +1,449 @@
+"""What a run leaves on disk: its directory, log, pictures and checkpoints; and the machine it runs on."""
+
+import ctypes
+import fcntl
+import json
+import math
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from errors import UserError
+
+CHECKPOINT_FORMAT = 1
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+def pick_device(gpu: str) -> torch.device:
+    """The device that ``--gpu`` names: an index or "cpu"; without CUDA, the CPU and a line that says so."""
+    if gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        print(f"No CUDA device: running on the CPU instead of GPU {gpu}.", file=sys.stderr)
+        return torch.device("cpu")
+    if int(gpu) >= torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu} does not exist: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", int(gpu))
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The network's arithmetic: for "auto", bfloat16 where the hardware computes in it, float32 otherwise."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_has("avx512_bf16", "amx_bf16")
+        precision = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def cpu_has(*flags: str) -> bool:
+    """Whether the processor reports one of these instruction sets (Linux; elsewhere False)."""
+    try:
+        return any(flag in Path("/proc/cpuinfo").read_text().split() for flag in flags)
+    except OSError:
+        return False
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep big freed buffers; giving them back to the kernel at every layer costs a third of the time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+        libc.mallopt(m_mmap_threshold, largest)
+        libc.mallopt(m_trim_threshold, largest)
+
+
+def tune(device: torch.device) -> None:
+    """Process-wide settings for speed; on CUDA, only algorithms that give the same result each time."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.deterministic = True
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on besides the options: versions, commit, device."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        commit += " with local changes" if changed else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "command": " ".join(sys.argv), "git_commit": commit, "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the run directory
+
+
+class RunDir:
+    """A run's directory ``path``, held by one process at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with disk_errors(path):
+            for part in ("samples", "sgld", "ckpt"):
+                (path / part).mkdir(exist_ok=True)
+            self.lock = open(path / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
+
+    @classmethod
+    def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
+        """Make ``<logdir>/<time>_<mode>[_<note>]``, with a number behind it if it is there already."""
+        name = "_".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), mode, note)))
+        with disk_errors(Path(logdir)):
+            Path(logdir).mkdir(parents=True, exist_ok=True)
+            for end in ("", *(f"-{n}" for n in range(2, 100))):
+                path = Path(logdir) / (name + end)
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                return cls(path)
+        raise UserError(f"{Path(logdir) / name} and 98 like it are there already; choose another --note")
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunDir":
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a run directory: it has no config.json")
+        return cls(path)
+
+    def write_config(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
+        content = json.dumps({"options": options, "environment": environment}, indent=2) + "\n"
+        with disk_errors(self.path):
+            replace_file(self.path / "config.json", content.encode())
+
+
+def read_options(run: Path) -> dict[str, Any] | None:
+    """The options in a run directory's config.json, or None if there is no such file or it is broken."""
+    try:
+        return json.loads((run / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class disk_errors:
+    """Turns an OSError into a UserError that names the place; what was already on disk stays."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {self.path}: {error.strerror or error}; free some space or mend the "
+                            "permissions, then continue with --resume") from None
+
+
+class Writer:
+    """Runs writing jobs in one thread, in order; at most 8 wait, so that a slow disk slows training, not memory."""
+
+    def __init__(self):
+        self.jobs: queue.Queue = queue.Queue(maxsize=8)
+        self.error: Exception | None = None
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            job, args = self.jobs.get()
+            try:
+                job(*args)
+            except Exception as error:
+                self.error = error
+            finally:
+                self.jobs.task_done()
+
+    def submit(self, job: Callable, *args: Any) -> None:
+        self.check()
+        self.jobs.put((job, args))
+
+    def check(self) -> None:
+        """Raise, in the caller's thread, what a job raised."""
+        if self.error:
+            raise self.error
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        self.jobs.join()
+        self.check()
+
+
+class Signals:
+    """Inside, Ctrl-C, SIGTERM and SIGUSR1 are noted instead of obeyed; a second Ctrl-C stops at once.
+
+    ``received``: one has come since this was last set to False. ``status``: the exit status that it asks for, 0 for
+    none (SIGUSR1 asks for a checkpoint only).
+    """
+
+    def __enter__(self):
+        self.received, self.status = False, 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _note(self, number, frame):
+        self.received = True
+        if number != signal.SIGUSR1:
+            self.status = 128 + number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------- the log
+
+
+class Log:
+    """metrics.jsonl (one object a line) and, unless switched off, the same in TensorBoard's event file.
+
+    Lines of measurements carry "step" and the values; lines of events carry "step", "event" and a message.
+    """
+
+    def __init__(self, directory: Path, tensorboard: bool, position: int = 0, step: int = 0):
+        """Continue at byte ``position`` of metrics.jsonl and at ``step``: what lies behind them is cut."""
+        self.path = directory / "metrics.jsonl"
+        with disk_errors(directory):
+            self.path.touch()
+            os.truncate(self.path, min(position, self.path.stat().st_size))
+            self.file = open(self.path, "a")
+            self.board = None
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+    def _line(self, content: dict[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+        with disk_errors(self.path):
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+
+    def values(self, step: int, values: dict[str, float | list[int]]) -> None:
+        """Scalars; a list holds how often each of K classes occurred, in TensorBoard a histogram."""
+        self._line({"step": step, **values})
+        if not self.board:
+            return
+        for name, value in values.items():
+            if isinstance(value, list):
+                classes = np.repeat(np.arange(len(value)), value)
+                self.board.add_histogram(name, classes, step, bins=np.arange(len(value) + 1) - 0.5)
+            else:
+                self.board.add_scalar(name, value, step)
+
+    def event(self, step: int, event: str, message: str) -> None:
+        self._line({"step": step, "event": event, "message": message})
+        self.text(step, f"event/{event}", message)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        if self.board:
+            self.board.add_text(name, text, step)
+
+    def encoded_image(self, step: int, name: str, encoded: bytes, height: int, width: int) -> None:
+        """A PNG or GIF file's bytes as an image; TensorBoard plays a GIF."""
+        if self.board:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def hyperparameters(self, options: dict[str, Any]) -> None:
+        """The options as TensorBoard's HPARAMS tab and as a table."""
+        if self.board:
+            from torch.utils.tensorboard.summary import hparams
+
+            known = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in options.items()}
+            for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
+                self.board.file_writer.add_summary(summary)
+            rows = "\n".join(f"| {k} | {v} |" for k, v in options.items())
+            self.text(0, "options", f"| option | value |\n|---|---|\n{rows}")
+
+    def rewind(self, step: int) -> None:
+        """Drop the measurements after ``step`` (training goes back there); events stay."""
+        with disk_errors(self.path):
+            kept = [line for line in read_log(self.path) if line["step"] <= step or "event" in line]
+            self.file.close()
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self.file = open(self.path, "a")
+        if self.board:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
+            self.board.file_writer.add_event(Event(session_log=start), step + 1)
+
+    def position(self) -> int:
+        """Length of metrics.jsonl in bytes; the event file is flushed too."""
+        if self.board:
+            self.board.flush()
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old or the new content, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, to uint8 of the same shape; values that are not finite become 0."""
+    return x.add(1).mul(127.5).nan_to_num(0, 255, 0).clamp(0, 255).round().to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int = 8, tile: int = 64, padding: int = 2) -> np.ndarray:
+    """uint8 images (N, C, H, W), C = 1 or 3, as one RGB picture (H', W', 3).
+
+    Small images are enlarged by a whole factor, without smoothing, until a side has about ``tile`` pixels.
+    """
+    factor = max(1, round(tile / images.shape[-1]))
+    large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(large, nrow=columns, padding=padding, pad_value=128)
+    return grid.permute(1, 2, 0).contiguous().numpy()
+
+
+def save_png(path: Path, picture: np.ndarray) -> bytes:
+    """Write an RGB picture (H, W, 3) uint8; returns the file's bytes."""
+    ok, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    assert ok
+    with disk_errors(path):
+        replace_file(path, encoded.tobytes())
+    return encoded.tobytes()
+
+
+def save_gif(path: Path, frames: Tensor, captions: Sequence[str], columns: int = 4, tile: int = 64) -> bytes:
+    """Write uint8 frames (T, N, C, H, W) as a looping film of grids, each with its caption below.
+
+    The first and the last frame stay for a second. Returns the file's bytes.
+    """
+    film = []
+    for images, caption in zip(frames, captions, strict=True):
+        grid = image_grid(images, columns, tile)
+        picture = cv2.copyMakeBorder(grid, 0, 18, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        cv2.putText(picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1,
+                    cv2.LINE_AA)
+        film.append(picture)
+    durations = [1000, *[60] * (len(film) - 2), 1000][: len(film)]  # milliseconds
+    encoded = imageio.imwrite("<bytes>", np.stack(film), extension=".gif", duration=durations, loop=0)
+    with disk_errors(path):
+        replace_file(path, encoded)
+    return encoded
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:
+    """Write ``directory/name`` so that a power cut leaves the old file or the new one, never half of one.
+
+    The file it replaces lives on as ``keep``. The archive carries a CRC-32 of each of its records.
+    """
+    path, temporary = directory / name, directory / f"{name}.tmp"
+    with disk_errors(directory):
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
+        if keep and path.exists():
+            os.replace(path, directory / keep)
+        os.replace(temporary, path)
+        handle = os.open(directory, os.O_RDONLY)
+        os.fsync(handle)  # the rename itself
+        os.close(handle)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint file to the CPU. It may hold tensors and plain values, never code to run.
+
+    Raises UserError for a file that is missing, torn, corrupted, not ours, or of another format version.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # checks every record's CRC-32
+        if broken:
+            raise UserError(f"{path} is corrupted (record {broken}); use another checkpoint")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is empty, torn or no checkpoint; use another checkpoint") from None
+    except Exception as error:
+        code = "weights_only" in str(error).lower()
+        reason = "it holds more than tensors and plain values" if code else "it is broken"
+        raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path} is not a checkpoint of this program")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
+    return state
+
+
+def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
+    place = Path(path)
+    if not place.is_dir():
+        return place, load_checkpoint(place)
+    candidates = [place / "ckpt" / name for name in ("last.pt", "previous.pt")]
+    error = None
+    for candidate in candidates:
+        try:
+            state = load_checkpoint(candidate)
+        except UserError as e:
+            error = error or e
+            continue
+        if error and candidates[0].exists():
+            print(f"Warning: {error}; taking {candidate} instead.", file=sys.stderr)
+        return candidate, state
+    if not any(c.exists() for c in candidates):
+        raise UserError(f"no checkpoint in {place} (looked for ckpt/last.pt and ckpt/previous.pt)")
+    raise error
