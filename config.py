@@ -6,13 +6,16 @@ from typing import Any
 
 from errors import UserError
 
-MODES = ("energy_train", "baseline_train")
+MODES = ("energy_train", "baseline_train", "test", "sample")
+METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
-    "sample_every gif_every eval_every ckpt_every".split()
+    "sample_every gif_every eval_every ckpt_every "
+    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
+    "n_samples n_sample_steps from_buffer class_cond inpaint denoise save_images".split()
 )
 
 
@@ -32,7 +35,8 @@ def option(default: Any, group: str, text: str, choices: tuple = (), minimum: fl
 class Config:
     """One run's options. Construction checks every value and raises UserError for the first that is wrong."""
 
-    mode: str = option("energy_train", "run", "what to do: train a JEM, or the plain classifier", MODES)
+    mode: str = option("energy_train", "run", "what to do: train a JEM, or the plain classifier; or "
+                       "measure --load_ckpt, or draw samples from it", MODES)
     gpu: str = option("0", "run", "index of the CUDA device, or cpu")
     seed: int = option(1, "run", "seed of every random generator", minimum=0, maximum=2**31 - 1)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory")
@@ -94,6 +98,33 @@ class Config:
     eval_every: int = option(1, "dumps", "epochs between evaluations on validation and test images", minimum=1)
     ckpt_every: int = option(1000, "dumps", "steps between checkpoints, besides the one after each epoch", minimum=1)
 
+    eval: str = option("all", "test", "what to measure, a comma list: " + ", ".join(METRICS))
+    ood_datasets: str = option("auto", "test", "comma list of out-of-distribution sets: data sets (in --data_dir), "
+                               "folders with a folder for each class, and interp, noise, constant, shuffled, which "
+                               "need no files; auto takes those four, for cifar10 svhn and cifar100 too")
+    max_images: int | None = option(None, "test", "images, at most, that a metric takes from any set (default: all; "
+                                    "1000 for attacks)", minimum=20)
+    refine_steps: int = option(10, "test", "SGLD steps that refine an attacked image before it is classified; 0 leaves "
+                               "this measurement out", minimum=0)
+    sigma_test: float = option(0.0, "test", "standard deviation of noise added to images before they are classified, "
+                               "on the [-1, 1] scale", minimum=0)
+    feature_ckpt: str = option("", "test", "run directory or checkpoint of a classifier, in whose features samples are "
+                               "compared with training images")
+
+    n_samples: int | None = option(None, "sample", "images to draw (default: 100; with --class_cond 10 a class), "
+                                   "or test images for --inpaint and --denoise (default: 10); --mode test: 10000",
+                                   minimum=1)
+    n_sample_steps: int | None = option(None, "sample", "SGLD steps of a chain (default: 200; for --denoise the "
+                                        "checkpoint's --sgld_step); 0 leaves its start", minimum=0)
+    from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from uniform noise")
+    class_cond: bool = option(False, "sample", "climb log p(x|y): as many images of each class, a row of the grid for "
+                              "each; --inpaint and --denoise take the test images' own classes")
+    inpaint: str = option("", "sample", "fill in test images: left (their left half), center, or a picture of the "
+                          "images' size that is white where they are unknown")
+    denoise: float | None = option(None, "sample", "clean test images of Gaussian noise of this standard deviation, on "
+                                   "the [-1, 1] scale", above=0)
+    save_images: bool = option(False, "sample", "write each sample as a PNG of its own, too")
+
     precision: str = option("auto", "speed", "arithmetic of the network; auto takes bf16 where the hardware has it",
                             ("auto", "fp32", "bf16"))
     compile: str = option("auto", "speed", "torch.compile; auto takes it where it pays", ("auto", "on", "off"))
@@ -114,10 +145,18 @@ class Config:
         if self.samples and self.buffer_size < self.batch_size:
             raise UserError(f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
                             "draws that many different images from the buffer")
-        if self.resume and self.load_ckpt:
-            raise UserError("--resume continues a run and --load_ckpt starts one: give one of them")
+        if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
+            raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
         if any(c in "/\\\0" for c in self.note):
             raise UserError("--note becomes part of a directory's name and takes no slashes")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names in ``--eval``."""
+        return list(METRICS) if self.eval == "all" else [name.strip() for name in self.eval.split(",")]
 
     @property
     def samples(self) -> bool:

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -150,7 +151,8 @@ def augment(images: Tensor, flip: bool, sigma: float, generator: Generator) -> T
     """
     n, channels, height, width = images.shape
     draw = {"generator": generator, "device": images.device}
-    pad = min(4, min(height, width) // 8)  # the usual 4 pixels at 32x32, in proportion below
+    side = min(height, width)
+    pad = min(4, side // 8) if side >= 16 else 0  # the usual 4 at 32x32; the 8x8 digits fill their frame
     top, left = torch.randint(2 * pad + 1, (2, n), **draw)
     mirrored = torch.rand(n, **draw) < (0.5 if flip else 0.0)
     x = to_float(crop_and_flip(images, top, left, mirrored, pad))
@@ -316,12 +318,11 @@ def _decode_all(files: list[str], image_size: int | None) -> Tensor:
     """Decode files on all cores to uint8 (N, C, H, W): C is 1 if every image is grey, else 3 (RGB)."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is broken is said once, below
     pixels, broken, grey = None, [], True
-    bar = partial(tqdm, desc="decoding images", unit="file", leave=False, delay=1)
-    with warnings.catch_warnings(action="ignore"), ThreadPool() as pool, bar(total=len(files)) as progress:
-        # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
-        decoded = pool.imap(partial(_decode_file, image_size=image_size), files, chunksize=64)
+    results = closing(_decode_in_parallel(files, image_size))
+    bar = tqdm(total=len(files), desc="decoding images", unit="file", leave=False, delay=1)
+    with warnings.catch_warnings(action="ignore"), results as decoded, bar:
         for i, image in enumerate(decoded):
-            progress.update()
+            bar.update()
             if isinstance(image, UserError):
                 broken.append(image)
                 continue
@@ -339,6 +340,16 @@ def _decode_all(files: list[str], image_size: int | None) -> Tensor:
         others = f" ({len(broken) - 1} more unusable files)" if len(broken) > 1 else ""
         raise UserError(f"{broken[0]}{others}")
     return torch.from_numpy(pixels[:, :1].copy() if grey else pixels)
+
+
+def _decode_in_parallel(files: list[str], image_size: int | None) -> Iterator[np.ndarray | UserError]:
+    pool = ThreadPool()
+    try:
+        # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
+        yield from pool.imap(partial(_decode_file, image_size=image_size), files, chunksize=16)
+    finally:
+        pool.terminate()
+        pool.join()  # a thread that still decodes while Python exits would abort the process
 
 
 def _decode_file(file: str, image_size: int | None) -> np.ndarray | UserError:
@@ -398,7 +409,7 @@ def _save_cache(cache: Path, fingerprint: str, images: Tensor) -> None:
         with open(unfinished, "wb") as file:
             torch.save(stored, file)
         os.replace(unfinished, cache)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        print(f"no cache beside the images, the next start decodes them again: {error}", file=sys.stderr)
+    except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
+        print(f"cannot write {cache}: the next start will decode the images again", file=sys.stderr)
         with suppress(OSError):
             unfinished.unlink()

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import data
+import evaluate
+import sample
 import utils
 from config import CHANGEABLE, Config, add_options
 from errors import TrainingFailed, UserError
@@ -22,13 +24,18 @@ def main(arguments: list[str]) -> int:
     try:
         return run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         return 2
     except TrainingFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print("failed:", one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def one_line(error: Exception) -> str:
+    """The message with everything that a terminal would not print as one line escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
 
 def run(arguments: list[str]) -> int:
@@ -38,6 +45,10 @@ def run(arguments: list[str]) -> int:
                "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.")
     add_options(parser)
     given = vars(parser.parse_args(arguments))
+    if given.get("mode") == "sample":
+        return sample.run(*trained(given))
+    if given.get("mode") == "test":
+        return evaluate.run(*trained(given))
     cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
 
     device = utils.pick_device(cfg.gpu)
@@ -63,6 +74,19 @@ def run(arguments: list[str]) -> int:
     return trainer.train(directory, content["log_position"])
 
 
+def trained(given: dict) -> tuple[Config, Path, dict]:
+    """The Config with which to use the checkpoint of ``--load_ckpt``, and that checkpoint's path and content.
+
+    Its own data, network and sampler stand where other options were not given.
+    """
+    if not given.get("load_ckpt"):
+        raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
+    path, content = utils.find_checkpoint(given["load_ckpt"])
+    own = asdict(Config.from_dict(content["config"], str(path)))
+    kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
+    return Config(**kept | given), path, content
+
+
 def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
     """The Config of the run that ``--resume`` names, and its checkpoint's path and content.
 
@@ -70,6 +94,8 @@ def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
     another run. If "auto" finds no run, a Config for a new one, and None.
     """
     place = given["resume"]
+    if "load_ckpt" in given:
+        raise UserError("--resume continues a run and --load_ckpt starts one: give one of them")
     if place == "auto":
         cfg = Config(**given)
         place = newest_run(cfg)

@@ -5,6 +5,7 @@ Both modes run the same loop; ``baseline_train`` leaves out everything about sam
 
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -120,14 +121,17 @@ class Trainer:
 
         ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
         """
-        cfg = self.cfg
         self.run, self.writer = run, utils.Writer()
-        self.log = utils.Log(run.path, not cfg.no_log, log_position, self.step)
-        self.announce()
-        if self.step == 0:
-            self.log.hyperparameters(asdict(cfg))
-            self.checkpoint("last.pt")
-        self.good, self.candidate = self.snapshot(), None
+        with run, closing(utils.Log(run.path, not self.cfg.no_log, log_position, self.step)) as self.log:
+            self.announce()
+            if self.step == 0:
+                self.log.hyperparameters(asdict(self.cfg))
+                self.checkpoint("last.pt")
+            self.good, self.candidate = self.snapshot(), None
+            return self.loop()
+
+    def loop(self) -> int:
+        cfg = self.cfg
         first, self.clock = self.step + 1, None
         with utils.Signals() as signals, tqdm(total=self.total_steps, initial=self.step, unit="step") as self.bar:
             while self.step < self.total_steps:
@@ -157,18 +161,17 @@ class Trainer:
                     self.best = values["accuracy/valid"]
                     self.checkpoint("best.pt")
                 if "accuracy/test" in values:
-                    self.writer.submit(plot_curves, run.path)
+                    self.writer.submit(plot_curves, self.run.path)
                 if save:
                     self.checkpoint("last.pt", keep="previous.pt")
                 if signals.status and not last:
-                    self.bar.write(f"Stopped after step {step}; --resume {run.path} goes on from there.")
+                    self.bar.write(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
                     return signals.status
                 signals.received = False
                 if self.clock is None:  # the first step's time is compilation and warm-up
                     self.clock = (time.perf_counter(), step)
                 elif step == first + LOG_EVERY:
                     self.estimate()
-        self.log.close()
         self.summary()
         return 0
 
@@ -265,16 +268,16 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
-        state = copy_tree(state, self.device)
+        state = copy_tree(state, torch.device("cpu"))
         for name in self.plain_state:
-            setattr(self, name, state[name])
+            setattr(self, name, copy_tree(state[name], self.device))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for rng, name in ((self.data_rng, "data_rng"), (self.sgld_rng, "sgld_rng")):
-            rng.set_state(state[name].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
+            rng.set_state(state[name])
+        torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         if self.cfg.samples:
@@ -339,7 +342,7 @@ class Trainer:
             done = f"learning rate x {self.remedies['lr_factor']:g}"
         self.seed_generators(self.cfg.seed + 1_000_003 * self.recoveries)
         torch.manual_seed(self.cfg.seed + 1_000_003 * self.recoveries)
-        self.bar.n = self.step
+        self.bar.n, self.clock = self.step, (time.perf_counter(), self.step)
         self.bar.refresh()
         message = (f"diverged at step {diverged_at}; back to step {place} with {done} "
                    f"(recovery {self.recoveries} of {self.cfg.max_recoveries})")
@@ -471,7 +474,8 @@ def plot_curves(path) -> None:
                 axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
         axes.set(xlabel="training step", ylabel=unit)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         with utils.disk_errors(path):
             figure.savefig(path / name, dpi=120)
         plt.close(figure)

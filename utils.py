@@ -105,8 +105,6 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = path
         with disk_errors(path):
-            for part in ("samples", "sgld", "ckpt"):
-                (path / part).mkdir(exist_ok=True)
             self.lock = open(path / "lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
@@ -133,6 +131,12 @@ class RunDir:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a run directory: it has no config.json")
         return cls(path)
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.close()
 
     def write_config(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
         content = json.dumps({"options": options, "environment": environment}, indent=2) + "\n"
@@ -319,7 +323,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old or the new content, whatever happens meanwhile."""
+    """Write a file, and its folder, so that a reader finds the old or the new content, whatever happens meanwhile."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -382,6 +387,7 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
     """
     path, temporary = directory / name, directory / f"{name}.tmp"
     with disk_errors(directory):
+        directory.mkdir(exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 torch.save({"format": CHECKPOINT_FORMAT, **state}, file)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch import nn
 
 from errors import UserError
 from likelihood import (
@@ -43,53 +44,54 @@ def gaussian_samples(n: int) -> torch.Tensor:
 
 def tilt(x):
     """A density that crowds each pixel's right wall and dents its middle; x: (N, ...)."""
-    return (2 * x - torch.exp(-8 * x**2)).flatten(1).sum(1)
+    return (1.5 * x - 0.5 * torch.exp(-4 * x**2)).flatten(1).sum(1)
 
 
 GRID = np.linspace(-1, 1, 20001)
-TILT_CDF = integrate.cumulative_trapezoid(np.exp(2 * GRID - np.exp(-8 * GRID**2)), GRID, initial=0)  # ends at Z
+TILT = np.exp(1.5 * GRID - 0.5 * np.exp(-4 * GRID**2))
+TILT_CDF = integrate.cumulative_trapezoid(TILT, GRID, initial=0)  # not normalised: its last value is Z
 
 
 def test_log_z_of_a_64d_gaussian_is_sandwiched_to_a_tenth_of_a_nat():
     base = Gaussian((D,))
-    forward = forward_ais(gaussian_density, base, n_chains=256, n_temperatures=600, generator=seeded(1))
-    reverse = reverse_ais(gaussian_density, base, gaussian_samples(256), forward.step_sizes, seeded(2))
+    forward = forward_ais(gaussian_density, base, n_chains=512, n_temperatures=400, generator=seeded(1))
+    reverse = reverse_ais(gaussian_density, base, gaussian_samples(512), forward.step_sizes, seeded(2))
     assert forward.log_z == pytest.approx(LOG_Z, abs=0.1)
     assert reverse.log_z == pytest.approx(LOG_Z, abs=0.1)
     # the mean log-weights are the bounds in expectation, with a margin that the estimates themselves lack
     assert forward.log_weights.mean() < LOG_Z < reverse.log_weights.mean()
     assert forward.log_z_interval[0] < forward.log_z < forward.log_z_interval[1]
-    assert 100 < forward.ess <= 256
+    assert 200 < forward.ess <= 512
 
 
 def test_log_z_in_the_box_agrees_with_quadrature():
     shape = (1, 8, 8)
     log_z = math.prod(shape) * math.log(TILT_CDF[-1])
-    forward = forward_ais(tilt, Box(shape), n_chains=256, n_temperatures=800, generator=seeded(3))
+    forward = forward_ais(tilt, Box(shape), 512, 300, seeded(3), n_leapfrog=5)
     assert forward.log_z == pytest.approx(log_z, abs=0.1)
-    assert forward.samples.shape == (256, *shape) and forward.samples.abs().max() <= 1
+    assert forward.samples.shape == (512, *shape) and forward.samples.abs().max() <= 1
 
-    uniform = np.random.default_rng(0).random((256, *shape))
+    uniform = np.random.default_rng(0).random((512, *shape))
     exact = torch.tensor(np.interp(uniform, TILT_CDF / TILT_CDF[-1], GRID), dtype=torch.float32)
-    reverse = reverse_ais(tilt, Box(shape), exact, forward.step_sizes, seeded(4))
+    reverse = reverse_ais(tilt, Box(shape), exact, forward.step_sizes, seeded(4), n_leapfrog=5)
     assert reverse.log_z == pytest.approx(log_z, abs=0.1)
     assert forward.log_weights.mean() < log_z < reverse.log_weights.mean()
 
 
 def test_log_z_of_a_mixture_of_gaussians():
-    dim, std, log_scale = 16, 0.4, -5.0
+    dim, std, log_scale = 8, 0.4, -5.0
     weights = torch.tensor([0.15, 0.35, 0.5])
-    centres = torch.randn(3, dim, generator=seeded(5))  # about 14 standard deviations apart
+    centres = torch.randn(3, dim, generator=seeded(5))  # about 10 standard deviations apart
 
     def mixture(x):
         squares = (x[:, None] - centres).square().sum(2) / std**2  # (N, 3)
         return log_scale + torch.logsumexp(weights.log() - 0.5 * squares, 1)
 
     log_z = log_scale + dim * math.log(std * math.sqrt(2 * math.pi))
-    result = forward_ais(mixture, Gaussian((dim,)), n_chains=1000, n_temperatures=400, generator=seeded(6))
+    result = forward_ais(mixture, Gaussian((dim,)), n_chains=2000, n_temperatures=200, generator=seeded(6))
     assert result.log_z == pytest.approx(log_z, abs=0.1)
     nearest = torch.cdist(result.samples, centres).argmin(1)
-    share = torch.softmax(result.log_weights, 0) @ torch.nn.functional.one_hot(nearest, 3).double()
+    share = torch.softmax(result.log_weights, 0) @ nn.functional.one_hot(nearest, 3).double()
     assert torch.allclose(share, weights.double(), atol=0.1)
 
 
@@ -102,14 +104,15 @@ def test_a_wide_base_in_double_precision():
 
 
 def test_the_gap_closes_as_temperatures_grow():
-    base, gaps = Gaussian((D,)), []
-    for n_temperatures in (5, 50, 500):
-        forward = forward_ais(gaussian_density, base, 64, n_temperatures, seeded(8))
-        reverse = reverse_ais(gaussian_density, base, gaussian_samples(64), forward.step_sizes, seeded(9))
+    base, gaps, chain_gaps = Gaussian((D,)), [], []
+    for n_temperatures in (5, 30, 300):
+        forward = forward_ais(gaussian_density, base, 128, n_temperatures, seeded(8))
+        reverse = reverse_ais(gaussian_density, base, gaussian_samples(128), forward.step_sizes, seeded(9))
         gaps.append(reverse.log_z - forward.log_z)
-    assert gaps[0] > 4
-    assert gaps[0] > gaps[1] > 0.1
-    assert abs(gaps[2]) < 0.3
+        chain_gaps.append((reverse.log_weights.mean() - forward.log_weights.mean()).item())
+    assert gaps[0] > 3 and abs(gaps[2]) < 0.5
+    # The gap between single chains is a sum of divergences that falls as 1 / n_temperatures.
+    assert chain_gaps[0] > 2.5 * chain_gaps[1] > 15 * chain_gaps[2] > 0
 
 
 def test_without_annealing_it_is_importance_sampling():
@@ -148,14 +151,14 @@ def test_hmc_keeps_the_moments_of_the_path(beta):
 def test_hmc_in_the_box_converges_to_the_density_up_to_the_walls():
     path = GeometricPath(tilt, Box((3,)))
     generator = seeded(13)
-    at = path.point(path.base.sample(4000, generator))
-    for _ in range(40):
+    at = path.point(path.base.sample(10_000, generator))
+    for _ in range(30):
         at, p_accept = hmc_step(path, at, 1.0, torch.tensor(0.8), 3, generator)
     assert 0.3 < p_accept.mean() < 0.95
     x = path.base.to_image(at.y)
     for pixel in x.double().numpy().T:
-        assert stats.kstest(pixel, lambda x: np.interp(x, GRID, TILT_CDF / TILT_CDF[-1])).pvalue > 1e-3
-    assert torch.equal(at.ratio, path.point(at.y).ratio)  # what is carried along belongs to where the chains are
+        assert stats.kstest(pixel, lambda x: np.interp(x, GRID, TILT_CDF / TILT_CDF[-1])).pvalue > 1e-4
+    assert torch.equal(at.ratio, path.point(at.y).ratio)  # carried along with the right point
 
 
 def test_the_box_is_uniform_and_includes_its_walls():
@@ -177,10 +180,11 @@ def test_a_flat_density_has_the_volume_of_the_box_whatever_the_walls_do():
 
 
 def test_pixels_that_crowd_a_wall_are_no_obstacle():
-    slope = 20.0  # within 0.05 of the wall, a width that steps of the interior would jump over
-    log_z = D * math.log((1 - math.exp(-2 * slope)) / slope)
-    result = forward_ais(lambda x: slope * (x - 1).sum(1), Box((D,)), 128, 600, seeded(29))
-    assert result.log_z == pytest.approx(log_z, abs=0.5)
+    slope = 50.0  # the mass lies within 0.02 of the wall, a width that steps of the interior would jump over
+    log_z = 8 * math.log((1 - math.exp(-2 * slope)) / slope)
+    result = forward_ais(lambda x: slope * (x - 1).sum(1), Box((8,)), 500, 200, seeded(29))
+    assert result.log_z == pytest.approx(log_z, abs=0.15)
+    assert result.step_sizes.min() > 0.3
 
 
 @pytest.mark.parametrize("base", [Gaussian((2, 3), dtype=torch.float64), Box((2, 3), dtype=torch.float64)])
@@ -215,13 +219,13 @@ def test_schedule_runs_from_base_to_model_and_is_denser_at_both_ends():
 
 
 def test_burn_in_carries_poor_samples_to_the_model():
-    base, cold = Gaussian((D,)), MEAN.expand(128, D)  # every chain at the mode
-    step_sizes = tune_step_sizes(gaussian_density, base, 50, seeded(18))
-    exact = reverse_ais(gaussian_density, base, gaussian_samples(128), step_sizes, seeded(19))
+    base, cold = Gaussian((D,)), MEAN.expand(512, D)  # every chain at the mode
+    step_sizes = tune_step_sizes(gaussian_density, base, 10, seeded(18))
+    exact = reverse_ais(gaussian_density, base, gaussian_samples(512), step_sizes, seeded(19))
     raw = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19))
-    burnt = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19), burn_in=100)
-    difference = abs(burnt.log_weights.mean() - exact.log_weights.mean())
-    assert difference < 0.5 < abs(raw.log_weights.mean() - exact.log_weights.mean())
+    burnt = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19), burn_in=50)
+    assert raw.log_weights.mean() > exact.log_weights.mean() + 4
+    assert burnt.log_weights.mean() == pytest.approx(exact.log_weights.mean(), abs=1)
 
 
 def test_the_seed_decides_the_result():
@@ -232,7 +236,7 @@ def test_the_seed_decides_the_result():
 
 
 def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5))
     base = Box((1, 4, 4))
 
     def density(x):

@@ -1,0 +1,184 @@
+"""How fast sampler, training step, data path and full loop are, against the plain loop of plain.py.
+
+    python benchmarks/throughput.py --depth 16 --width 2 --batch_size 64 --device cpu
+    python benchmarks/throughput.py --depth 28 --width 10 --batch_size 128 --device cuda --json h200.json
+
+Both sides run in turn in one process after a warm-up; times are medians, with the smallest and largest behind them.
+FLOPs are those of the plain loop's network passes (torch's FlopCounterMode), the ceiling is the bf16 matrix product
+measured in the same process. The loop's overhead is what logging, pictures, evaluation and checkpoints add to bare
+training steps.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import utils  # noqa: E402
+from benchmarks.plain import PlainTraining, plain_sampler  # noqa: E402
+from config import Config  # noqa: E402
+from models import build_model  # noqa: E402
+from trainer import Trainer  # noqa: E402
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(functions: dict, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, ``repeats`` times in turn after one warm-up round."""
+    times = {name: [] for name in functions}
+    for i in range(repeats + 1):
+        for name, function in functions.items():
+            start = clock(device)
+            function()
+            if i:
+                times[name].append(clock(device) - start)
+    return times
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large bf16 matrix product on random data."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / min(measure({"matmul": lambda: a @ b}, device, 10)["matmul"])
+
+
+def count_flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def synthetic(n: int, shape: tuple[int, int, int], device: torch.device) -> data.ImageData:
+    """Random images in CIFAR-10's numbers; speed does not depend on what they show."""
+    def split(n):
+        return data.Split(torch.randint(256, (n, *shape), dtype=torch.uint8, device=device),
+                          torch.randint(10, (n,), device=device))
+    return data.ImageData(split(n * 9 // 10), split(n // 10), split(n // 5), tuple("0123456789"), True)
+
+
+def show(name: str, times: list[float], plain: list[float] | None = None, note: str = "") -> dict:
+    median = statistics.median(times)
+    row = {"what": name, "seconds": median, "min": min(times), "max": max(times), "repeats": len(times)}
+    text = f"{name:34} {1e3 * median:10.1f} ms  ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
+    if plain:
+        row["speedup"] = statistics.median(plain) / median
+        text += f"  {row['speedup']:5.2f} x"
+    print(f"{text}  {note}", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--width", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--sgld_step", type=int, default=20)
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--compile", choices=["on", "off"], default=None, help="default: on for CUDA, off for the CPU")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", default="sampler,step,data", help="comma list of sampler, step, data, loop, scaling")
+    parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
+    parser.add_argument("--json", help="file for the numbers")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    compile = args.compile or ("on" if device.type == "cuda" else "off")
+    utils.tune(device)
+
+    def config(**changes) -> Config:
+        options = {"depth": args.depth, "width": args.width, "batch_size": args.batch_size, "sgld_step": args.sgld_step,
+                   "precision": args.precision, "compile": compile, "max_steps": args.loop_steps}
+        return Config(**(options | changes))
+
+    shape = (3, args.image_size, args.image_size)
+    images = synthetic(50_000, shape, device)
+    cfg = config()
+    ours = Trainer(cfg, images, device)
+    ours.step = 1
+    torch.manual_seed(0)
+    network = build_model(3, 10, args.depth, args.width).to(device, memory_format=torch.contiguous_format)
+    plain = PlainTraining(network, images.train.images, images.train.labels, cfg.buffer_size, args.batch_size,
+                          args.sgld_step)
+    start = plain.buffer[: args.batch_size]
+    ceiling = matmul_rate(device)
+    dtype = str(ours.dtype).removeprefix("torch.")
+    print(f"{utils.environment(device)['device']}, torch {torch.__version__}; WRN-{args.depth}-{args.width}, "
+          f"batch {args.batch_size}, {args.sgld_step} SGLD steps, {dtype}, compile {compile}\n"
+          f"bf16 matrix product: {ceiling / 1e12:.3f} TFLOP/s")
+    rows = []
+
+    def against_plain(name, plain_function, our_function):
+        flops = count_flops(plain_function)
+        times = measure({"plain": plain_function, "ours": our_function}, device, args.repeats)
+        rate = flops / statistics.median(times["ours"])
+        rows.append(show(f"{name}, plain", times["plain"]))
+        note = f"{rate / 1e12:.3f} TFLOP/s, {100 * rate / ceiling:.0f} % of the matrix product"
+        rows.append(show(name, times["ours"], times["plain"], note) | {"flops": flops, "share_of_matmul": rate / ceiling})
+
+    parts = args.parts.split(",")
+    if "sampler" in parts:
+        against_plain("sampler", lambda: plain_sampler(network, start, args.sgld_step, 1.0, 0.01),
+                      lambda: ours.sgld(start, args.sgld_step, 1.0, 0.01, ours.sgld_rng))
+    if "step" in parts:
+        ours.training_step()
+        ours.step = 2  # the epoch's order is drawn at its first step
+        against_plain("training step", plain, ours.training_step)
+    if "data" in parts:
+        batch = torch.arange(args.batch_size, device=device)
+        times = measure({"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.data_rng)}, device, 20)
+        rows.append(show("batch and augmentation", times["data"]))
+    if "loop" in parts:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            whole = Trainer(cfg, images, device)
+            before = clock(device)
+            whole.train(utils.RunDir.create(folder, "benchmark", ""))
+            loop = clock(device) - before
+        bare = Trainer(cfg, images, device)
+        before = clock(device)
+        for step in range(1, args.loop_steps + 1):
+            bare.step = step
+            bare.training_step()
+        steps = clock(device) - before
+        rows.append(show(f"{args.loop_steps} bare steps", [steps], note=f"{args.loop_steps * args.batch_size / steps:.1f} images/s"))
+        rows.append(show("the same with log and dumps", [loop], note=f"{args.loop_steps * args.batch_size / loop:.1f} images/s, "
+                         f"overhead {100 * (loop / steps - 1):.1f} %"))
+    if "scaling" in parts:
+        for name, values in {"batch_size": (args.batch_size // 2, args.batch_size * 2), "width": (1, 2, 4),
+                             "sgld_step": (5, 10, 40)}.items():
+            for value in values:
+                run = Trainer(config(**{name: value}), images, device)
+                run.step = 1
+                run.training_step()
+                run.step = 2
+                times = measure({"step": run.training_step}, device, args.repeats)
+                rows.append(show(f"training step, {name} {value}", times["step"]))
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory of the process: {memory / 2**30:.2f} GiB")
+    if args.json:
+        content = {"environment": utils.environment(device), "options": vars(args), "matmul_flops_per_second": ceiling,
+                   "peak_bytes": memory, "rows": rows}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

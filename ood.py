@@ -1,0 +1,145 @@
+"""Out-of-distribution detection: scores, sets to hold them against, and how well they tell them apart."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+import data
+from config import Config
+from data import Split
+from errors import UserError
+from models import JEM, log_density
+from report import bootstrap
+from sgld import sampling_mode
+
+if TYPE_CHECKING:
+    from evaluate import Subject
+    from report import Section
+
+BUILT_IN = ("interp", "noise", "constant", "shuffled")
+BATCH = 100  # images; gradients in the input need the memory of training
+
+
+def measure(subject: "Subject", section: "Section") -> None:
+    """Each score against each set of ``--ood_datasets``, and their histograms."""
+    from sklearn.metrics import average_precision_score  # slow to import
+
+    test = subject.some(subject.data.test)
+    inside = scores(subject.model, subject.x(test))
+    outside = {}
+    for name in set_names(subject.cfg):
+        try:
+            images = foreign_images(name, test.images, subject)
+        except UserError as error:
+            section.skip(name, str(error))
+            continue
+        outside[name] = scores(subject.model, subject.x(Split(images, images[:, 0, 0, 0].long())))
+    for name, measured in outside.items():
+        for score, out in measured.items():
+            within, n, at = inside[score], len(out) + len(test), (name, score)
+            protocol = (f"{len(test)} test images (positives, which should score higher) against {len(out)} others; "
+                        f"{subject.noise}")
+            section.add("AUROC", auroc(within, out), n, protocol, bootstrap(auroc, within, out), at)
+            target = torch.cat([torch.ones(len(within)), torch.zeros(len(out))])
+            aupr = average_precision_score(target, torch.cat([within, out]).cpu())
+            section.add("AUPR", aupr, n, protocol, at=at)
+            section.add("FPR at 95 % true positives", fpr_at_95(within, out), n, protocol, at=at)
+    for i, score in enumerate(inside if outside else ()):
+        section.picture(f"ood_{i + 1}", f"{score} of test images against other images",
+                        histograms({"test images": inside[score]} | {k: v[score] for k, v in outside.items()}, score))
+
+
+def set_names(cfg: Config) -> list[str]:
+    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper."""
+    if cfg.ood_datasets == "auto":
+        return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
+    return [name.strip() for name in cfg.ood_datasets.split(",")]
+
+
+def foreign_images(name: str, test: Tensor, subject: "Subject") -> Tensor:
+    """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
+
+    Besides data sets and folders: interp, the mean of two different test images; noise, uniform; constant, one colour
+    an image; shuffled, test images with their pixels permuted, each in its own way. Raises UserError if a set cannot
+    be read.
+    """
+    rng, (n, c, h, w) = subject.rng(), test.shape
+    draw = {"generator": rng, "device": subject.device}
+    match name:
+        case "interp":
+            order = torch.randperm(n, **draw)
+            return ((test[order].short() + test[order.roll(1)].short()) // 2).byte()
+        case "noise":
+            return torch.randint(256, test.shape, dtype=torch.uint8, **draw)
+        case "constant":
+            return torch.randint(256, (n, c, 1, 1), dtype=torch.uint8, **draw).expand(test.shape)
+        case "shuffled":
+            order = torch.rand(n, 1, h * w, **draw).argsort(2)
+            return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
+        case _ if name in data.DATASETS and name != "folder":
+            images = data.load(name, subject.cfg.data_dir, device=subject.device)
+        case _ if Path(name).is_dir():
+            images = data.load("folder", name, image_size=h, device=subject.device)
+        case _:
+            raise UserError(f"neither a folder nor one of {', '.join((*BUILT_IN, *data.DATASETS[:-1]))}")
+    return converted(subject.some(images.test, n).images, (c, h, w))
+
+
+def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 images (N, C', H', W') in another shape (C, H, W): colours to luma or grey to RGB, antialiased bilinear."""
+    if images.shape[1] != shape[0]:
+        images = functional.rgb_to_grayscale(images, num_output_channels=shape[0])
+    return functional.resize(images, shape[1:], antialias=True)
+
+
+def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
+    """Each (N,), higher for images that look more like the training set: x (N, C, H, W) in [-1, 1].
+
+    The last is the approximate mass of the JEM paper (section 5.3.3).
+    """
+    parts = [logits_and_slope(model, batch) for batch in tqdm(x.split(BATCH), desc="scores", unit="batch", leave=False)]
+    logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
+    return {"log p(x)": log_density(logits), "max softmax": logits.softmax(1).amax(1), "max logit": logits.amax(1),
+            "-|grad log p(x)|": -slope}
+
+
+def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, K), and the norm of d log p(x) / dx, (N,)."""
+    with sampling_mode(model):
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
+    return logits.detach(), grad.flatten(1).norm(dim=1)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an inside score (N,) exceeds an outside one (M,); a tie counts half."""
+    ordered = outside.sort().values
+    below, not_above = torch.searchsorted(ordered, inside), torch.searchsorted(ordered, inside, right=True)
+    return ((below + not_above).double().mean() / (2 * len(outside))).item()
+
+
+def fpr_at_95(inside: Tensor, outside: Tensor) -> float:
+    """Share of outside scores at or above the highest threshold that at least 95 % of the inside scores reach."""
+    threshold = inside.sort(descending=True).values[math.ceil(0.95 * len(inside)) - 1]
+    return (outside >= threshold).double().mean().item()
+
+
+def histograms(scores: dict[str, Tensor], label: str) -> Figure:
+    """Densities of scores; the first set is filled. The outer half per cent at either end lies in the end bins."""
+    everything = torch.cat(list(scores.values())).double().cpu()
+    low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(scores.items()):
+        axes.hist(values.clamp(low, high).tolist(), bins=50, range=(low, high), density=True, label=name,
+                  **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}))
+    axes.set(xlabel=label, ylabel="density")
+    axes.legend()
+    return figure

@@ -1,0 +1,162 @@
+"""What ``--mode test`` leaves behind: numbers that carry their protocol, as Markdown, JSON, PNG and TensorBoard."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import utils
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measurement; ``interval`` is the bootstrap's 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
+
+    value: float
+    interval: Interval | None
+    n: int
+    protocol: str
+
+    def __str__(self) -> str:
+        text = f"{self.value:.4g}"
+        return f"{text} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else text
+
+
+def bootstrap(statistic, *groups: Tensor, seed: int = 0, replicates: int = 1000) -> Interval:
+    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn anew, with replacement, on its own."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = [group.cpu() for group in groups]
+    drawn = []
+    for _ in range(replicates):
+        drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Section:
+    """One metric's numbers, remarks and pictures. Rows and columns, where given, become a table of their own."""
+
+    def __init__(self, name: str, directory: Path):
+        self.name, self.directory = name, directory
+        self.numbers: dict[str, Number] = {}
+        self.tables: dict[str, dict[str, dict[str, Number]]] = {}
+        self.notes: list[str] = []
+        self.absent: dict[str, str] = {}
+        self.pictures: dict[str, str] = {}
+
+    def add(self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None,
+            at: tuple[str, str] | None = None) -> None:
+        """Record a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
+        number = Number(float(value), interval, n, protocol)
+        if not math.isfinite(number.value):
+            self.skip(" ".join((name, *(at or ()))), f"the result is {number.value}")
+        elif at is None:
+            self.numbers[name] = number
+        else:
+            self.tables.setdefault(name, {}).setdefault(at[0], {})[at[1]] = number
+
+    def mean(self, name: str, values: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
+        """Record the mean of one value an image, (N,), with its bootstrap interval."""
+        values = values.double().cpu()
+        self.add(name, values.mean().item(), len(values), protocol, bootstrap(torch.mean, values), at)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def skip(self, what: str, reason: str) -> None:
+        """Record that something could not be computed, and say so at once."""
+        self.absent[what] = reason
+        print(f"  {what}: absent, {reason}", flush=True)
+
+    def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
+        """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
+        path = self.directory / f"{name}.png"
+        with utils.disk_errors(self.directory):
+            if isinstance(content, Figure):
+                content.savefig(path, dpi=120)
+            else:
+                utils.save_png(path, content)
+        self.pictures[name] = caption
+
+    def scalars(self) -> dict[str, Number]:
+        """Every number under one name: ``measure``, or ``measure/row/column``."""
+        cells = {f"{name}/{row}/{column}": number for name, table in self.tables.items()
+                 for row, line in table.items() for column, number in line.items()}
+        return self.numbers | cells
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {name: asdict(number) for name, number in self.numbers.items()}
+        tables = {name: {row: {column: asdict(number) for column, number in line.items()}
+                         for row, line in table.items()} for name, table in self.tables.items()}
+        return {"results": numbers | tables, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
+
+    def markdown(self) -> str:
+        protocols = list(dict.fromkeys(number.protocol for number in self.scalars().values()))
+        marks = {protocol: f"({chr(ord('a') + i)})" for i, protocol in enumerate(protocols)}
+        parts = [f"## {self.name}"]
+        if self.numbers:
+            lines = [(name, str(x), str(x.n), marks[x.protocol]) for name, x in self.numbers.items()]
+            parts.append(table(("measure", "value [95 % interval]", "n", "protocol"), lines))
+        for name, rows in self.tables.items():
+            columns = list(dict.fromkeys(column for line in rows.values() for column in line))
+            parts.append(f"**{name}**")
+            lines = [(row, *(str(line[c]) if c in line else "" for c in columns),
+                      ", ".join(dict.fromkeys(str(x.n) for x in line.values())),
+                      " ".join(dict.fromkeys(marks[x.protocol] for x in line.values()))) for row, line in rows.items()]
+            parts.append(table(("", *columns, "n", "protocol"), lines))
+        if protocols:
+            parts.append("\n".join(f"- {mark} {protocol}" for protocol, mark in marks.items()))
+        parts += self.notes
+        parts += [f"*Absent: {what}* — {reason}" for what, reason in self.absent.items()]
+        parts += [f"![{name}]({name}.png)\n\n{caption}." for name, caption in self.pictures.items()]
+        return "\n\n".join(parts)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+class Report:
+    """The sections so far; ``write`` brings the files up to date, so that an interrupted evaluation leaves its part."""
+
+    def __init__(self, directory: Path, header: dict[str, Any]):
+        self.directory, self.header = directory, header
+        self.sections: dict[str, Section] = {}
+
+    def section(self, name: str) -> Section:
+        self.sections[name] = Section(name, self.directory)
+        return self.sections[name]
+
+    def write(self) -> None:
+        results = self.header | {name: section.as_dict() for name, section in self.sections.items()}
+        with utils.disk_errors(self.directory):
+            utils.replace_file(self.directory / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            utils.replace_file(self.directory / "report.md", self.markdown().encode())
+
+    def markdown(self) -> str:
+        facts = [(name, str(value)) for name, value in self.header["about"].items()]
+        parts = ["# Evaluation", table(("", ""), facts), *(section.markdown() for section in self.sections.values())]
+        return "\n\n".join(parts) + "\n"
+
+    def to_tensorboard(self, step: int) -> None:
+        import cv2
+        from torch.utils.tensorboard import SummaryWriter
+
+        with utils.disk_errors(self.directory), SummaryWriter(str(self.directory)) as board:
+            board.add_text("report", self.markdown(), step)
+            for name, section in self.sections.items():
+                for key, number in section.scalars().items():
+                    board.add_scalar(f"{name}/{key}", number.value, step)
+                for picture in section.pictures:
+                    bgr = cv2.imread(str(self.directory / f"{picture}.png"))
+                    board.add_image(f"{name}/{picture}", bgr[:, :, ::-1], step, dataformats="HWC")

@@ -1,0 +1,294 @@
+"""--mode sample: images drawn from a trained model, and test images filled in or cleaned by it."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+import data
+import utils
+from config import Config
+from errors import UserError
+from models import JEM, build_model, log_density, sampling_copy
+from sgld import SGLD, normal_like, uniform_images
+
+STEPS = 200  # of a chain from noise: with a training chain's step size, when samples have settled
+COLUMNS = 10  # images in a row of a picture
+SHOWN = 100  # images in a picture or film; of a class, COLUMNS
+FRAMES = 60  # at most, in a film
+
+
+class Start(NamedTuple):
+    """Where chains begin, and what holds them."""
+
+    name: str  # for people
+    x: Tensor  # float32 (N, C, H, W)
+    y: Tensor | None = None  # int64 (N,), the classes whose log p(x, y) they climb; None: they climb log p(x)
+    known: Tensor | None = None  # bool (H, W), the pixels that keep their value
+    originals: Tensor | None = None  # uint8 (N, C, H, W), the test images that x was made from
+
+
+class Result(NamedTuple):
+    """Where chains have gone."""
+
+    x: Tensor  # the chains' ends, float32 (N, C, H, W) on the CPU; values may lie outside [-1, 1]
+    logits_start: Tensor  # float32 (N, K), at the chains' starts
+    logits: Tensor  # float32 (N, K), at their ends
+    frames: Tensor  # the first M chains at the recorded steps, uint8 (T, M, C, H, W)
+
+
+def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
+    """Do what ``--mode sample`` asks of a checkpoint, the ``content`` of ``path``; returns the exit status.
+
+    Raises UserError for input that does not fit, before anything is written.
+    """
+    device = utils.pick_device(cfg.gpu)
+    utils.tune(device)
+    dtype = utils.pick_dtype(cfg.precision, device)
+    model = sampling_copy(load_model(cfg, path, content).to(device), dtype)
+    rng = Generator(device).manual_seed(cfg.seed)
+    prepare = restoration_start if cfg.inpaint or cfg.denoise else sampling_start
+    start = prepare(cfg, path, content, rng)
+    steps = cfg.n_sample_steps
+    if steps is None:
+        steps = cfg.sgld_step if cfg.denoise else STEPS
+    settings = {
+        "checkpoint": str(path), "training_steps": content["state"]["step"],
+        "weights": "ema" if "ema" in content["state"] else "last",
+        "precision": str(dtype).removeprefix("torch."), "start": start.name,
+        "target": "log p(x|y)" if cfg.class_cond else "log p(x)", "steps": steps, "sgld_lr": cfg.sgld_lr,
+        "sgld_std": cfg.sgld_std, "batch_size": cfg.batch_size, "seed": cfg.seed,
+    }
+
+    directory = utils.RunDir.create(cfg.logdir, cfg.mode, cfg.note)
+    directory.write_config(asdict(cfg), utils.environment(device))
+    marks = recorded_steps(steps)
+    result = run_chains(model, start, marks, cfg, rng)
+    name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
+    write_pictures(directory.path, name, start, result, marks, content["data"]["class_names"])
+    save_archive(directory.path / f"{name}.npz", start, result, settings)
+    if cfg.save_images:
+        for i, image in enumerate(tqdm(utils.to_uint8(result.x), desc="PNGs", unit="image", leave=False)):
+            picture = utils.image_grid(image[None], tile=1)
+            utils.save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
+    summarise(start, result, settings)
+    print(f"Done. Look at {directory.path}")
+    return 0
+
+
+def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
+    """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
+    state, described = content["state"], content["data"]
+    model = build_model(described["shape"][0], len(described["class_names"]), cfg.depth, cfg.width, cfg.norm,
+                        cfg.dropout_rate, cfg.activation)
+    weights = state["model"]
+    if "ema" in state:
+        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        own = " ".join(f"--{name} {content['config'][name]}" for name in ("depth", "width", "norm"))
+        raise UserError(f"{path} holds another network, {own}: leave these options out") from None
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- starts
+
+
+def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
+    """Uniform noise or random images of the replay buffer; with ``--class_cond``, the classes in turn."""
+    n_classes = len(content["data"]["class_names"])
+    n = cfg.n_samples or (COLUMNS * n_classes if cfg.class_cond else SHOWN)
+    if cfg.class_cond and n % n_classes:
+        raise UserError(f"--n_samples {n} must be a multiple of the {n_classes} classes for --class_cond")
+    y = torch.arange(n, device=rng.device) % n_classes if cfg.class_cond else None
+    if not cfg.from_buffer:
+        return Start("noise", uniform_images(n, content["data"]["shape"], rng), y)
+    if "buffer" not in content["state"]:
+        raise UserError(f"{path} has no replay buffer; leave --from_buffer out to start from noise")
+    images = content["state"]["buffer"]["images"].to(rng.device)
+    if n > len(images):
+        raise UserError(f"--n_samples {n} is more than the {len(images)} images of the replay buffer")
+    return Start("buffer", images[torch.randperm(len(images), generator=rng, device=rng.device)[:n]], y)
+
+
+def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
+    """Test images, evenly spaced in the test part, with noise added or noise for their unknown pixels."""
+    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
+    known = None if cfg.denoise else ~unknown_pixels(cfg.inpaint, *shape[1:]).to(rng.device)
+    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, rng.device)
+    if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
+        raise UserError(f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
+                        f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size")
+    n, available = cfg.n_samples or COLUMNS, len(images.test)
+    if n > available:
+        raise UserError(f"--n_samples {n} is more than the {available} test images of {cfg.dataset}")
+    test = images.test[torch.arange(n, device=rng.device) * available // n]
+    x = data.to_float(test.images)
+    y = test.labels if cfg.class_cond else None
+    if cfg.denoise:
+        return Start(f"denoise {cfg.denoise:g}", x + cfg.denoise * normal_like(x, rng), y, None, test.images)
+    x = torch.where(known, x, uniform_images(n, shape, rng))
+    return Start(f"inpaint {cfg.inpaint}", x, y, known, test.images)
+
+
+def unknown_pixels(name: str, height: int, width: int) -> Tensor:
+    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown."""
+    unknown = torch.zeros(height, width, dtype=torch.bool)
+    if name == "left":
+        unknown[:, : width // 2] = True
+        return unknown
+    if name == "center":
+        unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+        return unknown
+    try:
+        with Image.open(name) as picture:
+            mask = np.array(picture.convert("L"))
+    except FileNotFoundError:
+        raise UserError(f"no mask at {name}: --inpaint takes left, center or a picture") from None
+    except (OSError, SyntaxError, ValueError):  # Pillow's exceptions for what is broken or no picture
+        raise UserError(f"{name} is no readable picture; --inpaint takes left, center or a picture") from None
+    if mask.shape != (height, width):
+        raise UserError(f"the mask {name} has {mask.shape[1]}x{mask.shape[0]} pixels, but the images have "
+                        f"{width}x{height}: resize it")
+    unknown = torch.from_numpy(mask >= 128)
+    if not unknown.any():
+        raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
+    return unknown
+
+
+# ---------------------------------------------------------------------------------------------- chains
+
+
+def recorded_steps(steps: int) -> list[int]:
+    """0, ``steps`` and evenly spaced steps between, at most FRAMES + 1 in all."""
+    return [*range(0, steps, math.ceil(steps / FRAMES) or 1), steps]
+
+
+@torch.no_grad()
+def run_chains(model: JEM, start: Start, marks: list[int], cfg: Config, rng: Generator) -> Result:
+    """SGLD from every start, ``cfg.batch_size`` chains at a time, up to the last of the steps ``marks``.
+
+    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y).
+    """
+    sgld = SGLD(model.log_density, cfg.compile == "on")
+    shown = max(SHOWN, COLUMNS * model.class_output.out_features)
+    ends, first_logits, last_logits, films = [], [], [], []
+    batches = torch.arange(len(start.x), device=rng.device).split(cfg.batch_size)
+    with tqdm(total=len(batches) * marks[-1], desc="SGLD", unit="step") as bar:
+        for number, batch in enumerate(batches):
+            x, y = start.x[batch], None if start.y is None else start.y[batch]
+            held = x
+            filmed = max(0, shown - number * cfg.batch_size)
+            first_logits.append(model.logits(x).cpu())
+            film = [utils.to_uint8(x[:filmed]).cpu()]
+            for before, mark in pairwise(marks):
+                for _ in range(mark - before):
+                    x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
+                    if start.known is not None:
+                        x = torch.where(start.known, held, x)
+                film.append(utils.to_uint8(x[:filmed]).cpu())
+                bar.update(mark - before)
+            films.append(torch.stack(film))
+            ends.append(x.cpu())
+            last_logits.append(model.logits(x).cpu())
+    return Result(torch.cat(ends), torch.cat(first_logits), torch.cat(last_logits), torch.cat(films, 1))
+
+
+# ------------------------------------------------------------------------------------------ what is written
+
+
+def write_pictures(directory: Path, name: str, start: Start, result: Result, marks: list[int],
+                   class_names: list[str]) -> None:
+    """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
+    frames, columns = result.frames, COLUMNS
+    if start.originals is not None:
+        picture = restoration_picture(start.originals[:SHOWN].cpu(), frames[:, :SHOWN], marks)
+    elif start.y is None:
+        picture = utils.image_grid(frames[-1][:SHOWN], columns)
+    else:  # chain i has class i mod K; the picture has a row for each class
+        columns = min(columns, len(start.x) // len(class_names))
+        by_class = torch.arange(columns * len(class_names)).view(columns, -1).T
+        frames = frames[:, by_class.flatten()]
+        picture = captioned(utils.image_grid(frames[-1], columns), rows=class_names)
+    utils.save_png(directory / f"{name}.png", picture)
+    if len(marks) > 1:
+        captions = [f"SGLD step {step}" for step in marks]
+        utils.save_gif(directory / f"{name}.gif", frames[:, :SHOWN], captions, columns, tile=32)
+
+
+def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:
+    """An RGB picture (H, W, 3) with a name to the left of each of its equal rows and above each column."""
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.35
+    height, width = grid.shape[:2]
+    left = max((cv2.getTextSize(name, font, size, 1)[0][0] + 8 for name in rows), default=0)
+    top = 16 if columns else 0
+    picture = cv2.copyMakeBorder(grid, top, 0, left, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    places = [(4, top + round((i + 0.5) * height / len(rows)) + 4) for i in range(len(rows))]
+    places += [(left + 4 + round(i * width / len(columns)), 11) for i in range(len(columns))]
+    for name, place in zip([*rows, *columns], places, strict=True):
+        cv2.putText(picture, name, place, font, size, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture
+
+
+def restoration_picture(originals: Tensor, frames: Tensor, marks: list[int]) -> np.ndarray:
+    """A row for each test image: itself, the chain's start, some of its steps (most of them early), its end.
+
+    originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``marks`` (T).
+    """
+    last = len(marks) - 1
+    during = sorted({round(last ** (i / 4)) for i in range(4)} - {0, last})
+    stages = torch.stack([originals, *frames[[0, *during, last]]], 1)  # (N, stages, C, H, W)
+    names = ["original", "before", *(f"step {marks[i]}" for i in during), "after"]
+    return captioned(utils.image_grid(stages.flatten(0, 1), len(names)), columns=names)
+
+
+def save_archive(path: Path, start: Start, result: Result, settings: dict[str, Any]) -> None:
+    """Write the chains' ends and how they came about as a NumPy archive.
+
+    images: uint8 (N, H, W, C), clamped; x: float32 (N, C, H, W), the same as the chain left it; labels:
+    int64 (N,), the class that was asked for or else the most probable; log_p_x and log_p_x_y: float32 (N,),
+    unnormalised log-densities of x alone and with that label (nats); settings: JSON text. Of test images also
+    originals, uint8 (N, H, W, C), start, float32 (N, C, H, W), and for inpainting known, bool (H, W).
+    Equal chains give equal bytes.
+    """
+    labels = result.logits.argmax(1) if start.y is None else start.y.cpu()
+    arrays = {
+        "images": utils.to_uint8(result.x).permute(0, 2, 3, 1), "x": result.x, "labels": labels,
+        "log_p_x": log_density(result.logits), "log_p_x_y": log_density(result.logits, labels),
+    }
+    if start.originals is not None:
+        arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": start.x}
+    if start.known is not None:
+        arrays["known"] = start.known
+    archive = io.BytesIO()
+    np.savez_compressed(archive, settings=json.dumps(settings),
+                        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()})
+    with utils.disk_errors(path):
+        utils.replace_file(path, archive.getvalue())
+
+
+def summarise(start: Start, result: Result, settings: dict[str, Any]) -> None:
+    """Print how far the chains climbed and, of test images, how near they came to the originals."""
+    before, after = (log_density(logits).mean() for logits in (result.logits_start, result.logits))
+    print(f"{len(start.x)} chains, {settings['steps']} steps on {settings['target']}: mean log p(x) "
+          f"{before:.2f} -> {after:.2f} (unnormalised, nats)")
+    if start.originals is not None:
+        truth = data.to_float(start.originals).cpu()
+        kind, lost = "noisy", torch.ones(truth.shape[2:], dtype=torch.bool)
+        if start.known is not None:
+            kind, lost = "unknown", ~start.known.cpu()
+        before, after = ((x.cpu().clamp(-1, 1) - truth)[..., lost].square().mean().sqrt()
+                         for x in (start.x, result.x))
+        print(f"root mean square error of the {kind} pixels: {before:.3f} -> {after:.3f} ([-1, 1] scale)")

@@ -1,0 +1,286 @@
+"""Each metric against an independent computation, and the report of a real command line read back."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+import evaluate
+import ood
+import robustness
+from config import Config
+from data import Split, load
+from errors import UserError
+from evaluate import Subject, accuracy, calibration_errors, fit_temperature, predict
+from main import main
+from models import build_model
+from ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
+from report import Section, bootstrap
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(1, 10, depth=10, width=1).eval()
+
+
+@pytest.fixture(scope="module")
+def subject(model):
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=40)
+    return Subject(cfg, model, load("digits"), None, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def tied_scores():
+    inside = torch.randint(0, 30, (70,), generator=seeded(1)).float() + 5
+    return inside, torch.randint(0, 30, (50,), generator=seeded(2)).float()
+
+
+def test_auroc_counts_pairs():
+    inside, outside = tied_scores()
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in inside for b in outside]
+    assert auroc(inside, outside) == pytest.approx(sum(pairs) / len(pairs))
+    target = [1] * len(inside) + [0] * len(outside)
+    assert auroc(inside, outside) == pytest.approx(roc_auc_score(target, torch.cat([inside, outside])))
+    assert auroc(inside + 100, outside) == 1 and auroc(inside - 100, outside) == 0
+
+
+def test_fpr_at_95_scans_every_threshold():
+    inside, outside = tied_scores()
+    rates = [((inside >= t).float().mean().item(), (outside >= t).float().mean().item()) for t in inside]
+    assert fpr_at_95(inside, outside) == pytest.approx(min(fpr for tpr, fpr in rates if tpr >= 0.95))
+    assert fpr_at_95(torch.arange(100.0), torch.tensor([4.0, 5.0, 6.0])) == pytest.approx(2 / 3)
+
+
+def test_calibration_errors_by_hand():
+    p = torch.tensor([[0.93, 0.07], [0.96, 0.04], [0.98, 0.02], [0.42, 0.58], [0.41, 0.59], [0.33, 0.67]])
+    labels = torch.tensor([0, 0, 1, 1, 1, 0])
+    # bins of 0.05: 0.93 | 0.96 0.98 | 0.58 0.59 | 0.67
+    gaps = [(1, abs(1 - 0.93)), (2, abs(0.5 - 0.97)), (2, abs(1 - 0.585)), (1, abs(0 - 0.67))]
+    ece, mce = calibration_errors(p, labels)
+    assert ece == pytest.approx(sum(n * gap for n, gap in gaps) / 6, abs=1e-6)
+    assert mce == pytest.approx(0.67, abs=1e-6)
+
+
+def test_the_likeliest_inverse_temperature_is_found(monkeypatch):
+    """The density exp(beta sum(x) / 4) on the box, whose mean is known: beta = 8 has made the data."""
+    monkeypatch.setattr(evaluate, "AIS_SEARCH_TEMPERATURES", 20)
+    tilt = SimpleNamespace(log_density=lambda x: x.flatten(1).sum(1) / 4)
+    subject = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)))
+    mean_of_pixel = 1 / math.tanh(8 / 4) - 4 / 8
+    assert evaluate.best_inverse_temperature(subject, 4 * mean_of_pixel / 4, seeded(1)) == 8
+
+
+@pytest.mark.parametrize("true_temperature", [0.4, 3.0])
+def test_temperature_scaling_finds_the_temperature_of_a_miscalibrated_model(true_temperature):
+    honest = 2 * torch.randn(20_000, 5, generator=seeded(3))
+    labels = torch.multinomial(honest.softmax(1), 1, generator=seeded(4)).squeeze(1)
+    found = fit_temperature(true_temperature * honest, labels)
+    assert found == pytest.approx(true_temperature, rel=0.05)
+    loss = [F.cross_entropy(true_temperature * honest / t, labels).item() for t in (found, 0.98 * found, 1.02 * found)]
+    assert min(loss) == loss[0]
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one():
+    values = torch.randn(400, generator=seeded(5)).double()
+    low, high = bootstrap(torch.mean, values)
+    expected = stats.norm.interval(0.95, values.mean().item(), values.std().item() / math.sqrt(400))
+    assert (low, high) == pytest.approx(expected, abs=0.02)
+    assert bootstrap(torch.mean, values) == (low, high)
+    difference = bootstrap(lambda a, b: a.mean() - b.mean(), values, values + 5)
+    assert np.mean(difference) == pytest.approx(-5, abs=0.03)
+    assert difference[1] - difference[0] == pytest.approx(math.sqrt(2) * (high - low), rel=0.15)
+
+
+def test_the_slope_is_that_of_finite_differences_and_leaves_the_model_alone(model):
+    model.train()
+    x, h = 0.5 * torch.randn(2, 1, 8, 8, generator=seeded(6)), 1e-2
+    logits, slope = logits_and_slope(model, x)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    model.eval()
+    steps = h * torch.eye(64).view(64, 1, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(x))
+        partial = torch.stack([(model.log_density(x + step) - model.log_density(x - step)) / (2 * h) for step in steps])
+    torch.testing.assert_close(slope, partial.norm(dim=0), rtol=0.02, atol=1e-4)
+
+
+def test_the_four_scores(model):
+    x = torch.rand(5, 1, 8, 8, generator=seeded(8)) * 2 - 1
+    scores = ood.scores(model, x)
+    with torch.no_grad():
+        logits = model(x)
+    torch.testing.assert_close(scores["log p(x)"], logits.exp().sum(1).log())
+    torch.testing.assert_close(scores["max softmax"], logits.softmax(1).max(1).values)
+    torch.testing.assert_close(scores["max logit"], logits.max(1).values)
+    torch.testing.assert_close(scores["-|grad log p(x)|"], -logits_and_slope(model, x)[1])
+
+
+def test_predict_takes_uint8_and_float_and_accuracy_counts(model, subject):
+    split = subject.data.test[:30]
+    logits = predict(model, split.images, batch_size=7)
+    torch.testing.assert_close(logits, predict(model, split.images / 127.5 - 1))
+    right = sum(int(logits[i].argmax()) == int(split.labels[i]) for i in range(30))
+    assert accuracy(model, split) == pytest.approx(right / 30)
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def test_built_in_sets(subject):
+    test = subject.data.test.images[:40]
+    sets = {name: foreign_images(name, test, subject) for name in ood.BUILT_IN}
+    assert all(images.shape == test.shape and images.dtype == torch.uint8 for images in sets.values())
+    assert torch.equal(sets["shuffled"].flatten(1).sort().values, test.flatten(1).sort().values)
+    assert not torch.equal(sets["shuffled"], test)
+    assert torch.equal(sets["constant"].flatten(1).amax(1), sets["constant"].flatten(1).amin(1))
+    assert len(sets["constant"].flatten(1)[:, 0].unique()) > 10
+    means = {tuple(((a.int() + b.int()) // 2).flatten().tolist()) for a in test for b in test}
+    assert all(tuple(image.flatten().tolist()) in means for image in sets["interp"])
+    assert 100 < sets["noise"].float().mean() < 155
+    assert all(torch.equal(images, foreign_images(name, test, subject)) for name, images in sets.items())
+
+
+def test_conversion_to_another_shape():
+    rgb = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=seeded(9))
+    grey = converted(rgb, (1, 16, 16))
+    luma = (rgb.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert (grey.float() - luma).abs().max() < 1.1  # torchvision truncates
+    assert torch.equal(converted(grey, (3, 16, 16)), grey.repeat(1, 3, 1, 1))
+    flat = torch.full((1, 1, 28, 28), 77, dtype=torch.uint8)
+    assert torch.equal(converted(flat, (1, 8, 8)), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8))
+
+
+def test_a_set_that_is_not_there_is_named(subject):
+    with pytest.raises(UserError, match="neither a folder nor one of interp"):
+        foreign_images("nowhere", subject.data.test.images, subject)
+
+
+def test_some_images_are_the_same_every_time_and_random(subject):
+    split = Split(torch.arange(200), torch.arange(200))
+    chosen = subject.some(split).images
+    assert len(chosen) == 40 and torch.equal(chosen, subject.some(split).images)
+    assert not torch.equal(chosen, torch.arange(40)) and len(chosen.unique()) == 40
+    assert len(subject.some(split, 7)) == 7
+
+
+def test_noise_is_added_only_when_asked(subject):
+    split = subject.data.test
+    assert torch.equal(subject.x(split), split.images / 127.5 - 1)
+    noisy = replace(subject, cfg=replace(subject.cfg, sigma_test=0.5))
+    assert (noisy.x(split) - subject.x(split)).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(noisy.x(split), noisy.x(split))
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
+    section = Section("one", tmp_path)
+    section.add("good", 1.5, 3, "by hand")
+    section.add("bad", math.nan, 3, "by hand")
+    assert list(section.scalars()) == ["good"] and "bad" in section.absent
+    assert "bad: absent" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    logdir = tmp_path_factory.mktemp("runs")
+    options = ("--dataset digits --depth 10 --width 1 --batch_size 32 --buffer_size 64 --max_steps 30 --warmup_steps 5 "
+               "--lr 1e-3 --sgld_step 2 --gpu cpu --ema 0.5 --no_log")
+    assert main([*options.split(), "--logdir", str(logdir)]) == 0
+    return next(logdir.iterdir())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorter attacks and annealing; what they compute is tested elsewhere."""
+    for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
+        monkeypatch.setattr(robustness, name, value)
+    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 2))
+    shorter = {"AIS_TEMPERATURES": 3, "AIS_SEARCH_TEMPERATURES": 2, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}
+    for name, value in shorter.items():
+        monkeypatch.setattr(evaluate, name, value)
+
+
+def test_the_whole_command_and_its_report_read_back(run, quick, capsys):
+    command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "30", "--n_sample_steps", "3",
+               "--refine_steps", "2", "--ood_datasets", "noise,nowhere,shuffled", "--feature_ckpt", str(run)]
+    assert main(command) == 0
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert {"classification", "calibration", "ood", "robustness", "quality", "likelihood"} < results.keys()
+    assert results["about"]["weights"] == "moving average"
+    assert results["options"]["width"] == 1 and results["options"]["max_images"] == 30
+
+    accuracy = results["classification"]["results"]["accuracy"]
+    assert accuracy["n"] == 30 and accuracy["interval"][0] <= accuracy["value"] <= accuracy["interval"][1]
+    assert "no noise" in accuracy["protocol"]
+    assert "nowhere" in results["ood"]["absent"] and "nowhere: absent" in capsys.readouterr().out
+    assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
+    assert "FID, IS, KID" in results["quality"]["absent"] or "Inception scores" in results["quality"]["results"]
+    same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["accuracy"]
+    assert same_network["value"] == 1
+    bits = results["likelihood"]["results"]["test bits per dimension"]
+    assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.3)
+
+    report = (run / "eval" / "report.md").read_text()
+    for name in ("classification", "calibration", "ood", "robustness", "quality", "likelihood"):
+        assert f"## {name}" in report
+        for picture in results[name]["pictures"]:
+            assert f"({picture}.png)" in report and (run / "eval" / f"{picture}.png").stat().st_size > 1000
+    assert any(path.name.startswith("events") for path in (run / "eval").iterdir())
+
+
+def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path):
+    lone = tmp_path / "model.pt"
+    lone.write_bytes((run / "ckpt" / "last.pt").read_bytes())
+    before = {path: path.read_bytes() for path in run.rglob("eval/*")}
+    short = "--gpu cpu --eval classification --max_images 20 --no_log --mode test --load_ckpt".split()
+    assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
+    assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), "--note", "lone"]) == 0
+    assert before == {path: path.read_bytes() for path in before}
+    reports = sorted(path.parent.name for path in run.glob("eval*/report.md"))
+    assert len(reports) >= 2 and f"eval-{len(reports)}" in reports
+    (found,) = (tmp_path / "new").glob("*_test_lone/eval/results.json")
+    assert json.loads(found.read_text())["classification"]["results"]["accuracy"]["n"] == 20
+
+
+def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
+    def broken(subject, section):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setitem(evaluate.METRICS, "classification", broken)
+    command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
+    assert main([*command, "classification,calibration"]) == 0
+    assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
+    assert main([*command, "classification"]) == 2
+    assert "nothing could be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
+    (["--load_ckpt", "RUN", "--width", "2"], "another network"),
+    (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
+    (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
+    ([], "needs --load_ckpt"),
+])
+def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
+    before = sorted(run.rglob("*"))
+    given = [str(run) if option == "RUN" else option for option in options]
+    assert main(["--mode", "test", "--gpu", "cpu", *given]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert sorted(run.rglob("*")) == before

@@ -1,0 +1,358 @@
+"""The command line, driven for real on the digits: files, options, bad input."""
+
+import json
+
+import cv2
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import config
+import data
+import main
+import utils
+
+TINY = ["--dataset", "digits", "--gpu", "cpu", "--depth", "10", "--width", "1", "--batch_size", "16", "--sgld_step", "2",
+        "--buffer_size", "64", "--n_valid", "100", "--warmup_steps", "2", "--precision", "fp32"]
+
+
+def train(logdir, *options):
+    """Run main.py; returns the run directory."""
+    before = set(logdir.glob("*"))
+    assert main.main([*TINY, "--logdir", str(logdir), *options]) == 0
+    (run,) = set(logdir.glob("*")) - before
+    return run
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run, name="last.pt"):
+    return torch.load(run / "ckpt" / name, weights_only=True)["state"]["model"]
+
+
+def same(one, two):
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def jem(tmp_path_factory):
+    options = ["--max_steps", "84", "--sample_every", "20", "--gif_every", "40", "--note", "short run"]
+    return train(tmp_path_factory.mktemp("runs"), *options)
+
+
+class TestEnergyTrain:
+    def test_directory_name(self, jem):
+        assert jem.name.endswith("_energy_train_short run")
+
+    def test_sample_grids(self, jem):
+        names = sorted(p.name for p in (jem / "samples").iterdir())
+        assert names == [f"sampled_image_{step:08d}.png" for step in (1, 21, 41, 61, 81)]
+        grid = cv2.imread(str(jem / "samples" / names[-1]))
+        assert grid.shape == (8 * 66 + 2, 8 * 66 + 2, 3)  # 8x8 tiles of 64 pixels, 2 between them
+        tile = grid[2:66, 2:66, 0].reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+        assert (tile == tile[:, :1]).all()  # each pixel enlarged to a block of 8x8, not smoothed
+        assert len(np.unique(tile)) > 10
+
+    def test_gifs(self, jem):
+        names = sorted(p.name for p in (jem / "sgld").iterdir())
+        assert names == [f"SGLD_process_demo_{step:08d}.gif" for step in (41, 81)]
+        assert (jem / "SGLD_process_demo.gif").read_bytes() == (jem / "sgld" / names[-1]).read_bytes()
+        film = imageio.imread(jem / "SGLD_process_demo.gif")
+        assert film.shape == (61, 4 * 66 + 2 + 18, 4 * 66 + 2, 3)
+        change = np.abs(np.diff(film[:, :266].astype(int), axis=0)).mean((1, 2, 3))
+        assert (change > 0).all() and change[:5].mean() > change[-5:].mean()  # annealed: it comes to rest
+
+    def test_metrics(self, jem):
+        lines = metrics(jem)
+        steps = [line["step"] for line in lines]
+        assert steps == sorted(set(steps)) and steps[-1] == 84
+        assert set(range(10, 81, 10)) <= set(steps)
+        line = next(line for line in lines if line["step"] == 80)
+        assert {"epoch", "loss/total", "loss/classification", "loss/generative", "log_density/real",
+                "log_density/real_std", "log_density/sampled", "log_density/sampled_std", "accuracy/train", "lr",
+                "speed/images_per_second", "gradient_norm", "sgld/gradient_norm", "sgld/distance_moved",
+                "sgld/saturated_share", "sgld/buffer_age", "sgld/classes"} <= set(line)
+        assert line["loss/total"] == pytest.approx(line["loss/classification"] + line["loss/generative"], abs=1e-5)
+        assert line["loss/generative"] == pytest.approx(line["log_density/sampled"] - line["log_density/real"], abs=1e-5)
+        assert sum(line["sgld/classes"]) == 10 * 16
+        assert line["epoch"] == pytest.approx(80 / 83)
+        assert 0 <= lines[-1]["accuracy/test"] <= 1
+
+    def test_evaluation_is_that_of_the_saved_weights(self, jem):
+        images = data.load("digits", n_valid=100)
+        state = torch.load(jem / "ckpt" / "last.pt", weights_only=True)
+        model = main.Trainer(config.Config(**state["config"]), images, torch.device("cpu")).model.eval()
+        model.load_state_dict(state["state"]["model"])
+        for part in ("valid", "test"):
+            split = getattr(images, part)
+            right = sum(model(split.images[i : i + 1] / 127.5 - 1).argmax().item() == split.labels[i].item()
+                        for i in range(len(split)))
+            assert metrics(jem)[-1][f"accuracy/{part}"] == pytest.approx(right / len(split))
+
+    def test_tensorboard(self, jem):
+        board = EventAccumulator(str(jem), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
+        board.Reload()
+        tags = board.Tags()
+        assert {"loss/total", "loss/classification", "loss/generative", "log_density/real", "log_density/sampled",
+                "accuracy/train", "accuracy/valid", "accuracy/test", "lr", "speed/images_per_second"} <= set(tags["scalars"])
+        for name in ("loss/total", "accuracy/test", "lr"):
+            logged = {line["step"]: line[name] for line in metrics(jem) if name in line}
+            assert {e.step: pytest.approx(e.value) for e in board.Scalars(name)} == logged
+        samples = board.Images("samples")
+        assert [e.step for e in samples] == [1, 21, 41, 61, 81]
+        assert samples[-1].encoded_image_string == (jem / "samples" / "sampled_image_00000081.png").read_bytes()
+        assert board.Images("SGLD_process_demo")[-1].encoded_image_string == (jem / "SGLD_process_demo.gif").read_bytes()
+        assert "sgld/classes" in tags["histograms"]
+        text = board.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| sgld_step | 2 |" in text
+        assert "_hparams_/session_start_info" in board.summary_metadata
+
+    def test_config(self, jem):
+        content = json.loads((jem / "config.json").read_text())
+        assert content["options"]["sgld_step"] == 2 and content["options"]["sigma"] == 0.03
+        assert content["options"].keys() == {f.name for f in config.fields(config.Config)}
+        assert content["environment"]["torch"] == torch.__version__
+        assert {"git_commit", "device", "command"} <= content["environment"].keys()
+
+    def test_curves_and_checkpoints(self, jem):
+        for name in ("test_accuracy.png", "loss.png"):
+            assert cv2.imread(str(jem / name)).std() > 5
+        assert {"last.pt", "previous.pt", "best.pt"} == {p.name for p in (jem / "ckpt").iterdir()}
+        last = utils.load_checkpoint(jem / "ckpt" / "last.pt")
+        assert last["state"]["step"] == 84
+        valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
+        assert last["state"]["best"] == max(valid)
+
+    def test_what_it_says(self, tmp_path, capfd):
+        run = train(tmp_path, "--max_steps", "12")
+        out, err = capfd.readouterr()
+        for word in (str(run), "CPU", "float32", "WRN-10-1", "parameters", "1337 train, 100 valid, 360 test", "Done after 12"):
+            assert word in out, word
+        assert "images/s" in err and "steps will take about" in out + err
+
+
+def test_baseline_makes_no_samples(tmp_path):
+    run = train(tmp_path, "--mode", "baseline_train", "--max_steps", "84", "--lr", "1e-3")
+    assert not [p for p in run.iterdir() if p.name in ("samples", "sgld", "SGLD_process_demo.gif")]
+    assert "buffer" not in utils.load_checkpoint(run / "ckpt" / "last.pt")["state"]
+    line = metrics(run)[0]
+    assert line["loss/total"] == line["loss/classification"] and "log_density/sampled" not in line
+    assert metrics(run)[-1]["accuracy/test"] > 0.3  # 84 steps of 16 images teach a classifier that much
+    assert {"test_accuracy.png", "loss.png"} <= {p.name for p in run.iterdir()}
+
+
+def test_no_log_leaves_out_tensorboard_only(tmp_path):
+    run = train(tmp_path, "--max_steps", "10", "--no_log")
+    assert not list(run.glob("events*"))
+    assert metrics(run) and (run / "samples" / "sampled_image_00000001.png").exists()
+
+
+# ------------------------------------------------------------------------------- options change what they say
+
+
+@pytest.mark.parametrize("option", [
+    "--seed=2", "--n_valid=90", "--sigma=0.3", "--norm=batch", "--norm=group", "--dropout_rate=0.5", "--activation=silu",
+    "--lr=1e-2", "--optimizer=sgd", "--optimizer=rmsprop", "--weight_decay=0.1", "--warmup_steps=4", "--reinit_freq=1",
+    "--sgld_step=3", "--sgld_lr=50", "--sgld_std=0.2", "--buffer_size=32", "--p_x_weight=0", "--p_x_weight=0.5",
+    "--p_y_x_weight=0", "--energy_l2=0.5", "--batch_size=8", "--precision=bf16"])
+def test_options_that_change_the_training_do(option, tmp_path, short_run):
+    """Every option that shapes training leads to other weights after 6 steps."""
+    run = train(tmp_path, "--max_steps", "6", *option.split("="))
+    mine, base = weights(run), weights(short_run)
+    assert mine.keys() != base.keys() or not same(mine, base)
+
+
+@pytest.mark.parametrize("option", ["--sample_every=2", "--gif_every=2", "--eval_every=2", "--ckpt_every=2", "--no_log",
+                                    "--note=x", "--ema=0.9", "--max_recoveries=3", "--diverge_threshold=500"])
+def test_options_that_do_not_concern_the_training_leave_it_alone(option, tmp_path, short_run):
+    run = train(tmp_path, "--max_steps", "6", *option.split("="))
+    assert same(weights(run), weights(short_run))
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("short"), "--max_steps", "6")
+
+
+def test_same_options_same_run(tmp_path, short_run):
+    assert same(weights(train(tmp_path, "--max_steps", "6")), weights(short_run))
+
+
+def test_sgld_lr_and_std_are_the_chains(tmp_path):
+    """With step size 0 and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
+    run = train(tmp_path, "--max_steps", "10", "--sgld_lr", "0", "--sgld_std", "0.1", "--sgld_step", "4")
+    assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
+
+
+def test_sgld_step_counts_network_calls(tmp_path, monkeypatch):
+    calls = []
+    original = main.Trainer.__init__.__globals__["SGLD"].__call__
+    monkeypatch.setattr("trainer.SGLD.__call__", lambda self, x, steps, *a: calls.append((len(x), steps)) or
+                        original(self, x, steps, *a))
+    train(tmp_path, "--max_steps", "2", "--sgld_step", "5", "--sample_every", "100")
+    assert calls == [(16, 5)] * 2
+
+
+def test_schedule(tmp_path):
+    """Linear warm-up to --lr over --warmup_steps, then a cosine down to 1e-6."""
+    run = train(tmp_path, "--mode", "baseline_train", "--max_steps", "40", "--warmup_steps", "20", "--lr", "1e-3")
+    lr = {line["step"]: line["lr"] for line in metrics(run)}
+    assert lr[10] == pytest.approx(5e-4) and lr[20] == pytest.approx(1e-3)
+    assert lr[30] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2) and lr[40] == pytest.approx(1e-6)
+
+
+def test_epochs_and_max_steps_both_end_a_run(tmp_path):
+    for i, (options, steps) in enumerate(((["--epochs", "2"], 2 * 6), (["--epochs", "2", "--max_steps", "7"], 7))):
+        run = train(tmp_path / str(i), "--batch_size", "200", "--mode", "baseline_train", *options)
+        assert utils.load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == steps
+        assert "accuracy/test" in metrics(run)[-1]
+
+
+def test_eval_every_and_ckpt_every(tmp_path):
+    options = ["--mode", "baseline_train", "--batch_size", "300", "--max_steps", "9", "--eval_every", "2"]  # 4 steps an epoch
+    run = train(tmp_path, *options)
+    assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [8, 9]
+
+
+def test_ema_is_what_evaluation_uses(tmp_path):
+    """With a decay near 1 the average stays where it began, while the weights learn."""
+    options = ["--mode", "baseline_train", "--max_steps", "84", "--lr", "1e-3"]
+    plain, slow = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--ema", "0.9999")
+    assert same(weights(plain), weights(slow))
+    assert metrics(slow)[-1]["accuracy/test"] < metrics(plain)[-1]["accuracy/test"] - 0.1
+    state = utils.load_checkpoint(slow / "ckpt" / "last.pt")["state"]
+    mean, now = state["ema"]["module.class_output.weight"], state["model"]["class_output.weight"]
+    assert 0 < (mean - now).abs().max()
+
+
+def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
+    run = train(tmp_path, "--max_steps", "1", "--load_ckpt", str(jem), "--lr", "1e-12", "--warmup_steps", "0",
+                "--reinit_freq", "0")
+    mine, theirs = (utils.load_checkpoint(r / "ckpt" / "last.pt")["state"] for r in (run, jem))
+    assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
+    unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
+    assert unchanged == 64 - 16
+    assert mine["step"] == 1
+
+
+def test_compile_on_changes_the_speed_only(tmp_path, short_run, capsys):
+    run = train(tmp_path, "--max_steps", "6", "--compile", "on")
+    assert "float32, compiled" in capsys.readouterr().out
+    mine, theirs = weights(run), weights(short_run)
+    assert all(torch.allclose(mine[k], theirs[k], atol=1e-4) for k in theirs)
+
+
+def test_gpu_without_cuda_runs_on_the_cpu_and_says_so(capsys):
+    if not torch.cuda.is_available():
+        assert utils.pick_device("0") == torch.device("cpu")
+        assert "running on the CPU" in capsys.readouterr().err
+    assert utils.pick_device("cpu") == torch.device("cpu")
+
+
+def test_config_and_data_know_the_same_data_sets():
+    assert config.DATASETS == data.DATASETS
+
+
+def test_help_is_grouped_and_has_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for f in config.fields(config.Config):
+        assert f"--{f.name}" in text
+        assert f"\n{f.metadata['group']}:" in text
+        if f.default not in (None, "", False):
+            assert f"default: {f.default}" in " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(capsys, *options):
+    """Run main.py, expect exit status 2 and one line on stderr; returns the line."""
+    assert main.main([*TINY, *options]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--nonsense", "--nonsense"), ("--mode fly", "--mode takes one of energy_train"), ("--depth 12", "6n + 4"),
+    ("--depth x", "--depth"), ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
+    ("--buffer_size 8", "--buffer_size 8 is smaller than --batch_size 16"), ("--lr -1", "--lr must be above 0"),
+    ("--lr nan", "--lr must be a finite number"), ("--lr inf", "--lr"), ("--sigma -0.1", "--sigma must be at least 0"),
+    ("--dropout_rate 1", "--dropout_rate"), ("--sgld_step 0", "--sgld_step must be at least 1"), ("--sgld_std -1", "--sgld_std"),
+    ("--reinit_freq 1.5", "--reinit_freq must be at most 1"), ("--gpu one", "--gpu"), ("--gpu -1", "--gpu"),
+    ("--norm layer", "--norm takes one of"), ("--optimizer lion", "--optimizer takes one of"), ("--epochs 0", "--epochs"),
+    ("--max_steps 0", "--max_steps"), ("--ema 1", "--ema"), ("--image_size 32", "--image_size is for --dataset folder"),
+    ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"), ("--n_valid 2000", "--n_valid 2000"), ("--seed -1", "--seed"),
+    ("--note a/b", "--note"), ("--width 0", "--width"), ("--dataset imagenet", "--dataset takes one of"),
+    ("--dataset folder --data_dir nowhere", "nowhere"), ("--load_ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("--resume nowhere", "no checkpoint at nowhere"), ("--resume a --load_ckpt b", "give one of them"),
+    ("--warmup_steps -1", "--warmup_steps"), ("--precision fp8", "--precision takes one of"), ("--compile maybe", "--compile"),
+    ("--sgld_lr 0 --gif_every 0", "--gif_every"), ("stray", "stray"), ("--epoch 3", "--epoch"),
+])
+def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, *options.split())
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+def test_gpu_that_does_not_exist(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "has GPUs 0 to 1" in refused(capsys, "--gpu", "7")
+
+
+def test_logdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refused(capsys, "--logdir", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class TestBrokenCheckpoints:
+    def test_wrong_architecture(self, jem, tmp_path, capsys):
+        err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))
+        assert "does not fit" in err and "--width 1" in err
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 torn"], ids=["empty", "text", "torn"])
+    def test_not_a_checkpoint(self, content, tmp_path, capsys):
+        path = tmp_path / "broken.pt"
+        path.write_bytes(content)
+        assert "broken.pt" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        assert path.read_bytes() == content and not (tmp_path / "runs").exists()
+
+    def test_truncated(self, jem, tmp_path, capsys):
+        path, whole = tmp_path / "half.pt", (jem / "ckpt" / "last.pt").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert "torn" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+
+    def test_one_flipped_bit_in_the_weights(self, jem, tmp_path, capsys):
+        path, content = tmp_path / "flipped.pt", bytearray((jem / "ckpt" / "last.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert "flipped.pt is corrupted" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+
+    def test_malicious(self, tmp_path, capsys):
+        class Attack:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "owned"), "w"))
+
+        path = tmp_path / "evil.pt"
+        torch.save({"format": 1, "config": Attack()}, path)
+        assert "more than tensors" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        assert not (tmp_path / "owned").exists()
+
+    def test_foreign(self, tmp_path, capsys):
+        path = tmp_path / "foreign.pt"
+        torch.save({"weights": torch.zeros(3)}, path)
+        assert "not a checkpoint of this program" in refused(capsys, "--load_ckpt", str(path))
+
+    def test_later_format(self, jem, tmp_path, capsys):
+        path = tmp_path / "later.pt"
+        torch.save({**utils.load_checkpoint(jem / "ckpt" / "last.pt"), "format": 99}, path)
+        assert "format 99" in refused(capsys, "--load_ckpt", str(path))

@@ -1,0 +1,123 @@
+"""Distances and scores of samples against closed forms, and the choice of images."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+import quality
+from errors import UserError
+from models import build_model
+from quality import Features, frechet_distance, fresh_samples, inception_scorer, most_confident, nearest
+from sgld import SGLD, reference_chain, uniform_images
+from utils import to_uint8
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Tiny(torch.nn.Module):
+    """uint8 RGB images to (N, 4): a fixed random projection."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(3 * 16, 4, generator=seeded(9)) / 255)
+
+    def forward(self, images):
+        return images.flatten(1).float() @ self.weight
+
+
+@pytest.fixture
+def images():
+    real = torch.randint(256, (300, 3, 4, 4), dtype=torch.uint8, generator=seeded(1))
+    fake = torch.randint(100, 256, (200, 3, 4, 4), dtype=torch.uint8, generator=seeded(2))
+    return real, fake
+
+
+def closed_form(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of points (Dowson & Landau 1982)."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
+
+
+def test_frechet_distance_is_the_closed_form(images):
+    real, fake = images
+    distance = frechet_distance(Tiny(), real)
+    for other in (fake, real[:150], fake):  # the second use starts afresh
+        expected = closed_form(Tiny()(real).double().numpy(), Tiny()(other).double().numpy())
+        assert distance(other) == pytest.approx(expected, rel=1e-3)
+
+
+def test_inception_scores_of_a_tiny_network(images):
+    real, fake = images
+    torch.manual_seed(0)
+    scores = inception_scorer(real, Tiny(), Tiny())(fake)
+    x, y = Tiny()(real).double(), Tiny()(fake).double()
+    assert scores.fid == pytest.approx(closed_form(x.numpy(), y.numpy()), rel=1e-3)
+    # on all images at once, where the metric takes the mean over ten parts of them
+    log_p = y.log_softmax(1)
+    divergence = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
+    assert scores.inception_score[0] == pytest.approx(divergence.mean().exp().item(), rel=0.1)
+    # the unbiased squared MMD with the kernel (x.y / 4 + 1)^3, on all images instead of subsets
+    k_xx, k_yy, k_xy = ((a @ b.T / 4 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    mmd = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_xx, k_yy)) - 2 * k_xy.mean()
+    assert scores.kid[0] == pytest.approx(mmd.item(), rel=0.15)
+
+
+def test_without_inception_weights_one_line_says_where_to_get_them(images, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"no network.*weights-inception-2015-12-05-6726825d.pth into .*checkpoints"):
+        inception_scorer(images[0])
+
+
+def test_grey_images_become_rgb():
+    grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    assert torch.equal(quality.as_rgb(grey), grey.repeat(1, 3, 1, 1))
+
+
+def test_features_are_the_backbones():
+    model = build_model(1, 3, depth=10, width=1).eval()
+    grey = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    network = Features(model)
+    torch.testing.assert_close(network(grey), model.f(grey / 127.5 - 1))
+    torch.testing.assert_close(model.class_output(network(grey)), model(grey / 127.5 - 1))
+    assert network.num_features == network(grey).shape[1]
+
+
+def test_the_most_confident_of_each_class_are_kept():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(100, 3)
+    p, classes = logits.softmax(1).max(1)
+    kept = most_confident(logits, 0.9)
+    for k in range(3):
+        mine = [i for i in range(100) if classes[i] == k]
+        best = sorted(mine, key=lambda i: -p[i])[: round(0.9 * len(mine))]
+        assert sorted(best) == sorted(i for i in kept.tolist() if classes[i] == k)
+
+
+def test_nearest_is_the_slow_loop():
+    points, references = torch.randn(7, 2, 3, generator=seeded(1)), torch.randn(130, 2, 3, generator=seeded(2))
+    distance, index = nearest(points, references)
+    for i in range(7):
+        slow = [(points[i] - reference).square().sum().sqrt().item() for reference in references]
+        assert index[i] == int(np.argmin(slow))
+        assert distance[i].item() == pytest.approx(min(slow), rel=1e-5)
+    assert nearest(references[5:6], references)[0].item() == 0
+
+
+def test_fresh_samples_are_chains_from_noise(monkeypatch):
+    monkeypatch.setattr(quality, "BATCH", 4)
+
+    def log_density(x):
+        return -x.square().flatten(1).sum(1)
+
+    found = fresh_samples(SGLD(log_density), 6, (1, 4, 4), 3, 0.1, 0.01, seeded(3))
+    rng = seeded(3)
+    expected = [reference_chain(log_density, uniform_images(4, (1, 4, 4), rng), 3, 0.1, 0.01, rng).x for _ in range(2)]
+    assert found.shape == (6, 1, 4, 4) and torch.equal(found, to_uint8(torch.cat(expected))[:6])

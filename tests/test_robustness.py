@@ -1,0 +1,146 @@
+"""Attacks that lower a tiny model's accuracy and keep to their ball, and gradients through the refinement."""
+
+import math
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from models import build_model
+from report import Section
+from robustness import (
+    Classifier,
+    Norm,
+    RefinedClassifier,
+    Sweep,
+    add_sweep,
+    auto_attack,
+    differentiable_chain,
+    distal_adversarials,
+    pgd,
+    survivors,
+)
+from sgld import reference_chain
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = build_model(3, 4, depth=10, width=1).eval().requires_grad_(False)
+    model.class_output.weight *= 20  # confident enough to be attacked
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.rand(8, 3, 8, 8, generator=seeded())
+
+
+@pytest.mark.parametrize(("norm", "epsilons"), [("Linf", [1e-4, 0.1, 0.5]), ("L2", [1e-3, 2.0, 7.0])])
+def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
+    classifier = Classifier(model)
+    labels = classifier(images).argmax(1)
+    alive = survivors(classifier, pgd(norm, 20), images, labels, epsilons, restarts=2, batch_size=3, title="")
+    counts = [kept.sum().item() for kept in alive]
+    assert counts[0] == 8 and counts[-1] < counts[0]
+    assert counts == sorted(counts, reverse=True)
+
+    torch.manual_seed(0)
+    attacked = pgd(norm, 20)(classifier, epsilons[1])(images, labels)
+    order = math.inf if norm == "Linf" else 2
+    assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    # what fooled the model under attack fools the bare model too
+    assert (model(2 * attacked - 1).argmax(1) != labels).any()
+
+
+def test_a_linear_model_falls_exactly_where_its_margin_ends():
+    direction = torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(direction)
+
+        def forward(self, x):
+            score = x.flatten(1) @ self.weight
+            return torch.stack([score, -score], 1)
+
+    shifts = torch.tensor([0.02, 0.06, 0.14])
+    x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
+    labels = torch.zeros(3, dtype=torch.int64)
+    alive = survivors(Linear(), pgd("Linf", 20), x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 1, 2, "")
+    assert [kept.tolist() for kept in alive] == [[True, True, True], [False, True, True], [False, False, True],
+                                                 [False, False, False]]
+
+
+def test_autoattack_runs_and_defeats_a_tiny_model(model, images):
+    classifier = Classifier(model)
+    labels = classifier(images).argmax(1)
+    alive = survivors(classifier, auto_attack("Linf", 4, seed=0), images, labels, [0.5], 1, 8, "")
+    assert alive[-1].sum() <= 1
+
+
+def test_the_differentiable_chain_is_the_reference_chain(model, images):
+    x = 2 * images - 1
+    expected = reference_chain(model.log_density, x, 4, 1.0, 0.01, seeded(5)).x
+    for attacked in (False, True):
+        found = differentiable_chain(model.log_density, x.clone().requires_grad_(attacked), 4, 1.0, 0.01, seeded(5))
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_gradient_goes_through_the_whole_chain():
+    """Of log p = -0.15 x^2 the chain is x_T = 0.7^T x_0 + noise; and a nonlinear one by finite differences."""
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded()).requires_grad_()
+    end = differentiable_chain(lambda x: -0.15 * x.square().flatten(1).sum(1), x, 5, 1.0, 0.1, seeded(1))
+    (grad,) = torch.autograd.grad(end.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(x, 0.7**5))
+
+    def chain(x):
+        return differentiable_chain(lambda x: x.sin().flatten(1).prod(1), x, 3, 0.5, 0.1, seeded(2))
+
+    assert torch.autograd.gradcheck(chain, x)
+
+
+def test_refinement_averages_the_probabilities_of_its_chains(model, images):
+    refined = RefinedClassifier(model, 2, 1.0, 0.3, n_chains=3, generator=seeded(7))
+    with torch.no_grad():
+        found = refined(images)
+    ends = reference_chain(model.log_density, (2 * images - 1).repeat(3, 1, 1, 1), 2, 1.0, 0.3, seeded(7)).x
+    expected = sum(model(part).softmax(1) for part in ends.chunk(3)) / 3
+    torch.testing.assert_close(found.exp(), expected)
+
+
+def test_distal_adversarials_reach_the_confidence_they_are_asked_for(model):
+    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded())
+    assert x.abs().max() <= 1 and (reached > 0.9).all()
+    torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
+
+
+@pytest.mark.parametrize(("hidden", "notes"), [(True, 1), (False, 0)])
+def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
+    """Two classifiers with the same decisions, one of which shows attacks a gradient of zero."""
+
+    class Brightness(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            score = self.weight * (x.mean((1, 2, 3)) - 0.5)
+            score = score.sign() + 0 * score if hidden else score
+            return torch.stack([-score, score], 1)
+
+    x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
+    section = Section("robustness", tmp_path)
+    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1")
+    sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "")
+    add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots())
+    column = {row: line["PGD"].value for row, line in section.tables["accuracy under Linf attack"].items()}
+    assert column["0"] == 1 and column["0.1"] == 1
+    assert column["0.5 (check)"] == (1 if hidden else 0)
+    assert len(section.notes) == notes

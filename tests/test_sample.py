@@ -1,0 +1,223 @@
+"""--mode sample by the command line: files read back, chains against a plain loop, pixels that stay."""
+
+import json
+from pathlib import Path
+
+import cv2
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import main
+from models import build_model
+from sgld import reference_chain, uniform_images
+
+TRAIN = ("--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
+         "--warmup_steps 0 --lr 1e-3 --n_valid 50 --gpu cpu --no_log").split()
+
+
+def train(logdir: Path, *options: str) -> Path:
+    assert main.main([*TRAIN, "--logdir", str(logdir), *options]) == 0
+    return next(logdir.iterdir())
+
+
+@pytest.fixture(scope="module")
+def jem(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("jem"))
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("baseline"), "--mode", "baseline_train")
+
+
+def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[str, np.ndarray]]:
+    """Run --mode sample; returns its run directory and the content of its archive."""
+    before = set(logdir.glob("*"))
+    assert main.main(["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu",
+                      "--precision", "fp32", "--logdir", str(logdir), *options]) == 0
+    (run,) = set(logdir.glob("*")) - before
+    (archive,) = run.glob("*.npz")
+    with np.load(archive) as content:
+        return run, dict(content)
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]
+
+
+def network(weights: dict[str, torch.Tensor]):
+    model = build_model(1, 10, depth=10, width=1).eval().requires_grad_(False)
+    model.load_state_dict(weights)
+    return model
+
+
+def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The 8x8 images (rows, columns, 8, 8) of a grid at the bottom right of a picture (H, W, 3)."""
+    side, gap = 64, 2
+    grid = picture[-(rows * (side + gap) + gap) :, -(columns * (side + gap) + gap) :, 0]
+    starts = [gap + i * (side + gap) + side // 16 for i in range(max(rows, columns))]
+    pixels = np.arange(8) * 8
+    return np.stack([[grid[np.ix_(starts[r] + pixels, starts[c] + pixels)] for c in range(columns)]
+                     for r in range(rows)])
+
+
+def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
+    run, content = sample(jem, tmp_path, "--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02")
+    model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(1)
+    start = uniform_images(12, (1, 8, 8), rng)
+    x = reference_chain(model.log_density, start, 5, 1.0, 0.02, rng).x
+    torch.testing.assert_close(torch.from_numpy(content["x"]), x)
+    logits = model(x).numpy()
+    np.testing.assert_allclose(content["log_p_x"], np.log(np.exp(logits).sum(1)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(content["labels"], logits.argmax(1))
+    np.testing.assert_allclose(content["log_p_x_y"], logits.max(1), rtol=1e-4, atol=1e-4)
+    expected = np.rint(np.clip((content["x"] + 1) / 2, 0, 1) * 255).transpose(0, 2, 3, 1)
+    assert content["images"].dtype == np.uint8 and np.abs(content["images"] - expected).max() <= 1
+    settings = json.loads(str(content["settings"]))
+    assert settings["checkpoint"] == str(jem / "ckpt" / "last.pt")
+    assert (settings["steps"], settings["sgld_lr"], settings["sgld_std"]) == (5, 1.0, 0.02)
+    assert (settings["start"], settings["target"], settings["weights"]) == ("noise", "log p(x)", "last")
+
+
+def test_pictures_and_films_show_the_chains(jem, tmp_path):
+    options = ["--n_samples", "20", "--batch_size", "7", "--n_sample_steps", "130", "--save_images"]
+    run, content = sample(jem, tmp_path, *options, "--note", "try")
+    assert run.name.endswith("_sample_try")
+    shown = tiles(cv2.imread(str(run / "samples.png")), 2, 10)
+    np.testing.assert_array_equal(shown.reshape(20, 8, 8), content["images"][..., 0])
+    singles = [cv2.imread(str(path)) for path in sorted((run / "samples").glob("*.png"))]
+    np.testing.assert_array_equal(np.stack(singles), content["images"].repeat(3, 3))
+    film = imageio.imread(run / "samples.gif")
+    assert len(film) == 45  # every third step, the start and the end
+    assert film[0].shape == film[-1].shape and (film[0] != film[-1]).any()
+
+
+def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
+    conditions = ["--n_samples", "40", "--class_cond", "--sgld_std", "0", "--sgld_lr", "5"]
+    _, start = sample(jem, tmp_path, *conditions, "--n_sample_steps", "0")
+    run, end = sample(jem, tmp_path, *conditions, "--n_sample_steps", "30")
+    np.testing.assert_array_equal(np.bincount(end["labels"]), np.full(10, 4))
+    before, after = (network(state_of(jem)["model"])(torch.from_numpy(c["x"])) for c in (start, end))
+    own = torch.from_numpy(end["labels"])[:, None]
+    gain = after - before
+    assert (gain.gather(1, own) > 0).all()
+    others = (gain.sum(1, keepdim=True) - gain.gather(1, own)) / 9
+    assert (gain.gather(1, own) > others).all()
+    shown = tiles(cv2.imread(str(run / "samples.png")), 10, 4)
+    for label in range(10):
+        np.testing.assert_array_equal(shown[label], end["images"][end["labels"] == label][..., 0])
+
+
+def test_the_seed_decides(jem, tmp_path):
+    options = ["--n_samples", "4", "--n_sample_steps", "3"]
+    runs = [sample(jem, tmp_path, *options, "--seed", seed)[0] for seed in ("7", "7", "8")]
+    first, again, other = ((run / "samples.npz").read_bytes() for run in runs)
+    assert first == again
+    assert first != other
+
+
+def test_buffer_images_are_the_start(jem, tmp_path):
+    _, content = sample(jem, tmp_path, "--from_buffer", "--n_samples", "64", "--n_sample_steps", "0")
+    buffer = state_of(jem)["buffer"]["images"].numpy()
+    ordered = [images[np.lexsort(images.reshape(64, -1).T)] for images in (content["x"], buffer)]
+    np.testing.assert_array_equal(ordered[0], ordered[1])
+
+
+def test_averaged_weights_are_taken_where_they_are(tmp_path):
+    checkpoint = train(tmp_path / "train", "--ema", "0.9")
+    _, content = sample(checkpoint, tmp_path, "--n_samples", "8", "--n_sample_steps", "2")
+    state, x = state_of(checkpoint), torch.from_numpy(content["x"])
+    averaged = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+    expected = network(averaged).log_density(x)
+    torch.testing.assert_close(torch.from_numpy(content["log_p_x"]), expected)
+    assert (expected - network(state["model"]).log_density(x)).abs().max() > 1e-3
+
+
+def digits_in(originals: np.ndarray) -> bool:
+    known = {image.astype(int).tobytes() for image in load_digits().images}
+    return all(np.rint(image / 255 * 16).astype(int).tobytes() in known for image in originals[..., 0])
+
+
+MASKS = {
+    "left": np.arange(64).reshape(8, 8) % 8 < 4,
+    "center": np.pad(np.ones((4, 4), bool), 2),
+    "picture": np.eye(8, dtype=bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
+    unknown, name = MASKS[mask], mask
+    if mask == "picture":
+        name = str(tmp_path / "mask.png")
+        cv2.imwrite(name, unknown * np.uint8(255))
+    options = ["--inpaint", name, "--n_samples", "5", "--n_sample_steps", "9"]
+    run, content = sample(jem, tmp_path / "out", *options)
+    assert digits_in(content["originals"])
+    np.testing.assert_array_equal(content["known"], ~unknown)
+    truth = torch.from_numpy(content["originals"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for x in (content["start"], content["x"]):
+        np.testing.assert_array_equal(x[..., ~unknown], truth.numpy()[..., ~unknown])
+    assert (content["start"] != content["x"])[..., unknown].all()
+    stages = tiles(cv2.imread(str(run / "inpaint.png")), 5, 7)
+    np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
+    np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
+    np.testing.assert_array_equal(stages[:, :, ~unknown], stages[:, :1, ~unknown].repeat(7, 1))
+    assert len(imageio.imread(run / "inpaint.gif")) == 10
+
+
+def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
+    run, content = sample(jem, tmp_path, "--denoise", "0.5", "--n_samples", "100", "--class_cond")
+    assert digits_in(content["originals"])
+    noise = content["start"] - (content["originals"].transpose(0, 3, 1, 2) / 127.5 - 1)
+    assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
+    settings = json.loads(str(content["settings"]))
+    assert settings["steps"] == 2  # the checkpoint's sgld_step
+    images = load_digits()
+    label = {(image * 255 / 16).round().tobytes(): y
+             for image, y in zip(images.images, images.target, strict=True)}
+    truth = [label[image.astype(float).tobytes()] for image in content["originals"][..., 0]]
+    np.testing.assert_array_equal(content["labels"], truth)
+    stages = tiles(cv2.imread(str(run / "denoise.png")), 100, 4)
+    np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
+    np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
+
+
+BAD = {  # the checkpoint and other options, and what is said of them
+    "no checkpoint": ([], "needs --load_ckpt"),
+    "missing": (["nowhere.pt"], "no checkpoint at nowhere.pt"),
+    "torn": (["torn.pt"], "torn.pt is empty, torn or no checkpoint"),
+    "no images": (["JEM", "--n_samples", "0"], "--n_samples must be at least 1"),
+    "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
+    "no buffer": (["BASELINE", "--from_buffer"], "has no replay buffer"),
+    "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "more than the 64 images"),
+    "two starts": (["JEM", "--from_buffer", "--denoise", "0.3"], "give one of them"),
+    "no noise": (["JEM", "--denoise", "0"], "--denoise must be above 0"),
+    "no mask": (["JEM", "--inpaint", "right"], "no mask at right"),
+    "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "torn.pt is no readable picture"),
+    "mask is a folder": (["JEM", "--inpaint", "."], ". is no readable picture"),
+    "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
+    "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
+    "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
+    "other network": (["JEM", "--width", "2"], "holds another network, --depth 10 --width 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case, jem, baseline, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("torn.pt").write_bytes(b"PK")
+    cv2.imwrite("big.png", np.full((8, 9), 255, np.uint8))
+    cv2.imwrite("black.png", np.zeros((8, 8), np.uint8))
+    options, message = BAD[case]
+    if options:
+        place = {"JEM": str(jem), "BASELINE": str(baseline)}.get(options[0], options[0])
+        options = ["--load_ckpt", place, *options[1:]]
+    capfd.readouterr()
+    assert main.main(["--mode", "sample", "--gpu", "cpu", "--logdir", "out", *options]) == 2
+    stderr = capfd.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1
+    assert not Path("out").exists()

@@ -1,0 +1,125 @@
+"""The training step against a loop as one writes it down from the paper."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import trainer
+from config import Config
+from models import build_model
+from sgld import ReplayBuffer, reference_chain, sampling_mode
+
+
+def config(**changes):
+    options = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 3, "buffer_size": 64,
+               "max_steps": 50, "warmup_steps": 5, "lr": 1e-3, "precision": "fp32", "gpu": "cpu"}
+    return Config(**(options | changes))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def plain_losses(cfg, images, steps):
+    """Losses of a plain loop: the model itself sampled with autograd.grad, a forward pass for each term of the loss."""
+    torch.manual_seed(cfg.seed)
+    data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
+    model = build_model(1, 10, cfg.depth, cfg.width, cfg.norm)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+    buffer = ReplayBuffer(cfg.buffer_size, images.shape, sgld_rng)
+    per_epoch, losses = len(images.train) // cfg.batch_size, []
+    for step in range(1, steps + 1):
+        if (step - 1) % per_epoch == 0:
+            order = torch.randperm(len(images.train), generator=data_rng)
+        batch = images.train[order[(step - 1) % per_epoch * cfg.batch_size :][: cfg.batch_size]]
+        x = data.augment(batch.images, images.flip, cfg.sigma, data_rng)
+        start, places = buffer.draw(cfg.batch_size, cfg.reinit_freq, sgld_rng)
+        with sampling_mode(model):
+            samples = reference_chain(model.log_density, start, cfg.sgld_step, cfg.sgld_lr, cfg.sgld_std, sgld_rng).x
+        buffer.store(places, samples)
+        loss = (F.cross_entropy(model(x), batch.labels)
+                + model(samples).logsumexp(1).mean() - model(x).logsumexp(1).mean())
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(step / 5, 1) if step <= 5 else (
+                1e-6 + (cfg.lr - 1e-6) * (1 + math.cos(math.pi * (step - 5) / 45)) / 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained_losses(cfg, images, steps):
+    run, losses = trainer.Trainer(cfg, images, torch.device("cpu")), []
+    for run.step in range(1, steps + 1):
+        run.training_step()
+        losses.append(run.sums["loss/total"].item())
+        run.sums = {}
+    return losses
+
+
+def test_fifty_losses_equal_those_of_a_plain_loop(digits):
+    cfg = config()
+    ours, plain = trained_losses(cfg, digits, 50), plain_losses(cfg, digits, 50)
+    assert ours[:10] == pytest.approx(plain[:10], abs=1e-5)
+    assert ours == pytest.approx(plain, abs=2e-3)  # rounding grows along the chains
+
+
+def test_bf16_losses_stay_near_fp32_ones(digits):
+    exact, half = (trained_losses(config(precision=p), digits, 20) for p in ("fp32", "bf16"))
+    assert half == pytest.approx(exact, abs=0.1)
+    assert half != exact
+
+
+def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch):
+    """Two forward passes with batch normalisation, one without."""
+    for norm, sizes in (("batch", [16, 16]), ("group", [32])):
+        run, seen = trainer.Trainer(config(norm=norm), digits, torch.device("cpu")), []
+        run.forward = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
+        run.step = 1
+        run.training_step()
+        assert seen == sizes
+
+
+def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
+    cfg = config(mode="baseline_train", batch_size=200, buffer_size=200)
+    numbered = torch.arange(len(digits.train)).remainder(256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    images = data.ImageData(data.Split(numbered, digits.train.labels), digits.valid, digits.test, digits.class_names, False)
+    run, seen = trainer.Trainer(cfg, images, torch.device("cpu")), []
+    monkeypatch.setattr(data, "augment", lambda x, *_: (seen.append(x[:, 0, 0, 0].tolist()), data.to_float(x))[1])
+    assert run.steps_per_epoch == len(images.train) // 200 == 6
+    orders = []
+    for run.step in range(1, 13):
+        run.training_step()
+        orders.append(run.order)
+    for epoch in (0, 1):
+        order = orders[6 * epoch]
+        assert sorted(order.tolist()) == list(range(len(images.train)))
+        assert sum(seen[6 * epoch : 6 * epoch + 6], []) == order[:1200].remainder(256).tolist()
+    assert not torch.equal(orders[0], orders[6])
+
+
+def test_learning_rate():
+    peak = 0.1
+    assert [trainer.learning_rate(s, peak, 10, 100) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
+    assert trainer.learning_rate(55, peak, 10, 100) == pytest.approx((peak + 1e-6) / 2)
+    assert trainer.learning_rate(100, peak, 10, 100) == pytest.approx(1e-6)
+    assert trainer.learning_rate(1, peak, 0, 1) == pytest.approx(1e-6)
+    assert trainer.learning_rate(3, peak, 10, 3) == pytest.approx(0.03)
+
+
+def test_no_step_waits_for_the_device(digits, monkeypatch):
+    """Between two lines of the log nothing turns a tensor into a number."""
+    run = trainer.Trainer(config(), digits, torch.device("cpu"))
+    run.step = 1
+
+    def waits(*_):
+        raise AssertionError("waited for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    run.training_step()
