@@ -140,8 +140,8 @@ class Config:
             raise UserError(f"--image_size is for --dataset folder; {self.dataset} keeps its own size")
         if self.image_size is not None and self.image_size % 4:
             raise UserError(f"--image_size must be a multiple of 4, not {self.image_size}")
-        if self.p_x_weight == self.p_y_x_weight == 0:
-            raise UserError("--p_x_weight and --p_y_x_weight are both 0: there is nothing to train")
+        if self.mode in ("energy_train", "baseline_train") and not self.samples and self.p_y_x_weight == 0:
+            raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
         if self.samples and self.buffer_size < self.batch_size:
             raise UserError(f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
                             "draws that many different images from the buffer")
@@ -150,6 +150,8 @@ class Config:
         for name in self.metrics:
             if name not in METRICS:
                 raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
+        if self.mode == "test" and self.n_sample_steps == 0:
+            raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
         if any(c in "/\\\0" for c in self.note):
             raise UserError("--note becomes part of a directory's name and takes no slashes")
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 import data
 import likelihood as ais
@@ -28,7 +29,7 @@ from sample import load_model
 
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
 AIS_CHAINS, AIS_TEMPERATURES, AIS_BURN_IN = 100, 1000, 200
-AIS_SEARCH_TEMPERATURES = 100  # where only the scale of log p(x) is looked for
+AIS_SEARCH_TEMPERATURES = 200  # where only the scale of log p(x) is looked for
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ class Subject:
     model: JEM
     data: ImageData
     buffer: Tensor | None  # float32 (M, C, H, W)
+    judge: JEM | None  # the classifier of --feature_ckpt
     device: torch.device
 
     def rng(self) -> Generator:
@@ -70,9 +72,9 @@ class Subject:
         order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n].sort().values
         return split[order.to(split.labels.device)] if n < len(split) else split
 
-    def x(self, split: Split) -> Tensor:
-        """A split's images as floats, with the noise of ``--sigma_test``."""
-        x = to_float(split.images)
+    def x(self, images: Tensor) -> Tensor:
+        """uint8 images as floats, with the noise of ``--sigma_test``."""
+        x = to_float(images)
         return x + self.cfg.sigma_test * torch.randn(x.shape, generator=self.rng(), device=self.device)
 
     @property
@@ -86,13 +88,13 @@ class Subject:
 
 def classification(subject: Subject, section: Section) -> None:
     test, train = subject.some(subject.data.test), subject.some(subject.data.train)
-    logits, names = predict(subject.model, subject.x(test)), subject.data.class_names
+    logits, names = predict(subject.model, subject.x(test.images)), subject.data.class_names
     correct = (logits.argmax(1) == test.labels).double()
     protocol = f"test images, {subject.noise}"
     section.mean("accuracy", correct, protocol)
     section.mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
 
-    on_test, on_train = log_density(logits), log_density(predict(subject.model, subject.x(train)))
+    on_test, on_train = log_density(logits), log_density(predict(subject.model, subject.x(train.images)))
     section.mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
     section.mean("log p(x) of training images (nats)", on_train,
                  f"training images, {subject.noise}; up to the unknown constant log Z")
@@ -130,10 +132,10 @@ def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:
 
 def calibration(subject: Subject, section: Section) -> None:
     test, valid = subject.some(subject.data.test), subject.some(subject.data.valid)
-    logits = predict(subject.model, subject.x(test))
+    logits = predict(subject.model, subject.x(test.images))
     scaled = {"as trained": 1.0}
     if len(valid):
-        temperature = fit_temperature(predict(subject.model, subject.x(valid)), valid.labels)
+        temperature = fit_temperature(predict(subject.model, subject.x(valid.images)), valid.labels)
         scaled["temperature-scaled"] = temperature
         section.add("temperature", temperature, len(valid),
                     f"minimises the cross-entropy on validation images, {subject.noise}")
@@ -205,8 +207,8 @@ def likelihood(subject: Subject, section: Section) -> None:
         x = ais.dequantise((split.images * ((levels - 1) / 255)).round(), levels, rng)
         return log_density(predict(subject.model, x))
 
-    section.note("The forward estimate makes the bits look too good and the reverse one too bad: the truth lies between "
-                 "them as far as the reverse chains, begun in the buffer, have reached the density of that temperature.")
+    section.note("The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
+                 "between them as far as the reverse chains, begun in the buffer, have reached that density.")
     with exact_float32():
         sandwich_log_z(subject, section, 1.0, on(test), levels, rng)
         if not len(valid):
@@ -214,7 +216,8 @@ def likelihood(subject: Subject, section: Section) -> None:
             return
         beta = best_inverse_temperature(subject, on(valid).mean().item(), rng)
         section.add("inverse temperature 1/T", beta, len(valid), "the power of two under which validation images are "
-                    "likeliest, by short forward runs; chains of training follow a colder density than T = 1")
+                    "likeliest, by short forward runs, among those where a tenth of the chains are effective; the "
+                    "chains of training follow a colder density than T = 1")
         if beta > 1:
             sandwich_log_z(subject, section, beta, on(test), levels, rng)
 
@@ -224,13 +227,17 @@ def tempered(model: JEM, beta: float) -> ais.LogDensity:
 
 
 def best_inverse_temperature(subject: Subject, mean_on_valid: float, rng: Generator) -> float:
-    """The first maximum over 1, 2, 4, ... of the mean log-likelihood ``beta * mean_on_valid - log Z(beta)``."""
+    """The first maximum over 1, 2, 4, ... of the mean log-likelihood ``beta * mean_on_valid - log Z(beta)``.
+
+    Ends before fewer than a tenth of the chains are effective: from there on log Z is far too low, and the likelihood
+    too good.
+    """
     base, best, highest = ais.Box(subject.data.shape), 1.0, -math.inf
-    for beta in (2.0**k for k in range(20)):
+    for beta in tqdm([2.0**k for k in range(20)], desc="inverse temperatures, until the best is past", leave=False):
         density = tempered(subject.model, beta)
         step_sizes = ais.tune_step_sizes(density, base, AIS_SEARCH_TEMPERATURES, rng, n_knots=10)
         run = ais.forward_ais(density, base, AIS_CHAINS, AIS_SEARCH_TEMPERATURES, rng, step_sizes=step_sizes)
-        if beta * mean_on_valid - run.log_z < highest:
+        if run.ess < AIS_CHAINS / 10 or beta * mean_on_valid - run.log_z < highest:
             break
         best, highest = beta, beta * mean_on_valid - run.log_z
     return best
@@ -263,8 +270,13 @@ def sandwich_log_z(subject: Subject, section: Section, beta: float, on_test: Ten
         section.mean("test bits per dimension", bits, f"test images, uniformly dequantised from {levels} grey levels; "
                      f"the uniform density has {math.log2(levels):.4g} bits", (row, "bits"))
     if "reverse" in runs:
-        section.add("gap", (reverse.log_z - forward.log_z) / dim / math.log(2), AIS_CHAINS,
-                    "reverse minus forward estimate of log Z, in bits per dimension", at=(f"1/T = {beta:g}", "bits"))
+        gap = (reverse.log_z - forward.log_z) / dim / math.log(2)
+        section.add("gap", gap, AIS_CHAINS, "reverse minus forward estimate of log Z, in bits per dimension",
+                    at=(f"1/T = {beta:g}", "bits"))
+        if gap < -0.01:
+            section.note(f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "
+                         "that density, and the reverse estimate means nothing. The forward one still bounds log Z "
+                         "from below, so the true bits are higher than its own.")
 
 
 @contextmanager
@@ -293,13 +305,14 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
     device = utils.pick_device(cfg.gpu)
     utils.tune(device)
-    model = load_model(cfg, path, content).to(device).eval().requires_grad_(False)
+    model = frozen(cfg, path, content, device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     state, described = content["state"], content["data"]
     if list(images.shape) != list(described["shape"]) or len(images.class_names) != len(described["class_names"]):
         raise UserError(f"{path} was trained on other images than those of {cfg.dataset}: leave --dataset out")
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
-    subject = Subject(cfg, model, images, buffer, device)
+    subject = Subject(cfg, model, images, buffer, load_judge(cfg.feature_ckpt, images, device), device)
+    ood.check_names(cfg)
 
     directory = report_directory(cfg, path)
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
@@ -326,6 +339,21 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0
+
+
+def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
+    return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
+
+
+def load_judge(place: str, images: ImageData, device: torch.device) -> JEM | None:
+    """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
+    if not place:
+        return None
+    path, content = utils.find_checkpoint(place)
+    described = content["data"]
+    if described["shape"] != list(images.shape) or described["class_names"] != list(images.class_names):
+        raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
+    return frozen(Config.from_dict(content["config"], str(path)), path, content, device)
 
 
 def report_directory(cfg: Config, path: Path) -> Path:

@@ -89,8 +89,8 @@ class Box:
         return 0.5 * u.logit(eps=torch.finfo(self.dtype).eps)  # (n, *shape)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        dx_dy = logsigmoid(2 * y) + logsigmoid(-2 * y) + 2 * math.log(2)  # log of 1 - tanh(y)^2
-        return (dx_dy - math.log(2)).flatten(1).sum(1)  # (N,)
+        log_dx_dy = logsigmoid(2 * y) + logsigmoid(-2 * y) + 2 * math.log(2)  # log(1 - tanh(y)^2)
+        return (log_dx_dy - math.log(2)).flatten(1).sum(1)  # (N,)
 
     def score(self, y: Tensor) -> Tensor:
         return -2 * y.tanh()

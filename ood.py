@@ -1,6 +1,7 @@
 """Out-of-distribution detection: scores, sets to hold them against, and how well they tell them apart."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from tqdm import tqdm
 
 import data
 from config import Config
-from data import Split
 from errors import UserError
 from models import JEM, log_density
 from report import bootstrap
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from report import Section
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
+NAMED = tuple(name for name in data.DATASETS if name != "folder")
 BATCH = 100  # images; gradients in the input need the memory of training
 
 
@@ -31,7 +32,7 @@ def measure(subject: "Subject", section: "Section") -> None:
     from sklearn.metrics import average_precision_score  # slow to import
 
     test = subject.some(subject.data.test)
-    inside = scores(subject.model, subject.x(test))
+    inside = scores(subject.model, subject.x(test.images))
     outside = {}
     for name in set_names(subject.cfg):
         try:
@@ -39,7 +40,7 @@ def measure(subject: "Subject", section: "Section") -> None:
         except UserError as error:
             section.skip(name, str(error))
             continue
-        outside[name] = scores(subject.model, subject.x(Split(images, images[:, 0, 0, 0].long())))
+        outside[name] = scores(subject.model, subject.x(images))
     for name, measured in outside.items():
         for score, out in measured.items():
             within, n, at = inside[score], len(out) + len(test), (name, score)
@@ -50,9 +51,10 @@ def measure(subject: "Subject", section: "Section") -> None:
             aupr = average_precision_score(target, torch.cat([within, out]).cpu())
             section.add("AUPR", aupr, n, protocol, at=at)
             section.add("FPR at 95 % true positives", fpr_at_95(within, out), n, protocol, at=at)
-    for i, score in enumerate(inside if outside else ()):
-        section.picture(f"ood_{i + 1}", f"{score} of test images against other images",
-                        histograms({"test images": inside[score]} | {k: v[score] for k, v in outside.items()}, score))
+    for score in inside:
+        shown = {"test images": inside[score]} | {name: measured[score] for name, measured in outside.items()}
+        file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
+        section.picture(file_name, f"{score} of test images against other images", histograms(shown, score))
 
 
 def set_names(cfg: Config) -> list[str]:
@@ -60,6 +62,13 @@ def set_names(cfg: Config) -> list[str]:
     if cfg.ood_datasets == "auto":
         return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
     return [name.strip() for name in cfg.ood_datasets.split(",")]
+
+
+def check_names(cfg: Config) -> None:
+    """Raise UserError for the first name in ``--ood_datasets`` that means nothing."""
+    for name in set_names(cfg):
+        if name not in (*BUILT_IN, *NAMED) and not Path(name).is_dir():
+            raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
 def foreign_images(name: str, test: Tensor, subject: "Subject") -> Tensor:
@@ -82,12 +91,10 @@ def foreign_images(name: str, test: Tensor, subject: "Subject") -> Tensor:
         case "shuffled":
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
-        case _ if name in data.DATASETS and name != "folder":
+        case _ if name in NAMED:
             images = data.load(name, subject.cfg.data_dir, device=subject.device)
-        case _ if Path(name).is_dir():
-            images = data.load("folder", name, image_size=h, device=subject.device)
         case _:
-            raise UserError(f"neither a folder nor one of {', '.join((*BUILT_IN, *data.DATASETS[:-1]))}")
+            images = data.load("folder", name, image_size=h, device=subject.device)
     return converted(subject.some(images.test, n).images, (c, h, w))
 
 

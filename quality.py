@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from config import Config
 from data import to_float
 from errors import UserError
 from models import JEM, sampling_copy
-from sample import STEPS, load_model
+from sample import STEPS
 from sgld import SGLD, uniform_images
-from utils import find_checkpoint, image_grid, pick_dtype, to_uint8
+from utils import image_grid, pick_dtype, to_uint8
 
 if TYPE_CHECKING:
     from evaluate import Subject
@@ -181,10 +180,10 @@ def measure(subject: "Subject", section: "Section") -> None:
         add_inception_scores(section, sets, train.images)
     except UserError as error:
         section.skip("FID, IS, KID", str(error))
-    judge = None
-    if cfg.feature_ckpt:
-        judge = load_judge(cfg.feature_ckpt, subject)
-        add_judgement(section, sets, train.images, model, judge, cfg.feature_ckpt)
+    judge = subject.judge
+    if judge:
+        test = subject.some(subject.data.test).images
+        add_judgement(section, sets, train.images, test, model, judge, cfg.feature_ckpt)
     else:
         section.skip("Fréchet distance in a classifier's features", "no --feature_ckpt names one")
 
@@ -208,23 +207,14 @@ def add_inception_scores(section: "Section", sets: dict[str, tuple[Tensor, str]]
             section.add(table, std, n, against, at=(name, f"{key}, standard deviation"))
 
 
-def load_judge(place: str, subject: "Subject") -> JEM:
-    """The classifier that ``--feature_ckpt`` names, frozen; it must know the same classes of the same images."""
-    path, content = find_checkpoint(place)
-    described = content["data"]
-    if described["shape"] != list(subject.data.shape) or described["class_names"] != list(subject.data.class_names):
-        raise UserError(f"--feature_ckpt {path} was trained on other images or classes than this model")
-    judge = load_model(Config.from_dict(content["config"], str(path)), path, content)
-    return judge.to(subject.device).eval().requires_grad_(False)
-
-
-def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real: Tensor, model: JEM, judge: JEM,
-                  place: str) -> None:
+def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real: Tensor, test: Tensor, model: JEM,
+                  judge: JEM, place: str) -> None:
+    """Fréchet distances in the judge's features, with that of test images as the best to hope for, and accuracy."""
     table = "in a classifier's features"
-    distance = frechet_distance(Features(judge), real)
+    distance, features = frechet_distance(Features(judge), real), f"features of {place}, {len(real)} training images"
+    section.add(table, distance(test), len(test), f"test images; {features}", at=("test images", "Fréchet distance"))
     for name, (images, protocol) in sets.items():
-        features = f"{protocol}; features and classes of {place}, against {len(real)} training images"
-        section.add(table, distance(images), len(images), features, at=(name, "Fréchet distance"))
+        section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
         agree = logits_of(judge, images).argmax(1) == logits_of(model, images).argmax(1)
         section.mean(table, agree, f"{protocol}; share of the samples that {place} puts into the class that the model "
                      "itself puts them into", (name, "accuracy"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Number:
         return f"{text} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else text
 
 
-def bootstrap(statistic, *groups: Tensor, seed: int = 0, replicates: int = 1000) -> Interval:
+def bootstrap(statistic: Callable[..., Any], *groups: Tensor, seed: int = 0, replicates: int = 1000) -> Interval:
     """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn anew, with replacement, on its own."""
     rng = torch.Generator().manual_seed(seed)
     groups = [group.cpu() for group in groups]
@@ -100,7 +101,7 @@ class Section:
 
     def markdown(self) -> str:
         protocols = list(dict.fromkeys(number.protocol for number in self.scalars().values()))
-        marks = {protocol: f"({chr(ord('a') + i)})" for i, protocol in enumerate(protocols)}
+        marks = {protocol: f"({i})" for i, protocol in enumerate(protocols, 1)}
         parts = [f"## {self.name}"]
         if self.numbers:
             lines = [(name, str(x), str(x.n), marks[x.protocol]) for name, x in self.numbers.items()]

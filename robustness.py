@@ -91,11 +91,24 @@ def pgd(norm: str, steps: int) -> Attack:
     return lambda classifier, epsilon: kind(classifier, eps=epsilon, alpha=2.5 * epsilon / steps, steps=steps)
 
 
-def auto_attack(norm: str, n_classes: int, seed: int) -> Attack:
-    """AutoAttack, standard version (Croce & Hein, ICML 2020)."""
+def auto_attack(norm: str, n_classes: int, seed: int, steps: int = 100) -> Attack:
+    """AutoAttack's standard version (Croce & Hein, ICML 2020) against at least 4 classes, up to 9 of them as targets.
+
+    Put together here because torchattacks.AutoAttack gives its members 10 steps instead of their authors' 100.
+    """
     import torchattacks
 
-    return lambda classifier, epsilon: torchattacks.AutoAttack(classifier, norm, epsilon, "standard", n_classes, seed)
+    def attack(classifier: nn.Module, epsilon: float) -> torchattacks.MultiAttack:
+        ball = {"norm": norm, "eps": epsilon, "seed": seed}
+        targets = {"n_classes": min(n_classes, 10), "steps": steps}
+        return torchattacks.MultiAttack([
+            torchattacks.APGD(classifier, loss="ce", steps=steps, **ball),
+            torchattacks.APGDT(classifier, **targets, **ball),
+            torchattacks.FAB(classifier, multi_targeted=True, **targets, **ball),
+            torchattacks.Square(classifier, n_queries=5000, **ball),
+        ])
+
+    return attack
 
 
 @torch.no_grad()
@@ -156,6 +169,7 @@ class Norm(NamedTuple):
     name: str
     epsilons: dict[str, float]
     standard: str
+    unit: float  # of the figure's axis
 
     def grey_epsilon(self, dim: int) -> float:
         """From here on any image of ``dim`` values can become plain grey: no model can be right."""
@@ -174,8 +188,8 @@ class Sweep(NamedTuple):
     protocol: str
 
 
-NORMS = (Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255"),
-         Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5"))
+NORMS = (Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
+         Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1))
 IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 MASKED = 0.02  # accuracy where it should be zero
@@ -187,7 +201,9 @@ def measure(subject: "Subject", section: "Section") -> None:
     batch = max(1, 100 * 3072 // dim)  # images at once; 100 of 32x32 need the memory of training
     test = subject.some(subject.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
-    plain = Classifier(subject.model)
+    plain, n_classes = Classifier(subject.model), len(subject.data.class_names)
+    if n_classes < 4:
+        section.skip("AutoAttack", f"it needs at least 4 classes, not {n_classes}")
     sweeps = [Sweep("PGD", plain, len(x), PGD_STEPS, RESTARTS, batch, "")]
     if cfg.refine_steps:
         refined = RefinedClassifier(subject.model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, subject.rng())
@@ -200,13 +216,14 @@ def measure(subject: "Subject", section: "Section") -> None:
     for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
         for sweep in sweeps:
             add_sweep(section, norm, sweep, x, y, axes)
-        strongest = auto_attack(norm.name, len(subject.data.class_names), cfg.seed)
-        epsilon = norm.epsilons[norm.standard]
-        kept = survivors(plain, strongest, x, y, [epsilon], 1, batch, f"{norm.name}, AutoAttack")[-1]
-        section.mean(f"accuracy under {norm.name} attack", kept, "AutoAttack, standard version, on all images of PGD",
-                     (norm.standard, "AutoAttack"))
-        axes.plot(epsilon, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
-        axes.set(xlabel=f"{norm.name} epsilon, [0, 1] scale", ylabel="accuracy", ylim=(-0.02, 1.02))
+        if n_classes >= 4:
+            strongest, epsilon = auto_attack(norm.name, n_classes, cfg.seed), norm.epsilons[norm.standard]
+            kept = survivors(plain, strongest, x, y, [epsilon], 1, batch, f"{norm.name}, AutoAttack")[-1]
+            section.mean(f"accuracy under {norm.name} attack", kept, "AutoAttack, standard version (APGD-CE, APGD-T, "
+                         "FAB-T of 100 steps, Square of 5,000 queries), no noise added", (norm.standard, "AutoAttack"))
+            axes.plot(epsilon / norm.unit, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
+        unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
+        axes.set(xlabel=f"{norm.name} epsilon ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
         axes.legend()
     section.picture("robustness", "Accuracy under attack", figure)
@@ -218,13 +235,13 @@ def add_sweep(section: "Section", norm: Norm, sweep: Sweep, x: Tensor, y: Tensor
     epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
     alive = survivors(sweep.classifier, pgd(norm.name, sweep.steps), x[: sweep.n], y[: sweep.n],
                       list(epsilons.values()), sweep.restarts, sweep.batch_size, f"{norm.name}, {sweep.name}")
-    protocol = (f"{norm.name} PGD, {sweep.steps} steps of 2.5 epsilon / {sweep.steps}, {sweep.restarts} random starts, "
+    protocol = (f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
                 "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too"
                 f"{sweep.protocol}")
     for label, kept in zip(["0", *epsilons], alive, strict=True):
         section.mean(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
     shares = [kept.double().mean().item() for kept in alive]
-    axes.plot([0, *norm.epsilons.values()], shares[:-1], "o-", label=sweep.name)
+    axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
     if shares[-1] > MASKED:
         section.note(f"**Masked gradients?** At {norm.name} epsilon {grey:.3g}, where any image can become plain grey, "
                      f"{sweep.name} leaves an accuracy of {shares[-1]:.3f} instead of about zero: it is the attack "
@@ -236,6 +253,17 @@ def add_distal_adversarials(subject: "Subject", section: "Section", n_each: int 
     x, reached = distal_adversarials(subject.model, subject.data.shape, len(names), n_each, subject.rng())
     section.mean("p(y|x) of distal adversarials", reached,
                  f"gradient ascent from uniform noise until 0.9; {n_each} of each of {len(names)} classes")
-    section.picture("distal", f"Distal adversarials: noise that gradient ascent has made into something of which the "
-                    f"model is 90 % sure; a row for each class, from {names[0]} to {names[-1]}",
-                    image_grid(to_uint8(x), n_each))
+    section.picture("distal", "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class",
+                    distal_figure(to_uint8(x[: 20 * n_each]), names, n_each))
+
+
+def distal_figure(images: Tensor, names: tuple[str, ...], n_each: int) -> Figure:
+    """Images (N, C, H, W), a row of ``n_each`` for each class."""
+    grid = image_grid(images, n_each, padding=8)
+    n_rows = len(images) // n_each
+    figure = Figure(figsize=(7, 0.7 * n_rows), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid)
+    axes.set_yticks([(i + 0.5) * len(grid) / n_rows for i in range(n_rows)], names[:n_rows])
+    axes.set(xticks=[], frame_on=False)
+    return figure

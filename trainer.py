@@ -264,7 +264,8 @@ class Trainer:
             state["buffer"] = self.buffer.state_dict()
         return state
 
-    plain_state = ("step", "best", "order", "sums", "summed", "classes", "remedies", "recoveries", "failures", "failed_at")
+    plain_state = ("step", "best", "order", "sums", "summed", "classes",
+                   "remedies", "recoveries", "failures", "failed_at")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
@@ -323,8 +324,8 @@ class Trainer:
         diverged_at, history = self.step, (self.recoveries + 1, self.failures, self.failed_at, self.remedies)
         place = self.good["step"]
         if self.recoveries >= self.cfg.max_recoveries:
-            raise TrainingFailed(f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used up; "
-                                 "try more --sgld_step, a lower --lr, or --energy_l2 0.1")
+            raise TrainingFailed(f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used "
+                                 "up; try more --sgld_step, a lower --lr, or --energy_l2 0.1")
         self.load_state_dict(self.good)
         self.candidate = None
         self.recoveries, self.failures, self.failed_at, self.remedies = history
@@ -399,7 +400,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
-        values = {name: accuracy(self.averaged_model, split, self.dtype) for name, split in splits.items() if len(split)}
+        model = self.averaged_model
+        values = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
         self.bar.write(f"step {self.step}, epoch {self.epoch:.4g}: "
                        + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items()))
         return {"epoch": self.epoch} | values
@@ -409,7 +411,7 @@ class Trainer:
         images = ", ".join(f"{len(getattr(self.data, part))} {part}" for part in ("train", "valid", "test"))
         lines = {
             "run": self.run.path,
-            "device": utils.environment(self.device)["device"],
+            "device": utils.device_name(self.device),
             "precision": f"{str(self.dtype).removeprefix('torch.')}, {'compiled' if self.compile else 'not compiled'}",
             "network": f"WRN-{self.cfg.depth}-{self.cfg.width}, {parameters:,} parameters",
             "data": f"{self.cfg.dataset} {'x'.join(map(str, self.data.shape))}: {images}",

@@ -92,8 +92,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv), "git_commit": commit, "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
     }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------- the run directory

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, by torch.profiler.
 
-    python benchmarks/profile_step.py --depth 28 --width 10 --batch_size 128
+python benchmarks/profile_step.py --depth 28 --width 10 --batch_size 128
 """
 
 import argparse
@@ -45,8 +45,14 @@ def main() -> None:
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
     utils.tune(device)
-    cfg = Config(depth=args.depth, width=args.width, batch_size=args.batch_size, sgld_step=args.sgld_step,
-                 precision=args.precision, compile=args.compile or ("on" if on_gpu else "off"))
+    cfg = Config(
+        depth=args.depth,
+        width=args.width,
+        batch_size=args.batch_size,
+        sgld_step=args.sgld_step,
+        precision=args.precision,
+        compile=args.compile or ("on" if on_gpu else "off"),
+    )
     run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
     for run.step in (1, 2):  # warm-up
         run.training_step()
@@ -63,8 +69,10 @@ def main() -> None:
         time = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / args.steps
         seconds[kind_of(event.key)] = seconds.get(kind_of(event.key), 0) + time
     seconds["gaps"] = max(0.0, wall - sum(seconds.values()))
-    print(f"one training step of WRN-{args.depth}-{args.width}, batch {args.batch_size}, {args.sgld_step} SGLD steps, "
-          f"{str(run.dtype).removeprefix('torch.')}: {1e3 * wall:.1f} ms under the profiler")
+    print(
+        f"one training step of WRN-{args.depth}-{args.width}, batch {args.batch_size}, {args.sgld_step} SGLD steps, "
+        f"{str(run.dtype).removeprefix('torch.')}: {1e3 * wall:.1f} ms under the profiler"
+    )
     for kind, time in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{kind:12} {1e3 * time:9.1f} ms  {100 * time / wall:5.1f} %")
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"

@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --depth 28 --width 10 --batch_size 128 --device cuda --json h200.json
 
 Both sides run in turn in one process after a warm-up; times are medians, with the smallest and largest behind them.
-FLOPs are those of the plain loop's network passes (torch's FlopCounterMode), the ceiling is the bf16 matrix product
-measured in the same process. The loop's overhead is what logging, pictures, evaluation and checkpoints add to bare
-training steps.
+FLOPs are those of the network passes that the method needs (torch's FlopCounterMode), the ceiling is the bf16 matrix
+product measured in the same process, and the loop's overhead what logging, pictures, evaluation and checkpoints add to bare
+steps.
 """
 
 import argparse
@@ -58,17 +58,24 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * n**3 / min(measure({"matmul": lambda: a @ b}, device, 10)["matmul"])
 
 
-def count_flops(function) -> int:
+def pass_flops(network: torch.nn.Module, x: torch.Tensor, *, train: bool) -> int:
+    """FLOPs of a forward pass and of the backward pass to the parameters (train) or to the input (an SGLD step)."""
+    network.requires_grad_(train)
     with FlopCounterMode(display=False) as counter:
-        function()
+        network(x.clone().requires_grad_(not train)).sum().backward()
+    network.requires_grad_(True)
+    network.zero_grad()
     return counter.get_total_flops()
 
 
 def synthetic(n: int, shape: tuple[int, int, int], device: torch.device) -> data.ImageData:
     """Random images in CIFAR-10's numbers; speed does not depend on what they show."""
+
     def split(n):
-        return data.Split(torch.randint(256, (n, *shape), dtype=torch.uint8, device=device),
-                          torch.randint(10, (n,), device=device))
+        return data.Split(
+            torch.randint(256, (n, *shape), dtype=torch.uint8, device=device), torch.randint(10, (n,), device=device)
+        )
+
     return data.ImageData(split(n * 9 // 10), split(n // 10), split(n // 5), tuple("0123456789"), True)
 
 
@@ -92,7 +99,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--compile", choices=["on", "off"], default=None, help="default: on for CUDA, off for the CPU")
+    parser.add_argument("--compile", choices=["on", "off"], help="default: on for CUDA, off for the CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", default="sampler,step,data", help="comma list of sampler, step, data, loop, scaling")
     parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
@@ -103,8 +110,15 @@ def main() -> None:
     utils.tune(device)
 
     def config(**changes) -> Config:
-        options = {"depth": args.depth, "width": args.width, "batch_size": args.batch_size, "sgld_step": args.sgld_step,
-                   "precision": args.precision, "compile": compile, "max_steps": args.loop_steps}
+        options = {
+            "depth": args.depth,
+            "width": args.width,
+            "batch_size": args.batch_size,
+            "sgld_step": args.sgld_step,
+            "precision": args.precision,
+            "compile": compile,
+            "max_steps": args.loop_steps,
+        }
         return Config(**(options | changes))
 
     shape = (3, args.image_size, args.image_size)
@@ -114,35 +128,47 @@ def main() -> None:
     ours.step = 1
     torch.manual_seed(0)
     network = build_model(3, 10, args.depth, args.width).to(device, memory_format=torch.contiguous_format)
-    plain = PlainTraining(network, images.train.images, images.train.labels, cfg.buffer_size, args.batch_size,
-                          args.sgld_step)
+    plain = PlainTraining(
+        network, images.train.images, images.train.labels, cfg.buffer_size, args.batch_size, args.sgld_step
+    )
     start = plain.buffer[: args.batch_size]
     ceiling = matmul_rate(device)
     dtype = str(ours.dtype).removeprefix("torch.")
-    print(f"{utils.environment(device)['device']}, torch {torch.__version__}; WRN-{args.depth}-{args.width}, "
-          f"batch {args.batch_size}, {args.sgld_step} SGLD steps, {dtype}, compile {compile}\n"
-          f"bf16 matrix product: {ceiling / 1e12:.3f} TFLOP/s")
+    print(
+        f"{utils.device_name(device)}, torch {torch.__version__}; WRN-{args.depth}-{args.width}, "
+        f"batch {args.batch_size}, {args.sgld_step} SGLD steps, {dtype}, compile {compile}\n"
+        f"bf16 matrix product: {ceiling / 1e12:.3f} TFLOP/s"
+    )
     rows = []
 
-    def against_plain(name, plain_function, our_function):
-        flops = count_flops(plain_function)
+    def against_plain(name, plain_function, our_function, flops):
         times = measure({"plain": plain_function, "ours": our_function}, device, args.repeats)
         rate = flops / statistics.median(times["ours"])
         rows.append(show(f"{name}, plain", times["plain"]))
         note = f"{rate / 1e12:.3f} TFLOP/s, {100 * rate / ceiling:.0f} % of the matrix product"
-        rows.append(show(name, times["ours"], times["plain"], note) | {"flops": flops, "share_of_matmul": rate / ceiling})
+        row = show(name, times["ours"], times["plain"], note)
+        rows.append(row | {"flops": flops, "share_of_matmul": rate / ceiling})
+
+    sampling_flops = args.sgld_step * pass_flops(network, start, train=False)
+    training_flops = 2 * pass_flops(network, start, train=True)  # real and sampled images
 
     parts = args.parts.split(",")
     if "sampler" in parts:
-        against_plain("sampler", lambda: plain_sampler(network, start, args.sgld_step, 1.0, 0.01),
-                      lambda: ours.sgld(start, args.sgld_step, 1.0, 0.01, ours.sgld_rng))
+        against_plain(
+            "sampler",
+            lambda: plain_sampler(network, start, args.sgld_step, 1.0, 0.01),
+            lambda: ours.sgld(start, args.sgld_step, 1.0, 0.01, ours.sgld_rng),
+            sampling_flops,
+        )
     if "step" in parts:
         ours.training_step()
         ours.step = 2  # the epoch's order is drawn at its first step
-        against_plain("training step", plain, ours.training_step)
+        against_plain("training step", plain, ours.training_step, sampling_flops + training_flops)
     if "data" in parts:
         batch = torch.arange(args.batch_size, device=device)
-        times = measure({"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.data_rng)}, device, 20)
+        times = measure(
+            {"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.data_rng)}, device, 20
+        )
         rows.append(show("batch and augmentation", times["data"]))
     if "loop" in parts:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -156,12 +182,21 @@ def main() -> None:
             bare.step = step
             bare.training_step()
         steps = clock(device) - before
-        rows.append(show(f"{args.loop_steps} bare steps", [steps], note=f"{args.loop_steps * args.batch_size / steps:.1f} images/s"))
-        rows.append(show("the same with log and dumps", [loop], note=f"{args.loop_steps * args.batch_size / loop:.1f} images/s, "
-                         f"overhead {100 * (loop / steps - 1):.1f} %"))
+        n = args.loop_steps * args.batch_size
+        rows.append(show(f"{args.loop_steps} bare steps", [steps], note=f"{n / steps:.1f} images/s"))
+        rows.append(
+            show(
+                "the same with log and dumps",
+                [loop],
+                note=f"{n / loop:.1f} images/s, overhead {100 * (loop / steps - 1):.1f} %",
+            )
+        )
     if "scaling" in parts:
-        for name, values in {"batch_size": (args.batch_size // 2, args.batch_size * 2), "width": (1, 2, 4),
-                             "sgld_step": (5, 10, 40)}.items():
+        for name, values in {
+            "batch_size": (args.batch_size // 2, args.batch_size * 2),
+            "width": (1, 2, 4),
+            "sgld_step": (5, 10, 40),
+        }.items():
             for value in values:
                 run = Trainer(config(**{name: value}), images, device)
                 run.step = 1
@@ -175,8 +210,13 @@ def main() -> None:
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the process: {memory / 2**30:.2f} GiB")
     if args.json:
-        content = {"environment": utils.environment(device), "options": vars(args), "matmul_flops_per_second": ceiling,
-                   "peak_bytes": memory, "rows": rows}
+        content = {
+            "environment": utils.environment(device),
+            "options": vars(args),
+            "matmul_flops_per_second": ceiling,
+            "peak_bytes": memory,
+            "rows": rows,
+        }
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
 
 

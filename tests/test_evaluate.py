@@ -17,7 +17,6 @@ import ood
 import robustness
 from config import Config
 from data import Split, load
-from errors import UserError
 from evaluate import Subject, accuracy, calibration_errors, fit_temperature, predict
 from main import main
 from models import build_model
@@ -38,7 +37,7 @@ def model():
 @pytest.fixture(scope="module")
 def subject(model):
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=40)
-    return Subject(cfg, model, load("digits"), None, torch.device("cpu"))
+    return Subject(cfg, model, load("digits"), None, None, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -164,11 +163,6 @@ def test_conversion_to_another_shape():
     assert torch.equal(converted(flat, (1, 8, 8)), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8))
 
 
-def test_a_set_that_is_not_there_is_named(subject):
-    with pytest.raises(UserError, match="neither a folder nor one of interp"):
-        foreign_images("nowhere", subject.data.test.images, subject)
-
-
 def test_some_images_are_the_same_every_time_and_random(subject):
     split = Split(torch.arange(200), torch.arange(200))
     chosen = subject.some(split).images
@@ -178,11 +172,11 @@ def test_some_images_are_the_same_every_time_and_random(subject):
 
 
 def test_noise_is_added_only_when_asked(subject):
-    split = subject.data.test
-    assert torch.equal(subject.x(split), split.images / 127.5 - 1)
+    images = subject.data.test.images
+    assert torch.equal(subject.x(images), images / 127.5 - 1)
     noisy = replace(subject, cfg=replace(subject.cfg, sigma_test=0.5))
-    assert (noisy.x(split) - subject.x(split)).std().item() == pytest.approx(0.5, rel=0.02)
-    assert torch.equal(noisy.x(split), noisy.x(split))
+    assert (noisy.x(images) - subject.x(images)).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(noisy.x(images), noisy.x(images))
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -211,14 +205,14 @@ def quick(monkeypatch):
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 2))
-    shorter = {"AIS_TEMPERATURES": 3, "AIS_SEARCH_TEMPERATURES": 2, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}
-    for name, value in shorter.items():
+    for name, value in {"AIS_TEMPERATURES": 3, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}.items():
         monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "best_inverse_temperature", lambda *_: 2.0)
 
 
-def test_the_whole_command_and_its_report_read_back(run, quick, capsys):
+def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
     command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "30", "--n_sample_steps", "3",
-               "--refine_steps", "2", "--ood_datasets", "noise,nowhere,shuffled", "--feature_ckpt", str(run)]
+               "--refine_steps", "2", "--ood_datasets", f"noise,{tmp_path},shuffled", "--feature_ckpt", str(run)]
     assert main(command) == 0
     results = json.loads((run / "eval" / "results.json").read_text())
     assert {"classification", "calibration", "ood", "robustness", "quality", "likelihood"} < results.keys()
@@ -228,7 +222,7 @@ def test_the_whole_command_and_its_report_read_back(run, quick, capsys):
     accuracy = results["classification"]["results"]["accuracy"]
     assert accuracy["n"] == 30 and accuracy["interval"][0] <= accuracy["value"] <= accuracy["interval"][1]
     assert "no noise" in accuracy["protocol"]
-    assert "nowhere" in results["ood"]["absent"] and "nowhere: absent" in capsys.readouterr().out
+    assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
     assert "FID, IS, KID" in results["quality"]["absent"] or "Inception scores" in results["quality"]["results"]
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["accuracy"]
@@ -273,6 +267,9 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
 @pytest.mark.parametrize(("options", "message"), [
     (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
     (["--load_ckpt", "RUN", "--width", "2"], "another network"),
+    (["--load_ckpt", "RUN", "--ood_datasets", "noise,nowhere"], "'nowhere' is neither a folder nor one of interp"),
+    (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
+    (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
     (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
     (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
     ([], "needs --load_ckpt"),

@@ -10,19 +10,67 @@ from config import Config
 
 NAMES = [f"--{f.name}" for f in fields(Config) if f.name not in ("mode", "gpu")]
 VALUES = st.one_of(
-    st.sampled_from(["0", "1", "-1", "2", "4", "10", "nan", "inf", "-inf", "1e400", "0.5", "", "auto", "digits", "folder",
-                     "all", "cpu", "..", "/dev/null", "/nonexistent/x", "none", "batch", "999999999999999999999", "é", "\x00"]),
-    st.text(max_size=8), st.integers().map(str), st.floats().map(str))
+    st.sampled_from(
+        [
+            "0",
+            "1",
+            "-1",
+            "2",
+            "4",
+            "10",
+            "nan",
+            "inf",
+            "-inf",
+            "1e400",
+            "0.5",
+            "",
+            "auto",
+            "digits",
+            "folder",
+            "all",
+            "cpu",
+            "..",
+            "/dev/null",
+            "/nonexistent/x",
+            "none",
+            "batch",
+            "999999999999999999999",
+            "é",
+            "\x00",
+        ]
+    ),
+    st.text(max_size=8),
+    st.integers().map(str),
+    st.floats().map(str),
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mode=st.sampled_from(["energy_train", "baseline_train", "test", "sample", "fly"]),
-       options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=3), stray=st.booleans())
+@given(
+    mode=st.sampled_from(["energy_train", "baseline_train", "test", "sample", "fly"]),
+    options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=3),
+    stray=st.booleans(),
+)
 def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Training itself is out of scope: a batch larger than the digits ends every command line that is right so far.
-    arguments = ["--mode", mode, "--gpu", "cpu", "--dataset", "digits", "--depth", "10", "--width", "1",
-                 *(part for option in options for part in option), "--batch_size", "2000", "--buffer_size", "2000"]
+    arguments = [
+        "--mode",
+        mode,
+        "--gpu",
+        "cpu",
+        "--dataset",
+        "digits",
+        "--depth",
+        "10",
+        "--width",
+        "1",
+        *(part for option in options for part in option),
+        "--batch_size",
+        "2000",
+        "--buffer_size",
+        "2000",
+    ]
     try:
         status = main.main([*arguments, *(["stray"] if stray else [])])
     except SystemExit as stop:  # --help

@@ -67,7 +67,7 @@ def test_log_z_of_a_64d_gaussian_is_sandwiched_to_a_tenth_of_a_nat():
 def test_log_z_in_the_box_agrees_with_quadrature():
     shape = (1, 8, 8)
     log_z = math.prod(shape) * math.log(TILT_CDF[-1])
-    forward = forward_ais(tilt, Box(shape), 512, 300, seeded(3), n_leapfrog=5)
+    forward = forward_ais(tilt, Box(shape), 512, 200, seeded(3), n_leapfrog=5)
     assert forward.log_z == pytest.approx(log_z, abs=0.1)
     assert forward.samples.shape == (512, *shape) and forward.samples.abs().max() <= 1
 
@@ -161,7 +161,7 @@ def test_hmc_in_the_box_converges_to_the_density_up_to_the_walls():
     assert torch.equal(at.ratio, path.point(at.y).ratio)  # carried along with the right point
 
 
-def test_the_box_is_uniform_and_includes_its_walls():
+def test_the_box_is_uniform_and_includes_its_walls(monkeypatch):
     box = Box((2, 2), dtype=torch.float64)
     y = box.sample(5000, seeded(26))
     assert stats.kstest(box.to_image(y).flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
@@ -170,7 +170,8 @@ def test_the_box_is_uniform_and_includes_its_walls():
     x = torch.tensor([[[-1.0, 1.0], [0.3, -0.99]]], dtype=torch.float64)
     assert torch.allclose(box.to_image(box.from_image(x)), x, atol=2e-6)
     assert box.from_image(x).isfinite().all()
-    assert Box((2,)).sample(100_000, seeded(27)).isfinite().all()
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))  # happens once in 2^24
+    assert Box((2,)).sample(5, seeded(27)).isfinite().all()
 
 
 def test_a_flat_density_has_the_volume_of_the_box_whatever_the_walls_do():
@@ -269,7 +270,8 @@ def test_bits_bound_the_code_length_and_are_tight_for_a_density_flat_in_each_cel
     p_level = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
     grey = torch.multinomial(p_level.expand(2000, 4), 6, replacement=True, generator=seeded(24))  # (2000, 6)
     x = dequantise(grey, 4, seeded(25))
-    assert torch.equal(((x + 1) / 2 * 4).floor().long(), grey)
+    within = (x + 1) / 2 * 4 - grey
+    assert stats.kstest(within.flatten().numpy(), "uniform").pvalue > 1e-4  # on [0, 1], so in the right cell
     cell = (2 * x + 2).floor().long()
     log_px = (p_level[cell] / 0.5).log().sum(1)  # each of the 4 cells of [-1, 1] is 0.5 wide
     code_length = -p_level[grey].log2().mean(1)

@@ -14,8 +14,28 @@ import data
 import main
 import utils
 
-TINY = ["--dataset", "digits", "--gpu", "cpu", "--depth", "10", "--width", "1", "--batch_size", "16", "--sgld_step", "2",
-        "--buffer_size", "64", "--n_valid", "100", "--warmup_steps", "2", "--precision", "fp32"]
+TINY = [
+    "--dataset",
+    "digits",
+    "--gpu",
+    "cpu",
+    "--depth",
+    "10",
+    "--width",
+    "1",
+    "--batch_size",
+    "16",
+    "--sgld_step",
+    "2",
+    "--buffer_size",
+    "64",
+    "--n_valid",
+    "100",
+    "--warmup_steps",
+    "2",
+    "--precision",
+    "fp32",
+]
 
 
 def train(logdir, *options):
@@ -72,12 +92,29 @@ class TestEnergyTrain:
         assert steps == sorted(set(steps)) and steps[-1] == 84
         assert set(range(10, 81, 10)) <= set(steps)
         line = next(line for line in lines if line["step"] == 80)
-        assert {"epoch", "loss/total", "loss/classification", "loss/generative", "log_density/real",
-                "log_density/real_std", "log_density/sampled", "log_density/sampled_std", "accuracy/train", "lr",
-                "speed/images_per_second", "gradient_norm", "sgld/gradient_norm", "sgld/distance_moved",
-                "sgld/saturated_share", "sgld/buffer_age", "sgld/classes"} <= set(line)
+        assert {
+            "epoch",
+            "loss/total",
+            "loss/classification",
+            "loss/generative",
+            "log_density/real",
+            "log_density/real_std",
+            "log_density/sampled",
+            "log_density/sampled_std",
+            "accuracy/train",
+            "lr",
+            "speed/images_per_second",
+            "gradient_norm",
+            "sgld/gradient_norm",
+            "sgld/distance_moved",
+            "sgld/saturated_share",
+            "sgld/buffer_age",
+            "sgld/classes",
+        } <= set(line)
         assert line["loss/total"] == pytest.approx(line["loss/classification"] + line["loss/generative"], abs=1e-5)
-        assert line["loss/generative"] == pytest.approx(line["log_density/sampled"] - line["log_density/real"], abs=1e-5)
+        assert line["loss/generative"] == pytest.approx(
+            line["log_density/sampled"] - line["log_density/real"], abs=1e-5
+        )
         assert sum(line["sgld/classes"]) == 10 * 16
         assert line["epoch"] == pytest.approx(80 / 83)
         assert 0 <= lines[-1]["accuracy/test"] <= 1
@@ -89,23 +126,37 @@ class TestEnergyTrain:
         model.load_state_dict(state["state"]["model"])
         for part in ("valid", "test"):
             split = getattr(images, part)
-            right = sum(model(split.images[i : i + 1] / 127.5 - 1).argmax().item() == split.labels[i].item()
-                        for i in range(len(split)))
+            right = sum(
+                model(split.images[i : i + 1] / 127.5 - 1).argmax().item() == split.labels[i].item()
+                for i in range(len(split))
+            )
             assert metrics(jem)[-1][f"accuracy/{part}"] == pytest.approx(right / len(split))
 
     def test_tensorboard(self, jem):
         board = EventAccumulator(str(jem), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
         board.Reload()
         tags = board.Tags()
-        assert {"loss/total", "loss/classification", "loss/generative", "log_density/real", "log_density/sampled",
-                "accuracy/train", "accuracy/valid", "accuracy/test", "lr", "speed/images_per_second"} <= set(tags["scalars"])
+        assert {
+            "loss/total",
+            "loss/classification",
+            "loss/generative",
+            "log_density/real",
+            "log_density/sampled",
+            "accuracy/train",
+            "accuracy/valid",
+            "accuracy/test",
+            "lr",
+            "speed/images_per_second",
+        } <= set(tags["scalars"])
         for name in ("loss/total", "accuracy/test", "lr"):
             logged = {line["step"]: line[name] for line in metrics(jem) if name in line}
             assert {e.step: pytest.approx(e.value) for e in board.Scalars(name)} == logged
         samples = board.Images("samples")
         assert [e.step for e in samples] == [1, 21, 41, 61, 81]
         assert samples[-1].encoded_image_string == (jem / "samples" / "sampled_image_00000081.png").read_bytes()
-        assert board.Images("SGLD_process_demo")[-1].encoded_image_string == (jem / "SGLD_process_demo.gif").read_bytes()
+        assert (
+            board.Images("SGLD_process_demo")[-1].encoded_image_string == (jem / "SGLD_process_demo.gif").read_bytes()
+        )
         assert "sgld/classes" in tags["histograms"]
         text = board.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "| sgld_step | 2 |" in text
@@ -130,7 +181,15 @@ class TestEnergyTrain:
     def test_what_it_says(self, tmp_path, capfd):
         run = train(tmp_path, "--max_steps", "12")
         out, err = capfd.readouterr()
-        for word in (str(run), "CPU", "float32", "WRN-10-1", "parameters", "1337 train, 100 valid, 360 test", "Done after 12"):
+        for word in (
+            str(run),
+            "CPU",
+            "float32",
+            "WRN-10-1",
+            "parameters",
+            "1337 train, 100 valid, 360 test",
+            "Done after 12",
+        ):
             assert word in out, word
         assert "images/s" in err and "steps will take about" in out + err
 
@@ -154,11 +213,34 @@ def test_no_log_leaves_out_tensorboard_only(tmp_path):
 # ------------------------------------------------------------------------------- options change what they say
 
 
-@pytest.mark.parametrize("option", [
-    "--seed=2", "--n_valid=90", "--sigma=0.3", "--norm=batch", "--norm=group", "--dropout_rate=0.5", "--activation=silu",
-    "--lr=1e-2", "--optimizer=sgd", "--optimizer=rmsprop", "--weight_decay=0.1", "--warmup_steps=4", "--reinit_freq=1",
-    "--sgld_step=3", "--sgld_lr=50", "--sgld_std=0.2", "--buffer_size=32", "--p_x_weight=0", "--p_x_weight=0.5",
-    "--p_y_x_weight=0", "--energy_l2=0.5", "--batch_size=8", "--precision=bf16"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--seed=2",
+        "--n_valid=90",
+        "--sigma=0.3",
+        "--norm=batch",
+        "--norm=group",
+        "--dropout_rate=0.5",
+        "--activation=silu",
+        "--lr=1e-2",
+        "--optimizer=sgd",
+        "--optimizer=rmsprop",
+        "--weight_decay=0.1",
+        "--warmup_steps=4",
+        "--reinit_freq=1",
+        "--sgld_step=3",
+        "--sgld_lr=50",
+        "--sgld_std=0.2",
+        "--buffer_size=32",
+        "--p_x_weight=0",
+        "--p_x_weight=0.5",
+        "--p_y_x_weight=0",
+        "--energy_l2=0.5",
+        "--batch_size=8",
+        "--precision=bf16",
+    ],
+)
 def test_options_that_change_the_training_do(option, tmp_path, short_run):
     """Every option that shapes training leads to other weights after 6 steps."""
     run = train(tmp_path, "--max_steps", "6", *option.split("="))
@@ -166,8 +248,20 @@ def test_options_that_change_the_training_do(option, tmp_path, short_run):
     assert mine.keys() != base.keys() or not same(mine, base)
 
 
-@pytest.mark.parametrize("option", ["--sample_every=2", "--gif_every=2", "--eval_every=2", "--ckpt_every=2", "--no_log",
-                                    "--note=x", "--ema=0.9", "--max_recoveries=3", "--diverge_threshold=500"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--sample_every=2",
+        "--gif_every=2",
+        "--eval_every=2",
+        "--ckpt_every=2",
+        "--no_log",
+        "--note=x",
+        "--ema=0.9",
+        "--max_recoveries=3",
+        "--diverge_threshold=500",
+    ],
+)
 def test_options_that_do_not_concern_the_training_leave_it_alone(option, tmp_path, short_run):
     run = train(tmp_path, "--max_steps", "6", *option.split("="))
     assert same(weights(run), weights(short_run))
@@ -191,8 +285,10 @@ def test_sgld_lr_and_std_are_the_chains(tmp_path):
 def test_sgld_step_counts_network_calls(tmp_path, monkeypatch):
     calls = []
     original = main.Trainer.__init__.__globals__["SGLD"].__call__
-    monkeypatch.setattr("trainer.SGLD.__call__", lambda self, x, steps, *a: calls.append((len(x), steps)) or
-                        original(self, x, steps, *a))
+    monkeypatch.setattr(
+        "trainer.SGLD.__call__",
+        lambda self, x, steps, *a: calls.append((len(x), steps)) or original(self, x, steps, *a),
+    )
     train(tmp_path, "--max_steps", "2", "--sgld_step", "5", "--sample_every", "100")
     assert calls == [(16, 5)] * 2
 
@@ -213,7 +309,16 @@ def test_epochs_and_max_steps_both_end_a_run(tmp_path):
 
 
 def test_eval_every_and_ckpt_every(tmp_path):
-    options = ["--mode", "baseline_train", "--batch_size", "300", "--max_steps", "9", "--eval_every", "2"]  # 4 steps an epoch
+    options = [
+        "--mode",
+        "baseline_train",
+        "--batch_size",
+        "300",
+        "--max_steps",
+        "9",
+        "--eval_every",
+        "2",
+    ]  # 4 steps an epoch
     run = train(tmp_path, *options)
     assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [8, 9]
 
@@ -230,8 +335,19 @@ def test_ema_is_what_evaluation_uses(tmp_path):
 
 
 def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
-    run = train(tmp_path, "--max_steps", "1", "--load_ckpt", str(jem), "--lr", "1e-12", "--warmup_steps", "0",
-                "--reinit_freq", "0")
+    run = train(
+        tmp_path,
+        "--max_steps",
+        "1",
+        "--load_ckpt",
+        str(jem),
+        "--lr",
+        "1e-12",
+        "--warmup_steps",
+        "0",
+        "--reinit_freq",
+        "0",
+    )
     mine, theirs = (utils.load_checkpoint(r / "ckpt" / "last.pt")["state"] for r in (run, jem))
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
@@ -280,22 +396,50 @@ def refused(capsys, *options):
     return err
 
 
-@pytest.mark.parametrize("options, words", [
-    ("--nonsense", "--nonsense"), ("--mode fly", "--mode takes one of energy_train"), ("--depth 12", "6n + 4"),
-    ("--depth x", "--depth"), ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
-    ("--buffer_size 8", "--buffer_size 8 is smaller than --batch_size 16"), ("--lr -1", "--lr must be above 0"),
-    ("--lr nan", "--lr must be a finite number"), ("--lr inf", "--lr"), ("--sigma -0.1", "--sigma must be at least 0"),
-    ("--dropout_rate 1", "--dropout_rate"), ("--sgld_step 0", "--sgld_step must be at least 1"), ("--sgld_std -1", "--sgld_std"),
-    ("--reinit_freq 1.5", "--reinit_freq must be at most 1"), ("--gpu one", "--gpu"), ("--gpu -1", "--gpu"),
-    ("--norm layer", "--norm takes one of"), ("--optimizer lion", "--optimizer takes one of"), ("--epochs 0", "--epochs"),
-    ("--max_steps 0", "--max_steps"), ("--ema 1", "--ema"), ("--image_size 32", "--image_size is for --dataset folder"),
-    ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"), ("--n_valid 2000", "--n_valid 2000"), ("--seed -1", "--seed"),
-    ("--note a/b", "--note"), ("--width 0", "--width"), ("--dataset imagenet", "--dataset takes one of"),
-    ("--dataset folder --data_dir nowhere", "nowhere"), ("--load_ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("--resume nowhere", "no checkpoint at nowhere"), ("--resume a --load_ckpt b", "give one of them"),
-    ("--warmup_steps -1", "--warmup_steps"), ("--precision fp8", "--precision takes one of"), ("--compile maybe", "--compile"),
-    ("--sgld_lr 0 --gif_every 0", "--gif_every"), ("stray", "stray"), ("--epoch 3", "--epoch"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--nonsense", "--nonsense"),
+        ("--mode fly", "--mode takes one of energy_train"),
+        ("--depth 12", "6n + 4"),
+        ("--depth x", "--depth"),
+        ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
+        ("--buffer_size 8", "--buffer_size 8 is smaller than --batch_size 16"),
+        ("--lr -1", "--lr must be above 0"),
+        ("--lr nan", "--lr must be a finite number"),
+        ("--lr inf", "--lr"),
+        ("--sigma -0.1", "--sigma must be at least 0"),
+        ("--dropout_rate 1", "--dropout_rate"),
+        ("--sgld_step 0", "--sgld_step must be at least 1"),
+        ("--sgld_std -1", "--sgld_std"),
+        ("--reinit_freq 1.5", "--reinit_freq must be at most 1"),
+        ("--gpu one", "--gpu"),
+        ("--gpu -1", "--gpu"),
+        ("--norm layer", "--norm takes one of"),
+        ("--optimizer lion", "--optimizer takes one of"),
+        ("--epochs 0", "--epochs"),
+        ("--max_steps 0", "--max_steps"),
+        ("--ema 1", "--ema"),
+        ("--image_size 32", "--image_size is for --dataset folder"),
+        ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
+        ("--mode baseline_train --p_y_x_weight 0", "nothing to train"),
+        ("--n_valid 2000", "--n_valid 2000"),
+        ("--seed -1", "--seed"),
+        ("--note a/b", "--note"),
+        ("--width 0", "--width"),
+        ("--dataset imagenet", "--dataset takes one of"),
+        ("--dataset folder --data_dir nowhere", "nowhere"),
+        ("--load_ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("--resume nowhere", "no checkpoint at nowhere"),
+        ("--resume a --load_ckpt b", "give one of them"),
+        ("--warmup_steps -1", "--warmup_steps"),
+        ("--precision fp8", "--precision takes one of"),
+        ("--compile maybe", "--compile"),
+        ("--sgld_lr 0 --gif_every 0", "--gif_every"),
+        ("stray", "stray"),
+        ("--epoch 3", "--epoch"),
+    ],
+)
 def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, *options.split())
@@ -335,7 +479,9 @@ class TestBrokenCheckpoints:
         path, content = tmp_path / "flipped.pt", bytearray((jem / "ckpt" / "last.pt").read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        assert "flipped.pt is corrupted" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        assert "flipped.pt is corrupted" in refused(
+            capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs")
+        )
 
     def test_malicious(self, tmp_path, capsys):
         class Attack:

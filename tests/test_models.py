@@ -40,9 +40,18 @@ def test_stages_have_the_strides_and_widths_of_the_paper():
 
 def test_parameter_names_are_those_of_the_authors_checkpoints():
     names = set(dict(build_model(3, 10, 10, 1, norm="batch").named_parameters()))
-    assert {"f.conv1.weight", "f.conv1.bias", "f.layer1.0.bn1.weight", "f.layer2.0.conv1.weight", "f.layer2.0.bn2.bias",
-            "f.layer3.0.conv2.bias", "f.layer3.0.shortcut.0.weight", "f.bn1.weight", "class_output.weight",
-            "class_output.bias"} <= names
+    assert {
+        "f.conv1.weight",
+        "f.conv1.bias",
+        "f.layer1.0.bn1.weight",
+        "f.layer2.0.conv1.weight",
+        "f.layer2.0.bn2.bias",
+        "f.layer3.0.conv2.bias",
+        "f.layer3.0.shortcut.0.weight",
+        "f.bn1.weight",
+        "class_output.weight",
+        "class_output.bias",
+    } <= names
 
 
 def test_a_block_by_hand():
@@ -65,7 +74,9 @@ def test_a_block_by_hand():
 def test_norm_and_activation_change_the_network(norm, activation):
     model = tiny(norm=norm, activation=activation, depth=10)
     kinds = {type(m).__name__ for m in model.modules()}
-    assert {"none": "Identity", "batch": "BatchNorm2d", "instance": "InstanceNorm2d", "group": "GroupNorm"}[norm] in kinds
+    assert {"none": "Identity", "batch": "BatchNorm2d", "instance": "InstanceNorm2d", "group": "GroupNorm"}[
+        norm
+    ] in kinds
     assert {"leaky_relu": "LeakyReLU", "silu": "SiLU"}[activation] in kinds
     assert model(torch.rand(2, 1, 8, 8)).isfinite().all()
 
@@ -83,7 +94,9 @@ def test_log_density_against_a_direct_computation():
     logits = model.logits(x).tolist()
     direct = [math.log(sum(math.exp(v) for v in row)) for row in logits]
     torch.testing.assert_close(model.log_density(x), torch.tensor(direct))
-    torch.testing.assert_close(model.log_density(x, y), torch.tensor([row[k] for row, k in zip(logits, y, strict=True)]))
+    torch.testing.assert_close(
+        model.log_density(x, y), torch.tensor([row[k] for row, k in zip(logits, y, strict=True)])
+    )
     # log p(x, y) - log p(x) = log p(y|x)
     posterior = model.log_density(x, y) - model.log_density(x)
     torch.testing.assert_close(posterior, torch.log_softmax(model.logits(x), 1)[range(5), y])
@@ -113,15 +126,20 @@ def test_gradient_of_the_joint_loss_against_finite_differences():
     model = tiny(activation="silu").double()  # smooth, so that finite differences hold everywhere
     torch.manual_seed(1)
     real, sampled, y = torch.rand(3, 1, 8, 8).double(), torch.rand(2, 1, 8, 8).double(), torch.tensor([0, 1, 2])
-    chosen = {n: p for n, p in model.named_parameters()
-              if n in ("class_output.weight", "f.conv1.bias", "f.layer1.0.conv2.bias", "f.layer3.0.shortcut.0.bias")}
+    chosen = {
+        n: p
+        for n, p in model.named_parameters()
+        if n in ("class_output.weight", "f.conv1.bias", "f.layer1.0.conv2.bias", "f.layer3.0.shortcut.0.bias")
+    }
     model.logits = lambda x: model.class_output(model.f(x))  # the head in float64 as well
 
     def loss(*values):
         def logits(x):
-            h = torch.func.functional_call(model.f, {n[2:]: v for n, v in zip(chosen, values, strict=True)
-                                                     if n.startswith("f.")}, x)
+            h = torch.func.functional_call(
+                model.f, {n[2:]: v for n, v in zip(chosen, values, strict=True) if n.startswith("f.")}, x
+            )
             return h @ values[list(chosen).index("class_output.weight")].T + model.class_output.bias
+
         return joint_loss(logits(real), y, logits(sampled), 1.0, 1.0, 0.1)[0]
 
     assert gradcheck(loss, tuple(p.detach().requires_grad_() for p in chosen.values()), atol=1e-6)

@@ -81,7 +81,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
 def test_autoattack_runs_and_defeats_a_tiny_model(model, images):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = survivors(classifier, auto_attack("Linf", 4, seed=0), images, labels, [0.5], 1, 8, "")
+    alive = survivors(classifier, auto_attack("Linf", 4, seed=0, steps=10), images, labels, [0.5], 1, 8, "")
     assert alive[-1].sum() <= 1
 
 
@@ -137,7 +137,7 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section = Section("robustness", tmp_path)
-    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1")
+    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1", 1)
     sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "")
     add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots())
     column = {row: line["PGD"].value for row, line in section.tables["accuracy under Linf attack"].items()}

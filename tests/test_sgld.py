@@ -31,7 +31,7 @@ def test_one_step_on_a_gaussian_against_the_closed_form(run):
 
 
 def test_stationary_distribution_on_a_gaussian():
-    """With step a and noise s the chain x <- (1 - a) x + s z ends in N(0, s^2 / (1 - (1 - a)^2)), whatever its start."""
+    """With step a and noise s, x <- (1 - a) x + s z ends in N(0, s^2 / (1 - (1 - a)^2)), whatever its start."""
     a, s = 0.1, 0.5
     x = uniform_images(500, (1, 4, 4), generator())
     end = SGLD(gaussian(0.25, 1.0))(x, 100, a, s, generator(1)).x
@@ -46,8 +46,10 @@ def test_mean_after_some_steps_decays_as_theory_says():
     assert end.mean().item() == pytest.approx(0.9**10, abs=4 * 0.11 / math.sqrt(end.numel()))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"norm": "batch"}, {"norm": "instance"}, {"norm": "group"}, {"dropout_rate": 0.3}, {"activation": "silu"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm": "batch"}, {"norm": "instance"}, {"norm": "group"}, {"dropout_rate": 0.3}, {"activation": "silu"}],
+)
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0])], ids=["log p(x)", "log p(x, y)"])
 def test_engine_equals_reference_in_fp32(options, labels):
     torch.manual_seed(0)
@@ -91,7 +93,9 @@ def test_without_a_compiler_the_engine_warns_once_and_runs(monkeypatch):
     def broken(function, **options):
         def fail(*args):
             raise RuntimeError("no compiler")
+
         return fail
+
     monkeypatch.setattr(torch, "compile", broken)
     x = uniform_images(4, SHAPE, generator())
     sgld = SGLD(gaussian(0.0, 1.0), compile=True)
@@ -104,6 +108,7 @@ def test_without_a_compiler_the_engine_warns_once_and_runs(monkeypatch):
 def test_an_error_of_the_density_itself_is_not_taken_for_a_missing_compiler():
     def broken(x):
         raise ValueError("my density")
+
     with pytest.raises(ValueError, match="my density"):
         SGLD(broken, compile=True)(uniform_images(4, SHAPE, generator()), 1, 0.1, 0.01, generator())
 

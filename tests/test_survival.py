@@ -27,9 +27,40 @@ from errors import TrainingFailed
 KILLS = int(os.environ.get("SURVIVAL_KILLS", 2))
 FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 12))
 
-TINY = ["--dataset", "digits", "--gpu", "cpu", "--depth", "10", "--width", "1", "--batch_size", "100", "--sgld_step", "2",
-        "--buffer_size", "200", "--n_valid", "100", "--warmup_steps", "2", "--precision", "fp32", "--dropout_rate", "0.1",
-        "--ema", "0.9", "--lr", "1e-3", "--sample_every", "5", "--gif_every", "1000", "--max_steps", "34"]  # 13 steps an epoch
+TINY = [
+    "--dataset",
+    "digits",
+    "--gpu",
+    "cpu",
+    "--depth",
+    "10",
+    "--width",
+    "1",
+    "--batch_size",
+    "100",
+    "--sgld_step",
+    "2",
+    "--buffer_size",
+    "200",
+    "--n_valid",
+    "100",
+    "--warmup_steps",
+    "2",
+    "--precision",
+    "fp32",
+    "--dropout_rate",
+    "0.1",
+    "--ema",
+    "0.9",
+    "--lr",
+    "1e-3",
+    "--sample_every",
+    "5",
+    "--gif_every",
+    "1000",
+    "--max_steps",
+    "34",
+]  # 13 steps an epoch
 
 
 def start(logdir, *options):
@@ -75,8 +106,11 @@ def scalars(run):
     """(tag, step) -> value of TensorBoard's scalars; a step that came twice would be there twice."""
     board = EventAccumulator(str(run), size_guidance={"scalars": 0})
     board.Reload()
-    return {tag: [(e.step, e.value) for e in board.Scalars(tag)]
-            for tag in board.Tags()["scalars"] if not tag.startswith("speed/")}
+    return {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if not tag.startswith("speed/")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +149,14 @@ class TestSignals:
     def test_sigusr1_saves_and_goes_on(self, tmp_path, monkeypatch, undisturbed):
         saved = []
         original = utils.save_checkpoint
-        monkeypatch.setattr(utils, "save_checkpoint", lambda d, name, content, keep=None: (
-            saved.append((name, content["state"]["step"])), original(d, name, content, keep)))
+        monkeypatch.setattr(
+            utils,
+            "save_checkpoint",
+            lambda d, name, content, keep=None: (
+                saved.append((name, content["state"]["step"])),
+                original(d, name, content, keep),
+            ),
+        )
         at_step(monkeypatch, 8, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
         status, run = start(tmp_path)
         assert status == 0 and ("last.pt", 8) in saved and ("last.pt", 7) not in saved
@@ -126,6 +166,7 @@ class TestSignals:
         def twice(_):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+
         at_step(monkeypatch, 3, twice)
         status, run = start(tmp_path)
         assert status == 130 and state(run)["step"] == 0  # no checkpoint since the first
@@ -176,8 +217,19 @@ class TestResume:
         steps = [line["step"] for line in metrics(run)]
         assert steps == sorted(set(steps)) and steps[-1] == 45
 
-    @pytest.mark.parametrize("option", ["--width 2", "--seed 3", "--dataset mnist", "--lr 0.5", "--sgld_step 3",
-                                        "--norm batch", "--n_valid 90", "--mode baseline_train"])
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "--width 2",
+            "--seed 3",
+            "--dataset mnist",
+            "--lr 0.5",
+            "--sgld_step 3",
+            "--norm batch",
+            "--n_valid 90",
+            "--mode baseline_train",
+        ],
+    )
     def test_another_run_is_refused(self, option, stopped, capsys):
         before = (stopped / "ckpt" / "last.pt").read_bytes()
         assert main.main(["--resume", str(stopped), *option.split()]) == 2
@@ -251,9 +303,13 @@ class TestFullDisk:
     def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys):
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
         original = utils.replace_file
-        monkeypatch.setattr(utils, "replace_file", lambda path, content: (
-            full(path, content) if path.suffix == ".png" else original(path, content)))
+        monkeypatch.setattr(
+            utils,
+            "replace_file",
+            lambda path, content: full(path, content) if path.suffix == ".png" else original(path, content),
+        )
         status, run = start(tmp_path)
         assert status == 2 and "No space left" in capsys.readouterr().err
         assert state(run)["step"] == 0
@@ -283,8 +339,12 @@ def runaway_energy(run):
     run.model.f.bn1 = before
 
 
-FAULT_KINDS = {"NaN gradients": nan_gradients, "NaN in the buffer": nan_in_buffer, "lr 1e10": huge_step,
-               "runaway energy": runaway_energy}
+FAULT_KINDS = {
+    "NaN gradients": nan_gradients,
+    "NaN in the buffer": nan_in_buffer,
+    "lr 1e10": huge_step,
+    "runaway energy": runaway_energy,
+}
 
 
 class TestDivergence:
@@ -331,16 +391,20 @@ class TestDivergence:
         status, run = start(tmp_path, "--max_recoveries", "5")
         assert status == 1
         messages = [line["message"] for line in metrics(run) if "event" in line]
-        for message, words in zip(messages, ["new randomness", "4 SGLD steps", "learning rate x 0.5", "energy_l2 0.1",
-                                             "learning rate x 0.25"], strict=True):
+        for message, words in zip(
+            messages,
+            ["new randomness", "4 SGLD steps", "learning rate x 0.5", "energy_l2 0.1", "learning rate x 0.25"],
+            strict=True,
+        ):
             assert "diverged at step 10; back to step 0" in message and words in message
         err = capsys.readouterr().err.splitlines()[-1]
         assert err.startswith("failed: ") and "--sgld_step" in err and "--lr" in err
 
     def test_remedies_act(self, monkeypatch):
         seen, original = [], trainer.SGLD.__call__
-        monkeypatch.setattr(trainer.SGLD, "__call__", lambda self, x, steps, *a: (
-            seen.append(steps), original(self, x, steps, *a))[1])
+        monkeypatch.setattr(
+            trainer.SGLD, "__call__", lambda self, x, steps, *a: (seen.append(steps), original(self, x, steps, *a))[1]
+        )
         cfg = main.Config(dataset="digits", depth=10, width=1, batch_size=16, sgld_step=2, buffer_size=64)
         run = trainer.Trainer(cfg, main.data.load("digits"), torch.device("cpu"))
         run.step = 1
@@ -353,8 +417,22 @@ class TestDivergence:
 
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
         """A high learning rate and chains of one step: lost without recovery, a usable model with it."""
-        harsh = ["--lr", "0.1", "--optimizer", "sgd", "--sgld_step", "1", "--max_steps", "200", "--ema", "0",
-                 "--dropout_rate", "0", "--sample_every", "1000"]
+        harsh = [
+            "--lr",
+            "0.1",
+            "--optimizer",
+            "sgd",
+            "--sgld_step",
+            "1",
+            "--max_steps",
+            "200",
+            "--ema",
+            "0",
+            "--dropout_rate",
+            "0",
+            "--sample_every",
+            "1000",
+        ]
         status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
         assert status == 1
         status, run = start(tmp_path / "with", *harsh)

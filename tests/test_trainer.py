@@ -14,8 +14,19 @@ from sgld import ReplayBuffer, reference_chain, sampling_mode
 
 
 def config(**changes):
-    options = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 3, "buffer_size": 64,
-               "max_steps": 50, "warmup_steps": 5, "lr": 1e-3, "precision": "fp32", "gpu": "cpu"}
+    options = {
+        "dataset": "digits",
+        "depth": 10,
+        "width": 1,
+        "batch_size": 16,
+        "sgld_step": 3,
+        "buffer_size": 64,
+        "max_steps": 50,
+        "warmup_steps": 5,
+        "lr": 1e-3,
+        "precision": "fp32",
+        "gpu": "cpu",
+    }
     return Config(**(options | changes))
 
 
@@ -41,11 +52,15 @@ def plain_losses(cfg, images, steps):
         with sampling_mode(model):
             samples = reference_chain(model.log_density, start, cfg.sgld_step, cfg.sgld_lr, cfg.sgld_std, sgld_rng).x
         buffer.store(places, samples)
-        loss = (F.cross_entropy(model(x), batch.labels)
-                + model(samples).logsumexp(1).mean() - model(x).logsumexp(1).mean())
+        loss = (
+            F.cross_entropy(model(x), batch.labels) + model(samples).logsumexp(1).mean() - model(x).logsumexp(1).mean()
+        )
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(step / 5, 1) if step <= 5 else (
-                1e-6 + (cfg.lr - 1e-6) * (1 + math.cos(math.pi * (step - 5) / 45)) / 2)
+            group["lr"] = (
+                cfg.lr * min(step / 5, 1)
+                if step <= 5
+                else (1e-6 + (cfg.lr - 1e-6) * (1 + math.cos(math.pi * (step - 5) / 45)) / 2)
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,7 +103,9 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
 def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     cfg = config(mode="baseline_train", batch_size=200, buffer_size=200)
     numbered = torch.arange(len(digits.train)).remainder(256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
-    images = data.ImageData(data.Split(numbered, digits.train.labels), digits.valid, digits.test, digits.class_names, False)
+    images = data.ImageData(
+        data.Split(numbered, digits.train.labels), digits.valid, digits.test, digits.class_names, False
+    )
     run, seen = trainer.Trainer(cfg, images, torch.device("cpu")), []
     monkeypatch.setattr(data, "augment", lambda x, *_: (seen.append(x[:, 0, 0, 0].tolist()), data.to_float(x))[1])
     assert run.steps_per_epoch == len(images.train) // 200 == 6
