@@ -4,12 +4,11 @@
     python benchmarks/throughput.py --depth 28 --width 10 --batch_size 128 --device cuda --json h200.json
 
 Both sides run in turn in one process after a warm-up; times are medians, with the smallest and largest behind them.
-FLOPs are those of the network passes that the method needs (torch's FlopCounterMode), the ceiling is the bf16 matrix
-product measured in the same process, and the loop's overhead what logging, pictures, evaluation and checkpoints add to bare
-steps.
+FLOPs are those of the network passes that the method needs (FlopCounterMode), the ceiling is the bf16 matrix product
+measured in the same process. The overhead of the loop is what logging, pictures, evaluation and checkpoints add to
+bare training steps.
 """
 
-import argparse
 import contextlib
 import io
 import json
