@@ -9,6 +9,7 @@ measured in the same process. The overhead of the loop is what logging, pictures
 bare training steps.
 """
 
+import argparse
 import contextlib
 import io
 import json
