@@ -12,9 +12,11 @@ test: .venv/installed  ## ruff and all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-eval: .venv/installed  ## every measurement of --mode test on the newest run of make train
-	$(BIN)/python main.py --mode test --load_ckpt $$(ls -d runs/*_energy_train_digits | tail -n 1) \
-		--ood_datasets noise,constant,interp,shuffled,fashion_mnist
+DATA_DIR ?= data
+
+eval: .venv/installed  ## every part of --mode test, shortened, on the newest run of make train
+	$(BIN)/python main.py --mode test --load_ckpt $$(ls -d runs/*_energy_train_digits | tail -n 1) --data_dir $(DATA_DIR) \
+		--ood_datasets noise,constant,interp,shuffled,fashion_mnist --max_images 200 --refine_steps 3 --n_samples 500
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
