@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -455,22 +456,27 @@ class TestDivergence:
 
 def test_killed_at_random_moments(tmp_path):
     """kill -9 and resume, again and again: the end is bit-for-bit the undisturbed run's."""
-    options = [*TINY, "--max_steps", "60", "--ckpt_every", "3", "--sample_every", "3", "--gif_every", "30"]
+    options = [*TINY, "--max_steps", str(30 * KILLS), "--ckpt_every", "3", "--sample_every", "3", "--gif_every", "30"]
     program = [sys.executable, str(Path(main.__file__))]
     status, whole = start(tmp_path / "whole", *options)
     assert status == 0
 
-    rng, kills, command = random.Random(0), 0, [*program, *options, "--logdir", str(tmp_path / "killed")]
+    killed, rng, kills = tmp_path / "killed", random.Random(0), 0
+    killed.mkdir()
+
+    def newest_save():
+        with suppress(FileNotFoundError):  # renamed between the look and the stat
+            return max((path.stat().st_mtime_ns for path in killed.glob("*/ckpt/last.pt")), default=0)
+
     while True:
-        (tmp_path / "killed").mkdir(exist_ok=True)
-        process = subprocess.Popen([*command, "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        before = newest_save()
+        process = subprocess.Popen(
+            [*program, *options, "--logdir", str(killed), "--resume", "auto"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         if kills < KILLS:
-            checkpoints = list((tmp_path / "killed").glob("*/ckpt/last.pt"))
-            before = checkpoints[0].stat().st_mtime_ns if checkpoints else 0
-            while process.poll() is None:  # importing torch is over when a new checkpoint appears
-                found = list((tmp_path / "killed").glob("*/ckpt/last.pt"))
-                if found and found[0].stat().st_mtime_ns != before:
-                    break
+            while process.poll() is None and newest_save() in (before, None):  # until it has imported torch and trains
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
@@ -479,6 +485,6 @@ def test_killed_at_random_moments(tmp_path):
         if process.returncode == 0:
             break
         kills += 1
-    assert kills > 0
-    (run,) = (tmp_path / "killed").iterdir()
+    assert kills == KILLS  # or the run was too short for them
+    (run,) = killed.iterdir()
     assert_same_run(run, whole)
