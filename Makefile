@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = --dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --buffer_size 2000 \
-         --max_steps 801 --eval_every 5 --gif_every 400
+         --max_steps 601 --eval_every 5 --gif_every 300
 
 .PHONY: train test eval clean
 

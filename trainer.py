@@ -128,7 +128,11 @@ class Trainer:
                 self.log.hyperparameters(asdict(self.cfg))
                 self.checkpoint("last.pt")
             self.good, self.candidate = self.snapshot(), None
-            return self.loop()
+            status = self.loop()
+            self.writer.flush()
+        if status == 0:
+            self.summary()
+        return status
 
     def loop(self) -> int:
         cfg = self.cfg
@@ -160,10 +164,10 @@ class Trainer:
                 if values.get("accuracy/valid", 0) > self.best:  # test accuracy has no say in this
                     self.best = values["accuracy/valid"]
                     self.checkpoint("best.pt")
-                if "accuracy/test" in values:
-                    self.writer.submit(plot_curves, self.run.path)
                 if save:
                     self.checkpoint("last.pt", keep="previous.pt")
+                if "accuracy/test" in values:  # behind the checkpoint, which would wait for the figures
+                    self.writer.submit(plot_curves, self.run.path)
                 if signals.status and not last:
                     self.bar.write(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
                     return signals.status
@@ -172,7 +176,6 @@ class Trainer:
                     self.clock = (time.perf_counter(), step)
                 elif step == first + LOG_EVERY:
                     self.estimate()
-        self.summary()
         return 0
 
     def training_step(self) -> Tensor | None:
