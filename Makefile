@@ -5,7 +5,7 @@ DIGITS = --dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --ba
 
 .PHONY: train test eval clean
 
-train: .venv/installed  ## a JEM on the 8x8 digits, in three to five minutes on two CPU cores
+train: .venv/installed  ## a JEM on the 8x8 digits, in about four minutes on two CPU cores
 	$(BIN)/python main.py --mode energy_train $(DIGITS) --note digits
 
 test: .venv/installed  ## ruff and all tests
