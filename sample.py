@@ -225,7 +225,8 @@ def write_pictures(directory: Path, name: str, start: Start, result: Result, mar
     utils.save_png(directory / f"{name}.png", picture)
     if len(marks) > 1:
         captions = [f"SGLD step {step}" for step in marks]
-        utils.save_gif(directory / f"{name}.gif", frames[:, :SHOWN], captions, columns, tile=32)
+        pictures = [utils.image_grid(images[:SHOWN], columns, tile=32) for images in frames]
+        utils.save_gif(directory / f"{name}.gif", pictures, captions)
 
 
 def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -378,10 +379,9 @@ class Trainer:
     def dump_samples(self, samples: Tensor) -> None:
         """The first 64 of this step's chains; a smaller batch is filled up from the replay buffer."""
         shown = utils.to_uint8(torch.cat([samples, self.buffer.images[: max(0, 64 - len(samples))]])[:64]).cpu()
-        self.writer.submit(self.write_samples, self.step, shown)
+        self.writer.submit(self.write_samples, self.step, utils.image_grid(shown))
 
-    def write_samples(self, step: int, images: Tensor) -> None:
-        picture = utils.image_grid(images)
+    def write_samples(self, step: int, picture: np.ndarray) -> None:
         png = utils.save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
         self.log.encoded_image(step, "samples", png, *picture.shape[:2])
 
@@ -391,11 +391,12 @@ class Trainer:
         copy_weights(self.averaged_model, self.sampling_model)
         x = uniform_images(16, self.data.shape, rng)
         frames = annealed_chain(self.sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng)
-        self.writer.submit(self.write_gif, self.step, utils.to_uint8(frames[::5]).cpu())
+        shown = utils.to_uint8(frames[::5]).cpu()
+        self.writer.submit(self.write_gif, self.step, [utils.image_grid(images, columns=4) for images in shown])
 
-    def write_gif(self, step: int, frames: Tensor) -> None:
-        captions = [f"training step {step}, SGLD step {5 * i}" for i in range(len(frames))]
-        gif = utils.save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", frames, captions)
+    def write_gif(self, step: int, pictures: list[np.ndarray]) -> None:
+        captions = [f"training step {step}, SGLD step {5 * i}" for i in range(len(pictures))]
+        gif = utils.save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
         with utils.disk_errors(self.run.path):
             utils.replace_file(self.run.path / "SGLD_process_demo.gif", gif)
         self.log.encoded_image(step, "SGLD_process_demo", gif, 1, 1)

@@ -174,7 +174,11 @@ class disk_errors:
 
 
 class Writer:
-    """Runs writing jobs in one thread, in order; at most 8 wait, so that a slow disk slows training, not memory."""
+    """Runs writing jobs in one thread, in order; at most 8 wait, so that a slow disk slows training, not memory.
+
+    Jobs take arrays, not tensors: a torch operation in a second thread starts a second OpenMP team, after which the
+    threads of both sleep between operations, and a training step on the CPU takes twice as long.
+    """
 
     def __init__(self):
         self.jobs: queue.Queue = queue.Queue(maxsize=8)
@@ -364,15 +368,14 @@ def save_png(path: Path, picture: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def save_gif(path: Path, frames: Tensor, captions: Sequence[str], columns: int = 4, tile: int = 64) -> bytes:
-    """Write uint8 frames (T, N, C, H, W) as a looping film of grids, each with its caption below.
+def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:
+    """Write RGB pictures (H, W, 3), all of one size, as a looping film, each with its caption below.
 
     The first and the last frame stay for a second. Returns the file's bytes.
     """
     film = []
-    for images, caption in zip(frames, captions, strict=True):
-        grid = image_grid(images, columns, tile)
-        picture = cv2.copyMakeBorder(grid, 0, 18, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    for picture, caption in zip(pictures, captions, strict=True):
+        picture = cv2.copyMakeBorder(picture, 0, 18, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
         cv2.putText(picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1,
                     cv2.LINE_AA)
         film.append(picture)
