@@ -70,7 +70,11 @@ def run(arguments: list[str]) -> int:
         print(f"{path.parent.parent} is finished after {trainer.step} steps; more --epochs or --max_steps continue it.")
         return 0
     directory = utils.RunDir.reopen(path.parent.parent)
+    trainer.load_snapshots(directory.path / "snapshots", content["snapshots"])
     directory.write_config(asdict(cfg), utils.environment(device))
+    if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
+        with utils.disk_errors(path):
+            path.replace(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
 
 

@@ -4,9 +4,11 @@ Both modes run the same loop; ``baseline_train`` leaves out everything about sam
 """
 
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -107,6 +109,9 @@ class Trainer:
         # What divergence has changed (see recover): factors of the options, and the counts that lead to them.
         self.remedies = {"sgld_step_factor": 1, "lr_factor": 1.0, "energy_l2": cfg.energy_l2}
         self.recoveries, self.failures, self.failed_at = 0, 0, -1
+        self.good: dict[str, Any] | None = None  # the state to go back to
+        self.candidate: dict[str, Any] | None = None  # a later one, good if training goes on well for a while
+        self.referenced: list[str] = []  # the snapshots' files that last.pt names
 
         self.step, self.best = 0, 0.0
         self.order = torch.empty(0, dtype=torch.int64, device=device)  # this epoch's order of the training images
@@ -125,10 +130,10 @@ class Trainer:
         self.run, self.writer = run, utils.Writer()
         with run, closing(utils.Log(run.path, not self.cfg.no_log, log_position, self.step)) as self.log:
             self.announce()
+            self.good = self.good or self.snapshot()
             if self.step == 0:
                 self.log.hyperparameters(asdict(self.cfg))
                 self.checkpoint("last.pt")
-            self.good, self.candidate = self.snapshot(), None
             status = self.loop()
             self.writer.flush()
         if status == 0:
@@ -290,7 +295,21 @@ class Trainer:
         self.alarm.fill_(False)
 
     def snapshot(self) -> dict[str, Any]:
-        return copy_tree(self.state_dict(), torch.device("cpu"))
+        """A copy of the state in memory; a file of it, too, so that a resumed run can go back to it."""
+        state = copy_tree(self.state_dict(), torch.device("cpu"))
+        self.writer.submit(utils.save_checkpoint, self.run.path / "snapshots", snapshot_name(state), {"state": state})
+        return state
+
+    def load_snapshots(self, directory: Path, names: list[str]) -> None:
+        """Take up the good state and the candidate of a run that is resumed."""
+        try:
+            states = [utils.load_checkpoint(directory / name)["state"] for name in names]
+        except UserError as error:
+            print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.",
+                  file=sys.stderr)
+            return
+        self.good, self.candidate = states if len(states) == 2 else (*states, None)
+        self.referenced = names
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights and, where it fits, its replay buffer."""
@@ -313,9 +332,13 @@ class Trainer:
 
     def checkpoint(self, name: str, keep: str | None = None) -> None:
         self.writer.flush()  # so that all that this step has dumped is on disk before the checkpoint says so
+        snapshots = [snapshot_name(state) for state in (self.good, self.candidate) if state]
         content = {"config": asdict(self.cfg), "state": self.state_dict(), "log_position": self.log.position(),
-                   "data": describe(self.data)}
+                   "data": describe(self.data), "snapshots": snapshots}
         utils.save_checkpoint(self.run.path / "ckpt", name, content, keep)
+        if name == "last.pt":
+            utils.remove_others(self.run.path / "snapshots", {*snapshots, *self.referenced})
+            self.referenced = snapshots
 
     # ------------------------------------------------------------------------------------------ divergence
 
@@ -443,6 +466,11 @@ class Trainer:
                 print(f"  {self.run.path / name}")
         if not self.cfg.no_log:
             print(f"or run: tensorboard --logdir {self.run.path.parent}")
+
+
+def snapshot_name(state: dict[str, Any]) -> str:
+    """A file name that no other state of the run has."""
+    return f"step_{state['step']:08d}_recoveries_{state['recoveries']}.pt"
 
 
 def copy_tree(tree: Any, device: torch.device) -> Any:

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 
 from errors import UserError
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 # ---------------------------------------------------------------------------------------------- the machine
 
@@ -411,6 +411,14 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
         handle = os.open(directory, os.O_RDONLY)
         os.fsync(handle)  # the rename itself
         os.close(handle)
+
+
+def remove_others(directory: Path, keep: set[str]) -> None:
+    """Delete the files of ``directory`` whose names are not in ``keep``."""
+    with disk_errors(directory):
+        for path in directory.iterdir():
+            if path.name not in keep:
+                path.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,18 +3,14 @@
 python benchmarks/profile_step.py --depth 28 --width 10 --batch_size 128
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import utils  # noqa: E402
-from benchmarks.throughput import clock, synthetic  # noqa: E402
-from config import Config  # noqa: E402
+from benchmarks.throughput import clock, options, prepare, synthetic  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 KINDS = {  # the first kind with a word of an operation's or kernel's name counts
@@ -32,27 +28,11 @@ def kind_of(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--width", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--sgld_step", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--compile", choices=["on", "off"], default=None, help="default: on for CUDA, off for the CPU")
+    parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device, cfg = prepare(args)
     on_gpu = device.type == "cuda"
-    utils.tune(device)
-    cfg = Config(
-        depth=args.depth,
-        width=args.width,
-        batch_size=args.batch_size,
-        sgld_step=args.sgld_step,
-        precision=args.precision,
-        compile=args.compile or ("on" if on_gpu else "off"),
-    )
     run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
     for run.step in (1, 2):  # warm-up
         run.training_step()

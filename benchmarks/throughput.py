@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,40 +91,39 @@ def show(name: str, times: list[float], plain: list[float] | None = None, note: 
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str) -> argparse.ArgumentParser:
+    """What is measured: the options that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--width", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--sgld_step", type=int, default=20)
-    parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--compile", choices=["on", "off"], help="default: on for CUDA, off for the CPU")
+    return parser
+
+
+def prepare(args: argparse.Namespace, **more) -> tuple[torch.device, Config]:
+    """The device, tuned as for training, and the Config of these options."""
+    device = torch.device(args.device)
+    utils.tune(device)
+    names = ("depth", "width", "batch_size", "sgld_step", "precision")
+    compile = args.compile or ("on" if device.type == "cuda" else "off")
+    return device, Config(**{name: getattr(args, name) for name in names}, compile=compile, **more)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", default="sampler,step,data", help="comma list of sampler, step, data, loop, scaling")
     parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    compile = args.compile or ("on" if device.type == "cuda" else "off")
-    utils.tune(device)
-
-    def config(**changes) -> Config:
-        options = {
-            "depth": args.depth,
-            "width": args.width,
-            "batch_size": args.batch_size,
-            "sgld_step": args.sgld_step,
-            "precision": args.precision,
-            "compile": compile,
-            "max_steps": args.loop_steps,
-        }
-        return Config(**(options | changes))
-
+    device, cfg = prepare(args, max_steps=args.loop_steps)
     shape = (3, args.image_size, args.image_size)
     images = synthetic(50_000, shape, device)
-    cfg = config()
     ours = Trainer(cfg, images, device)
     ours.step = 1
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def main() -> None:
     dtype = str(ours.dtype).removeprefix("torch.")
     print(
         f"{utils.device_name(device)}, torch {torch.__version__}; WRN-{args.depth}-{args.width}, "
-        f"batch {args.batch_size}, {args.sgld_step} SGLD steps, {dtype}, compile {compile}\n"
+        f"batch {args.batch_size}, {args.sgld_step} SGLD steps, {dtype}, compile {cfg.compile}\n"
         f"bf16 matrix product: {ceiling / 1e12:.3f} TFLOP/s"
     )
     rows = []
@@ -198,7 +198,7 @@ def main() -> None:
             "sgld_step": (5, 10, 40),
         }.items():
             for value in values:
-                run = Trainer(config(**{name: value}), images, device)
+                run = Trainer(replace(cfg, **{name: value}), images, device)
                 run.step = 1
                 run.training_step()
                 run.step = 2

@@ -14,28 +14,10 @@ import data
 import main
 import utils
 
-TINY = [
-    "--dataset",
-    "digits",
-    "--gpu",
-    "cpu",
-    "--depth",
-    "10",
-    "--width",
-    "1",
-    "--batch_size",
-    "16",
-    "--sgld_step",
-    "2",
-    "--buffer_size",
-    "64",
-    "--n_valid",
-    "100",
-    "--warmup_steps",
-    "2",
-    "--precision",
-    "fp32",
-]
+TINY = (
+    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --sgld_step 2 --buffer_size 64 --n_valid 100 "
+    "--warmup_steps 2 --precision fp32"
+).split()
 
 
 def train(logdir, *options):

@@ -28,40 +28,12 @@ from errors import TrainingFailed
 KILLS = int(os.environ.get("SURVIVAL_KILLS", 2))
 FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 12))
 
-TINY = [
-    "--dataset",
-    "digits",
-    "--gpu",
-    "cpu",
-    "--depth",
-    "10",
-    "--width",
-    "1",
-    "--batch_size",
-    "100",
-    "--sgld_step",
-    "2",
-    "--buffer_size",
-    "200",
-    "--n_valid",
-    "100",
-    "--warmup_steps",
-    "2",
-    "--precision",
-    "fp32",
-    "--dropout_rate",
-    "0.1",
-    "--ema",
-    "0.9",
-    "--lr",
-    "1e-3",
-    "--sample_every",
-    "5",
-    "--gif_every",
-    "1000",
-    "--max_steps",
-    "34",
-]  # 13 steps an epoch
+TINY = (  # 13 steps an epoch
+    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100 "
+    "--warmup_steps 2 --precision fp32 --dropout_rate 0.1 --ema 0.9 --lr 1e-3 --sample_every 5 --gif_every 1000 "
+    "--max_steps 34"
+).split()
+HARSH = "--lr 0.1 --optimizer sgd --sgld_step 1 --ema 0 --dropout_rate 0".split()  # under which training diverges
 
 
 def start(logdir, *options):
@@ -271,6 +243,7 @@ class TestResume:
             case "remove":
                 last.unlink()
         assert main.main(["--resume", str(stopped)]) == 0
+        assert state(stopped, "previous.pt")["step"] == 26  # never the broken one
         warning = capsys.readouterr().err
         assert damage == "remove" or ("last.pt" in warning and "previous.pt instead" in warning)
         assert_same_run(stopped, undisturbed)
@@ -419,27 +392,51 @@ class TestDivergence:
 
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
         """A high learning rate and chains of one step: lost without recovery, a usable model with it."""
-        harsh = [
-            "--lr",
-            "0.1",
-            "--optimizer",
-            "sgd",
-            "--sgld_step",
-            "1",
-            "--max_steps",
-            "200",
-            "--ema",
-            "0",
-            "--dropout_rate",
-            "0",
-            "--sample_every",
-            "1000",
-        ]
+        harsh = [*HARSH, "--max_steps", "200", "--sample_every", "1000"]
         status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
         assert status == 1
         status, run = start(tmp_path / "with", *harsh)
         assert status == 0 and state(run)["recoveries"] >= 1
         assert metrics(run)[-1]["accuracy/test"] > 0.85
+
+    def test_a_resumed_run_goes_back_to_the_same_state(self, tmp_path, monkeypatch):
+        """Stopped between a good snapshot and a divergence: the run ends as the one that was never stopped."""
+        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
+        at_step(monkeypatch, 28, nan_gradients)
+        _, whole = start(tmp_path / "whole")
+        at_step(monkeypatch, 28, nan_gradients)
+        at_step(monkeypatch, 23, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        status, run = start(tmp_path / "stopped")
+        assert status == 143
+        assert main.main(["--resume", str(run)]) == 0
+        (event,) = [line for line in metrics(run) if "event" in line]
+        assert "back to step 10" in event["message"]
+        assert_same_run(run, whole)
+
+    def test_snapshots_on_disk_are_those_that_checkpoints_name(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 5)
+        _, run = start(tmp_path)
+        named = {
+            name
+            for file in ("last.pt", "previous.pt")
+            for name in utils.load_checkpoint(run / "ckpt" / file)["snapshots"]
+        }
+        assert named == {path.name for path in (run / "snapshots").iterdir()}
+        assert [f"step_{step:08d}_recoveries_0.pt" for step in (20, 25, 30)] == sorted(named)
+
+    @pytest.mark.parametrize("damage", ["remove", "flip"])
+    def test_without_snapshots_a_resumed_run_starts_with_its_own(self, damage, tmp_path, monkeypatch, capsys):
+        at_step(monkeypatch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        _, run = start(tmp_path)
+        (snapshot,) = (run / "snapshots").iterdir()
+        content = bytearray(snapshot.read_bytes())
+        content[len(content) // 2] ^= 4
+        snapshot.write_bytes(content) if damage == "flip" else snapshot.unlink()
+        at_step(monkeypatch, 20, nan_gradients)
+        assert main.main(["--resume", str(run)]) == 0
+        captured = capsys.readouterr()
+        assert snapshot.name in captured.err and "goes back to step 17" in captured.err
+        assert "back to step 17 with" in captured.out
 
     def test_new_randomness(self, tmp_path, monkeypatch, undisturbed):
         at_step(monkeypatch, 30, nan_gradients)
@@ -454,12 +451,14 @@ class TestDivergence:
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
-def test_killed_at_random_moments(tmp_path):
-    """kill -9 and resume, again and again: the end is bit-for-bit the undisturbed run's."""
-    options = [*TINY, "--max_steps", str(30 * KILLS), "--ckpt_every", "3", "--sample_every", "3", "--gif_every", "30"]
+@pytest.mark.parametrize("settings", [[], HARSH], ids=["stable", "diverging"])
+def test_killed_at_random_moments(settings, tmp_path):
+    """kill -9 and resume, again and again: the end is bit-for-bit the undisturbed run's, recoveries included."""
+    dumps = "--ckpt_every 3 --sample_every 3 --gif_every 30".split()
+    options = [*TINY, *settings, *dumps, "--max_steps", str(30 * KILLS)]
     program = [sys.executable, str(Path(main.__file__))]
     status, whole = start(tmp_path / "whole", *options)
-    assert status == 0
+    assert status == 0 and (state(whole)["recoveries"] > 0) == (settings is HARSH)
 
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     killed.mkdir()
