@@ -172,6 +172,8 @@ def main() -> None:
         rows.append(show("batch and augmentation", times["data"]))
     if "loop" in parts:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            warm_up = Trainer(replace(cfg, max_steps=2, gif_every=1), images, device)  # imports, first pictures
+            warm_up.train(utils.RunDir.create(folder, "warm-up", ""))
             whole = Trainer(cfg, images, device)
             before = clock(device)
             whole.train(utils.RunDir.create(folder, "benchmark", ""))
