@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as F
 
 import data
+import image_folder
 from errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -46,13 +47,13 @@ def network(monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded since the start of the test."""
-    files, decode_file = [], data._decode_file
+    files, decode_file = [], image_folder._decode_file
 
     def counted(file, image_size):
         files.append(file)
         return decode_file(file, image_size)
 
-    monkeypatch.setattr(data, "_decode_file", counted)
+    monkeypatch.setattr(image_folder, "_decode_file", counted)
     return files
 
 
