@@ -50,7 +50,6 @@ def run(arguments: list[str]) -> int:
     if given.get("mode") == "test":
         return evaluate.run(*trained(given))
     cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
-
     device = utils.pick_device(cfg.gpu)
     utils.tune(device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
@@ -62,19 +61,17 @@ def run(arguments: list[str]) -> int:
         directory.write_config(asdict(cfg), utils.environment(device))
         return trainer.train(directory)
 
-    path, content = resumed
+    directory, path, content = resumed
     if content["data"] != describe(images):
         raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on; mend --data_dir")
     trainer.load_state_dict(content["state"])
     if trainer.step >= trainer.total_steps:
-        print(f"{path.parent.parent} is finished after {trainer.step} steps; more --epochs or --max_steps continue it.")
+        print(f"{directory.path} is finished after {trainer.step} steps; more --epochs or --max_steps continue it.")
         return 0
-    directory = utils.RunDir.reopen(path.parent.parent)
     trainer.load_snapshots(directory.path / "snapshots", content["snapshots"])
     directory.write_config(asdict(cfg), utils.environment(device))
-    if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
-        with utils.disk_errors(path):
-            path.replace(path.with_name("last.pt"))
+    if path.name == "previous.pt":  # a broken or forsaken last.pt must not become the checkpoint before the next
+        utils.set_aside(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
 
 
@@ -91,8 +88,8 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
     return Config(**kept | given), path, content
 
 
-def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
-    """The Config of the run that ``--resume`` names, and its checkpoint's path and content.
+def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | None]:
+    """The Config of the run that ``--resume`` names, its directory, and its checkpoint's path and content.
 
     Options that were not given are the run's own; those given must agree with it where another value would make
     another run. If "auto" finds no run, a Config for a new one, and None.
@@ -106,6 +103,7 @@ def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
         if place is None:
             print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
             return cfg, None
+    directory = utils.RunDir.of(place)
     path, content = utils.find_checkpoint(place)
     cfg = Config.from_dict(content["config"], str(path))
     for name, value in given.items():
@@ -113,7 +111,7 @@ def continued(given: dict) -> tuple[Config, tuple[Path, dict] | None]:
             raise UserError(f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
                             "leave it out, or start a new run with --load_ckpt")
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
-    return replace(cfg, **changes, load_ckpt=""), (path, content)
+    return replace(cfg, **changes, load_ckpt=""), (directory, path, content)
 
 
 def newest_run(cfg: Config) -> str | None:

@@ -92,11 +92,8 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     state, described = content["state"], content["data"]
     model = build_model(described["shape"][0], len(described["class_names"]), cfg.depth, cfg.width, cfg.norm,
                         cfg.dropout_rate, cfg.activation)
-    weights = state["model"]
-    if "ema" in state:
-        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state.get("ema", state["model"]))
     except RuntimeError:
         own = " ".join(f"--{name} {content['config'][name]}" for name in ("depth", "width", "norm"))
         raise UserError(f"{path} holds another network, {own}: leave these options out") from None

@@ -3,6 +3,7 @@
 Both modes run the same loop; ``baseline_train`` leaves out everything about samples.
 """
 
+import copy
 import math
 import sys
 import time
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -99,7 +99,7 @@ class Trainer:
         self.model = build_model(images.shape[0], len(images.class_names), cfg.depth, cfg.width, cfg.norm,
                                  cfg.dropout_rate, cfg.activation).to(device)
         self.forward = CompiledOrEager(self.model.logits) if self.compile else self.model.logits
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema else None  # the averaged weights
         self.optimizer = build_optimizer(cfg, self.model.parameters())
         if cfg.samples:
             self.buffer = ReplayBuffer(cfg.buffer_size, images.shape, self.sgld_rng)
@@ -127,17 +127,20 @@ class Trainer:
 
         ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
         """
-        self.run, self.writer = run, utils.Writer()
-        with run, closing(utils.Log(run.path, not self.cfg.no_log, log_position, self.step)) as self.log:
+        self.run = run
+        log = utils.Log(run.path, not self.cfg.no_log, log_position, self.step)
+        with run, closing(log) as self.log, utils.Writer() as self.writer:
             self.announce()
-            self.good = self.good or self.snapshot()
-            if self.step == 0:
-                self.log.hyperparameters(asdict(self.cfg))
-                self.checkpoint("last.pt")
+            if self.good is None:
+                self.good = self.snapshot()
+                if self.step == 0:
+                    self.log.hyperparameters(asdict(self.cfg))
+                    self.checkpoint("last.pt")
             status = self.loop()
-            self.writer.flush()
         if status == 0:
             self.summary()
+        else:
+            print(f"Stopped after step {self.step}; --resume {run.path} goes on from there.")
         return status
 
     def loop(self) -> int:
@@ -150,7 +153,7 @@ class Trainer:
                 step, last = self.step, self.step == self.total_steps
                 epoch_ends = step % self.steps_per_epoch == 0
                 log = step % LOG_EVERY == 0 or last
-                save = epoch_ends or step % cfg.ckpt_every == 0 or last or signals.received
+                save = epoch_ends or step % cfg.ckpt_every == 0 or last or signals.received  # before any later signal
                 self.bar.update()
 
                 if (log or save) and self.alarm.item():  # waits for the device
@@ -171,13 +174,12 @@ class Trainer:
                     self.best = values["accuracy/valid"]
                     self.checkpoint("best.pt")
                 if save:
-                    self.checkpoint("last.pt", keep="previous.pt")
-                if "accuracy/test" in values:  # behind the checkpoint, which would wait for the figures
+                    self.checkpoint("last.pt")
+                    if signals.status and not last:
+                        return signals.status
+                    signals.received = False
+                if "accuracy/test" in values:
                     self.writer.submit(plot_curves, self.run.path)
-                if signals.status and not last:
-                    self.bar.write(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
-                    return signals.status
-                signals.received = False
                 if self.clock is None:  # the first step's time is compilation and warm-up
                     self.clock = (time.perf_counter(), step)
                 elif step == first + LOG_EVERY:
@@ -226,7 +228,7 @@ class Trainer:
             group["lr"] = self.lr
         self.optimizer.step()
         if self.ema:
-            self.ema.update_parameters(self.model)
+            self.update_average()
 
         healthy = loss.isfinite() & gradient_norm.isfinite()
         if samples is not None:
@@ -238,6 +240,12 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.summed += 1
         return samples
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.cfg.ema)
+        for mean, now in zip(self.ema.buffers(), self.model.buffers(), strict=True):  # running statistics
+            mean.copy_(now)
 
     @property
     def lr(self) -> float:
@@ -251,7 +259,7 @@ class Trainer:
     @property
     def averaged_model(self):
         """The weights that evaluation and GIF chains use."""
-        return self.ema.module if self.ema else self.model
+        return self.ema or self.model
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -283,8 +291,12 @@ class Trainer:
             setattr(self, name, copy_tree(state[name], self.device))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for rng, name in ((self.data_rng, "data_rng"), (self.sgld_rng, "sgld_rng")):
-            rng.set_state(state[name])
+        try:
+            self.data_rng.set_state(state["data_rng"])
+            self.sgld_rng.set_state(state["sgld_rng"])
+        except RuntimeError:
+            print(f"The run goes on with new randomness: it was on another kind of device than {self.device.type}.")
+            self.seed_generators(self.cfg.seed + self.step)
         torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -323,22 +335,30 @@ class Trainer:
             hint = f"it was trained with {' '.join(differ)}" if differ else str(error).splitlines()[-1].strip()
             raise UserError(f"{path} does not fit this network: {hint}") from None
         if self.ema:
-            self.ema.module.load_state_dict(self.model.state_dict())
+            self.ema.load_state_dict(self.model.state_dict())
         if self.cfg.samples and "buffer" in state:
             if state["buffer"]["images"].shape == self.buffer.images.shape:
                 self.buffer.load_state_dict(state["buffer"])
             else:
                 print("The checkpoint's replay buffer has another size: starting with a fresh one.")
 
-    def checkpoint(self, name: str, keep: str | None = None) -> None:
-        self.writer.flush()  # so that all that this step has dumped is on disk before the checkpoint says so
+    def checkpoint(self, name: str) -> None:
+        """Have the state written behind training's back, after all that was dumped before."""
         snapshots = [snapshot_name(state) for state in (self.good, self.candidate) if state]
-        content = {"config": asdict(self.cfg), "state": self.state_dict(), "log_position": self.log.position(),
-                   "data": describe(self.data), "snapshots": snapshots}
-        utils.save_checkpoint(self.run.path / "ckpt", name, content, keep)
+        content = {"config": asdict(self.cfg), "state": copy_tree(self.state_dict(), torch.device("cpu")),
+                   "log_position": self.log.position(), "data": describe(self.data), "snapshots": snapshots}
+        self.writer.submit(self.write_checkpoint, name, content, {*snapshots, *self.referenced})
         if name == "last.pt":
-            utils.remove_others(self.run.path / "snapshots", {*snapshots, *self.referenced})
             self.referenced = snapshots
+
+    def write_checkpoint(self, name: str, content: dict[str, Any], needed: set[str]) -> None:
+        """``needed``: the snapshots' files that this checkpoint and the one before it name."""
+        self.log.flush()
+        if name == "last.pt":
+            utils.save_checkpoint(self.run.path / "ckpt", name, content, keep="previous.pt")
+            utils.remove_others(self.run.path / "snapshots", needed)
+        else:
+            utils.save_checkpoint(self.run.path / "ckpt", name, content)
 
     # ------------------------------------------------------------------------------------------ divergence
 
@@ -348,14 +368,15 @@ class Trainer:
         The remedies are those that JEM's authors recommend, in their order: more SGLD steps, a lower learning rate, a
         small penalty on energies. They stay for the rest of the run.
         """
-        diverged_at, history = self.step, (self.recoveries + 1, self.failures, self.failed_at, self.remedies)
+        diverged_at = self.step
+        history = self.recoveries + 1, self.failures, self.failed_at, self.remedies, self.best
         place = self.good["step"]
         if self.recoveries >= self.cfg.max_recoveries:
             raise TrainingFailed(f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used "
                                  "up; try more --sgld_step, a lower --lr, or --energy_l2 0.1")
         self.load_state_dict(self.good)
         self.candidate = None
-        self.recoveries, self.failures, self.failed_at, self.remedies = history
+        self.recoveries, self.failures, self.failed_at, self.remedies, self.best = history
         self.failures = self.failures + 1 if place == self.failed_at else 1
         self.failed_at = place
         done = "new randomness"
@@ -375,9 +396,8 @@ class Trainer:
         message = (f"diverged at step {diverged_at}; back to step {place} with {done} "
                    f"(recovery {self.recoveries} of {self.cfg.max_recoveries})")
         self.bar.write(message)
-        self.log.rewind(self.step)
-        self.log.event(diverged_at, "recovery", message)
-        self.checkpoint("last.pt", keep="previous.pt")  # the one on disk may be later, and already ill
+        self.log.recovery(diverged_at, place, message)
+        self.checkpoint("last.pt")  # the one on disk may be later, and already ill
 
     # ------------------------------------------------------------------------------------------ what is dumped
 
@@ -413,7 +433,8 @@ class Trainer:
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         copy_weights(self.averaged_model, self.sampling_model)
         x = uniform_images(16, self.data.shape, rng)
-        frames = annealed_chain(self.sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng)
+        sgld = SGLD(self.sampling_model.log_density)  # for one film, compilation would not pay
+        frames = annealed_chain(sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng)
         shown = utils.to_uint8(frames[::5]).cpu()
         self.writer.submit(self.write_gif, self.step, [utils.image_grid(images, columns=4) for images in shown])
 

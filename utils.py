@@ -14,6 +14,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def tune(device: torch.device) -> None:
     torch.backends.cudnn.deterministic = True
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # where streams and graphs are made
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -133,9 +136,21 @@ class RunDir:
         raise UserError(f"{Path(logdir) / name} and 98 like it are there already; choose another --note")
 
     @classmethod
-    def reopen(cls, path: Path) -> "RunDir":
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not a run directory: it has no config.json")
+    def of(cls, place: str) -> "RunDir":
+        """The run that ``--resume`` names by its directory, or by its newest checkpoint or the one before that."""
+        path = Path(place)
+        try:
+            if not path.is_dir():
+                if not path.exists():
+                    raise UserError(f"no checkpoint at {place}")
+                if path.name not in ("last.pt", "previous.pt"):
+                    raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt; {place} can start "
+                                    "a new run with --load_ckpt")
+                path = path.resolve().parent.parent
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is not a run directory: it has no config.json")
+        except OSError as error:
+            raise UserError(f"cannot read {place}: {error.strerror}") from None
         return cls(path)
 
     def __enter__(self) -> "RunDir":
@@ -176,8 +191,8 @@ class disk_errors:
 class Writer:
     """Runs writing jobs in one thread, in order; at most 8 wait, so that a slow disk slows training, not memory.
 
-    Jobs take arrays, not tensors: a torch operation in a second thread starts a second OpenMP team, after which the
-    threads of both sleep between operations, and a training step on the CPU takes twice as long.
+    Jobs call no torch operation (``torch.save`` of CPU tensors is none): in a second thread it would start a second
+    OpenMP team, after which the threads of both sleep between operations and a step on the CPU takes twice as long.
     """
 
     def __init__(self):
@@ -185,9 +200,20 @@ class Writer:
         self.error: Exception | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Wait until everything is written, unless Ctrl-C asks to stop at once."""
+        if kind is None or issubclass(kind, Exception):
+            self.jobs.join()
+            self.jobs.put(None)
+        if kind is None:
+            self.check()
+
     def _work(self):
-        while True:
-            job, args = self.jobs.get()
+        while task := self.jobs.get():
+            job, args = task
             try:
                 job(*args)
             except Exception as error:
@@ -203,11 +229,6 @@ class Writer:
         """Raise, in the caller's thread, what a job raised."""
         if self.error:
             raise self.error
-
-    def flush(self) -> None:
-        """Wait until everything is written."""
-        self.jobs.join()
-        self.check()
 
 
 class Signals:
@@ -248,13 +269,14 @@ class Log:
         self.path = directory / "metrics.jsonl"
         with disk_errors(directory):
             self.path.touch()
-            os.truncate(self.path, min(position, self.path.stat().st_size))
+            whole = self.path.read_bytes()[:position].rfind(b"\n") + 1  # a file that lost its end may stop in a line
+            os.truncate(self.path, whole)
             self.file = open(self.path, "a")
             self.board = None
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+                self.board = SummaryWriter(str(directory), purge_step=step + 1)
 
     def _line(self, content: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
@@ -274,9 +296,15 @@ class Log:
             else:
                 self.board.add_scalar(name, value, step)
 
-    def event(self, step: int, event: str, message: str) -> None:
-        self._line({"step": step, "event": event, "message": message})
-        self.text(step, f"event/{event}", message)
+    def recovery(self, step: int, back_to: int, message: str) -> None:
+        """Training diverged at ``step``; the measurements after ``back_to`` no longer count (see ``read_log``)."""
+        if self.board:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
+            self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
+        self._line({"step": step, "event": "recovery", "back_to": back_to, "message": message})
+        self.text(step, "event/recovery", message)
 
     def text(self, step: int, name: str, text: str) -> None:
         if self.board:
@@ -301,24 +329,16 @@ class Log:
             rows = "\n".join(f"| {k} | {v} |" for k, v in options.items())
             self.text(0, "options", f"| option | value |\n|---|---|\n{rows}")
 
-    def rewind(self, step: int) -> None:
-        """Drop the measurements after ``step`` (training goes back there); events stay."""
-        with disk_errors(self.path):
-            kept = [line for line in read_log(self.path) if line["step"] <= step or "event" in line]
-            self.file.close()
-            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self.file = open(self.path, "a")
-        if self.board:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
-            self.board.file_writer.add_event(Event(session_log=start), step + 1)
-
     def position(self) -> int:
-        """Length of metrics.jsonl in bytes; the event file is flushed too."""
+        """Length of metrics.jsonl in bytes."""
+        return self.file.tell()
+
+    def flush(self) -> None:
+        """Have all of it on disk."""
         if self.board:
             self.board.flush()
-        return self.file.tell()
+        with disk_errors(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
@@ -327,9 +347,19 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl that count.
+
+    Left out are a last line that was cut short, and the measurements behind which a recovery went back. The file only
+    grows, so that a checkpoint's position in it stays true.
+    """
+    lines = []
+    for text in path.read_text().splitlines(keepends=True):
+        if text.endswith("\n"):
+            line = json.loads(text)
+            if "back_to" in line:
+                lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
+            lines.append(line)
+    return lines
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -413,6 +443,12 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
         os.close(handle)
 
 
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint, if it is there, so that it stays but counts no more."""
+    with disk_errors(path), suppress(FileNotFoundError):
+        path.replace(path.with_name(f"{path.stem}_set_aside.pt"))
+
+
 def remove_others(directory: Path, keep: set[str]) -> None:
     """Delete the files of ``directory`` whose names are not in ``keep``."""
     with disk_errors(directory):
@@ -454,8 +490,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
     place = Path(path)
-    if not place.is_dir():
-        return place, load_checkpoint(place)
+    try:
+        is_run = place.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not is_run:
+        state = load_checkpoint(place)
+        if "config" not in state:
+            raise UserError(f"{path} is a state to go back to after divergence, no checkpoint; name its run directory")
+        return place, state
     candidates = [place / "ckpt" / name for name in ("last.pt", "previous.pt")]
     error = None
     for candidate in candidates:

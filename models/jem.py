@@ -52,7 +52,6 @@ def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and buffers in place, casting to the target's types."""
-    for get in (nn.Module.parameters, nn.Module.buffers):
-        to, what = list(get(target)), list(get(source))
-        if to:
-            torch._foreach_copy_(to, what)
+    pairs = list(zip(target.state_dict().values(), source.state_dict().values(), strict=True))
+    for dtype in {to.dtype for to, _ in pairs}:  # a list of one type is copied by one kernel
+        torch._foreach_copy_(*zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True))

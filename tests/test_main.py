@@ -312,7 +312,7 @@ def test_ema_is_what_evaluation_uses(tmp_path):
     assert same(weights(plain), weights(slow))
     assert metrics(slow)[-1]["accuracy/test"] < metrics(plain)[-1]["accuracy/test"] - 0.1
     state = utils.load_checkpoint(slow / "ckpt" / "last.pt")["state"]
-    mean, now = state["ema"]["module.class_output.weight"], state["model"]["class_output.weight"]
+    mean, now = state["ema"]["class_output.weight"], state["model"]["class_output.weight"]
     assert 0 < (mean - now).abs().max()
 
 

@@ -50,7 +50,7 @@ def state(run, name="last.pt"):
 
 def metrics(run):
     """The lines of the log without the speed, which is no two times the same."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = utils.read_log(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
@@ -134,6 +134,31 @@ class TestSignals:
         at_step(monkeypatch, 8, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
         status, run = start(tmp_path)
         assert status == 0 and ("last.pt", 8) in saved and ("last.pt", 7) not in saved
+        assert_same_run(run, undisturbed)
+
+    @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+    def test_between_the_update_and_the_checkpoint(self, number, status, tmp_path, monkeypatch, undisturbed):
+        """A signal while step 20 is logged, when it is too late for a checkpoint of that step."""
+        saved, write = [], trainer.Trainer.write_checkpoint
+        monkeypatch.setattr(
+            trainer.Trainer,
+            "write_checkpoint",
+            lambda self, name, content, needed: (
+                saved.append((name, content["state"]["step"])),
+                write(self, name, content, needed),
+            ),
+        )
+        measure = trainer.Trainer.measurements
+
+        def interrupted(self):
+            if self.step == 20:
+                os.kill(os.getpid(), number)
+            return measure(self)
+
+        monkeypatch.setattr(trainer.Trainer, "measurements", interrupted)
+        stopped, run = start(tmp_path)
+        assert stopped == status and ("last.pt", 21) in saved
+        assert status == 0 or (state(run)["step"] == 21 and main.main(["--resume", str(run)]) == 0)
         assert_same_run(run, undisturbed)
 
     def test_second_ctrl_c_stops_at_once(self, tmp_path, monkeypatch):
@@ -222,7 +247,7 @@ class TestResume:
         assert equal(state(stopped), state(undisturbed))
 
     def test_a_run_in_use_is_refused(self, stopped, capsys):
-        holder = utils.RunDir.reopen(stopped)
+        holder = utils.RunDir.of(str(stopped))
         assert main.main(["--resume", str(stopped)]) == 2
         assert "in use by another running process" in capsys.readouterr().err
         holder.lock.close()
@@ -243,10 +268,50 @@ class TestResume:
             case "remove":
                 last.unlink()
         assert main.main(["--resume", str(stopped)]) == 0
-        assert state(stopped, "previous.pt")["step"] == 26  # never the broken one
         warning = capsys.readouterr().err
         assert damage == "remove" or ("last.pt" in warning and "previous.pt instead" in warning)
         assert_same_run(stopped, undisturbed)
+
+    def test_a_broken_last_checkpoint_is_set_aside(self, stopped):
+        (stopped / "ckpt" / "last.pt").write_bytes(b"broken")
+        assert main.main(["--resume", str(stopped), "--max_steps", "15"]) == 0
+        assert [state(stopped, name)["step"] for name in ("last.pt", "previous.pt")] == [15, 13]
+        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == b"broken"
+
+    def test_an_earlier_checkpoint_by_name_leaves_the_later_one(self, stopped, undisturbed):
+        later = (stopped / "ckpt" / "last.pt").read_bytes()
+        assert main.main(["--resume", str(stopped / "ckpt" / "previous.pt")]) == 0
+        assert_same_run(stopped, undisturbed)
+        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == later
+
+    def test_a_relative_file(self, stopped, undisturbed, monkeypatch):
+        monkeypatch.chdir(stopped / "ckpt")
+        assert main.main(["--resume", "last.pt"]) == 0
+        assert_same_run(stopped, undisturbed)
+
+    def test_other_files_are_refused(self, stopped, capsys):
+        (snapshot,) = (stopped / "snapshots").iterdir()
+        for place, words in (
+            (stopped / "ckpt" / "best.pt", "--load_ckpt"),
+            (snapshot, "--load_ckpt"),
+            ("x" * 300, "cannot read"),
+            (stopped / "config.json", "--load_ckpt"),
+        ):
+            assert main.main(["--resume", str(place)]) == 2
+            assert words in capsys.readouterr().err
+        assert main.main([*TINY, "--load_ckpt", str(snapshot), "--logdir", str(stopped.parent)]) == 2
+        assert "state to go back to" in capsys.readouterr().err
+
+    def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
+        """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
+        path = stopped / "ckpt" / "last.pt"
+        content = utils.load_checkpoint(path)
+        for name in ("data_rng", "sgld_rng"):
+            content["state"][name] = content["state"][name][:16].clone()
+        torch.save(content, path)
+        assert main.main(["--resume", str(stopped)]) == 0
+        assert "another kind of device" in capsys.readouterr().out
+        assert state(stopped)["step"] == 34 and not equal(state(stopped)["model"], state(undisturbed)["model"])
 
     def test_both_checkpoints_broken(self, stopped, capsys):
         for name in ("last.pt", "previous.pt"):
@@ -413,6 +478,42 @@ class TestDivergence:
         assert "back to step 10" in event["message"]
         assert_same_run(run, whole)
 
+    @pytest.mark.parametrize("step", [3, 16])
+    def test_killed_in_the_middle_of_a_recovery(self, step, tmp_path, monkeypatch):
+        """After the recovery is logged, before its checkpoint is written."""
+
+        class Killed(BaseException):
+            pass
+
+        at_step(monkeypatch, step, nan_gradients)
+        _, whole = start(tmp_path / "whole")
+        original = trainer.Trainer.checkpoint
+
+        def killed(self, name):
+            if self.recoveries:
+                raise Killed
+            original(self, name)
+
+        (tmp_path / "killed").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.Trainer, "checkpoint", killed)
+            at_step(patch, step, nan_gradients)
+            with pytest.raises(Killed):
+                start(tmp_path / "killed")
+        (run,) = (tmp_path / "killed").iterdir()
+        assert any("event" in line for line in metrics(run)) and state(run)["recoveries"] == 0
+        at_step(monkeypatch, step, nan_gradients)
+        assert main.main(["--resume", str(run)]) == 0
+        assert_same_run(run, whole)
+
+    def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
+        """best.pt stays on disk, so a worse model of after the recovery must not replace it."""
+        scores = iter([0.9, 0.5])
+        monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: {"accuracy/valid": next(scores)})
+        at_step(monkeypatch, 15, nan_gradients)
+        _, run = start(tmp_path, "--max_steps", "25")
+        assert state(run)["recoveries"] == 1 and state(run, "best.pt")["best"] == state(run)["best"] == 0.9
+
     def test_snapshots_on_disk_are_those_that_checkpoints_name(self, tmp_path, monkeypatch):
         monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 5)
         _, run = start(tmp_path)
@@ -452,11 +553,13 @@ class TestDivergence:
 
 
 @pytest.mark.parametrize("settings", [[], HARSH], ids=["stable", "diverging"])
-def test_killed_at_random_moments(settings, tmp_path):
+def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     """kill -9 and resume, again and again: the end is bit-for-bit the undisturbed run's, recoveries included."""
     dumps = "--ckpt_every 3 --sample_every 3 --gif_every 30".split()
     options = [*TINY, *settings, *dumps, "--max_steps", str(30 * KILLS)]
-    program = [sys.executable, str(Path(main.__file__))]
+    monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
+    frequent = "import sys, main, trainer; trainer.SNAPSHOT_EVERY = 10; sys.exit(main.main(sys.argv[1:]))"
+    program = [sys.executable, "-c", frequent]
     status, whole = start(tmp_path / "whole", *options)
     assert status == 0 and (state(whole)["recoveries"] > 0) == (settings is HARSH)
 
@@ -473,6 +576,7 @@ def test_killed_at_random_moments(settings, tmp_path):
             [*program, *options, "--logdir", str(killed), "--resume", "auto"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            cwd=Path(main.__file__).parent,
         )
         if kills < KILLS:
             while process.poll() is None and newest_save() in (before, None):  # until it has imported torch and trains
