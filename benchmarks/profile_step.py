@@ -14,8 +14,11 @@ from benchmarks.throughput import clock, options, prepare, synthetic  # noqa: E4
 from trainer import Trainer  # noqa: E402
 
 KINDS = {  # the first kind with a word of an operation's or kernel's name counts
+    "elementwise (fused)": ("triton_poi",),
+    "reductions (fused)": ("triton_red", "triton_per"),
     "noise": ("normal_", "uniform_", "random_", "distribution", "philox"),
-    "convolution": ("conv", "gemm", "cutlass", "xmma", "implicit", "sm80", "sm90", "wgrad", "dgrad", "mkldnn"),
+    "convolution": ("conv", "gemm", "cutlass", "xmma", "implicit", "sm80", "sm90", "wgrad", "dgrad", "mkldnn",
+                    "nvjet", "cudnn"),
     "optimiser": ("adam", "foreach", "multi_tensor", "sgd"),
     "copies": ("copy", "memcpy", "memset", "clone", "contiguous", "cat", "index", "gather", "zero_", "fill_"),
     "reductions": ("sum", "mean", "norm", "softmax", "logsumexp", "reduce", "max"),

@@ -1,4 +1,4 @@
-"""Repeat a run of the README with its exact options, or measure it.
+"""Train or measure a named run: its exact options, once.
 
     python benchmarks/reproduce.py digits                                     # trains
     python benchmarks/reproduce.py digits --test                              # --mode test on the newest such run
@@ -9,18 +9,20 @@ their names gives them the original files.
 """
 
 import argparse
+import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 MAIN = Path(__file__).parent.parent / "main.py"
 
-DIGITS = "--dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --max_steps 801"
+DIGITS = (
+    "--dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --max_steps 801 --eval_every 5"
+)
 FASHION = "--dataset fashion_mnist --depth 10 --width 1 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 3001"
 CIFAR = "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001"
 TRAIN = {  # name: the options that train it
-    "digits": f"--mode energy_train {DIGITS} --eval_every 5 --buffer_size 2000 --gif_every 300",
+    "digits": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
     "digits_baseline": f"--mode baseline_train {DIGITS}",
     "fashion_mnist": f"--mode energy_train {FASHION} --sgld_step 10 --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
@@ -35,18 +37,19 @@ TEST = {  # likewise, shortened to what two CPU cores measure in minutes
 }
 
 
-def command(name: str, test: bool, further: list[str], logdir: str = "runs") -> list[str]:
+def command(name: str, test: bool, further: list[str], logdir: str) -> list[str]:
     """The command line of a run; its measurement takes the newest run of that name in ``logdir``."""
     program = [sys.executable, str(MAIN), "--logdir", logdir]
     if not test:
         return [*program, *TRAIN[name].split(), "--note", name, *further]
     runs = sorted(path for path in Path(logdir).glob(f"*_train_{name}") if path.is_dir())
     if not runs:
-        raise SystemExit(f"error: no run of {name} in {logdir}: train it first")
+        print(f"error: no run of {name} in {logdir}: train it first", file=sys.stderr)
+        raise SystemExit(2)
     return [*program, "--mode", "test", "--load_ckpt", str(runs[-1]), *TEST.get(name, "").split(), *further]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("name", choices=TRAIN)
@@ -55,8 +58,8 @@ def main() -> int:
     args, further = parser.parse_known_args()
     line = command(args.name, args.test, further, args.logdir)
     print(shlex.join(line), flush=True)
-    return subprocess.call(line)
+    os.execv(line[0], line)  # signals reach the training itself
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

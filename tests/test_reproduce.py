@@ -1,0 +1,56 @@
+"""The named runs of benchmarks/reproduce.py."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import main
+from benchmarks import reproduce
+
+
+@pytest.mark.parametrize("name", reproduce.TRAIN)
+def test_every_run_has_valid_options(name):
+    parser = argparse.ArgumentParser()
+    config.add_options(parser)
+    line = reproduce.command(name, False, ["--seed", "7"], "there")
+    cfg = config.Config(**vars(parser.parse_args(line[2:])))
+    assert (cfg.note, cfg.seed, cfg.logdir) == (name, 7, "there")
+    assert (cfg.mode == "baseline_train") == name.endswith("_baseline")
+
+
+def test_a_baseline_differs_in_nothing_but_the_samples():
+    parser = argparse.ArgumentParser()
+    config.add_options(parser)
+    for name in (name for name in reproduce.TRAIN if name.endswith("_baseline")):
+        jem, plain = (
+            vars(parser.parse_args(reproduce.command(n, False, [], "runs")[2:]))
+            for n in (name.removesuffix("_baseline"), name)
+        )
+        differ = {key for key in jem.keys() | plain.keys() if jem.get(key) != plain.get(key)}
+        assert differ <= {"mode", "note", "sgld_step", "buffer_size", "gif_every"}
+
+
+def test_train_and_measure(tmp_path):
+    """A further option at the end wins; the exit status is the program's own."""
+
+    def run(*options):
+        line = [sys.executable, reproduce.__file__, "digits", "--logdir", str(tmp_path), "--gpu", "cpu", *options]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    result = run("--test")
+    assert result.returncode == 2 and "train it first" in result.stderr
+    result = run("--max_steps", "3", "--sgld_step", "2", "--warmup_steps", "0")
+    assert result.returncode == 0 and "--max_steps 801" in result.stdout.splitlines()[0]
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("_energy_train_digits")
+    result = run("--test", "--eval", "classification", "--max_images", "50")
+    assert result.returncode == 0 and (folder / "eval" / "results.json").is_file()
+    assert run("--lr", "x").returncode == 2
+
+
+def test_the_program_is_main():
+    assert Path(reproduce.MAIN) == Path(main.__file__).resolve()
