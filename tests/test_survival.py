@@ -508,7 +508,7 @@ class TestDivergence:
 
     def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
         """best.pt stays on disk, so a worse model of after the recovery must not replace it."""
-        scores = iter([0.9, 0.5])
+        scores = iter([0.9, 0.5, 0.5])
         monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: {"accuracy/valid": next(scores)})
         at_step(monkeypatch, 15, nan_gradients)
         _, run = start(tmp_path, "--max_steps", "25")
