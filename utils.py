@@ -409,7 +409,7 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]
         cv2.putText(picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1,
                     cv2.LINE_AA)
         film.append(picture)
-    durations = [1000, *[60] * (len(film) - 2), 1000][: len(film)]  # milliseconds
+    durations = [1000, *[100] * (len(film) - 2), 1000][: len(film)]  # milliseconds
     encoded = imageio.imwrite("<bytes>", np.stack(film), extension=".gif", duration=durations, loop=0)
     with disk_errors(path):
         replace_file(path, encoded)

@@ -64,7 +64,7 @@ class TestEnergyTrain:
         assert names == [f"SGLD_process_demo_{step:08d}.gif" for step in (41, 81)]
         assert (jem / "SGLD_process_demo.gif").read_bytes() == (jem / "sgld" / names[-1]).read_bytes()
         film = imageio.imread(jem / "SGLD_process_demo.gif")
-        assert film.shape == (61, 4 * 66 + 2 + 18, 4 * 66 + 2, 3)
+        assert film.shape == (31, 4 * 66 + 2 + 18, 4 * 66 + 2, 3)
         change = np.abs(np.diff(film[:, :266].astype(int), axis=0)).mean((1, 2, 3))
         assert (change > 0).all() and change[:5].mean() > change[-5:].mean()  # annealed: it comes to rest
 
