@@ -130,31 +130,31 @@ class Trainer:
         """
         self.run = run
         log = utils.Log(run.path, not self.cfg.no_log, log_position, self.step)
-        with run, closing(log) as self.log, utils.Writer() as self.writer:
+        with run, closing(log) as self.log, utils.Signals() as signals, utils.Writer() as self.writer:
             self.announce()
             if self.good is None:
                 self.good = self.snapshot()
                 if self.step == 0:
                     self.log.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
-            status = self.loop()
+            status = self.loop(signals)
         if status == 0:
             self.summary()
         else:
             print(f"Stopped after step {self.step}; --resume {run.path} goes on from there.")
         return status
 
-    def loop(self) -> int:
+    def loop(self, signals: utils.Signals) -> int:
         cfg = self.cfg
         first, self.clock = self.step + 1, None
-        with utils.Signals() as signals, tqdm(total=self.total_steps, initial=self.step, unit="step") as self.bar:
+        with tqdm(total=self.total_steps, initial=self.step, unit="step") as self.bar:
             while self.step < self.total_steps:
                 self.step += 1
                 samples = self.training_step()
                 step, last = self.step, self.step == self.total_steps
                 epoch_ends = step % self.steps_per_epoch == 0
                 log = step % LOG_EVERY == 0 or last
-                save = epoch_ends or step % cfg.ckpt_every == 0 or last or signals.received  # before any later signal
+                save = epoch_ends or step % cfg.ckpt_every == 0 or last or signals.received  # a later one: next step
                 self.bar.update()
 
                 if (log or save) and self.alarm.item():  # waits for the device
