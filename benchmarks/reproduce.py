@@ -19,12 +19,15 @@ MAIN = Path(__file__).parent.parent / "main.py"
 DIGITS = (
     "--dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --max_steps 801 --eval_every 5"
 )
-FASHION = "--dataset fashion_mnist --depth 10 --width 1 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 3001"
+FASHION = (
+    "--dataset fashion_mnist --depth 10 --width 1 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 1501 "
+    "--sigma 0.1"
+)
 CIFAR = "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001"
 TRAIN = {  # name: the options that train it
     "digits": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
     "digits_baseline": f"--mode baseline_train {DIGITS}",
-    "fashion_mnist": f"--mode energy_train {FASHION} --sgld_step 10 --buffer_size 5000",
+    "fashion_mnist": f"--mode energy_train {FASHION} --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
     "cifar10_cpu": f"--mode energy_train {CIFAR} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
