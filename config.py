@@ -50,7 +50,7 @@ class Config:
     dataset: str = option("cifar10", "data", "training and test images", DATASETS)
     data_dir: str = option("data", "data", "where the data set's files are, or are downloaded to")
     image_size: int | None = option(None, "data", "side in pixels that the images of a folder are resized to "
-                                    "(default: the images' own)", minimum=8)
+                                    "(default: the images' own)", minimum=8, maximum=2048)
     n_valid: int | None = option(None, "data", "images held out of train for validation (default: 5000, or a tenth of "
                                  "train where that is less)", minimum=0)
     sigma: float = option(0.03, "data", "standard deviation of the noise added to real images in training, on the "

@@ -5,6 +5,8 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import torch
+
 import data
 import evaluate
 import sample
@@ -29,8 +31,19 @@ def main(arguments: list[str]) -> int:
     except TrainingFailed as error:
         print("failed:", one_line(error), file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: not enough memory; a smaller --batch_size, --width, --buffer_size or --image_size needs less",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python, NumPy and CUDA have exceptions of their own for it, torch on a CPU has only the message."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import config
 import data
 import main
 import utils
+from trainer import Trainer
 
 TINY = (
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --sgld_step 2 --buffer_size 64 --n_valid 100 "
@@ -403,6 +404,8 @@ def refused(capsys, *options):
         ("--max_steps 0", "--max_steps"),
         ("--ema 1", "--ema"),
         ("--image_size 32", "--image_size is for --dataset folder"),
+        ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
+        ("--buffer_size 100000000000000", "not enough memory"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
         ("--mode baseline_train --p_y_x_weight 0", "nothing to train"),
         ("--n_valid 2000", "--n_valid 2000"),
@@ -426,6 +429,25 @@ def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, *options.split())
     assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+def test_memory_that_runs_out_while_training(tmp_path, monkeypatch, capsys):
+    def starve(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(Trainer, "training_step", starve)
+    assert main.main([*TINY, "--logdir", str(tmp_path)]) == 2
+    assert "error: not enough memory; a smaller --batch_size" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/ckpt/last.pt"))) == 1  # the state before that step
+
+
+def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a mistake of the program")
+
+    monkeypatch.setattr(main, "run", fail)
+    with pytest.raises(RuntimeError, match="mistake"):
+        main.main(TINY)
 
 
 def test_gpu_that_does_not_exist(monkeypatch, capsys):
