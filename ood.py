@@ -139,14 +139,17 @@ def fpr_at_95(inside: Tensor, outside: Tensor) -> float:
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:
-    """Densities of scores; the first set is filled. The outer half per cent at either end lies in the end bins."""
-    everything = torch.cat(list(scores.values())).double().cpu()
-    low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    """Shares of the images at each score; the first set is filled and, with its width on both sides, sets the range."""
+    sets = {name: values.double().cpu() for name, values in scores.items()}
+    first, everything = next(iter(sets.values())), torch.cat(list(sets.values()))
+    low, high = first.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    low, high = (max(everything.min().item(), 2 * low - high), min(everything.max().item(), 2 * high - low))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, values) in enumerate(scores.items()):
-        axes.hist(values.clamp(low, high).tolist(), bins=50, range=(low, high), density=True, label=name,
-                  **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}))
-    axes.set(xlabel=label, ylabel="density")
+    for i, (name, values) in enumerate(sets.items()):
+        axes.hist(values.clamp(low, high).tolist(), bins=50, range=(low, high), weights=[1 / len(values)] * len(values),
+                  label=name, **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}))
+    axes.set(xlabel=f"{label} (the end bins hold all that lies beyond)", ylabel="share of images (log)", yscale="log",
+             ylim=(5e-4, 1.5))
     axes.legend()
     return figure
