@@ -78,7 +78,7 @@ class Config:
     reinit_freq: float = option(0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0,
                                 maximum=1)
     sgld_step: int = option(20, "SGLD", "Langevin steps of a training chain", minimum=1)
-    sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", minimum=0)
+    sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", above=0)
     sgld_std: float = option(0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale",
                              minimum=0)
     buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)

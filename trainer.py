@@ -148,7 +148,8 @@ class Trainer:
     def loop(self, signals: utils.Signals) -> int:
         cfg = self.cfg
         first, self.clock = self.step + 1, None
-        with tqdm(total=self.total_steps, initial=self.step, bar_format=BAR) as self.bar:
+        patience = 0.1 if sys.stderr.isatty() else 10  # seconds; a cluster's log file wants fewer bars than a terminal
+        with tqdm(total=self.total_steps, initial=self.step, bar_format=BAR, mininterval=patience) as self.bar:
             while self.step < self.total_steps:
                 self.step += 1
                 samples = self.training_step()
@@ -416,7 +417,8 @@ class Trainer:
         if self.cfg.samples:
             values["sgld/classes"] = self.classes.tolist()
             shown |= {"log p(real)": values["log_density/real"], "log p(sampled)": values["log_density/sampled"]}
-        self.bar.set_postfix({"images/s": f"{self.speed:.0f}"} | {k: f"{v:.3g}" for k, v in shown.items()})
+        self.bar.set_postfix({"images/s": f"{self.speed:.0f}"} | {k: f"{v:.3g}" for k, v in shown.items()},
+                             refresh=False)
         self.sums, self.summed = {}, 0
         self.classes.zero_()
         return values

@@ -260,8 +260,8 @@ def test_same_options_same_run(tmp_path, short_run):
 
 
 def test_sgld_lr_and_std_are_the_chains(tmp_path):
-    """With step size 0 and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
-    run = train(tmp_path, "--max_steps", "10", "--sgld_lr", "0", "--sgld_std", "0.1", "--sgld_step", "4")
+    """With hardly a step and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
+    run = train(tmp_path, "--max_steps", "10", "--sgld_lr", "1e-12", "--sgld_std", "0.1", "--sgld_step", "4")
     assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
 
 
@@ -420,7 +420,8 @@ def refused(capsys, *options):
         ("--warmup_steps -1", "--warmup_steps"),
         ("--precision fp8", "--precision takes one of"),
         ("--compile maybe", "--compile"),
-        ("--sgld_lr 0 --gif_every 0", "--gif_every"),
+        ("--sgld_lr 0", "--sgld_lr must be above 0"),
+        ("--gif_every 0", "--gif_every"),
         ("stray", "stray"),
         ("--epoch 3", "--epoch"),
     ],
