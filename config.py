@@ -73,7 +73,7 @@ class Config:
     warmup_steps: int = option(1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to "
                                "1e-6 follows", minimum=0)
     ema: float = option(0.0, "optimisation", "decay of the exponential moving average of the weights, which evaluation "
-                        "and GIFs then use, for instance 0.999; 0 is off", minimum=0, maximum=0.99999)
+                        "and GIFs then use, for instance 0.999 (less in the first steps); 0 is off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = option(0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0,
                                 maximum=1)

@@ -246,7 +246,8 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.cfg.ema)
+        decay = min(self.cfg.ema, (1 + self.step) / (10 + self.step))  # a short memory first: the start is no model yet
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         for mean, now in zip(self.ema.buffers(), self.model.buffers(), strict=True):  # running statistics
             mean.copy_(now)
 

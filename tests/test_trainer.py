@@ -120,6 +120,20 @@ def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     assert not torch.equal(orders[0], orders[6])
 
 
+def test_average_of_the_weights(digits):
+    """Decay min(ema, (1 + step) / (10 + step)), so that the untrained start is soon forgotten."""
+    run = trainer.Trainer(config(ema=0.5), digits, torch.device("cpu"))
+    run.model.class_output.bias.data.fill_(0)
+    run.ema.class_output.bias.fill_(0)
+    expected = 0.0
+    for run.step in range(1, 21):
+        run.model.class_output.bias.data.fill_(run.step)
+        run.update_average()
+        decay = min(0.5, (1 + run.step) / (10 + run.step))
+        expected = decay * expected + (1 - decay) * run.step
+        assert run.ema.class_output.bias.tolist() == pytest.approx([expected] * 10)
+
+
 def test_learning_rate():
     peak = 0.1
     assert [trainer.learning_rate(s, peak, 10, 100) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
