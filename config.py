@@ -1,7 +1,7 @@
 """Every option of the program, once: its default, its help text, and what makes a value wrong."""
 
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from errors import UserError
@@ -20,10 +20,11 @@ CHANGEABLE = frozenset(
 
 
 def option(default: Any, group: str, text: str, choices: tuple = (), minimum: float = -math.inf,
-           maximum: float = math.inf, above: float = -math.inf, flags: tuple = ()) -> Any:
+           maximum: float = 2**31 - 1, above: float = -math.inf, flags: tuple = ()) -> Any:
     """A dataclass field that carries what the command line and the checks need to know of it.
 
-    ``minimum`` and ``maximum`` are allowed values, ``above`` is not.
+    ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
+    only overflow somewhere.
     """
     return field(default=default, metadata={
         "group": group, "help": text, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above,
@@ -38,7 +39,7 @@ class Config:
     mode: str = option("energy_train", "run", "what to do: train a JEM, or the plain classifier; or "
                        "measure --load_ckpt, or draw samples from it", MODES)
     gpu: str = option("0", "run", "index of the CUDA device, or cpu")
-    seed: int = option(1, "run", "seed of every random generator", minimum=0, maximum=2**31 - 1)
+    seed: int = option(1, "run", "seed of every random generator", minimum=0)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory")
     note: str = option("", "run", "words added to the run directory's name")
     no_log: bool = option(False, "run", "write no TensorBoard events")
@@ -73,12 +74,13 @@ class Config:
     warmup_steps: int = option(1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to "
                                "1e-6 follows", minimum=0)
     ema: float = option(0.0, "optimisation", "decay of the exponential moving average of the weights, which evaluation "
-                        "and GIFs then use, for instance 0.999 (less in the first steps); 0 is off", minimum=0, maximum=0.99999)
+                        "and GIFs then use, for instance 0.999; (1 + step) / (10 + step) as long as that is less; 0 is "
+                        "off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = option(0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0,
                                 maximum=1)
     sgld_step: int = option(20, "SGLD", "Langevin steps of a training chain", minimum=1)
-    sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", above=0)
+    sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = option(0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale",
                              minimum=0)
     buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)
@@ -176,7 +178,10 @@ class Config:
         unknown = options.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
-        return cls(**options)
+        try:
+            return cls(**options)
+        except UserError as error:
+            raise UserError(f"{source} has an option this version refuses: {error}") from None
 
 
 def check_value(f, value) -> None:
@@ -193,7 +198,7 @@ def check_value(f, value) -> None:
     if value < meta["minimum"]:
         raise UserError(f"{name} must be at least {meta['minimum']:g}, not {value}")
     if value > meta["maximum"]:
-        raise UserError(f"{name} must be at most {meta['maximum']:g}, not {value}")
+        raise UserError(f"{name} must be at most {meta['maximum']:.10g}, not {value}")
 
 
 def add_options(parser) -> None:
@@ -203,12 +208,10 @@ def add_options(parser) -> None:
     """
     import argparse
 
-    groups = {}
+    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
+    groups = {name: parser.add_argument_group(name) for name in names}
     for f in fields(Config):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
-        text = f.metadata["help"].replace("%", "%%")
-        assert f.default is not MISSING
+        group, text = groups[f.metadata["group"]], f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
             continue

@@ -5,6 +5,7 @@ seed of their own, so that runs with different seeds train and report on the sam
 """
 
 import gzip
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -99,8 +100,13 @@ def load(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]; shape and memory format stay."""
-    return images.float() / 127.5 - 1
+    """uint8 images as float32 in [-1, 1], floats as they are; shape and memory format stay."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
+
+
+def fitting(n: int, shape: tuple[int, int, int]) -> int:
+    """How many images of ``shape`` (C, H, W) take the memory that ``n`` of 3x32x32 take, at least one."""
+    return max(1, n * 3072 // math.prod(shape))
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:

@@ -21,7 +21,7 @@ import quality
 import robustness
 import utils
 from config import Config
-from data import ImageData, Split, to_float
+from data import ImageData, Split, fitting, to_float
 from errors import UserError
 from models import JEM, log_density
 from report import Report, Section, bootstrap
@@ -33,7 +33,7 @@ AIS_SEARCH_TEMPERATURES = 200  # where only the scale of log p(x) is looked for
 
 
 @torch.no_grad()
-def predict(model: JEM, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 500) -> Tensor:
+def predict(model: JEM, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits float32 (N, K) of images (N, C, H, W), uint8 or float in [-1, 1], in evaluation mode.
 
     The backbone computes in ``dtype``. The model's mode is restored.
@@ -41,7 +41,7 @@ def predict(model: JEM, images: Tensor, dtype: torch.dtype = torch.float32, batc
     training = model.training
     model.eval()
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        logits = [model(batch if batch.is_floating_point() else to_float(batch)) for batch in images.split(batch_size)]
+        logits = [model(to_float(batch)) for batch in images.split(fitting(500, images.shape[1:]))]
     model.train(training)
     return torch.cat(logits)
 
@@ -73,9 +73,11 @@ class Subject:
         return split[order.to(split.labels.device)] if n < len(split) else split
 
     def x(self, images: Tensor) -> Tensor:
-        """uint8 images as floats, with the noise of ``--sigma_test``."""
-        x = to_float(images)
-        return x + self.cfg.sigma_test * torch.randn(x.shape, generator=self.rng(), device=self.device)
+        """uint8 images as they are or, with the noise of ``--sigma_test``, as floats."""
+        if not self.cfg.sigma_test:
+            return images
+        noise = torch.randn(images.shape, generator=self.rng(), device=self.device)
+        return to_float(images).add_(noise, alpha=self.cfg.sigma_test)
 
     @property
     def noise(self) -> str:
@@ -318,6 +320,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {"checkpoint": f"{path}{chosen}", "training steps": state["step"],
              "weights": "moving average" if "ema" in state else "as trained",
+             "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
              "data set": cfg.dataset, "network": f"WRN-{cfg.depth}-{cfg.width}", "seed": cfg.seed}
     report = Report(directory, {"about": {k: str(v) for k, v in about.items()}, "options": vars(cfg),
                                 "environment": utils.environment(device)})

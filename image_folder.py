@@ -100,10 +100,10 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _check_sides(height: int, width: int, root: Path) -> None:
-    if height % 4 or width % 4:
-        nearest = max(4, 4 * round(min(height, width) / 4))
+    if height % 4 or width % 4 or min(height, width) < 8:
+        nearest = max(8, 4 * round(min(height, width) / 4))
         raise UserError(
-            f"{root} gives images of {width}x{height} pixels, but the model needs multiples of 4: "
+            f"{root} gives images of {width}x{height} pixels, but the model needs multiples of 4, at least 8: "
             f"try --image_size {nearest}"
         )
 

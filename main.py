@@ -34,16 +34,17 @@ def main(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print("error: not enough memory; a smaller --batch_size, --width, --buffer_size or --image_size needs less",
-              file=sys.stderr)
+        print("error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
+              "--max_images needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Python, NumPy and CUDA have exceptions of their own for it, torch on a CPU has only the message."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Python, NumPy and CUDA's allocator have exceptions of their own for it, other parts of torch only messages."""
+    messages = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
 def one_line(error: Exception) -> str:
@@ -58,10 +59,12 @@ def run(arguments: list[str]) -> int:
                "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.")
     add_options(parser)
     given = vars(parser.parse_args(arguments))
-    if given.get("mode") == "sample":
-        return sample.run(*trained(given))
-    if given.get("mode") == "test":
-        return evaluate.run(*trained(given))
+    for name in ("load_ckpt", "resume"):
+        if given.get(name) == "":  # a shell variable that is not set
+            raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
+    if given.get("mode") in ("sample", "test"):
+        use = {"sample": sample.run, "test": evaluate.run}[given["mode"]]
+        return use(*trained(given))
     cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
     device = utils.pick_device(cfg.gpu)
     utils.tune(device)
@@ -95,9 +98,13 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
     """
     if not given.get("load_ckpt"):
         raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
+    if "resume" in given:
+        raise UserError(f"--resume continues training; --mode {given['mode']} takes --load_ckpt alone")
     path, content = utils.find_checkpoint(given["load_ckpt"])
     own = asdict(Config.from_dict(content["config"], str(path)))
     kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
+    if given.get("dataset", own["dataset"]) != own["dataset"]:  # these belong to the checkpoint's images
+        del kept["image_size"], kept["n_valid"]
     return Config(**kept | given), path, content
 
 

@@ -1,8 +1,8 @@
 """Out-of-distribution detection: scores, sets to hold them against, and how well they tell them apart."""
 
 import math
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
-BATCH = 100  # images; gradients in the input need the memory of training
+BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
 def measure(subject: "Subject", section: "Section") -> None:
@@ -67,7 +67,7 @@ def set_names(cfg: Config) -> list[str]:
 def check_names(cfg: Config) -> None:
     """Raise UserError for the first name in ``--ood_datasets`` that means nothing."""
     for name in set_names(cfg):
-        if name not in (*BUILT_IN, *NAMED) and not Path(name).is_dir():
+        if name not in (*BUILT_IN, *NAMED) and not (name and os.path.isdir(name)):
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
@@ -106,11 +106,12 @@ def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
-    """Each (N,), higher for images that look more like the training set: x (N, C, H, W) in [-1, 1].
+    """Each (N,), higher for images that look more like the training set: x (N, C, H, W), uint8 or in [-1, 1].
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
-    parts = [logits_and_slope(model, batch) for batch in tqdm(x.split(BATCH), desc="scores", unit="batch", leave=False)]
+    batches = tqdm(x.split(data.fitting(BATCH, x.shape[1:])), desc="scores", unit="batch", leave=False)
+    parts = [logits_and_slope(model, data.to_float(batch)) for batch in batches]
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {"log p(x)": log_density(logits), "max softmax": logits.softmax(1).amax(1), "max logit": logits.amax(1),
             "-|grad log p(x)|": -slope}

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from data import to_float
+from data import fitting, to_float
 from errors import UserError
 from models import JEM, sampling_copy
 from sample import STEPS
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from evaluate import Subject
     from report import Section
 
-BATCH = 250  # images
+BATCH = 250  # images of 3x32x32
 
 
 def fresh_samples(sgld: SGLD, n: int, shape: tuple[int, int, int], steps: int, sgld_lr: float, sgld_std: float,
                   generator: Generator) -> Tensor:
     """The ends of n chains of ``steps`` SGLD steps from uniform noise."""
-    parts = []
-    for start in tqdm(range(0, n, BATCH), desc="samples from noise", unit="batch", leave=False):
+    parts, batch = [], min(n, fitting(BATCH, shape))
+    for start in tqdm(range(0, n, batch), desc="samples from noise", unit="batch", leave=False):
         # Always whole batches: a chain's CUDA graph has a fixed shape.
-        x = sgld(uniform_images(BATCH, shape, generator), steps, sgld_lr, sgld_std, generator).x
+        x = sgld(uniform_images(batch, shape, generator), steps, sgld_lr, sgld_std, generator).x
         parts.append(to_uint8(x[: n - start]))
     return torch.cat(parts)
 
@@ -100,19 +100,21 @@ def inception_scorer(real: Tensor, pool: nn.Module | int = 2048,
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            InceptionScore(logits)
+            inception = InceptionScore(logits).to(real.device)
     except OSError as error:  # urllib's errors are OSErrors
         raise UserError(inception_help(error)) from None
     real = as_rgb(real)
     fid = frechet_distance(pool, real)
+    kid = KernelInceptionDistance(pool, reset_real_features=False).to(real.device)
+    feed(lambda batch: kid.update(batch, real=True), real, "KID of training images")
 
     def scores(images: Tensor) -> InceptionScores:
         images = as_rgb(images)
-        inception = InceptionScore(logits).to(images.device)
-        kid = KernelInceptionDistance(pool, subset_size=min(1000, len(images) - 1, len(real) - 1)).to(images.device)
+        inception.reset()
+        kid.reset()
+        kid.subset_size = min(1000, len(images) - 1, len(real) - 1)
         feed(inception.update, images, "IS")
         feed(lambda batch: kid.update(batch, real=False), images, "KID of samples")
-        feed(lambda batch: kid.update(batch, real=True), real, "KID of training images")
         return InceptionScores(fid(images), *(tuple(v.item() for v in metric.compute()) for metric in (inception, kid)))
 
     return scores
@@ -127,7 +129,7 @@ def inception_help(error: Exception) -> str:
 
 def feed(update: Callable[[Tensor], None], images: Tensor, title: str) -> None:
     with torch.no_grad():
-        for batch in tqdm(images.split(BATCH), desc=title, unit="batch", leave=False):
+        for batch in tqdm(images.split(fitting(BATCH, images.shape[1:])), desc=title, unit="batch", leave=False):
             update(batch)
 
 
@@ -137,7 +139,7 @@ def logits_of(model: JEM, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def over_batches(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([network(batch) for batch in images.split(BATCH)])
+    return torch.cat([network(batch) for batch in images.split(fitting(BATCH, images.shape[1:]))])
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -214,7 +216,10 @@ def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real:
     distance, features = frechet_distance(Features(judge), real), f"features of {place}, {len(real)} training images"
     section.add(table, distance(test), len(test), f"test images; {features}", at=("test images", "Fréchet distance"))
     for name, (images, protocol) in sets.items():
-        section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
+        if len(images) < 2:
+            section.skip(f"Fréchet distance of {name}", f"{len(images)} image has no covariance")
+        else:
+            section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
         agree = logits_of(judge, images).argmax(1) == logits_of(model, images).argmax(1)
         section.mean(table, agree, f"{protocol}; share of the samples that {place} puts into the class that the model "
                      "itself puts them into", (name, "accuracy"))

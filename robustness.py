@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data import fitting
 from models import JEM
 from sgld import normal_like, uniform_images
 from utils import image_grid, to_uint8
@@ -145,19 +146,25 @@ def distal_adversarials(model: JEM, shape: tuple[int, int, int], n_classes: int,
     Returns images (n_classes * n_each, C, H, W) in [-1, 1], class by class, and the p(y|x) reached. A step has L2 norm
     ``step_size`` times the square root of the number of pixels; images that have arrived stand still.
     """
-    x = uniform_images(n_each, shape, generator).repeat(n_classes, 1, 1, 1)
-    y = torch.arange(n_classes, device=x.device).repeat_interleave(n_each)
-    for _ in tqdm(range(max_steps), desc="distal adversarials", leave=False):
-        x.requires_grad_()
-        loss = F.cross_entropy(model(x), y, reduction="none")
-        (grad,) = torch.autograd.grad(-loss.sum(), x)
-        going = loss.detach() > -math.log(confidence)
-        if not going.any():
-            break
-        length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
-        move = step_size * math.sqrt(math.prod(shape)) * going / length  # (N,)
-        x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
-    return x.detach(), (-loss.detach()).exp()
+    starts = uniform_images(n_each, shape, generator)
+    batch = max(1, fitting(BATCH, shape) // n_each)  # classes
+    parts = []
+    for classes in tqdm(torch.arange(n_classes, device=starts.device).split(batch), desc="distal adversarials",
+                        leave=False):
+        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
+        for step in range(max_steps + 1):
+            x.requires_grad_()
+            loss = F.cross_entropy(model(x), y, reduction="none")
+            (grad,) = torch.autograd.grad(-loss.sum(), x)
+            going = loss.detach() > -math.log(confidence)
+            if step == max_steps or not going.any():
+                break
+            length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
+            move = step_size * math.sqrt(math.prod(shape)) * going / length  # (N,)
+            x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
+        parts.append((x.detach(), (-loss.detach()).exp()))
+    x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, reached
 
 
 # ---------------------------------------------------------------------------------------------- the metric
@@ -190,6 +197,7 @@ class Sweep(NamedTuple):
 
 NORMS = (Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
          Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1))
+BATCH = 100  # images of 3x32x32 at once; these need the memory of training
 IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 MASKED = 0.02  # accuracy where it should be zero
@@ -197,8 +205,7 @@ MASKED = 0.02  # accuracy where it should be zero
 
 def measure(subject: "Subject", section: "Section") -> None:
     """Robust accuracies, with and without refinement, and distal adversarials of an ``evaluate.Subject``."""
-    cfg, dim = subject.cfg, math.prod(subject.data.shape)
-    batch = max(1, 100 * 3072 // dim)  # images at once; 100 of 32x32 need the memory of training
+    cfg, batch = subject.cfg, fitting(BATCH, subject.data.shape)
     test = subject.some(subject.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
     plain, n_classes = Classifier(subject.model), len(subject.data.class_names)

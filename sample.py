@@ -92,6 +92,8 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     state, described = content["state"], content["data"]
     model = build_model(described["shape"][0], len(described["class_names"]), cfg.depth, cfg.width, cfg.norm,
                         cfg.dropout_rate, cfg.activation)
+    if cfg.activation != content["config"]["activation"]:  # the weights would fit
+        raise UserError(f"{path} was trained with --activation {content['config']['activation']}: leave it out")
     try:
         model.load_state_dict(state.get("ema", state["model"]))
     except RuntimeError:
@@ -105,19 +107,21 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
 
 def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
     """Uniform noise or random images of the replay buffer; with ``--class_cond``, the classes in turn."""
-    n_classes = len(content["data"]["class_names"])
-    n = cfg.n_samples or (COLUMNS * n_classes if cfg.class_cond else SHOWN)
+    n_classes, available = len(content["data"]["class_names"]), math.inf
+    if cfg.from_buffer:
+        if "buffer" not in content["state"]:
+            raise UserError(f"{path} has no replay buffer; leave --from_buffer out to start from noise")
+        images = content["state"]["buffer"]["images"].to(rng.device)
+        available = len(images)
+    n = cfg.n_samples or (COLUMNS * n_classes if cfg.class_cond else min(SHOWN, available))
+    if n > available:
+        raise UserError(f"{n} samples are more than the {available} images of the replay buffer: give --n_samples")
     if cfg.class_cond and n % n_classes:
         raise UserError(f"--n_samples {n} must be a multiple of the {n_classes} classes for --class_cond")
     y = torch.arange(n, device=rng.device) % n_classes if cfg.class_cond else None
     if not cfg.from_buffer:
         return Start("noise", uniform_images(n, content["data"]["shape"], rng), y)
-    if "buffer" not in content["state"]:
-        raise UserError(f"{path} has no replay buffer; leave --from_buffer out to start from noise")
-    images = content["state"]["buffer"]["images"].to(rng.device)
-    if n > len(images):
-        raise UserError(f"--n_samples {n} is more than the {len(images)} images of the replay buffer")
-    return Start("buffer", images[torch.randperm(len(images), generator=rng, device=rng.device)[:n]], y)
+    return Start("buffer", images[torch.randperm(available, generator=rng, device=rng.device)[:n]], y)
 
 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
@@ -246,7 +250,7 @@ def restoration_picture(originals: Tensor, frames: Tensor, marks: list[int]) -> 
     originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``marks`` (T).
     """
     last = len(marks) - 1
-    during = sorted({round(last ** (i / 4)) for i in range(4)} - {0, last})
+    during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
     stages = torch.stack([originals, *frames[[0, *during, last]]], 1)  # (N, stages, C, H, W)
     names = ["original", "before", *(f"step {marks[i]}" for i in during), "after"]
     return captioned(utils.image_grid(stages.flatten(0, 1), len(names)), columns=names)

@@ -64,11 +64,11 @@ def joint_loss(logits: Tensor, y: Tensor, logits_sampled: Tensor | None, p_y_x_w
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine that ends at 1e-6; ``step`` counts from 1."""
+    """Linear warm-up over ``warmup_steps``, then a cosine to 1e-6 (or a lower ``peak``); ``step`` counts from 1."""
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return FINAL_LR + (peak - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * done))
+    done, end = (step - warmup_steps) / max(1, total_steps - warmup_steps), min(FINAL_LR, peak)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def build_optimizer(cfg: Config, parameters) -> torch.optim.Optimizer:
@@ -113,7 +113,7 @@ class Trainer:
         self.recoveries, self.failures, self.failed_at = 0, 0, -1
         self.good: dict[str, Any] | None = None  # the state to go back to
         self.candidate: dict[str, Any] | None = None  # a later one, good if training goes on well for a while
-        self.referenced: list[str] = []  # the snapshots' files that last.pt names
+        self.referenced: list[set[str]] = [set(), set()]  # the snapshots' files that previous.pt and last.pt name
 
         self.step, self.best = 0, 0.0
         self.order = torch.empty(0, dtype=torch.int64, device=device)  # this epoch's order of the training images
@@ -134,7 +134,7 @@ class Trainer:
         with run, closing(log) as self.log, utils.Signals() as signals, utils.Writer() as self.writer:
             self.announce()
             if self.good is None:
-                self.good = self.snapshot()
+                self.take_snapshot()
                 if self.step == 0:
                     self.log.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
@@ -164,7 +164,7 @@ class Trainer:
                     continue
                 values = self.measurements() if log else {}
                 if step % SNAPSHOT_EVERY == 0:
-                    self.good, self.candidate = self.candidate or self.good, self.snapshot()
+                    self.take_snapshot()
                 if cfg.samples and (step - 1) % cfg.sample_every == 0:
                     self.dump_samples(samples)
                 if cfg.samples and step > 1 and (step - 1) % cfg.gif_every == 0:
@@ -185,7 +185,7 @@ class Trainer:
                     self.writer.submit(plot_curves, self.run.path)
                 if self.clock is None:  # the first step's time is compilation and warm-up
                     self.clock = (time.perf_counter(), step)
-                elif step == first + LOG_EVERY:
+                elif step == first + LOG_EVERY and not last:
                     self.estimate()
         return 0
 
@@ -290,11 +290,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
-        state = copy_tree(state, torch.device("cpu"))
         for name in self.plain_state:
             setattr(self, name, copy_tree(state[name], self.device))
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy_tree(state["optimizer"], self.device))  # it would keep the tensors it gets
         try:
             self.data_rng.set_state(state["data_rng"])
             self.sgld_rng.set_state(state["sgld_rng"])
@@ -310,32 +309,45 @@ class Trainer:
             self.buffer.load_state_dict(state["buffer"])
         self.alarm.fill_(False)
 
-    def snapshot(self) -> dict[str, Any]:
-        """A copy of the state in memory; a file of it, too, so that a resumed run can go back to it."""
+    def take_snapshot(self) -> None:
+        """The candidate has proven good, and a copy of the state is the new one; as a file, too, for a resumed run."""
         state = copy_tree(self.state_dict(), torch.device("cpu"))
-        self.writer.submit(utils.save_checkpoint, self.run.path / "snapshots", snapshot_name(state), {"state": state})
-        return state
+        self.good, self.candidate = self.candidate or state, state
+        folder = self.run.path / "snapshots"
+        self.writer.submit(utils.save_checkpoint, folder, snapshot_name(state), {"state": state})
+        self.writer.submit(utils.remove_others, folder, self.needed_snapshots)
+
+    @property
+    def snapshots(self) -> list[str]:
+        """The file names of the good state and the candidate."""
+        return [snapshot_name(self.good), snapshot_name(self.candidate)]
+
+    @property
+    def needed_snapshots(self) -> set[str]:
+        """The files that this run, or one resumed from a checkpoint of it, may go back to: six at most."""
+        return {*self.snapshots, *self.referenced[0], *self.referenced[1]}
 
     def load_snapshots(self, directory: Path, names: list[str]) -> None:
         """Take up the good state and the candidate of a run that is resumed."""
         try:
-            states = [utils.load_checkpoint(directory / name)["state"] for name in names]
+            self.good, self.candidate = (utils.load_checkpoint(directory / name)["state"] for name in names)
         except UserError as error:
             print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.",
                   file=sys.stderr)
             return
-        self.good, self.candidate = states if len(states) == 2 else (*states, None)
-        self.referenced = names
+        self.referenced = [{path.name for path in directory.iterdir()}, set(names)]
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights and, where it fits, its replay buffer."""
         path, content = utils.find_checkpoint(path)
-        state = content["state"]
+        state, options, mine = content["state"], content["config"], asdict(self.cfg)
         try:
+            if options["activation"] != mine["activation"]:
+                raise RuntimeError("the weights would fit, and be another network")
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
-            options, mine = content["config"], asdict(self.cfg)
-            differ = [f"--{k} {options[k]}" for k in ("dataset", "depth", "width", "norm") if options[k] != mine[k]]
+            shaping = ("dataset", "depth", "width", "norm", "activation")
+            differ = [f"--{k} {options[k]}" for k in shaping if options[k] != mine[k]]
             hint = f"it was trained with {' '.join(differ)}" if differ else str(error).splitlines()[-1].strip()
             raise UserError(f"{path} does not fit this network: {hint}") from None
         if self.ema:
@@ -348,21 +360,16 @@ class Trainer:
 
     def checkpoint(self, name: str) -> None:
         """Have the state written behind training's back, after all that was dumped before."""
-        snapshots = [snapshot_name(state) for state in (self.good, self.candidate) if state]
         content = {"config": asdict(self.cfg), "state": copy_tree(self.state_dict(), torch.device("cpu")),
-                   "log_position": self.log.position(), "data": describe(self.data), "snapshots": snapshots}
-        self.writer.submit(self.write_checkpoint, name, content, {*snapshots, *self.referenced})
+                   "log_position": self.log.position(), "data": describe(self.data), "snapshots": self.snapshots}
+        self.writer.submit(self.write_checkpoint, name, content)
         if name == "last.pt":
-            self.referenced = snapshots
+            self.referenced = [self.referenced[1], set(self.snapshots)]
+            self.writer.submit(utils.remove_others, self.run.path / "snapshots", self.needed_snapshots)
 
-    def write_checkpoint(self, name: str, content: dict[str, Any], needed: set[str]) -> None:
-        """``needed``: the snapshots' files that this checkpoint and the one before it name."""
+    def write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
         self.log.flush()
-        if name == "last.pt":
-            utils.save_checkpoint(self.run.path / "ckpt", name, content, keep="previous.pt")
-            utils.remove_others(self.run.path / "snapshots", needed)
-        else:
-            utils.save_checkpoint(self.run.path / "ckpt", name, content)
+        utils.save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
 
     # ------------------------------------------------------------------------------------------ divergence
 
@@ -379,7 +386,7 @@ class Trainer:
             raise TrainingFailed(f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used "
                                  "up; try more --sgld_step, a lower --lr, or --energy_l2 0.1")
         self.load_state_dict(self.good)
-        self.candidate = None
+        self.candidate = self.good
         self.recoveries, self.failures, self.failed_at, self.remedies, self.best = history
         self.failures = self.failures + 1 if place == self.failed_at else 1
         self.failed_at = place
@@ -439,8 +446,8 @@ class Trainer:
         copy_weights(self.averaged_model, self.sampling_model)
         x = uniform_images(16, self.data.shape, rng)
         sgld = SGLD(self.sampling_model.log_density)  # for one film, compilation would not pay
-        frames = annealed_chain(sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng)
-        shown = utils.to_uint8(frames[::FRAME_EVERY]).cpu()
+        frames = annealed_chain(sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
+        shown = utils.to_uint8(frames).cpu()
         self.writer.submit(self.write_gif, self.step, [utils.image_grid(images, columns=4) for images in shown])
 
     def write_gif(self, step: int, pictures: list[np.ndarray]) -> None:

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
-        libc.mallopt(m_mmap_threshold, largest)
+        libc.mallopt(m_mmap_threshold, largest) or libc.mallopt(m_mmap_threshold, 2**25)  # older ones take no more
         libc.mallopt(m_trim_threshold, largest)
 
 
@@ -119,6 +119,9 @@ class RunDir:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
         except BlockingIOError:
             raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"Warning: {path} cannot be locked ({error.strerror}): see to it that one process uses it.",
+                  file=sys.stderr)
 
     @classmethod
     def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
@@ -173,19 +176,14 @@ def read_options(run: Path) -> dict[str, Any] | None:
         return None
 
 
-class disk_errors:
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns an OSError into a UserError that names the place; what was already on disk stays."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write to {self.path}: {error.strerror or error}; free some space or mend the "
-                            "permissions, then continue with --resume") from None
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}; free some space or mend the permissions, "
+                        "then continue with --resume") from None
 
 
 class Writer:
@@ -366,7 +364,10 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file, and its folder, so that a reader finds the old or the new content, whatever happens meanwhile."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -462,9 +463,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises UserError for a file that is missing, torn, corrupted, not ours, or of another format version.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
     try:
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}")
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # checks every record's CRC-32
         if broken:
@@ -507,9 +508,9 @@ def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
         except UserError as e:
             error = error or e
             continue
-        if error and candidates[0].exists():
+        if error and os.path.exists(candidates[0]):
             print(f"Warning: {error}; taking {candidate} instead.", file=sys.stderr)
         return candidate, state
-    if not any(c.exists() for c in candidates):
+    if not any(map(os.path.exists, candidates)):
         raise UserError(f"no checkpoint in {place} (looked for ckpt/last.pt and ckpt/previous.pt)")
     raise error

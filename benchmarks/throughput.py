@@ -200,6 +200,7 @@ def main() -> None:
             "sgld_step": (5, 10, 40),
         }.items():
             for value in values:
+                torch.compiler.reset()  # it stops compiling what has been compiled for eight other networks
                 run = Trainer(replace(cfg, **{name: value}), images, device)
                 run.step = 1
                 run.training_step()

@@ -39,13 +39,16 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
-    """A frozen copy in evaluation mode whose backbone computes in ``dtype``; the head stays float32.
+    """A frozen copy in evaluation mode whose backbone computes in ``dtype``; the head stays in float32.
 
     Chains run on this copy, so that sampling touches neither the mode nor the flags of the model in training, casts
     the weights once a step instead of once a layer and SGLD step, and finds them at addresses that never change.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     frozen.f.to(dtype)
+    for module in frozen.f.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()  # 8 bits are too few for running statistics; the layer takes bf16 images all the same
     return frozen
 
 

@@ -516,7 +516,7 @@ def test_folder_with_both_parts(tmp_path):
 
 def test_folder_of_classes_alone_is_split_by_class(tmp_path):
     images = {
-        f"{c}/{i}.png": random_images(4, 4) for c, n in (("a", 50), ("b", 20), ("c", 10)) for i in range(n)
+        f"{c}/{i}.png": random_images(8, 8) for c, n in (("a", 50), ("b", 20), ("c", 10)) for i in range(n)
     }
     write_files(tmp_path, {name: encode(pixels) for name, pixels in images.items()})
     loaded = load_folder(tmp_path)
@@ -605,9 +605,9 @@ def test_cache_saves_decoding(tmp_path, decoded):
     assert len(decoded) == 12
     check_cache(tmp_path, decoded, 0, reference)
     assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
-    small = load_folder(tmp_path, image_size=4)
-    assert len(decoded) == 12 and small.shape == (3, 4, 4)
-    check_cache(tmp_path, decoded, 0, small, image_size=4)
+    small = load_folder(tmp_path, image_size=8)
+    assert len(decoded) == 12 and small.shape == (3, 8, 8)
+    check_cache(tmp_path, decoded, 0, small, image_size=8)
     check_cache(tmp_path, decoded, 0, reference)
 
 
@@ -743,7 +743,7 @@ def test_different_sizes_need_image_size(tmp_path):
     assert load_folder(tmp_path, image_size=8).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((1, 1), 4)])
+@pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((4, 4), 8), ((1, 1), 8)])
 def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
     write_files(tmp_path, four(encode(random_images(*shape))))
     message = refuses(f"try --image_size {advice}", "folder", tmp_path)

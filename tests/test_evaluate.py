@@ -128,9 +128,10 @@ def test_the_four_scores(model):
     torch.testing.assert_close(scores["-|grad log p(x)|"], -logits_and_slope(model, x)[1])
 
 
-def test_predict_takes_uint8_and_float_and_accuracy_counts(model, subject):
+def test_predict_takes_uint8_and_float_and_accuracy_counts(model, subject, monkeypatch):
     split = subject.data.test[:30]
-    logits = predict(model, split.images, batch_size=7)
+    monkeypatch.setattr(evaluate, "fitting", lambda *_: 7)
+    logits = predict(model, split.images)
     torch.testing.assert_close(logits, predict(model, split.images / 127.5 - 1))
     right = sum(int(logits[i].argmax()) == int(split.labels[i]) for i in range(30))
     assert accuracy(model, split) == pytest.approx(right / 30)
@@ -173,9 +174,9 @@ def test_some_images_are_the_same_every_time_and_random(subject):
 
 def test_noise_is_added_only_when_asked(subject):
     images = subject.data.test.images
-    assert torch.equal(subject.x(images), images / 127.5 - 1)
+    assert torch.equal(subject.x(images), images)
     noisy = replace(subject, cfg=replace(subject.cfg, sigma_test=0.5))
-    assert (noisy.x(images) - subject.x(images)).std().item() == pytest.approx(0.5, rel=0.02)
+    assert (noisy.x(images) - (images / 127.5 - 1)).std().item() == pytest.approx(0.5, rel=0.02)
     assert torch.equal(noisy.x(images), noisy.x(images))
 
 
@@ -252,6 +253,13 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
     assert json.loads(found.read_text())["classification"]["results"]["accuracy"]["n"] == 20
 
 
+def test_one_sample_has_no_frechet_distance(run, capsys):
+    command = "--mode test --eval quality --n_samples 1 --n_sample_steps 1 --max_images 30 --no_log --gpu cpu".split()
+    assert main([*command, "--load_ckpt", str(run), "--feature_ckpt", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert "Fréchet distance of from noise: absent, 1 image has no covariance" in out and "Traceback" not in err
+
+
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     def broken(subject, section):
         raise ZeroDivisionError("oh")
@@ -268,6 +276,8 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
     (["--load_ckpt", "RUN", "--width", "2"], "another network"),
     (["--load_ckpt", "RUN", "--ood_datasets", "noise,nowhere"], "'nowhere' is neither a folder nor one of interp"),
+    (["--load_ckpt", "RUN", "--ood_datasets", "noise,"], "'' is neither a folder nor one of interp"),
+    (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
     (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
     (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
     (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),

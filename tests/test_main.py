@@ -407,7 +407,13 @@ def refused(capsys, *options):
         ("--ema 1", "--ema"),
         ("--image_size 32", "--image_size is for --dataset folder"),
         ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
-        ("--buffer_size 100000000000000", "not enough memory"),
+        ("--buffer_size 2000000000", "not enough memory"),
+        ("--buffer_size 100000000000000", "--buffer_size must be at most 2147483647"),
+        ("--sigma 1e300", "--sigma must be at most"),
+        ("--sgld_lr 1e-300", "--sgld_lr must be at least 1e-12"),
+        ("--load_ckpt=", "--load_ckpt is empty"),
+        ("--resume=", "--resume is empty"),
+        ("--mode sample --load_ckpt a --resume b", "--mode sample takes --load_ckpt alone"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
         ("--mode baseline_train --p_y_x_weight 0", "nothing to train"),
         ("--n_valid 2000", "--n_valid 2000"),
@@ -422,7 +428,7 @@ def refused(capsys, *options):
         ("--warmup_steps -1", "--warmup_steps"),
         ("--precision fp8", "--precision takes one of"),
         ("--compile maybe", "--compile"),
-        ("--sgld_lr 0", "--sgld_lr must be above 0"),
+        ("--sgld_lr 0", "--sgld_lr must be at least 1e-12"),
         ("--gif_every 0", "--gif_every"),
         ("stray", "stray"),
         ("--epoch 3", "--epoch"),
@@ -465,7 +471,33 @@ def test_logdir_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def edited(run, path, **options):
+    """A copy of the run's last checkpoint that claims other options."""
+    content = utils.load_checkpoint(run / "ckpt" / "last.pt")
+    torch.save(content | {"config": content["config"] | options}, path)
+    return path
+
+
+def test_another_data_set_for_a_checkpoint_leaves_its_image_size_behind(jem, tmp_path):
+    path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
+    assert main.trained({"mode": "test", "load_ckpt": path})[0].image_size == 8
+    cfg, *_ = main.trained({"mode": "test", "load_ckpt": path, "dataset": "digits"})
+    assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
+
+
 class TestBrokenCheckpoints:
+    def test_options_that_this_version_refuses_come_with_their_file(self, jem, tmp_path, capsys):
+        path = edited(jem, tmp_path / "old.pt", sgld_lr=0.0)
+        assert "old.pt has an option this version refuses: --sgld_lr" in refused(
+            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path))
+
+    @pytest.mark.parametrize("mode", ["energy_train", "sample", "test"])
+    def test_another_activation(self, mode, jem, tmp_path, capsys):
+        """The weights would fit, but the network would be another one."""
+        options = ["--activation", "silu", "--load_ckpt", str(jem), "--logdir", str(tmp_path)]
+        err = refused(capsys, "--mode", mode, *options)
+        assert "trained with --activation leaky_relu" in err and list(tmp_path.iterdir()) == []
+
     def test_wrong_architecture(self, jem, tmp_path, capsys):
         err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))
         assert "does not fit" in err and "--width 1" in err

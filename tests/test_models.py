@@ -152,6 +152,7 @@ def test_sampling_copy_is_frozen_and_follows_the_weights():
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
     assert frozen.f.conv1.weight.dtype == torch.bfloat16 and frozen.class_output.weight.dtype == torch.float32
+    assert frozen.f.bn1.running_var.dtype == torch.float32
     places = [p.data_ptr() for p in frozen.parameters()]
     with torch.no_grad():
         for p in model.parameters():

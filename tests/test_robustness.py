@@ -6,6 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import robustness
 from models import build_model
 from report import Section
 from robustness import (
@@ -118,6 +119,14 @@ def test_refinement_averages_the_probabilities_of_its_chains(model, images):
 def test_distal_adversarials_reach_the_confidence_they_are_asked_for(model):
     x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded())
     assert x.abs().max() <= 1 and (reached > 0.9).all()
+    torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("batch", [100, 1])
+def test_distal_adversarials_out_of_steps_report_what_they_reached(model, steps, batch, monkeypatch):
+    monkeypatch.setattr(robustness, "fitting", lambda *_: batch)
+    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), confidence=0.999, max_steps=steps)
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 
 

@@ -127,7 +127,7 @@ def test_buffer_images_are_the_start(jem, tmp_path):
 
 
 def test_averaged_weights_are_taken_where_they_are(tmp_path):
-    checkpoint = train(tmp_path / "train", "--ema", "0.9")
+    checkpoint = train(tmp_path / "train", "--ema", "0.9", "--lr", "1e-2")
     _, content = sample(checkpoint, tmp_path, "--n_samples", "8", "--n_sample_steps", "2")
     state, x = state_of(checkpoint), torch.from_numpy(content["x"])
     expected = network(state["ema"]).log_density(x)
@@ -183,6 +183,19 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     stages = tiles(cv2.imread(str(run / "denoise.png")), 100, 4)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
+
+
+@pytest.mark.parametrize("start", [("--denoise", "0.3"), ("--inpaint", "left")])
+def test_no_step_leaves_the_start(start, jem, tmp_path):
+    run, content = sample(jem, tmp_path, *start, "--n_samples", "3", "--n_sample_steps", "0")
+    np.testing.assert_array_equal(content["x"], content["start"])
+    assert cv2.imread(str(next(run.glob("*.png")))) is not None
+
+
+def test_a_small_buffer_gives_all_it_has(jem, tmp_path):
+    _, content = sample(jem, tmp_path, "--from_buffer", "--n_sample_steps", "0")
+    buffer = state_of(jem)["buffer"]["images"].numpy()
+    assert sorted(x.tobytes() for x in content["x"]) == sorted(x.tobytes() for x in buffer)
 
 
 BAD = {  # the checkpoint and other options, and what is said of them

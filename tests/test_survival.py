@@ -143,9 +143,9 @@ class TestSignals:
         monkeypatch.setattr(
             trainer.Trainer,
             "write_checkpoint",
-            lambda self, name, content, needed: (
+            lambda self, name, content: (
                 saved.append((name, content["state"]["step"])),
-                write(self, name, content, needed),
+                write(self, name, content),
             ),
         )
         measure = trainer.Trainer.measurements
@@ -245,6 +245,15 @@ class TestResume:
     def test_dumps_may_change(self, stopped, undisturbed):
         assert main.main(["--resume", str(stopped), "--sample_every", "7", "--gif_every", "9", "--no_log"]) == 0
         assert equal(state(stopped), state(undisturbed))
+
+    def test_a_file_system_without_locks(self, stopped, undisturbed, monkeypatch, capsys):
+        def unsupported(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr("fcntl.flock", unsupported)
+        assert main.main(["--resume", str(stopped)]) == 0
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+        assert_same_run(stopped, undisturbed)
 
     def test_a_run_in_use_is_refused(self, stopped, capsys):
         holder = utils.RunDir.of(str(stopped))
@@ -515,15 +524,23 @@ class TestDivergence:
         assert state(run)["recoveries"] == 1 and state(run, "best.pt")["best"] == state(run)["best"] == 0.9
 
     def test_snapshots_on_disk_are_those_that_checkpoints_name(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 5)
+        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 2)
+        original, kept = utils.remove_others, []
+
+        def counting(directory, keep):
+            original(directory, keep)
+            kept.append(len(list(directory.iterdir())))
+
+        monkeypatch.setattr(utils, "remove_others", counting)
         _, run = start(tmp_path)
+        assert max(kept) <= 6 and len(kept) > 17
         named = {
             name
             for file in ("last.pt", "previous.pt")
             for name in utils.load_checkpoint(run / "ckpt" / file)["snapshots"]
         }
         assert named == {path.name for path in (run / "snapshots").iterdir()}
-        assert [f"step_{step:08d}_recoveries_0.pt" for step in (20, 25, 30)] == sorted(named)
+        assert [f"step_{step:08d}_recoveries_0.pt" for step in (24, 26, 32, 34)] == sorted(named)
 
     @pytest.mark.parametrize("damage", ["remove", "flip"])
     def test_without_snapshots_a_resumed_run_starts_with_its_own(self, damage, tmp_path, monkeypatch, capsys):

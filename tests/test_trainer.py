@@ -141,6 +141,7 @@ def test_learning_rate():
     assert trainer.learning_rate(100, peak, 10, 100) == pytest.approx(1e-6)
     assert trainer.learning_rate(1, peak, 0, 1) == pytest.approx(1e-6)
     assert trainer.learning_rate(3, peak, 10, 3) == pytest.approx(0.03)
+    assert trainer.learning_rate(50, 1e-7, 10, 100) == pytest.approx(1e-7)  # below the cosine's end: constant
 
 
 def test_no_step_waits_for_the_device(digits, monkeypatch):
