@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-import data
 import likelihood as ais
 import ood
 import quality
@@ -25,7 +24,7 @@ from data import ImageData, Split, fitting, to_float
 from errors import UserError
 from models import JEM, log_density
 from report import Report, Section, bootstrap
-from sample import load_model
+from sample import load_data, load_model
 
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
 AIS_CHAINS, AIS_TEMPERATURES, AIS_BURN_IN = 100, 1000, 200
@@ -308,10 +307,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     device = utils.pick_device(cfg.gpu)
     utils.tune(device)
     model = frozen(cfg, path, content, device)
-    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
-    state, described = content["state"], content["data"]
-    if list(images.shape) != list(described["shape"]) or len(images.class_names) != len(described["class_names"]):
-        raise UserError(f"{path} was trained on other images than those of {cfg.dataset}: leave --dataset out")
+    images, state = load_data(cfg, path, content, device), content["state"]
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
     subject = Subject(cfg, model, images, buffer, load_judge(cfg.feature_ckpt, images, device), device)
     ood.check_names(cfg)

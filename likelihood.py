@@ -221,20 +221,6 @@ class AISResult:
     step_sizes: Tensor  # (T,), base first
     samples: Tensor  # (N, ...), where the chains ended: the model with weights w; in reverse, the base
 
-    def summary(self) -> dict:
-        """The same as plain numbers, for a report."""
-        return {
-            "log_z": self.log_z,
-            "log_z_interval": list(self.log_z_interval),
-            "ess": self.ess,
-            "n_chains": len(self.log_weights),
-            "n_temperatures": len(self.step_sizes),
-            "acceptance_mean": self.acceptance.mean().item(),
-            "acceptance_min": self.acceptance.min().item(),
-            "step_size_base": self.step_sizes[0].item(),
-            "step_size_model": self.step_sizes[-1].item(),
-        }
-
 
 def forward_ais(
     log_density: LogDensity, base: Gaussian | Box, n_chains: int, n_temperatures: int, generator: Generator,

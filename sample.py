@@ -102,6 +102,16 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     return model
 
 
+def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
+    """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
+    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
+    if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
+        raise UserError(f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
+                        f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size")
+    return images
+
+
 # ---------------------------------------------------------------------------------------------- starts
 
 
@@ -126,12 +136,9 @@ def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Genera
 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
     """Test images, evenly spaced in the test part, with noise added or noise for their unknown pixels."""
-    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
+    shape = content["data"]["shape"]
     known = None if cfg.denoise else ~unknown_pixels(cfg.inpaint, *shape[1:]).to(rng.device)
-    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, rng.device)
-    if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
-        raise UserError(f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
-                        f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size")
+    images = load_data(cfg, path, content, rng.device)
     n, available = cfg.n_samples or COLUMNS, len(images.test)
     if n > available:
         raise UserError(f"--n_samples {n} is more than the {available} test images of {cfg.dataset}")

@@ -20,12 +20,10 @@ DIGITS = (
     "--dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --max_steps 801 --eval_every 5"
 )
 FASHION = (
-    "--dataset fashion_mnist --depth 10 --width 2 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 5001 "
+    "--dataset fashion_mnist --depth 10 --width 1 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 1501 "
     "--sigma 0.1"
 )
-CIFAR = (
-    "--dataset folder --depth 16 --width 2 --lr 2e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 --ema 0.999"
-)
+CIFAR = "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001"
 TRAIN = {  # name: the options that train it
     "digits": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
     "digits_baseline": f"--mode baseline_train {DIGITS}",

@@ -231,7 +231,6 @@ def test_burn_in_carries_poor_samples_to_the_model():
 
 def test_the_seed_decides_the_result():
     runs = [forward_ais(gaussian_density, Gaussian((D,)), 8, 10, seeded(seed)) for seed in (20, 20, 21)]
-    assert runs[0].summary() == runs[1].summary()
     assert torch.equal(runs[0].log_weights, runs[1].log_weights)
     assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
 
