@@ -20,8 +20,8 @@ DIGITS = (
     "--dataset digits --depth 10 --width 2 --lr 1e-3 --warmup_steps 100 --batch_size 64 --max_steps 801 --eval_every 5"
 )
 FASHION = (
-    "--dataset fashion_mnist --depth 10 --width 1 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 1501 "
-    "--sigma 0.1"
+    "--dataset fashion_mnist --depth 10 --width 2 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 3001 "
+    "--sigma 0.1 --ema 0.999"
 )
 CIFAR = "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001"
 TRAIN = {  # name: the options that train it
