@@ -163,7 +163,7 @@ def measure(subject: "Subject", section: "Section") -> None:
     cfg, model = subject.cfg, subject.model
     sampler = sampling_copy(model, pick_dtype(cfg.precision, subject.device))
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
-    n = min(cfg.n_samples or 10_000, cfg.max_images or 10**9)
+    n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
     fresh = fresh_samples(SGLD(sampler.log_density), n, subject.data.shape, steps, cfg.sgld_lr, cfg.sgld_std,
                           subject.rng())
     sets = {"from noise": (fresh, f"chains of {steps} SGLD steps from uniform noise, step size {cfg.sgld_lr:g}, noise "

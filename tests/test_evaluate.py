@@ -253,6 +253,15 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
     assert json.loads(found.read_text())["classification"]["results"]["accuracy"]["n"] == 20
 
 
+def test_n_samples_counts_though_max_images_is_less(run, tmp_path):
+    command = "--mode test --eval quality --n_samples 35 --n_sample_steps 1 --max_images 30 --no_log --gpu cpu".split()
+    before = set(run.glob("eval*"))
+    assert main([*command, "--load_ckpt", str(run)]) == 0
+    (report,) = set(run.glob("eval*")) - before
+    table = json.loads((report / "results.json").read_text())["quality"]["results"]
+    assert table["L2 distance to the nearest training image"]["from noise"]["mean"]["n"] == 35
+
+
 def test_one_sample_has_no_frechet_distance(run, capsys):
     command = "--mode test --eval quality --n_samples 1 --n_sample_steps 1 --max_images 30 --no_log --gpu cpu".split()
     assert main([*command, "--load_ckpt", str(run), "--feature_ckpt", str(run)]) == 0
