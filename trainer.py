@@ -374,7 +374,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ divergence
 
     def recover(self) -> None:
-        """Go back to the last good state with new randomness and, if that has failed before, gentler settings.
+        """Go back to the last good state with new randomness and, soon after another divergence, gentler settings.
 
         The remedies are those that JEM's authors recommend, in their order: more SGLD steps, a lower learning rate, a
         small penalty on energies. They stay for the rest of the run.
@@ -388,8 +388,9 @@ class Trainer:
         self.load_state_dict(self.good)
         self.candidate = self.good
         self.recoveries, self.failures, self.failed_at, self.remedies, self.best = history
-        self.failures = self.failures + 1 if place == self.failed_at else 1
-        self.failed_at = place
+        soon = diverged_at <= self.failed_at + 5 * SNAPSHOT_EVERY
+        self.failures = self.failures + 1 if soon else 1
+        self.failed_at = diverged_at
         done = "new randomness"
         if self.failures == 2 and self.cfg.samples:
             self.remedies["sgld_step_factor"] *= 2

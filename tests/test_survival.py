@@ -449,6 +449,15 @@ class TestDivergence:
         err = capsys.readouterr().err.splitlines()[-1]
         assert err.startswith("failed: ") and "--sgld_step" in err and "--lr" in err
 
+    def test_a_divergence_soon_after_another_calls_for_a_remedy_and_a_late_one_does_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 2)  # soon: within 10 steps
+        for step in (10, 20, 34):
+            at_step(monkeypatch, step, lambda run: run.alarm.fill_(True))
+        _, run = start(tmp_path)
+        messages = [line["message"] for line in metrics(run) if "event" in line]
+        for message, words in zip(messages, ["new randomness", "4 SGLD steps", "new randomness"], strict=True):
+            assert words in message
+
     def test_remedies_act(self, monkeypatch):
         seen, original = [], trainer.SGLD.__call__
         monkeypatch.setattr(
