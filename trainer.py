@@ -329,13 +329,12 @@ class Trainer:
 
     def load_snapshots(self, directory: Path, names: list[str]) -> None:
         """Take up the good state and the candidate of a run that is resumed."""
+        self.referenced = [{path.name for path in directory.glob("*.pt")}, set(names)]
         try:
             self.good, self.candidate = (utils.load_checkpoint(directory / name)["state"] for name in names)
         except UserError as error:
             print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.",
                   file=sys.stderr)
-            return
-        self.referenced = [{path.name for path in directory.iterdir()}, set(names)]
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights and, where it fits, its replay buffer."""
