@@ -32,6 +32,7 @@ class Classifier(nn.Module):
     def __init__(self, model: JEM):
         super().__init__()
         self.model = model
+        self.eval()  # a module starts in training mode, and attacks leave the whole of it in the mode they found
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(to_model_scale(x))
@@ -54,6 +55,7 @@ class RefinedClassifier(nn.Module):
         self.model = model
         self.steps, self.sgld_lr, self.sgld_std = steps, sgld_lr, sgld_std
         self.n_chains, self.generator = n_chains, generator
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
@@ -110,6 +112,16 @@ def auto_attack(norm: str, n_classes: int, seed: int, steps: int = 100) -> Attac
         ])
 
     return attack
+
+
+def no_auto_attack(n_classes: int, height: int, width: int) -> str:
+    """Why AutoAttack cannot be run on such images, or an empty string."""
+    if n_classes < 4:
+        return f"it needs at least 4 classes, not {n_classes}"
+    side = round(math.sqrt(0.8 * height * width)) // 2 * 2 + 1  # of the squares that its L2 Square attack starts with
+    if side > min(height, width):
+        return f"its squares of {side} pixels do not fit into images of {height}x{width}"
+    return ""
 
 
 @torch.no_grad()
@@ -209,8 +221,9 @@ def measure(subject: "Subject", section: "Section") -> None:
     test = subject.some(subject.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
     plain, n_classes = Classifier(subject.model), len(subject.data.class_names)
-    if n_classes < 4:
-        section.skip("AutoAttack", f"it needs at least 4 classes, not {n_classes}")
+    obstacle = no_auto_attack(n_classes, *subject.data.shape[1:])
+    if obstacle:
+        section.skip("AutoAttack", obstacle)
     sweeps = [Sweep("PGD", plain, len(x), PGD_STEPS, RESTARTS, batch, "")]
     if cfg.refine_steps:
         refined = RefinedClassifier(subject.model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, subject.rng())
@@ -223,7 +236,7 @@ def measure(subject: "Subject", section: "Section") -> None:
     for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
         for sweep in sweeps:
             add_sweep(section, norm, sweep, x, y, axes)
-        if n_classes >= 4:
+        if not obstacle:
             strongest, epsilon = auto_attack(norm.name, n_classes, cfg.seed), norm.epsilons[norm.standard]
             kept = survivors(plain, strongest, x, y, [epsilon], 1, batch, f"{norm.name}, AutoAttack")[-1]
             section.mean(f"accuracy under {norm.name} attack", kept, "AutoAttack, standard version (APGD-CE, APGD-T, "

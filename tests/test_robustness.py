@@ -18,6 +18,7 @@ from robustness import (
     auto_attack,
     differentiable_chain,
     distal_adversarials,
+    no_auto_attack,
     pgd,
     survivors,
 )
@@ -57,6 +58,27 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
     assert attacked.min() >= 0 and attacked.max() <= 1
     # what fooled the model under attack fools the bare model too
     assert (model(2 * attacked - 1).argmax(1) != labels).any()
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "refined"])
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"dropout_rate": 0.5}], ids=["batch", "dropout"])
+def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
+    torch.manual_seed(0)
+    model = build_model(3, 4, depth=10, width=1, **options).eval().requires_grad_(False)
+    model.class_output.weight *= 20
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refined = RefinedClassifier(model, 1, 1e-6, 0.0, n_chains=1, generator=seeded())
+    classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
+    labels = model(2 * images - 1).argmax(1)
+    kept = survivors(classifier, pgd("Linf", 1), images, labels, [1e-7], 1, 8, "")[-1]
+    assert kept.all() and not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_where_autoattack_cannot_be_run():
+    assert no_auto_attack(10, 32, 32) == no_auto_attack(4, 8, 8) == no_auto_attack(10, 28, 32) == ""
+    assert "at least 4 classes, not 3" in no_auto_attack(3, 32, 32)
+    assert "images of 24x32" in no_auto_attack(10, 24, 32)
 
 
 def test_a_linear_model_falls_exactly_where_its_margin_ends():
