@@ -272,8 +272,8 @@ def sandwich_log_z(subject: Subject, section: Section, beta: float, on_test: Ten
                      f"the uniform density has {math.log2(levels):.4g} bits", (row, "bits"))
     if "reverse" in runs:
         gap = (reverse.log_z - forward.log_z) / dim / math.log(2)
-        section.add("gap", gap, AIS_CHAINS, "reverse minus forward estimate of log Z, in bits per dimension",
-                    at=(f"1/T = {beta:g}", "bits"))
+        section.add("gap", gap, len(reverse.log_weights), "reverse minus forward estimate of log Z, in bits per "
+                    "dimension", at=(f"1/T = {beta:g}", "bits"))
         if gap < -0.01:
             section.note(f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "
                          "that density, and the reverse estimate means nothing. The forward one still bounds log Z "

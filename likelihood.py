@@ -37,9 +37,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from data import fitting
 from errors import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
+BATCH = 250  # points of 3x32x32 whose gradient is computed at once
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,14 @@ class GeometricPath(NamedTuple):
     base: Gaussian | Box
 
     def point(self, y: Tensor) -> Point:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            ratio = self.base.log_ratio(self.log_density, y)
-            (grad,) = torch.autograd.grad(ratio.sum(), y)
-        return Point(y.detach(), ratio.detach(), grad)
+        ratios, grads = [], []
+        for part in y.detach().split(fitting(BATCH, y.shape[1:])):
+            with torch.enable_grad():
+                part = part.requires_grad_()
+                ratio = self.base.log_ratio(self.log_density, part)
+                grads += torch.autograd.grad(ratio.sum(), part)
+            ratios.append(ratio.detach())
+        return Point(y.detach(), torch.cat(ratios), torch.cat(grads))
 
     def log_prob(self, at: Point, beta: float) -> Tensor:
         return self.base.log_prob(at.y) + beta * at.ratio  # (N,), unnormalised

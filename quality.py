@@ -61,10 +61,10 @@ class Features(nn.Module):
         return self.model.f(to_float(images)).float()
 
 
-def frechet_distance(feature: nn.Module | int, real: Tensor) -> Callable[[Tensor], float]:
+def frechet_distance(feature: nn.Module, real: Tensor) -> Callable[[Tensor], float]:
     """The Fréchet distance of images to ``real`` as a function of those images.
 
-    ``feature``: a module from uint8 images to (N, D), or 2048 for Inception's pool layer.
+    ``feature``: a module from images to (N, D), with D as its ``num_features``.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -88,34 +88,60 @@ class InceptionScores:
     kid: tuple[float, float]
 
 
-def inception_scorer(real: Tensor, pool: nn.Module | int = 2048,
-                     logits: nn.Module | str = "logits_unbiased") -> Callable[[Tensor], InceptionScores]:
+class Given(nn.Identity):
+    """The feature network of features (N, ``num_features``) that are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def inception(device: torch.device) -> nn.Module:
+    """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
+
+    It maps uint8 (N, 3, H, W) to the pool layer (N, 2048) and the logits without their bias (N, 1008). torchmetrics'
+    own variant of it resizes otherwise, which moves every score. Raises UserError where the weights cannot be had.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
+            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
+    except OSError as error:  # urllib's errors are OSErrors
+        raise UserError(inception_help(error)) from None
+
+
+def inception_scorer(network: Callable[[Tensor], tuple[Tensor, Tensor]],
+                     real: Tensor) -> Callable[[Tensor], InceptionScores]:
     """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and KID (Binkowski et al. 2018) against ``real``.
 
-    The default networks are torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once.
-    Raises UserError where they cannot be had.
+    ``network``: ``inception``, or another map of uint8 RGB images to features (N, D) and logits (N, K).
     """
     from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            inception = InceptionScore(logits).to(real.device)
-    except OSError as error:  # urllib's errors are OSErrors
-        raise UserError(inception_help(error)) from None
-    real = as_rgb(real)
-    fid = frechet_distance(pool, real)
-    kid = KernelInceptionDistance(pool, reset_real_features=False).to(real.device)
-    feed(lambda batch: kid.update(batch, real=True), real, "KID of training images")
+    def outputs(images: Tensor, title: str) -> tuple[Tensor, Tensor]:
+        parts = []
+        feed(lambda batch: parts.append(network(as_rgb(batch))), images, title)
+        pool, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+        return pool, logits
+
+    pool, _ = outputs(real, "Inception's features of training images")
+    given = Given(pool.shape[1])
+    fid = frechet_distance(given, pool)
+    kid = KernelInceptionDistance(given, reset_real_features=False).to(real.device)
+    kid.update(pool, real=True)
+    inception_score = InceptionScore(given).to(real.device)
 
     def scores(images: Tensor) -> InceptionScores:
-        images = as_rgb(images)
-        inception.reset()
+        pool, logits = outputs(images, "Inception's features of samples")
+        inception_score.reset()
+        inception_score.update(logits)
         kid.reset()
         kid.subset_size = min(1000, len(images) - 1, len(real) - 1)
-        feed(inception.update, images, "IS")
-        feed(lambda batch: kid.update(batch, real=False), images, "KID of samples")
-        return InceptionScores(fid(images), *(tuple(v.item() for v in metric.compute()) for metric in (inception, kid)))
+        kid.update(pool, real=False)
+        mean_and_std = (tuple(v.item() for v in metric.compute()) for metric in (inception_score, kid))
+        return InceptionScores(fid(pool), *mean_and_std)
 
     return scores
 
@@ -161,13 +187,14 @@ def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 def measure(subject: "Subject", section: "Section") -> None:
     """Scores and pictures of an ``evaluate.Subject``'s samples, from noise and from the replay buffer."""
     cfg, model = subject.cfg, subject.model
-    sampler = sampling_copy(model, pick_dtype(cfg.precision, subject.device))
+    dtype = pick_dtype(cfg.precision, subject.device)
+    sampler = sampling_copy(model, dtype)
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
     fresh = fresh_samples(SGLD(sampler.log_density), n, subject.data.shape, steps, cfg.sgld_lr, cfg.sgld_std,
                           subject.rng())
     sets = {"from noise": (fresh, f"chains of {steps} SGLD steps from uniform noise, step size {cfg.sgld_lr:g}, noise "
-                           f"{cfg.sgld_std:g}, unfiltered")}
+                           f"{cfg.sgld_std:g}, network in {str(dtype).removeprefix('torch.')}, unfiltered")}
     if subject.buffer is None:
         section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
     else:
@@ -175,7 +202,7 @@ def measure(subject: "Subject", section: "Section") -> None:
         sets["buffer"] = (held, "replay buffer, unfiltered")
         kept = most_confident(logits_of(model, held)).sort().values
         sets["buffer, filtered"] = (held[kept], "replay buffer, the 90 % most confident of each predicted class (the "
-                                    "protocol of SADA-JEM: not comparable with unfiltered numbers)")
+                                    "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)")
     train = subject.some(subject.data.train)
 
     try:
@@ -189,13 +216,15 @@ def measure(subject: "Subject", section: "Section") -> None:
     else:
         section.skip("Fréchet distance in a classifier's features", "no --feature_ckpt names one")
 
-    for name, (images, protocol) in list(sets.items())[:2]:
+    sets.pop("buffer, filtered", None)
+    for name, (images, protocol) in sets.items():
         section.picture(f"samples_{name.replace(' ', '_')}", f"Samples: {protocol}", image_grid(images[:100], 10))
-        add_nearest(section, name, images, protocol, subject, Features(judge or model))
+    sets["test images"] = (subject.some(subject.data.test, 1000).images, "test images")
+    add_nearest(section, sets, train.images, Features(judge or model))
 
 
 def add_inception_scores(section: "Section", sets: dict[str, tuple[Tensor, str]], real: Tensor) -> None:
-    scorer = inception_scorer(real)
+    scorer = inception_scorer(inception(real.device), real)
     for name, (images, protocol) in sets.items():
         if len(images) < 20:
             section.skip(f"FID, IS, KID of {name}", f"{len(images)} images are too few")
@@ -225,21 +254,19 @@ def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real:
                      "itself puts them into", (name, "accuracy"))
 
 
-def add_nearest(section: "Section", name: str, images: Tensor, protocol: str, subject: "Subject",
-                features: Features) -> None:
-    """How far samples lie from the nearest training image, beside how far test images do; ten of them in a picture."""
-    train, test = subject.some(subject.data.train).images, subject.some(subject.data.test, 1000).images
-    table, pixels = "L2 distance to the nearest training image", f"pixels in [-1, 1], {len(train)} training images"
-    by_pixels, index = nearest(to_float(images[:1000]), to_float(train))
-    section.mean(table, by_pixels, f"{protocol}, at most 1,000; {pixels}", (name, "mean"))
-    section.mean(table, nearest(to_float(test), to_float(train))[0], f"test images, at most 1,000; {pixels}",
-                 ("test images", "mean"))
-    shown = images[:10]
-    by_features, like = nearest(over_batches(features, shown), over_batches(features, train))
-    rows = {"sample": (shown, None), "nearest in pixels": (train[index[:10]], by_pixels),
-            "nearest in features": (train[like], by_features)}
-    section.picture(f"nearest_{name.replace(' ', '_')}", f"Samples ({name}) and the training image nearest to "
-                    "each, with its L2 distance", nearest_figure(rows))
+def add_nearest(section: "Section", sets: dict[str, tuple[Tensor, str]], train: Tensor, features: Features) -> None:
+    """How far images lie from the nearest training image, and ten of each set beside it in a picture."""
+    in_pixels, in_features = to_float(train), over_batches(features, train)
+    for name, (images, protocol) in sets.items():
+        distance, like = nearest(to_float(images[:1000]), in_pixels)
+        section.mean("L2 distance to the nearest training image", distance, f"{protocol}, at most 1,000; pixels in "
+                     f"[-1, 1], {len(train)} training images", (name, "mean"))
+        shown = images[:10]
+        by_features, alike = nearest(over_batches(features, shown), in_features)
+        rows = {"image": (shown, None), "nearest in pixels": (train[like[:10]], distance),
+                "nearest in features": (train[alike], by_features)}
+        section.picture(f"nearest_{name.replace(' ', '_')}", f"Images ({name}) and the training image nearest to each, "
+                        "with its L2 distance", nearest_figure(rows))
 
 
 def nearest_figure(rows: dict[str, tuple[Tensor, Tensor | None]]) -> Figure:

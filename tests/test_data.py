@@ -5,10 +5,8 @@ import os
 import pickle
 import struct
 import tarfile
-import urllib.request
 import zipfile
 from pathlib import Path
-from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -29,19 +27,6 @@ TILE = np.stack(np.meshgrid(np.arange(12) * 20, np.arange(8) * 30), -1)  # (8, 1
 RGB = np.concatenate([TILE, TILE.sum(-1, keepdims=True) // 2], -1).astype(np.uint8)  # (8, 12, 3)
 GREY = RGB[..., 0] // 2 + RGB[..., 1] // 2
 ALPHA = RGB[..., :1]
-
-
-@pytest.fixture(autouse=True)
-def network(monkeypatch):
-    """No test reaches the network; the list holds what was asked of it."""
-    asked = []
-
-    def offline(request, *args, **kwargs):
-        asked.append(request.full_url)
-        raise URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    return asked
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from scipy import linalg
 import quality
 from errors import UserError
 from models import build_model
-from quality import Features, frechet_distance, fresh_samples, inception_scorer, most_confident, nearest
+from quality import Features, frechet_distance, fresh_samples, inception, inception_scorer, most_confident, nearest
 from sgld import SGLD, reference_chain, uniform_images
 from utils import to_uint8
 
@@ -54,7 +54,7 @@ def test_frechet_distance_is_the_closed_form(images):
 def test_inception_scores_of_a_tiny_network(images):
     real, fake = images
     torch.manual_seed(0)
-    scorer = inception_scorer(real, Tiny(), Tiny())
+    scorer = inception_scorer(lambda batch: (Tiny()(batch), Tiny()(batch)), real)
     scorer(real[:150])  # what was scored before leaves no trace
     torch.manual_seed(0)
     scores = scorer(fake)
@@ -70,13 +70,30 @@ def test_inception_scores_of_a_tiny_network(images):
     assert scores.kid[0] == pytest.approx(mmd.item(), rel=0.15)
 
 
-def test_without_inception_weights_one_line_says_where_to_get_them(images, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+def test_without_inception_weights_one_line_says_where_to_get_them(network):
     with pytest.raises(UserError, match=r"no network.*weights-inception-2015-12-05-6726825d.pth into .*checkpoints"):
-        inception_scorer(images[0])
+        inception(torch.device("cpu"))
+    assert len(network) == 1
+
+
+def test_inception_takes_small_uint8_images_and_resizes_as_tensorflow_does(monkeypatch):
+    extractor = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setattr(f"{extractor}.load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(f"{extractor}.FeatureExtractorInceptionV3.load_state_dict", lambda *_: None)  # stays random
+    seen = []
+    network = inception(torch.device("cpu"))
+    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=seeded(3))
+    with torch.no_grad():
+        pool, logits = network(images)
+    assert pool.shape == (2, 2048) and logits.shape == (2, 1008)
+    # TensorFlow 1 samples at i * 32 / 299, without the half pixel that torch's interpolate adds
+    at = torch.arange(299) * 32 / 299
+    low, weight = at.long(), (at - at.long()).float()
+    high = (low + 1).clamp(max=31)
+    rows = images.float()[:, :, low] * (1 - weight)[:, None] + images.float()[:, :, high] * weight[:, None]
+    expected = rows[..., low] * (1 - weight) + rows[..., high] * weight
+    torch.testing.assert_close(seen[0], (expected - 128) / 128, atol=1e-4, rtol=0)
 
 
 def test_grey_images_become_rgb():
