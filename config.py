@@ -54,6 +54,8 @@ class Config:
                                     "(default: the images' own)", minimum=8, maximum=2048)
     n_valid: int | None = option(None, "data", "images held out of train for validation (default: 5000, or a tenth of "
                                  "train where that is less)", minimum=0)
+    no_flip: bool = option(False, "data", "do not mirror training images left to right at random, as those of cifar10, "
+                           "cifar100, fashion_mnist and of folders are otherwise")
     sigma: float = option(0.03, "data", "standard deviation of the noise added to real images in training, on the "
                           "[-1, 1] scale", minimum=0)
 
@@ -154,8 +156,8 @@ class Config:
                 raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
         if self.mode == "test" and self.n_sample_steps == 0:
             raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
-        if any(c in "/\\\0" for c in self.note):
-            raise UserError("--note becomes part of a directory's name and takes no slashes")
+        if any(c in "/\\" or not c.isprintable() for c in self.note):
+            raise UserError("--note becomes part of a directory's name and takes no slashes or control characters")
 
     @property
     def metrics(self) -> list[str]:

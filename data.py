@@ -81,7 +81,10 @@ def load(
     Raises:
         UserError: files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
-    root = Path(data_dir).expanduser()
+    try:
+        root = Path(data_dir).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(f"--data_dir {data_dir}: {error}") from None
     if name == "digits":
         train, test, class_names = _read_digits()
     elif name == "folder":

@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> int:
         print("error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
               "--max_images needs less", file=sys.stderr)
         return 2
+    except OSError as error:
+        print("error:", one_line(error), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -82,7 +85,8 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on; mend --data_dir")
     trainer.load_state_dict(content["state"])
     if trainer.step >= trainer.total_steps:
-        print(f"{directory.path} is finished after {trainer.step} steps; more --epochs or --max_steps continue it.")
+        limit = "--max_steps" if trainer.total_steps == cfg.max_steps else "--epochs"
+        print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
         return 0
     trainer.load_snapshots(directory.path / "snapshots", content["snapshots"])
     directory.write_config(asdict(cfg), utils.environment(device))
@@ -131,15 +135,16 @@ def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | No
             raise UserError(f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
                             "leave it out, or start a new run with --load_ckpt")
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
-    return replace(cfg, **changes, load_ckpt=""), (directory, path, content)
+    return replace(cfg, **changes), (directory, path, content)
 
 
 def newest_run(cfg: Config) -> str | None:
     """The newest run directory in logdir that has a checkpoint and the same configuration as ``cfg``."""
+    same = {**cfg.identity, "load_ckpt": cfg.load_ckpt}  # one that started from other weights is another run
     for path in sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True):
         run = path.parent.parent
         options = utils.read_options(run)
-        if options and {k: options.get(k) for k in cfg.identity} == cfg.identity:
+        if options and {k: options.get(k) for k in same} == same:
             return str(run)
     return None
 

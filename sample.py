@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -92,13 +93,14 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     state, described = content["state"], content["data"]
     model = build_model(described["shape"][0], len(described["class_names"]), cfg.depth, cfg.width, cfg.norm,
                         cfg.dropout_rate, cfg.activation)
-    if cfg.activation != content["config"]["activation"]:  # the weights would fit
-        raise UserError(f"{path} was trained with --activation {content['config']['activation']}: leave it out")
+    own = {name: content["config"][name] for name in ("depth", "width", "norm", "activation")}
     try:
+        if any(getattr(cfg, name) != own[name] for name in ("norm", "activation")):
+            raise RuntimeError("the weights may fit, and be another network")
         model.load_state_dict(state.get("ema", state["model"]))
     except RuntimeError:
-        own = " ".join(f"--{name} {content['config'][name]}" for name in ("depth", "width", "norm"))
-        raise UserError(f"{path} holds another network, {own}: leave these options out") from None
+        options = " ".join(f"--{name} {value}" for name, value in own.items())
+        raise UserError(f"{path} holds another network, {options}: leave these options out") from None
     return model
 
 
@@ -109,6 +111,9 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
         raise UserError(f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
                         f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size")
+    if list(images.class_names) != list(class_names):
+        print(f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
+              "means nothing.", file=sys.stderr)
     return images
 
 

@@ -196,7 +196,7 @@ class Trainer:
         if place == 0:
             self.order = torch.randperm(len(self.data.train), generator=self.data_rng, device=self.device)
         batch = self.order[place * cfg.batch_size : (place + 1) * cfg.batch_size]
-        x = data.augment(self.data.train.images[batch], self.data.flip, cfg.sigma, self.data_rng)
+        x = data.augment(self.data.train.images[batch], self.data.flip and not cfg.no_flip, cfg.sigma, self.data_rng)
         y = self.data.train.labels[batch]
 
         samples = logits_sampled = None
@@ -341,8 +341,8 @@ class Trainer:
         path, content = utils.find_checkpoint(path)
         state, options, mine = content["state"], content["config"], asdict(self.cfg)
         try:
-            if options["activation"] != mine["activation"]:
-                raise RuntimeError("the weights would fit, and be another network")
+            if any(options[name] != mine[name] for name in ("norm", "activation")):
+                raise RuntimeError("the weights may fit, and be another network")
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             shaping = ("dataset", "depth", "width", "norm", "activation")

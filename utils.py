@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from torchvision.utils import make_grid
 from errors import UserError
 
 CHECKPOINT_FORMAT = 2
+METRIC_PACKAGES = ("torchmetrics", "torch-fidelity", "torchattacks")
 
 # ---------------------------------------------------------------------------------------------- the machine
 
@@ -95,8 +98,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv), "git_commit": commit, "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__,
-        "device": device_name(device),
+        **{name: installed(name) for name in METRIC_PACKAGES}, "device": device_name(device),
     }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def device_name(device: torch.device) -> str:
@@ -171,9 +181,10 @@ class RunDir:
 def read_options(run: Path) -> dict[str, Any] | None:
     """The options in a run directory's config.json, or None if there is no such file or it is broken."""
     try:
-        return json.loads((run / "config.json").read_text())["options"]
-    except (OSError, ValueError, KeyError):
+        options = json.loads((run / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return options if isinstance(options, dict) else None
 
 
 @contextmanager
@@ -183,7 +194,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}; free some space or mend the permissions, "
-                        "then continue with --resume") from None
+                        "then run it again (training: with --resume)") from None
 
 
 class Writer:
@@ -213,7 +224,8 @@ class Writer:
         while task := self.jobs.get():
             job, args = task
             try:
-                job(*args)
+                if not self.error:  # after a checkpoint that failed, what the one before it needs must stay
+                    job(*args)
             except Exception as error:
                 self.error = error
             finally:
@@ -256,6 +268,23 @@ class Signals:
 # ---------------------------------------------------------------------------------------------- the log
 
 
+def on_disk(method: Callable) -> Callable:
+    """A method of ``Log`` in which the file system's errors are UserErrors."""
+
+    @functools.wraps(method)
+    def guarded(self, *args):
+        with disk_errors(self.path):
+            return method(self, *args)
+
+    return guarded
+
+
+def print_unless_disk_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints such an error, and raises it once more where its caller can handle it."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 class Log:
     """metrics.jsonl (one object a line) and, unless switched off, the same in TensorBoard's event file.
 
@@ -274,14 +303,15 @@ class Log:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
+                threading.excepthook = print_unless_disk_error
                 self.board = SummaryWriter(str(directory), purge_step=step + 1)
 
     def _line(self, content: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-        with disk_errors(self.path):
-            self.file.write(json.dumps(plain) + "\n")
-            self.file.flush()
+        self.file.write(json.dumps(plain) + "\n")
+        self.file.flush()
 
+    @on_disk
     def values(self, step: int, values: dict[str, float | list[int]]) -> None:
         """Scalars; a list holds how often each of K classes occurred, in TensorBoard a histogram."""
         self._line({"step": step, **values})
@@ -294,6 +324,7 @@ class Log:
             else:
                 self.board.add_scalar(name, value, step)
 
+    @on_disk
     def recovery(self, step: int, back_to: int, message: str) -> None:
         """Training diverged at ``step``; the measurements after ``back_to`` no longer count (see ``read_log``)."""
         if self.board:
@@ -304,10 +335,12 @@ class Log:
         self._line({"step": step, "event": "recovery", "back_to": back_to, "message": message})
         self.text(step, "event/recovery", message)
 
+    @on_disk
     def text(self, step: int, name: str, text: str) -> None:
         if self.board:
             self.board.add_text(name, text, step)
 
+    @on_disk
     def encoded_image(self, step: int, name: str, encoded: bytes, height: int, width: int) -> None:
         """A PNG or GIF file's bytes as an image; TensorBoard plays a GIF."""
         if self.board:
@@ -316,6 +349,7 @@ class Log:
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
+    @on_disk
     def hyperparameters(self, options: dict[str, Any]) -> None:
         """The options as TensorBoard's HPARAMS tab and as a table."""
         if self.board:
@@ -331,13 +365,14 @@ class Log:
         """Length of metrics.jsonl in bytes."""
         return self.file.tell()
 
+    @on_disk
     def flush(self) -> None:
         """Have all of it on disk."""
         if self.board:
             self.board.flush()
-        with disk_errors(self.path):
-            os.fsync(self.file.fileno())
+        os.fsync(self.file.fileno())
 
+    @on_disk
     def close(self) -> None:
         self.file.close()
         if self.board:

@@ -225,7 +225,7 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert "no noise" in accuracy["protocol"]
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
-    assert "FID, IS, KID" in results["quality"]["absent"] or "Inception scores" in results["quality"]["results"]
+    assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["accuracy"]
     assert same_network["value"] == 1
     bits = results["likelihood"]["results"]["test bits per dimension"]
@@ -279,6 +279,24 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
     assert main([*command, "classification"]) == 2
     assert "nothing could be measured" in capsys.readouterr().err
+
+
+def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, capsys):
+    content = torch.load(run / "ckpt" / "last.pt", weights_only=True)
+    renamed = {**content["data"], "class_names": list("abcdefghij")}
+    (tmp_path / "run").mkdir()
+    torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
+    command = ["--mode", "test", "--gpu", "cpu", "--eval", "classification", "--max_images", "20", "--logdir",
+               str(tmp_path / "runs"), "--load_ckpt"]
+    assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
+    assert "the classes of digits are not those that" in capsys.readouterr().err
+    assert main([*command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt")]) == 2
+    assert "was trained on other images or classes" in capsys.readouterr().err
+
+
+def test_auto_names_the_usual_sets():
+    assert ood.set_names(Config(mode="test", dataset="digits")) == ["interp", "noise", "constant", "shuffled"]
+    assert ood.set_names(Config(mode="test", dataset="cifar10"))[-2:] == ["svhn", "cifar100"]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -204,6 +204,9 @@ def test_no_log_leaves_out_tensorboard_only(tmp_path):
         "--sigma=0.3",
         "--norm=batch",
         "--norm=group",
+        "--norm=instance",
+        "--depth=16",
+        "--width=2",
         "--dropout_rate=0.5",
         "--activation=silu",
         "--lr=1e-2",
@@ -291,7 +294,7 @@ def test_epochs_and_max_steps_both_end_a_run(tmp_path):
         assert "accuracy/test" in metrics(run)[-1]
 
 
-def test_eval_every_and_ckpt_every(tmp_path):
+def test_eval_every_and_ckpt_every(tmp_path, monkeypatch):
     options = [
         "--mode",
         "baseline_train",
@@ -301,9 +304,40 @@ def test_eval_every_and_ckpt_every(tmp_path):
         "9",
         "--eval_every",
         "2",
+        "--ckpt_every",
+        "3",
     ]  # 4 steps an epoch
+    saved, original = [], Trainer.checkpoint
+    monkeypatch.setattr(Trainer, "checkpoint", lambda self, *a: saved.append((*a, self.step)) or original(self, *a))
     run = train(tmp_path, *options)
+    assert [step for name, step in saved if name == "last.pt"] == [0, 3, 4, 6, 8, 9]
     assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [8, 9]
+
+
+def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
+    options = ["--logdir", str(tmp_path), "--max_steps", "12", "--max_recoveries", "0", "--diverge_threshold"]
+    assert main.main([*TINY, *options, "1e-9"]) == 1
+    assert "failed: " in capsys.readouterr().err
+    assert main.main([*TINY, *options, "1e9"]) == 0
+
+
+def test_l_is_short_for_lr(tmp_path, short_run):
+    run = train(tmp_path, "--max_steps", "6", "-l", "1e-2")
+    assert json.loads((run / "config.json").read_text())["options"]["lr"] == 0.01
+    assert not same(weights(run), weights(short_run))
+
+
+def test_a_folder_its_image_size_and_no_flip(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), rng.integers(256, size=(20, 20, 3), dtype=np.uint8))
+    options = ["--mode", "baseline_train", "--dataset", "folder", "--data_dir", str(tmp_path / "images"),
+               "--n_valid", "4", "--max_steps", "3", "--image_size", "12"]
+    mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
+    assert utils.load_checkpoint(mirrored / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
+    assert not same(weights(mirrored), weights(upright))
 
 
 def test_ema_is_what_evaluation_uses(tmp_path):
@@ -407,7 +441,6 @@ def refused(capsys, *options):
         ("--ema 1", "--ema"),
         ("--image_size 32", "--image_size is for --dataset folder"),
         ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
-        ("--buffer_size 2000000000", "not enough memory"),
         ("--buffer_size 100000000000000", "--buffer_size must be at most 2147483647"),
         ("--sigma 1e300", "--sigma must be at most"),
         ("--sgld_lr 1e-300", "--sgld_lr must be at least 1e-12"),
@@ -419,6 +452,11 @@ def refused(capsys, *options):
         ("--n_valid 2000", "--n_valid 2000"),
         ("--seed -1", "--seed"),
         ("--note a/b", "--note"),
+        ("--note \x07", "--note"),
+        ("--note \udcff", "--note"),
+        ("--data_dir ~nosuchuser/x", "--data_dir ~nosuchuser/x: "),
+        ("--dataset folder --image_size 30", "--image_size must be a multiple of 4"),
+        (f"--resume auto --logdir {'x' * 300}", "File name too long"),
         ("--width 0", "--width"),
         ("--dataset imagenet", "--dataset takes one of"),
         ("--dataset folder --data_dir nowhere", "nowhere"),
@@ -438,6 +476,15 @@ def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, *options.split())
     assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+def test_memory_that_is_not_there_for_the_buffer(tmp_path, monkeypatch, capsys):
+    def starve(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr("trainer.ReplayBuffer", starve)
+    assert "not enough memory; a smaller --batch_size" in refused(capsys, "--logdir", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_that_runs_out_while_training(tmp_path, monkeypatch, capsys):
@@ -492,11 +539,32 @@ class TestBrokenCheckpoints:
             capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path))
 
     @pytest.mark.parametrize("mode", ["energy_train", "sample", "test"])
-    def test_another_activation(self, mode, jem, tmp_path, capsys):
+    @pytest.mark.parametrize("own, other", [("--activation leaky_relu", "--activation silu"),
+                                            ("--norm group", "--norm instance")])
+    def test_another_activation_or_norm(self, own, other, mode, tmp_path, capsys):
         """The weights would fit, but the network would be another one."""
-        options = ["--activation", "silu", "--load_ckpt", str(jem), "--logdir", str(tmp_path)]
-        err = refused(capsys, "--mode", mode, *options)
-        assert "trained with --activation leaky_relu" in err and list(tmp_path.iterdir()) == []
+        run = train(tmp_path / "runs", "--max_steps", "1", *own.split())
+        capsys.readouterr()
+        options = [*other.split(), "--load_ckpt", str(run), "--logdir", str(tmp_path / "new")]
+        assert own in refused(capsys, "--mode", mode, *options) and not (tmp_path / "new").exists()
+
+    def test_options_of_a_later_version(self, jem, tmp_path, capsys):
+        path = edited(jem, tmp_path / "later.pt", teapot=True)
+        assert "options this version does not know: teapot" in refused(
+            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path))
+
+    def test_a_directory_without_a_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "ckpt").mkdir()
+        assert "no checkpoint" in refused(capsys, "--load_ckpt", str(tmp_path))
+
+    def test_images_of_another_size(self, jem, tmp_path, capsys):
+        for name in "ab":
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for i in range(10):
+                cv2.imwrite(str(tmp_path / "images" / name / f"{i}.png"), np.zeros((12, 12, 3), np.uint8))
+        options = ["--load_ckpt", str(jem), "--dataset", "folder", "--data_dir", str(tmp_path / "images")]
+        assert "was trained on images of 1x8x8 in 10 classes" in refused(
+            capsys, "--mode", "test", "--n_valid", "2", *options)
 
     def test_wrong_architecture(self, jem, tmp_path, capsys):
         err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))

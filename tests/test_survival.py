@@ -182,6 +182,21 @@ class TestResume:
         assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
         assert_same_run(stopped, undisturbed)
 
+    def test_auto_leaves_a_run_that_started_from_other_weights(self, tmp_path, undisturbed, capsys):
+        status, tuned = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "2")
+        assert main.main(["--resume", str(tuned), "--max_steps", "3"]) == 0
+        before = (tuned / "ckpt" / "last.pt").read_bytes()
+        status, run = start(tmp_path, "--max_steps", "3", "--resume", "auto")
+        assert status == 0 and "starting a new one" in capsys.readouterr().out
+        assert (tuned / "ckpt" / "last.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("foreign", ["null", "[]", '{"options": [1]}', "torn"])
+    def test_auto_passes_over_what_is_no_run(self, foreign, tmp_path, capsys):
+        (tmp_path / "other" / "ckpt").mkdir(parents=True)
+        (tmp_path / "other" / "ckpt" / "last.pt").write_bytes(b"")
+        (tmp_path / "other" / "config.json").write_text(foreign)
+        assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
+
     def test_auto_starts_a_new_run_if_there_is_none(self, tmp_path, undisturbed, capsys):
         status, run = start(tmp_path, "--resume", "auto")
         assert status == 0 and "starting a new one" in capsys.readouterr().out
@@ -204,7 +219,7 @@ class TestResume:
     def test_a_finished_run_says_so(self, undisturbed, capsys):
         before = (undisturbed / "metrics.jsonl").read_bytes()
         assert main.main(["--resume", str(undisturbed)]) == 0
-        assert "is finished after 34 steps" in capsys.readouterr().out
+        assert "is finished after 34 steps; a larger --max_steps continues it" in capsys.readouterr().out
         assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
     def test_more_steps_continue_a_finished_run(self, tmp_path, undisturbed):
@@ -305,6 +320,7 @@ class TestResume:
             (snapshot, "--load_ckpt"),
             ("x" * 300, "cannot read"),
             (stopped / "config.json", "--load_ckpt"),
+            (stopped.parent, "is not a run directory"),
         ):
             assert main.main(["--resume", str(place)]) == 2
             assert words in capsys.readouterr().err
@@ -362,6 +378,43 @@ class TestFullDisk:
         status, run = start(tmp_path)
         assert status == 2 and "No space left" in capsys.readouterr().err
         assert state(run)["step"] == 0
+
+
+    @pytest.mark.parametrize("option", ["", "--no_log"])
+    @pytest.mark.parametrize("room", [1000, 20_000])
+    def test_while_logging(self, option, room, tmp_path):
+        """Files may grow to ``room`` bytes; neither metrics.jsonl nor TensorBoard ends in a traceback."""
+        program = (
+            "import resource, sys, pathlib, utils\n"
+            "from errors import UserError\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+            f"log = utils.Log(pathlib.Path({str(tmp_path)!r}), {not option})\n"
+            "try:\n"
+            "    for step in range(10**5):\n"
+            "        log.values(step, {'loss': 1.0})\n"
+            "        if step % 100 == 0: log.flush()\n"
+            "except UserError as error:\n"
+            "    print(error)\n"
+            "try:\n"
+            "    log.close()\n"
+            "except UserError:\n"
+            "    pass\n"
+        )
+        here = Path(main.__file__).parent
+        done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ""
+        assert "metrics.jsonl: File too large; free some space" in done.stdout
+
+    def test_what_was_to_follow_a_failed_write_is_left_undone(self):
+        done = []
+
+        def fail():
+            raise OSError("full")
+
+        with pytest.raises(OSError, match="full"), utils.Writer() as writer:
+            writer.jobs.put((fail, ()))
+            writer.jobs.put((done.append, (1,)))
+        assert done == []
 
 
 # ------------------------------------------------------------------------------------------------ divergence
