@@ -151,6 +151,9 @@ class Config:
                             "draws that many different images from the buffer")
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
             raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
+        for name in ("class_cond", "from_buffer", "inpaint", "denoise", "save_images"):
+            if self.mode != "sample" and getattr(self, name) not in (None, False, ""):
+                raise UserError(f"--{name} is for --mode sample")
         for name in self.metrics:
             if name not in METRICS:
                 raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
