@@ -151,16 +151,13 @@ class Config:
                             "draws that many different images from the buffer")
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
             raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
-        for name in ("class_cond", "from_buffer", "inpaint", "denoise", "save_images"):
-            if self.mode != "sample" and getattr(self, name) not in (None, False, ""):
-                raise UserError(f"--{name} is for --mode sample")
         for name in self.metrics:
             if name not in METRICS:
                 raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
         if self.mode == "test" and self.n_sample_steps == 0:
             raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
         if any(c in "/\\" or not c.isprintable() for c in self.note):
-            raise UserError("--note becomes part of a directory's name and takes no slashes or control characters")
+            raise UserError("--note becomes part of a directory's name and takes no slashes or unprintable characters")
 
     @property
     def metrics(self) -> list[str]:

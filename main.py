@@ -37,9 +37,6 @@ def main(arguments: list[str]) -> int:
         print("error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
               "--max_images needs less", file=sys.stderr)
         return 2
-    except OSError as error:
-        print("error:", one_line(error), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -65,6 +62,9 @@ def run(arguments: list[str]) -> int:
     for name in ("load_ckpt", "resume"):
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
+    for name in ("class_cond", "from_buffer", "inpaint", "denoise", "save_images"):
+        if name in given and given.get("mode") != "sample":
+            raise UserError(f"--{name} is for --mode sample")
     if given.get("mode") in ("sample", "test"):
         use = {"sample": sample.run, "test": evaluate.run}[given["mode"]]
         return use(*trained(given))
@@ -141,10 +141,15 @@ def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | No
 def newest_run(cfg: Config) -> str | None:
     """The newest run directory in logdir that has a checkpoint and the same configuration as ``cfg``."""
     same = {**cfg.identity, "load_ckpt": cfg.load_ckpt}  # one that started from other weights is another run
-    for path in sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True):
+    default = asdict(Config())  # of options that an older run does not know
+    try:
+        found = sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True)
+    except OSError as error:
+        raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
+    for path in found:
         run = path.parent.parent
         options = utils.read_options(run)
-        if options and {k: options.get(k) for k in same} == same:
+        if options and {k: options.get(k, default[k]) for k in same} == same:
             return str(run)
     return None
 

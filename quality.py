@@ -7,6 +7,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,9 +107,10 @@ def inception(device: torch.device) -> nn.Module:
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
-    except OSError as error:  # urllib's errors are OSErrors
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
         raise UserError(inception_help(error)) from None
+    return network.to(device).eval()
 
 
 def inception_scorer(network: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -149,7 +151,7 @@ def inception_scorer(network: Callable[[Tensor], tuple[Tensor, Tensor]],
 def inception_help(error: Exception) -> str:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    return (f"the Inception weights are not here and cannot be downloaded ({error}): put the file {URL_INCEPTION_V3} "
+    return (f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
             f"into {torch.hub.get_dir()}/checkpoints")
 
 

@@ -151,9 +151,8 @@ class Report:
 
     def to_tensorboard(self, step: int) -> None:
         import cv2
-        from torch.utils.tensorboard import SummaryWriter
 
-        with utils.disk_errors(self.directory), SummaryWriter(str(self.directory)) as board:
+        with utils.disk_errors(self.directory), utils.tensorboard_writer(self.directory) as board:
             board.add_text("report", self.markdown(), step)
             for name, section in self.sections.items():
                 for key, number in section.scalars().items():

@@ -114,13 +114,19 @@ def auto_attack(norm: str, n_classes: int, seed: int, steps: int = 100) -> Attac
     return attack
 
 
-def no_auto_attack(n_classes: int, height: int, width: int) -> str:
+def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
     """Why AutoAttack cannot be run on such images, or an empty string."""
+    import torchattacks
+
     if n_classes < 4:
         return f"it needs at least 4 classes, not {n_classes}"
-    side = round(math.sqrt(0.8 * height * width)) // 2 * 2 + 1  # of the squares that its L2 Square attack starts with
-    if side > min(height, width):
-        return f"its squares of {side} pixels do not fit into images of {height}x{width}"
+    unmoved = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), n_classes)).requires_grad_(False)
+    for parameter, values in zip(unmoved[1].parameters(), (torch.zeros(()), torch.eye(n_classes)[0]), strict=True):
+        parameter.copy_(values)
+    try:  # its Square attack draws squares and stripes that do not fit into images of every size
+        torchattacks.Square(unmoved, norm="L2", n_queries=1000)(torch.zeros(1, *shape), torch.tensor([0]))
+    except RuntimeError:
+        return f"torchattacks' Square attack does not work on images of {shape[1]}x{shape[2]}"
     return ""
 
 
@@ -221,7 +227,7 @@ def measure(subject: "Subject", section: "Section") -> None:
     test = subject.some(subject.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
     plain, n_classes = Classifier(subject.model), len(subject.data.class_names)
-    obstacle = no_auto_attack(n_classes, *subject.data.shape[1:])
+    obstacle = no_auto_attack(n_classes, subject.data.shape)
     if obstacle:
         section.skip("AutoAttack", obstacle)
     sweeps = [Sweep("PGD", plain, len(x), PGD_STEPS, RESTARTS, batch, "")]

@@ -279,9 +279,16 @@ def on_disk(method: Callable) -> Callable:
     return guarded
 
 
-def print_unless_disk_error(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread prints such an error, and raises it once more where its caller can handle it."""
-    if not issubclass(args.exc_type, OSError):
+def tensorboard_writer(directory: Path, purge_step: int | None = None):
+    """A SummaryWriter. What its thread cannot write is raised where it is next used, and not printed besides."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    threading.excepthook = print_thread_error
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
+def print_thread_error(args: threading.ExceptHookArgs) -> None:
+    if not (type(args.thread).__name__ == "_AsyncWriterThread" and issubclass(args.exc_type, OSError)):
         threading.__excepthook__(args)
 
 
@@ -299,12 +306,7 @@ class Log:
             whole = self.path.read_bytes()[:position].rfind(b"\n") + 1  # a file that lost its end may stop in a line
             os.truncate(self.path, whole)
             self.file = open(self.path, "a")
-            self.board = None
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                threading.excepthook = print_unless_disk_error
-                self.board = SummaryWriter(str(directory), purge_step=step + 1)
+            self.board = tensorboard_writer(directory, step + 1) if tensorboard else None
 
     def _line(self, content: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import quality
 from errors import UserError
@@ -77,16 +78,18 @@ def test_without_inception_weights_one_line_says_where_to_get_them(network):
 
 
 def test_inception_takes_small_uint8_images_and_resizes_as_tensorflow_does(monkeypatch):
-    extractor = "torch_fidelity.feature_extractor_inceptionv3"
-    monkeypatch.setattr(f"{extractor}.load_state_dict_from_url", lambda *_, **__: {})
-    monkeypatch.setattr(f"{extractor}.FeatureExtractorInceptionV3.load_state_dict", lambda *_: None)  # stays random
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+    # The weights stay random, and the network in training mode, in which torch-fidelity 0.3 leaves it.
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    original = FeatureExtractorInceptionV3.__init__
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "__init__", lambda *a: original(*a) or a[0].train() and None)
     seen = []
     network = inception(torch.device("cpu"))
     network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=seeded(3))
     with torch.no_grad():
         pool, logits = network(images)
-    assert pool.shape == (2, 2048) and logits.shape == (2, 1008)
+    assert pool.shape == (2, 2048) and logits.shape == (2, 1008) and not network.training
     # TensorFlow 1 samples at i * 32 / 299, without the half pixel that torch's interpolate adds
     at = torch.arange(299) * 32 / 299
     low, weight = at.long(), (at - at.long()).float()

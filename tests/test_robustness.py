@@ -75,10 +75,15 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("side", [8, 16, 28, 32])
+def test_where_autoattack_can_be_run(side):
+    assert no_auto_attack(10, (3, side, side)) == ""
+
+
 def test_where_autoattack_cannot_be_run():
-    assert no_auto_attack(10, 32, 32) == no_auto_attack(4, 8, 8) == no_auto_attack(10, 28, 32) == ""
-    assert "at least 4 classes, not 3" in no_auto_attack(3, 32, 32)
-    assert "images of 24x32" in no_auto_attack(10, 24, 32)
+    assert "at least 4 classes, not 3" in no_auto_attack(3, (3, 32, 32))
+    for height, width in ((24, 32), (24, 24), (12, 12)):  # wider than its squares; not a multiple of its stripes
+        assert f"images of {height}x{width}" in no_auto_attack(10, (3, height, width))
 
 
 def test_a_linear_model_falls_exactly_where_its_margin_ends():

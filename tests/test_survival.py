@@ -197,6 +197,13 @@ class TestResume:
         (tmp_path / "other" / "config.json").write_text(foreign)
         assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
 
+    def test_auto_knows_a_run_that_is_older_than_an_option(self, stopped, tmp_path, undisturbed):
+        content = json.loads((stopped / "config.json").read_text())
+        del content["options"]["no_flip"]
+        (stopped / "config.json").write_text(json.dumps(content))
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        assert_same_run(stopped, undisturbed)
+
     def test_auto_starts_a_new_run_if_there_is_none(self, tmp_path, undisturbed, capsys):
         status, run = start(tmp_path, "--resume", "auto")
         assert status == 0 and "starting a new one" in capsys.readouterr().out
@@ -401,7 +408,7 @@ class TestFullDisk:
             "    pass\n"
         )
         here = Path(main.__file__).parent
-        done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-B", "-c", program], cwd=here, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == ""
         assert "metrics.jsonl: File too large; free some space" in done.stdout
 
