@@ -23,7 +23,9 @@ FASHION = (
     "--dataset fashion_mnist --depth 10 --width 2 --lr 1e-3 --warmup_steps 200 --batch_size 64 --max_steps 3001 "
     "--sigma 0.1 --ema 0.999"
 )
-CIFAR = "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001"
+CIFAR = (
+    "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 --ema 0.999"
+)
 TRAIN = {  # name: the options that train it
     "digits": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
     "digits_baseline": f"--mode baseline_train {DIGITS}",
