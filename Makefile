@@ -7,8 +7,9 @@ DATA_DIR ?= data
 train: .venv/installed  ## a JEM on the 8x8 digits, in about two minutes on two CPU cores
 	$(BIN)/python benchmarks/reproduce.py digits
 
-test: .venv/installed  ## ruff and all tests
+test: .venv/installed  ## ruff and the tests
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 eval: .venv/installed  ## every part of --mode test, shortened, on the newest run of make train

@@ -19,45 +19,87 @@ CHANGEABLE = frozenset(
 )
 
 
-def option(default: Any, group: str, text: str, choices: tuple = (), minimum: float = -math.inf,
-           maximum: float = 2**31 - 1, above: float = -math.inf, flags: tuple = ()) -> Any:
+def option(
+    default: Any,
+    group: str,
+    text: str,
+    choices: tuple = (),
+    minimum: float = -math.inf,
+    maximum: float = 2**31 - 1,
+    above: float = -math.inf,
+    flags: tuple = (),
+) -> Any:
     """A dataclass field that carries what the command line and the checks need to know of it.
 
     ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
     only overflow somewhere.
     """
-    return field(default=default, metadata={
-        "group": group, "help": text, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above,
-        "flags": flags,
-    })
+    return field(
+        default=default,
+        metadata={
+            "group": group,
+            "help": text,
+            "choices": choices,
+            "minimum": minimum,
+            "maximum": maximum,
+            "above": above,
+            "flags": flags,
+        },
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """One run's options. Construction checks every value and raises UserError for the first that is wrong."""
 
-    mode: str = option("energy_train", "run", "what to do: train a JEM, or the plain classifier; or "
-                       "measure --load_ckpt, or draw samples from it", MODES)
+    mode: str = option(
+        "energy_train",
+        "run",
+        "what to do: train a JEM, or the plain classifier; or measure --load_ckpt, or draw samples from it",
+        MODES,
+    )
     gpu: str = option("0", "run", "index of the CUDA device, or cpu")
     seed: int = option(1, "run", "seed of every random generator", minimum=0)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory")
     note: str = option("", "run", "words added to the run directory's name")
     no_log: bool = option(False, "run", "write no TensorBoard events")
-    load_ckpt: str = option("", "run", "start from the weights and the replay buffer of this checkpoint or "
-                            "run directory")
-    resume: str = option("", "run", "continue a run directory or checkpoint exactly where it stopped, or auto: the "
-                         "newest run in logdir with the same configuration (a new run if there is none)")
+    load_ckpt: str = option(
+        "", "run", "start from the weights and the replay buffer of this checkpoint or run directory"
+    )
+    resume: str = option(
+        "",
+        "run",
+        "continue a run directory or checkpoint exactly where it stopped, or auto: the "
+        "newest run in logdir with the same configuration (a new run if there is none)",
+    )
 
     dataset: str = option("cifar10", "data", "training and test images", DATASETS)
     data_dir: str = option("data", "data", "where the data set's files are, or are downloaded to")
-    image_size: int | None = option(None, "data", "side in pixels that the images of a folder are resized to "
-                                    "(default: the images' own)", minimum=8, maximum=2048)
-    n_valid: int | None = option(None, "data", "images held out of train for validation (default: 5000, or a tenth of "
-                                 "train where that is less)", minimum=0)
-    no_flip: bool = option(False, "data", "do not mirror training images left to right at random, as those of cifar10, "
-                           "cifar100, fashion_mnist and of folders are otherwise")
-    sigma: float = option(0.03, "data", "standard deviation of the noise added to real images in training, on the "
-                          "[-1, 1] scale", minimum=0)
+    image_size: int | None = option(
+        None,
+        "data",
+        "side in pixels that the images of a folder are resized to (default: the images' own)",
+        minimum=8,
+        maximum=2048,
+    )
+    n_valid: int | None = option(
+        None,
+        "data",
+        "images held out of train for validation (default: 5000, or a tenth of train where that is less)",
+        minimum=0,
+    )
+    no_flip: bool = option(
+        False,
+        "data",
+        "do not mirror training images left to right at random, as those of cifar10, "
+        "cifar100, fashion_mnist and of folders are otherwise",
+    )
+    sigma: float = option(
+        0.03,
+        "data",
+        "standard deviation of the noise added to real images in training, on the [-1, 1] scale",
+        minimum=0,
+    )
 
     depth: int = option(28, "model", "layers of the Wide-ResNet, 6n + 4", minimum=10)
     width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
@@ -68,34 +110,52 @@ class Config:
     lr: float = option(1e-4, "optimisation", "peak learning rate", above=0, flags=("-l",))
     batch_size: int = option(128, "optimisation", "real images, and chains, of one step", minimum=1)
     epochs: int = option(200, "optimisation", "passes over the training images", minimum=1)
-    max_steps: int | None = option(None, "optimisation", "stop after this many steps if the epochs last longer "
-                                   "(default: no limit)", minimum=1)
+    max_steps: int | None = option(
+        None, "optimisation", "stop after this many steps if the epochs last longer (default: no limit)", minimum=1
+    )
     optimizer: str = option("adam", "optimisation", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
-    weight_decay: float = option(0.0, "optimisation", "L2 penalty on the parameters, as the optimizer applies it",
-                                 minimum=0)
-    warmup_steps: int = option(1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to "
-                               "1e-6 follows", minimum=0)
-    ema: float = option(0.0, "optimisation", "decay of the exponential moving average of the weights, which evaluation "
-                        "and GIFs then use, for instance 0.999; (1 + step) / (10 + step) as long as that is less; 0 is "
-                        "off", minimum=0, maximum=0.99999)
+    weight_decay: float = option(
+        0.0, "optimisation", "L2 penalty on the parameters, as the optimizer applies it", minimum=0
+    )
+    warmup_steps: int = option(
+        1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to 1e-6 follows", minimum=0
+    )
+    ema: float = option(
+        0.0,
+        "optimisation",
+        "decay of the exponential moving average of the weights, which evaluation "
+        "and GIFs then use, for instance 0.999; (1 + step) / (10 + step) as long as that is less; 0 is "
+        "off",
+        minimum=0,
+        maximum=0.99999,
+    )
 
-    reinit_freq: float = option(0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0,
-                                maximum=1)
+    reinit_freq: float = option(
+        0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0, maximum=1
+    )
     sgld_step: int = option(20, "SGLD", "Langevin steps of a training chain", minimum=1)
     sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", minimum=1e-12)
-    sgld_std: float = option(0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale",
-                             minimum=0)
+    sgld_std: float = option(
+        0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale", minimum=0
+    )
     buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)
 
-    p_x_weight: float = option(1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples",
-                               minimum=0)
+    p_x_weight: float = option(
+        1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples", minimum=0
+    )
     p_y_x_weight: float = option(1.0, "objective", "weight of the cross-entropy of p(y|x)", minimum=0)
-    energy_l2: float = option(0.0, "objective", "weight of the mean squared log-density of real and sampled images",
-                              minimum=0)
-    diverge_threshold: float = option(1e4, "objective", "size of the gap between the mean log-densities of real and "
-                                      "sampled images (nats) that counts as divergence", above=0)
-    max_recoveries: int = option(10, "objective", "returns to an earlier state after divergence before giving up; 0 "
-                                 "ends at the first", minimum=0)
+    energy_l2: float = option(
+        0.0, "objective", "weight of the mean squared log-density of real and sampled images", minimum=0
+    )
+    diverge_threshold: float = option(
+        1e4,
+        "objective",
+        "size of the gap between the mean log-densities of real and sampled images (nats) that counts as divergence",
+        above=0,
+    )
+    max_recoveries: int = option(
+        10, "objective", "returns to an earlier state after divergence before giving up; 0 ends at the first", minimum=0
+    )
 
     sample_every: int = option(100, "dumps", "steps between grids of samples (PNG)", minimum=1)
     gif_every: int = option(500, "dumps", "steps between films of a long SGLD chain (GIF)", minimum=1)
@@ -103,34 +163,71 @@ class Config:
     ckpt_every: int = option(1000, "dumps", "steps between checkpoints, besides the one after each epoch", minimum=1)
 
     eval: str = option("all", "test", "what to measure, a comma list: " + ", ".join(METRICS))
-    ood_datasets: str = option("auto", "test", "comma list of out-of-distribution sets: data sets (in --data_dir), "
-                               "folders with a folder for each class, and interp, noise, constant, shuffled, which "
-                               "need no files; auto takes those four, for cifar10 svhn and cifar100 too")
-    max_images: int | None = option(None, "test", "images, at most, that a metric takes from any set (default: all; "
-                                    "1000 for attacks)", minimum=20)
-    refine_steps: int = option(10, "test", "SGLD steps that refine an attacked image before it is classified; 0 leaves "
-                               "this measurement out", minimum=0)
-    sigma_test: float = option(0.0, "test", "standard deviation of noise added to images before they are classified, "
-                               "on the [-1, 1] scale", minimum=0)
-    feature_ckpt: str = option("", "test", "run directory or checkpoint of a classifier, in whose features samples are "
-                               "compared with training images")
+    ood_datasets: str = option(
+        "auto",
+        "test",
+        "comma list of out-of-distribution sets: data sets (in --data_dir), "
+        "folders with a folder for each class, and interp, noise, constant, shuffled, which "
+        "need no files; auto takes those four, for cifar10 svhn and cifar100 too",
+    )
+    max_images: int | None = option(
+        None, "test", "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
+    )
+    refine_steps: int = option(
+        10,
+        "test",
+        "SGLD steps that refine an attacked image before it is classified; 0 leaves this measurement out",
+        minimum=0,
+    )
+    sigma_test: float = option(
+        0.0,
+        "test",
+        "standard deviation of noise added to images before they are classified, on the [-1, 1] scale",
+        minimum=0,
+    )
+    feature_ckpt: str = option(
+        "",
+        "test",
+        "run directory or checkpoint of a classifier, in whose features samples are compared with training images",
+    )
 
-    n_samples: int | None = option(None, "sample", "images to draw (default: 100; with --class_cond 10 a class), "
-                                   "or test images for --inpaint and --denoise (default: 10); --mode test: 10000",
-                                   minimum=1)
-    n_sample_steps: int | None = option(None, "sample", "SGLD steps of a chain (default: 200; for --denoise the "
-                                        "checkpoint's --sgld_step); 0 leaves its start", minimum=0)
+    n_samples: int | None = option(
+        None,
+        "sample",
+        "images to draw (default: 100; with --class_cond 10 a class), "
+        "or test images for --inpaint and --denoise (default: 10); --mode test: 10000",
+        minimum=1,
+    )
+    n_sample_steps: int | None = option(
+        None,
+        "sample",
+        "SGLD steps of a chain (default: 200; for --denoise the checkpoint's --sgld_step); 0 leaves its start",
+        minimum=0,
+    )
     from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from uniform noise")
-    class_cond: bool = option(False, "sample", "climb log p(x|y): as many images of each class, a row of the grid for "
-                              "each; --inpaint and --denoise take the test images' own classes")
-    inpaint: str = option("", "sample", "fill in test images: left (their left half), center, or a picture of the "
-                          "images' size that is white where they are unknown")
-    denoise: float | None = option(None, "sample", "clean test images of Gaussian noise of this standard deviation, on "
-                                   "the [-1, 1] scale", above=0)
+    class_cond: bool = option(
+        False,
+        "sample",
+        "climb log p(x|y): as many images of each class, a row of the grid for "
+        "each; --inpaint and --denoise take the test images' own classes",
+    )
+    inpaint: str = option(
+        "",
+        "sample",
+        "fill in test images: left (their left half), center, or a picture of the "
+        "images' size that is white where they are unknown",
+    )
+    denoise: float | None = option(
+        None, "sample", "clean test images of Gaussian noise of this standard deviation, on the [-1, 1] scale", above=0
+    )
     save_images: bool = option(False, "sample", "write each sample as a PNG of its own, too")
 
-    precision: str = option("auto", "speed", "arithmetic of the network; auto takes bf16 where the hardware has it",
-                            ("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto",
+        "speed",
+        "arithmetic of the network; auto takes bf16 where the hardware has it",
+        ("auto", "fp32", "bf16"),
+    )
     compile: str = option("auto", "speed", "torch.compile; auto takes it where it pays", ("auto", "on", "off"))
 
     def __post_init__(self):
@@ -147,8 +244,10 @@ class Config:
         if self.mode in ("energy_train", "baseline_train") and not self.samples and self.p_y_x_weight == 0:
             raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
         if self.samples and self.buffer_size < self.batch_size:
-            raise UserError(f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
-                            "draws that many different images from the buffer")
+            raise UserError(
+                f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
+                "draws that many different images from the buffer"
+            )
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
             raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
         for name in self.metrics:
@@ -220,5 +319,11 @@ def add_options(parser) -> None:
         kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
-        group.add_argument(f"--{f.name}", *f.metadata["flags"], type=kind, default=argparse.SUPPRESS, help=text,
-                           metavar="|".join(f.metadata["choices"]) or kind.__name__.upper())
+        group.add_argument(
+            f"--{f.name}",
+            *f.metadata["flags"],
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=text,
+            metavar="|".join(f.metadata["choices"]) or kind.__name__.upper(),
+        )

@@ -167,9 +167,7 @@ def _stratified_split(split: Split, name: str) -> tuple[Split, Split]:
 
     everything = torch.arange(len(split))
     try:
-        train, test = train_test_split(
-            everything, test_size=0.2, stratify=split.labels, random_state=SPLIT_SEED
-        )
+        train, test = train_test_split(everything, test_size=0.2, stratify=split.labels, random_state=SPLIT_SEED)
     except ValueError as error:
         raise UserError(f"{name} has too few images to hold out a fifth of each class: add some") from error
     return split[train], split[test]

@@ -97,11 +97,18 @@ def classification(subject: Subject, section: Section) -> None:
 
     on_test, on_train = log_density(logits), log_density(predict(subject.model, subject.x(train.images)))
     section.mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
-    section.mean("log p(x) of training images (nats)", on_train,
-                 f"training images, {subject.noise}; up to the unknown constant log Z")
-    section.add("log p(x), training minus test (nats)", on_train.mean() - on_test.mean(), len(on_test) + len(on_train),
-                "difference of the two means above; well above 0 shows memorisation",
-                bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test))
+    section.mean(
+        "log p(x) of training images (nats)",
+        on_train,
+        f"training images, {subject.noise}; up to the unknown constant log Z",
+    )
+    section.add(
+        "log p(x), training minus test (nats)",
+        on_train.mean() - on_test.mean(),
+        len(on_test) + len(on_train),
+        "difference of the two means above; well above 0 shows memorisation",
+        bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
+    )
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
             section.mean("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
@@ -121,8 +128,15 @@ def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
         axes.set_yticks(range(len(names)), names)
         for i, j in counts.nonzero().tolist():
-            axes.text(j, i, counts[i, j].item(), ha="center", va="center", fontsize=8,
-                      color="white" if shares[i, j] > 0.5 else "black")
+            axes.text(
+                j,
+                i,
+                counts[i, j].item(),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[i, j] > 0.5 else "black",
+            )
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(shown, label="share of the true class")
     return figure
@@ -138,8 +152,9 @@ def calibration(subject: Subject, section: Section) -> None:
     if len(valid):
         temperature = fit_temperature(predict(subject.model, subject.x(valid.images)), valid.labels)
         scaled["temperature-scaled"] = temperature
-        section.add("temperature", temperature, len(valid),
-                    f"minimises the cross-entropy on validation images, {subject.noise}")
+        section.add(
+            "temperature", temperature, len(valid), f"minimises the cross-entropy on validation images, {subject.noise}"
+        )
     else:
         section.skip("temperature scaling", "there are no validation images; train with --n_valid above 0")
     figure = Figure(figsize=(5 * len(scaled), 5.5), layout="constrained")
@@ -156,8 +171,11 @@ def calibration(subject: Subject, section: Section) -> None:
         nll = F.cross_entropy(logits / temperature, test.labels, reduction="none")
         section.mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
         reliability_panel(axes, p, test.labels, f"{name}, T = {temperature:.3g}, ECE {ece:.3f}")
-    section.picture("reliability", f"Reliability of the predictions on {len(test)} test images, and how many of them "
-                    "lie in each bin", figure)
+    section.picture(
+        "reliability",
+        f"Reliability of the predictions on {len(test)} test images, and how many of them lie in each bin",
+        figure,
+    )
 
 
 def calibration_errors(p: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -208,17 +226,24 @@ def likelihood(subject: Subject, section: Section) -> None:
         x = ais.dequantise((split.images * ((levels - 1) / 255)).round(), levels, rng)
         return log_density(predict(subject.model, x))
 
-    section.note("The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
-                 "between them as far as the reverse chains, begun in the buffer, have reached that density.")
+    section.note(
+        "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
+        "between them as far as the reverse chains, begun in the buffer, have reached that density."
+    )
     with exact_float32():
         sandwich_log_z(subject, section, 1.0, on(test), levels, rng)
         if not len(valid):
             section.skip("likelihood at another temperature", "there are no validation images to choose it on")
             return
         beta = best_inverse_temperature(subject, on(valid).mean().item(), rng)
-        section.add("inverse temperature 1/T", beta, len(valid), "the power of two under which validation images are "
-                    "likeliest, by short forward runs, among those where a tenth of the chains are effective; the "
-                    "chains of training follow a colder density than T = 1")
+        section.add(
+            "inverse temperature 1/T",
+            beta,
+            len(valid),
+            "the power of two under which validation images are "
+            "likeliest, by short forward runs, among those where a tenth of the chains are effective; the "
+            "chains of training follow a colder density than T = 1",
+        )
         if beta > 1:
             sandwich_log_z(subject, section, beta, on(test), levels, rng)
 
@@ -244,8 +269,9 @@ def best_inverse_temperature(subject: Subject, mean_on_valid: float, rng: Genera
     return best
 
 
-def sandwich_log_z(subject: Subject, section: Section, beta: float, on_test: Tensor, levels: int,
-                   rng: Generator) -> None:
+def sandwich_log_z(
+    subject: Subject, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator
+) -> None:
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     shape, dim = subject.data.shape, math.prod(subject.data.shape)
     density, base = tempered(subject.model, beta), ais.Box(shape)
@@ -257,10 +283,13 @@ def sandwich_log_z(subject: Subject, section: Section, beta: float, on_test: Ten
         section.skip(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
     else:
         chosen = torch.randperm(len(subject.buffer), generator=rng, device=subject.device)[:AIS_CHAINS]
-        reverse = ais.reverse_ais(density, base, subject.buffer[chosen].clamp(-1, 1), step_sizes, rng,
-                                  burn_in=AIS_BURN_IN, progress=True)
-        runs["reverse"] = (reverse, f"{protocol}, backwards from images of the buffer after {AIS_BURN_IN} HMC steps; "
-                           "stochastic upper bound")
+        reverse = ais.reverse_ais(
+            density, base, subject.buffer[chosen].clamp(-1, 1), step_sizes, rng, burn_in=AIS_BURN_IN, progress=True
+        )
+        runs["reverse"] = (
+            reverse,
+            f"{protocol}, backwards from images of the buffer after {AIS_BURN_IN} HMC steps; stochastic upper bound",
+        )
     for name, (result, protocol) in runs.items():
         row, n = f"1/T = {beta:g}, {name}", len(result.log_weights)
         section.add("log Z (nats)", result.log_z, n, protocol, result.log_z_interval, (row, "log Z"))
@@ -268,16 +297,28 @@ def sandwich_log_z(subject: Subject, section: Section, beta: float, on_test: Ten
         section.add("log Z (nats)", result.acceptance.mean(), n, protocol, at=(row, "mean HMC acceptance"))
         section.add("log Z (nats)", result.acceptance.min(), n, protocol, at=(row, "lowest HMC acceptance"))
         bits = ais.bits_per_dim(beta * on_test - result.log_z, dim, levels)
-        section.mean("test bits per dimension", bits, f"test images, uniformly dequantised from {levels} grey levels; "
-                     f"the uniform density has {math.log2(levels):.4g} bits", (row, "bits"))
+        section.mean(
+            "test bits per dimension",
+            bits,
+            f"test images, uniformly dequantised from {levels} grey levels; "
+            f"the uniform density has {math.log2(levels):.4g} bits",
+            (row, "bits"),
+        )
     if "reverse" in runs:
         gap = (reverse.log_z - forward.log_z) / dim / math.log(2)
-        section.add("gap", gap, len(reverse.log_weights), "reverse minus forward estimate of log Z, in bits per "
-                    "dimension", at=(f"1/T = {beta:g}", "bits"))
+        section.add(
+            "gap",
+            gap,
+            len(reverse.log_weights),
+            "reverse minus forward estimate of log Z, in bits per dimension",
+            at=(f"1/T = {beta:g}", "bits"),
+        )
         if gap < -0.01:
-            section.note(f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "
-                         "that density, and the reverse estimate means nothing. The forward one still bounds log Z "
-                         "from below, so the true bits are higher than its own.")
+            section.note(
+                f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "
+                "that density, and the reverse estimate means nothing. The forward one still bounds log Z "
+                "from below, so the true bits are higher than its own."
+            )
 
 
 @contextmanager
@@ -297,8 +338,12 @@ def exact_float32() -> Iterator[None]:
 
 
 METRICS: dict[str, Callable[[Subject, Section], None]] = {
-    "classification": classification, "calibration": calibration, "ood": ood.measure, "robustness": robustness.measure,
-    "quality": quality.measure, "likelihood": likelihood,
+    "classification": classification,
+    "calibration": calibration,
+    "ood": ood.measure,
+    "robustness": robustness.measure,
+    "quality": quality.measure,
+    "likelihood": likelihood,
 }
 
 
@@ -314,12 +359,23 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     directory = report_directory(cfg, path)
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
-    about = {"checkpoint": f"{path}{chosen}", "training steps": state["step"],
-             "weights": "moving average" if "ema" in state else "as trained",
-             "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
-             "data set": cfg.dataset, "network": f"WRN-{cfg.depth}-{cfg.width}", "seed": cfg.seed}
-    report = Report(directory, {"about": {k: str(v) for k, v in about.items()}, "options": vars(cfg),
-                                "environment": utils.environment(device)})
+    about = {
+        "checkpoint": f"{path}{chosen}",
+        "training steps": state["step"],
+        "weights": "moving average" if "ema" in state else "as trained",
+        "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
+        "data set": cfg.dataset,
+        "network": f"WRN-{cfg.depth}-{cfg.width}",
+        "seed": cfg.seed,
+    }
+    report = Report(
+        directory,
+        {
+            "about": {k: str(v) for k, v in about.items()},
+            "options": vars(cfg),
+            "environment": utils.environment(device),
+        },
+    )
     for name in cfg.metrics:
         print(f"{name} ...", flush=True)
         section = report.section(name)

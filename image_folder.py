@@ -69,8 +69,7 @@ def _list_folder(root: Path) -> tuple[list[str], list[str], list[int], int | Non
         raise UserError(f"{root} has {parts[0].name}/ but no {absent}/: add it")
     parts = parts or [root]
     class_names, *others = (
-        sorted(path.name for path in part.iterdir() if path.is_dir() and path.name[0] != ".")
-        for part in parts
+        sorted(path.name for path in part.iterdir() if path.is_dir() and path.name[0] != ".") for part in parts
     )
     if others and others[0] != class_names:
         odd = ", ".join(sorted(set(class_names) ^ set(others[0])))

@@ -186,8 +186,15 @@ def sigmoid_schedule(n_temperatures: int, steepness: float = 4.0) -> list[float]
 
 
 def tune_step_sizes(
-    log_density: LogDensity, base: Gaussian | Box, n_temperatures: int, generator: Generator,
-    n_leapfrog: int = 3, target: float = 0.8, n_chains: int = 64, n_knots: int = 50, n_updates: int = 10,
+    log_density: LogDensity,
+    base: Gaussian | Box,
+    n_temperatures: int,
+    generator: Generator,
+    n_leapfrog: int = 3,
+    target: float = 0.8,
+    n_chains: int = 64,
+    n_knots: int = 50,
+    n_updates: int = 10,
 ) -> Tensor:
     """HMC step sizes, (n_temperatures,), at which about ``target`` of the proposals are accepted.
 
@@ -228,8 +235,14 @@ class AISResult:
 
 
 def forward_ais(
-    log_density: LogDensity, base: Gaussian | Box, n_chains: int, n_temperatures: int, generator: Generator,
-    n_leapfrog: int = 3, step_sizes: Tensor | None = None, progress: bool = False,
+    log_density: LogDensity,
+    base: Gaussian | Box,
+    n_chains: int,
+    n_temperatures: int,
+    generator: Generator,
+    n_leapfrog: int = 3,
+    step_sizes: Tensor | None = None,
+    progress: bool = False,
 ) -> AISResult:
     """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
 
@@ -245,8 +258,14 @@ def forward_ais(
 
 
 def reverse_ais(
-    log_density: LogDensity, base: Gaussian | Box, samples: Tensor, step_sizes: Tensor, generator: Generator,
-    n_leapfrog: int = 3, burn_in: int = 0, progress: bool = False,
+    log_density: LogDensity,
+    base: Gaussian | Box,
+    samples: Tensor,
+    step_sizes: Tensor,
+    generator: Generator,
+    n_leapfrog: int = 3,
+    burn_in: int = 0,
+    progress: bool = False,
 ) -> AISResult:
     """Stochastic upper bound of log Z (Grosse et al. 2015): P(estimate < log Z - b) < exp(-b).
 
@@ -263,8 +282,13 @@ def reverse_ais(
 
 
 def _anneal(
-    path: GeometricPath, at: Point, step_sizes: Tensor, n_leapfrog: int, generator: Generator,
-    progress: bool, sign: int,
+    path: GeometricPath,
+    at: Point,
+    step_sizes: Tensor,
+    n_leapfrog: int,
+    generator: Generator,
+    progress: bool,
+    sign: int,
 ) -> AISResult:
     """Sign 1: from base to model, mean(w) estimates Z. Sign -1: and back, mean(1/w) estimates 1/Z."""
     n_chains, n_temperatures = len(at.y), len(step_sizes)

@@ -34,8 +34,11 @@ def main(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print("error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
-              "--max_images needs less", file=sys.stderr)
+        print(
+            "error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
+            "--max_images needs less",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130
@@ -54,9 +57,12 @@ def one_line(error: Exception) -> str:
 
 def run(arguments: list[str]) -> int:
     parser = Parser(
-        prog="main.py", allow_abbrev=False, description="Train a network as a classifier and as an energy-based model.",
+        prog="main.py",
+        allow_abbrev=False,
+        description="Train a network as a classifier and as an energy-based model.",
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 130, 143 "
-               "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.")
+        "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.",
+    )
     add_options(parser)
     given = vars(parser.parse_args(arguments))
     for name in ("load_ckpt", "resume"):
@@ -132,8 +138,10 @@ def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | No
     cfg = Config.from_dict(content["config"], str(path))
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(cfg, name):
-            raise UserError(f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
-                            "leave it out, or start a new run with --load_ckpt")
+            raise UserError(
+                f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
+                "leave it out, or start a new run with --load_ckpt"
+            )
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
     return replace(cfg, **changes), (directory, path, content)
 

@@ -44,8 +44,10 @@ def measure(subject: "Subject", section: "Section") -> None:
     for name, measured in outside.items():
         for score, out in measured.items():
             within, n, at = inside[score], len(out) + len(test), (name, score)
-            protocol = (f"{len(test)} test images (positives, which should score higher) against {len(out)} others; "
-                        f"{subject.noise}")
+            protocol = (
+                f"{len(test)} test images (positives, which should score higher) against {len(out)} others; "
+                f"{subject.noise}"
+            )
             section.add("AUROC", auroc(within, out), n, protocol, bootstrap(auroc, within, out), at)
             target = torch.cat([torch.ones(len(within)), torch.zeros(len(out))])
             aupr = average_precision_score(target, torch.cat([within, out]).cpu())
@@ -113,8 +115,12 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
     batches = tqdm(x.split(data.fitting(BATCH, x.shape[1:])), desc="scores", unit="batch", leave=False)
     parts = [logits_and_slope(model, data.to_float(batch)) for batch in batches]
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
-    return {"log p(x)": log_density(logits), "max softmax": logits.softmax(1).amax(1), "max logit": logits.amax(1),
-            "-|grad log p(x)|": -slope}
+    return {
+        "log p(x)": log_density(logits),
+        "max softmax": logits.softmax(1).amax(1),
+        "max logit": logits.amax(1),
+        "-|grad log p(x)|": -slope,
+    }
 
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +154,19 @@ def histograms(scores: dict[str, Tensor], label: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for i, (name, values) in enumerate(sets.items()):
-        axes.hist(values.clamp(low, high).tolist(), bins=50, range=(low, high), weights=[1 / len(values)] * len(values),
-                  label=name, **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}))
-    axes.set(xlabel=f"{label} (the end bins hold all that lies beyond)", ylabel="share of images (log)", yscale="log",
-             ylim=(5e-4, 1.5))
+        axes.hist(
+            values.clamp(low, high).tolist(),
+            bins=50,
+            range=(low, high),
+            weights=[1 / len(values)] * len(values),
+            label=name,
+            **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}),
+        )
+    axes.set(
+        xlabel=f"{label} (the end bins hold all that lies beyond)",
+        ylabel="share of images (log)",
+        yscale="log",
+        ylim=(5e-4, 1.5),
+    )
     axes.legend()
     return figure

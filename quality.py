@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 BATCH = 250  # images of 3x32x32
 
 
-def fresh_samples(sgld: SGLD, n: int, shape: tuple[int, int, int], steps: int, sgld_lr: float, sgld_std: float,
-                  generator: Generator) -> Tensor:
+def fresh_samples(
+    sgld: SGLD, n: int, shape: tuple[int, int, int], steps: int, sgld_lr: float, sgld_std: float, generator: Generator
+) -> Tensor:
     """The ends of n chains of ``steps`` SGLD steps from uniform noise."""
     parts, batch = [], min(n, fitting(BATCH, shape))
     for start in tqdm(range(0, n, batch), desc="samples from noise", unit="batch", leave=False):
@@ -113,8 +114,9 @@ def inception(device: torch.device) -> nn.Module:
     return network.to(device).eval()
 
 
-def inception_scorer(network: Callable[[Tensor], tuple[Tensor, Tensor]],
-                     real: Tensor) -> Callable[[Tensor], InceptionScores]:
+def inception_scorer(
+    network: Callable[[Tensor], tuple[Tensor, Tensor]], real: Tensor
+) -> Callable[[Tensor], InceptionScores]:
     """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and KID (Binkowski et al. 2018) against ``real``.
 
     ``network``: ``inception``, or another map of uint8 RGB images to features (N, D) and logits (N, K).
@@ -151,8 +153,10 @@ def inception_scorer(network: Callable[[Tensor], tuple[Tensor, Tensor]],
 def inception_help(error: Exception) -> str:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    return (f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
-            f"into {torch.hub.get_dir()}/checkpoints")
+    return (
+        f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
+        f"into {torch.hub.get_dir()}/checkpoints"
+    )
 
 
 def feed(update: Callable[[Tensor], None], images: Tensor, title: str) -> None:
@@ -193,18 +197,27 @@ def measure(subject: "Subject", section: "Section") -> None:
     sampler = sampling_copy(model, dtype)
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
-    fresh = fresh_samples(SGLD(sampler.log_density), n, subject.data.shape, steps, cfg.sgld_lr, cfg.sgld_std,
-                          subject.rng())
-    sets = {"from noise": (fresh, f"chains of {steps} SGLD steps from uniform noise, step size {cfg.sgld_lr:g}, noise "
-                           f"{cfg.sgld_std:g}, network in {str(dtype).removeprefix('torch.')}, unfiltered")}
+    fresh = fresh_samples(
+        SGLD(sampler.log_density), n, subject.data.shape, steps, cfg.sgld_lr, cfg.sgld_std, subject.rng()
+    )
+    sets = {
+        "from noise": (
+            fresh,
+            f"chains of {steps} SGLD steps from uniform noise, step size {cfg.sgld_lr:g}, noise "
+            f"{cfg.sgld_std:g}, network in {str(dtype).removeprefix('torch.')}, unfiltered",
+        )
+    }
     if subject.buffer is None:
         section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
     else:
         held = to_uint8(subject.buffer[subject.buffer.isfinite().all(dim=(1, 2, 3))])[:n]
         sets["buffer"] = (held, "replay buffer, unfiltered")
         kept = most_confident(logits_of(model, held)).sort().values
-        sets["buffer, filtered"] = (held[kept], "replay buffer, the 90 % most confident of each predicted class (the "
-                                    "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)")
+        sets["buffer, filtered"] = (
+            held[kept],
+            "replay buffer, the 90 % most confident of each predicted class (the "
+            "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)",
+        )
     train = subject.some(subject.data.train)
 
     try:
@@ -240,8 +253,15 @@ def add_inception_scores(section: "Section", sets: dict[str, tuple[Tensor, str]]
             section.add(table, std, n, against, at=(name, f"{key}, standard deviation"))
 
 
-def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real: Tensor, test: Tensor, model: JEM,
-                  judge: JEM, place: str) -> None:
+def add_judgement(
+    section: "Section",
+    sets: dict[str, tuple[Tensor, str]],
+    real: Tensor,
+    test: Tensor,
+    model: JEM,
+    judge: JEM,
+    place: str,
+) -> None:
     """Fréchet distances in the judge's features, with that of test images as the best to hope for, and accuracy."""
     table = "in a classifier's features"
     distance, features = frechet_distance(Features(judge), real), f"features of {place}, {len(real)} training images"
@@ -252,8 +272,12 @@ def add_judgement(section: "Section", sets: dict[str, tuple[Tensor, str]], real:
         else:
             section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
         agree = logits_of(judge, images).argmax(1) == logits_of(model, images).argmax(1)
-        section.mean(table, agree, f"{protocol}; share of the samples that {place} puts into the class that the model "
-                     "itself puts them into", (name, "accuracy"))
+        section.mean(
+            table,
+            agree,
+            f"{protocol}; share of the samples that {place} puts into the class that the model itself puts them into",
+            (name, "accuracy"),
+        )
 
 
 def add_nearest(section: "Section", sets: dict[str, tuple[Tensor, str]], train: Tensor, features: Features) -> None:
@@ -261,14 +285,24 @@ def add_nearest(section: "Section", sets: dict[str, tuple[Tensor, str]], train: 
     in_pixels, in_features = to_float(train), over_batches(features, train)
     for name, (images, protocol) in sets.items():
         distance, like = nearest(to_float(images[:1000]), in_pixels)
-        section.mean("L2 distance to the nearest training image", distance, f"{protocol}, at most 1,000; pixels in "
-                     f"[-1, 1], {len(train)} training images", (name, "mean"))
+        section.mean(
+            "L2 distance to the nearest training image",
+            distance,
+            f"{protocol}, at most 1,000; pixels in [-1, 1], {len(train)} training images",
+            (name, "mean"),
+        )
         shown = images[:10]
         by_features, alike = nearest(over_batches(features, shown), in_features)
-        rows = {"image": (shown, None), "nearest in pixels": (train[like[:10]], distance),
-                "nearest in features": (train[alike], by_features)}
-        section.picture(f"nearest_{name.replace(' ', '_')}", f"Images ({name}) and the training image nearest to each, "
-                        "with its L2 distance", nearest_figure(rows))
+        rows = {
+            "image": (shown, None),
+            "nearest in pixels": (train[like[:10]], distance),
+            "nearest in features": (train[alike], by_features),
+        }
+        section.picture(
+            f"nearest_{name.replace(' ', '_')}",
+            f"Images ({name}) and the training image nearest to each, with its L2 distance",
+            nearest_figure(rows),
+        )
 
 
 def nearest_figure(rows: dict[str, tuple[Tensor, Tensor | None]]) -> Figure:

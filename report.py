@@ -53,8 +53,15 @@ class Section:
         self.absent: dict[str, str] = {}
         self.pictures: dict[str, str] = {}
 
-    def add(self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None,
-            at: tuple[str, str] | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        value: float,
+        n: int,
+        protocol: str,
+        interval: Interval | None = None,
+        at: tuple[str, str] | None = None,
+    ) -> None:
         """Record a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
         number = Number(float(value), interval, n, protocol)
         if not math.isfinite(number.value):
@@ -89,14 +96,20 @@ class Section:
 
     def scalars(self) -> dict[str, Number]:
         """Every number under one name: ``measure``, or ``measure/row/column``."""
-        cells = {f"{name}/{row}/{column}": number for name, table in self.tables.items()
-                 for row, line in table.items() for column, number in line.items()}
+        cells = {
+            f"{name}/{row}/{column}": number
+            for name, table in self.tables.items()
+            for row, line in table.items()
+            for column, number in line.items()
+        }
         return self.numbers | cells
 
     def as_dict(self) -> dict[str, Any]:
         numbers = {name: asdict(number) for name, number in self.numbers.items()}
-        tables = {name: {row: {column: asdict(number) for column, number in line.items()}
-                         for row, line in table.items()} for name, table in self.tables.items()}
+        tables = {
+            name: {row: {column: asdict(number) for column, number in line.items()} for row, line in table.items()}
+            for name, table in self.tables.items()
+        }
         return {"results": numbers | tables, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
 
     def markdown(self) -> str:
@@ -109,9 +122,15 @@ class Section:
         for name, rows in self.tables.items():
             columns = list(dict.fromkeys(column for line in rows.values() for column in line))
             parts.append(f"**{name}**")
-            lines = [(row, *(str(line[c]) if c in line else "" for c in columns),
-                      ", ".join(dict.fromkeys(str(x.n) for x in line.values())),
-                      " ".join(dict.fromkeys(marks[x.protocol] for x in line.values()))) for row, line in rows.items()]
+            lines = [
+                (
+                    row,
+                    *(str(line[c]) if c in line else "" for c in columns),
+                    ", ".join(dict.fromkeys(str(x.n) for x in line.values())),
+                    " ".join(dict.fromkeys(marks[x.protocol] for x in line.values())),
+                )
+                for row, line in rows.items()
+            ]
             parts.append(table(("", *columns, "n", "protocol"), lines))
         if protocols:
             parts.append("\n".join(f"- {mark} {protocol}" for protocol, mark in marks.items()))

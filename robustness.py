@@ -65,8 +65,9 @@ class RefinedClassifier(nn.Module):
         return log_p.logsumexp(0) - math.log(self.n_chains)
 
 
-def differentiable_chain(log_density, x: Tensor, steps: int, sgld_lr: float, sgld_std: float,
-                         generator: Generator) -> Tensor:
+def differentiable_chain(
+    log_density, x: Tensor, steps: int, sgld_lr: float, sgld_std: float, generator: Generator
+) -> Tensor:
     """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1].
 
     Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, for a graph of
@@ -104,12 +105,14 @@ def auto_attack(norm: str, n_classes: int, seed: int, steps: int = 100) -> Attac
     def attack(classifier: nn.Module, epsilon: float) -> torchattacks.MultiAttack:
         ball = {"norm": norm, "eps": epsilon, "seed": seed}
         targets = {"n_classes": min(n_classes, 10), "steps": steps}
-        return torchattacks.MultiAttack([
-            torchattacks.APGD(classifier, loss="ce", steps=steps, **ball),
-            torchattacks.APGDT(classifier, **targets, **ball),
-            torchattacks.FAB(classifier, multi_targeted=True, **targets, **ball),
-            torchattacks.Square(classifier, n_queries=5000, **ball),
-        ])
+        return torchattacks.MultiAttack(
+            [
+                torchattacks.APGD(classifier, loss="ce", steps=steps, **ball),
+                torchattacks.APGDT(classifier, **targets, **ball),
+                torchattacks.FAB(classifier, multi_targeted=True, **targets, **ball),
+                torchattacks.Square(classifier, n_queries=5000, **ball),
+            ]
+        )
 
     return attack
 
@@ -136,8 +139,16 @@ def is_correct(classifier: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> 
     return torch.cat([classifier(images).argmax(1) == labels for images, labels in batches])
 
 
-def survivors(classifier: nn.Module, attack: Attack, x: Tensor, y: Tensor, epsilons: list[float], restarts: int,
-              batch_size: int, title: str) -> list[Tensor]:
+def survivors(
+    classifier: nn.Module,
+    attack: Attack,
+    x: Tensor,
+    y: Tensor,
+    epsilons: list[float],
+    restarts: int,
+    batch_size: int,
+    title: str,
+) -> list[Tensor]:
     """Which images are still classified correctly, bool (N,): first without attack, then for each epsilon.
 
     x: (N, C, H, W) in [0, 1]; y: (N,); epsilons ascending, on the [0, 1] scale. An image that has fallen stays
@@ -156,9 +167,16 @@ def survivors(classifier: nn.Module, attack: Attack, x: Tensor, y: Tensor, epsil
     return results
 
 
-def distal_adversarials(model: JEM, shape: tuple[int, int, int], n_classes: int, n_each: int, generator: Generator,
-                        confidence: float = 0.9, max_steps: int = 500, step_size: float = 0.05,
-                        ) -> tuple[Tensor, Tensor]:
+def distal_adversarials(
+    model: JEM,
+    shape: tuple[int, int, int],
+    n_classes: int,
+    n_each: int,
+    generator: Generator,
+    confidence: float = 0.9,
+    max_steps: int = 500,
+    step_size: float = 0.05,
+) -> tuple[Tensor, Tensor]:
     """From uniform noise up the gradient of log p(y|x) until p(y|x) reaches ``confidence`` (JEM, section 5.4).
 
     Returns images (n_classes * n_each, C, H, W) in [-1, 1], class by class, and the p(y|x) reached. A step has L2 norm
@@ -167,8 +185,9 @@ def distal_adversarials(model: JEM, shape: tuple[int, int, int], n_classes: int,
     starts = uniform_images(n_each, shape, generator)
     batch = max(1, fitting(BATCH, shape) // n_each)  # classes
     parts = []
-    for classes in tqdm(torch.arange(n_classes, device=starts.device).split(batch), desc="distal adversarials",
-                        leave=False):
+    for classes in tqdm(
+        torch.arange(n_classes, device=starts.device).split(batch), desc="distal adversarials", leave=False
+    ):
         x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
         for step in range(max_steps + 1):
             x.requires_grad_()
@@ -213,8 +232,10 @@ class Sweep(NamedTuple):
     protocol: str
 
 
-NORMS = (Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
-         Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1))
+NORMS = (
+    Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
+    Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1),
+)
 BATCH = 100  # images of 3x32x32 at once; these need the memory of training
 IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
@@ -233,10 +254,21 @@ def measure(subject: "Subject", section: "Section") -> None:
     sweeps = [Sweep("PGD", plain, len(x), PGD_STEPS, RESTARTS, batch, "")]
     if cfg.refine_steps:
         refined = RefinedClassifier(subject.model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, subject.rng())
-        protocol = (f"; classified after {cfg.refine_steps} SGLD steps, probabilities averaged over {CHAINS} chains, "
-                    "attacked through these chains")
-        sweeps.append(Sweep("PGD through refinement", refined, min(REFINED_IMAGES, len(x)), REFINED_PGD_STEPS, 1,
-                            max(1, batch // (4 * CHAINS)), protocol))
+        protocol = (
+            f"; classified after {cfg.refine_steps} SGLD steps, probabilities averaged over {CHAINS} chains, "
+            "attacked through these chains"
+        )
+        sweeps.append(
+            Sweep(
+                "PGD through refinement",
+                refined,
+                min(REFINED_IMAGES, len(x)),
+                REFINED_PGD_STEPS,
+                1,
+                max(1, batch // (4 * CHAINS)),
+                protocol,
+            )
+        )
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
@@ -245,8 +277,13 @@ def measure(subject: "Subject", section: "Section") -> None:
         if not obstacle:
             strongest, epsilon = auto_attack(norm.name, n_classes, cfg.seed), norm.epsilons[norm.standard]
             kept = survivors(plain, strongest, x, y, [epsilon], 1, batch, f"{norm.name}, AutoAttack")[-1]
-            section.mean(f"accuracy under {norm.name} attack", kept, "AutoAttack, standard version (APGD-CE, APGD-T, "
-                         "FAB-T of 100 steps, Square of 5,000 queries), no noise added", (norm.standard, "AutoAttack"))
+            section.mean(
+                f"accuracy under {norm.name} attack",
+                kept,
+                "AutoAttack, standard version (APGD-CE, APGD-T, "
+                "FAB-T of 100 steps, Square of 5,000 queries), no noise added",
+                (norm.standard, "AutoAttack"),
+            )
             axes.plot(epsilon / norm.unit, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
         unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
         axes.set(xlabel=f"{norm.name} epsilon ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -259,28 +296,46 @@ def measure(subject: "Subject", section: "Section") -> None:
 def add_sweep(section: "Section", norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes) -> None:
     grey = norm.grey_epsilon(math.prod(x.shape[1:]))
     epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
-    alive = survivors(sweep.classifier, pgd(norm.name, sweep.steps), x[: sweep.n], y[: sweep.n],
-                      list(epsilons.values()), sweep.restarts, sweep.batch_size, f"{norm.name}, {sweep.name}")
-    protocol = (f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
-                "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too"
-                f"{sweep.protocol}")
+    alive = survivors(
+        sweep.classifier,
+        pgd(norm.name, sweep.steps),
+        x[: sweep.n],
+        y[: sweep.n],
+        list(epsilons.values()),
+        sweep.restarts,
+        sweep.batch_size,
+        f"{norm.name}, {sweep.name}",
+    )
+    protocol = (
+        f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
+        "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too"
+        f"{sweep.protocol}"
+    )
     for label, kept in zip(["0", *epsilons], alive, strict=True):
         section.mean(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
     shares = [kept.double().mean().item() for kept in alive]
     axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
     if shares[-1] > MASKED:
-        section.note(f"**Masked gradients?** At {norm.name} epsilon {grey:.3g}, where any image can become plain grey, "
-                     f"{sweep.name} leaves an accuracy of {shares[-1]:.3f} instead of about zero: it is the attack "
-                     "that fails there, and the accuracies of this column are too high.")
+        section.note(
+            f"**Masked gradients?** At {norm.name} epsilon {grey:.3g}, where any image can become plain grey, "
+            f"{sweep.name} leaves an accuracy of {shares[-1]:.3f} instead of about zero: it is the attack "
+            "that fails there, and the accuracies of this column are too high."
+        )
 
 
 def add_distal_adversarials(subject: "Subject", section: "Section", n_each: int = 10) -> None:
     names = subject.data.class_names
     x, reached = distal_adversarials(subject.model, subject.data.shape, len(names), n_each, subject.rng())
-    section.mean("p(y|x) of distal adversarials", reached,
-                 f"gradient ascent from uniform noise until 0.9; {n_each} of each of {len(names)} classes")
-    section.picture("distal", "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class",
-                    distal_figure(to_uint8(x[: 20 * n_each]), names, n_each))
+    section.mean(
+        "p(y|x) of distal adversarials",
+        reached,
+        f"gradient ascent from uniform noise until 0.9; {n_each} of each of {len(names)} classes",
+    )
+    section.picture(
+        "distal",
+        "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class",
+        distal_figure(to_uint8(x[: 20 * n_each]), names, n_each),
+    )
 
 
 def distal_figure(images: Tensor, names: tuple[str, ...], n_each: int) -> Figure:

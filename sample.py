@@ -65,11 +65,17 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     if steps is None:
         steps = cfg.sgld_step if cfg.denoise else STEPS
     settings = {
-        "checkpoint": str(path), "training_steps": content["state"]["step"],
+        "checkpoint": str(path),
+        "training_steps": content["state"]["step"],
         "weights": "ema" if "ema" in content["state"] else "last",
-        "precision": str(dtype).removeprefix("torch."), "start": start.name,
-        "target": "log p(x|y)" if cfg.class_cond else "log p(x)", "steps": steps, "sgld_lr": cfg.sgld_lr,
-        "sgld_std": cfg.sgld_std, "batch_size": cfg.batch_size, "seed": cfg.seed,
+        "precision": str(dtype).removeprefix("torch."),
+        "start": start.name,
+        "target": "log p(x|y)" if cfg.class_cond else "log p(x)",
+        "steps": steps,
+        "sgld_lr": cfg.sgld_lr,
+        "sgld_std": cfg.sgld_std,
+        "batch_size": cfg.batch_size,
+        "seed": cfg.seed,
     }
 
     directory = utils.RunDir.create(cfg.logdir, cfg.mode, cfg.note)
@@ -91,8 +97,15 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
     state, described = content["state"], content["data"]
-    model = build_model(described["shape"][0], len(described["class_names"]), cfg.depth, cfg.width, cfg.norm,
-                        cfg.dropout_rate, cfg.activation)
+    model = build_model(
+        described["shape"][0],
+        len(described["class_names"]),
+        cfg.depth,
+        cfg.width,
+        cfg.norm,
+        cfg.dropout_rate,
+        cfg.activation,
+    )
     own = {name: content["config"][name] for name in ("depth", "width", "norm", "activation")}
     try:
         if any(getattr(cfg, name) != own[name] for name in ("norm", "activation")):
@@ -109,11 +122,16 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     shape, class_names = content["data"]["shape"], content["data"]["class_names"]
     if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
-        raise UserError(f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
-                        f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size")
+        raise UserError(
+            f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
+            f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size"
+        )
     if list(images.class_names) != list(class_names):
-        print(f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
-              "means nothing.", file=sys.stderr)
+        print(
+            f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
+            "means nothing.",
+            file=sys.stderr,
+        )
     return images
 
 
@@ -173,8 +191,10 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     except (OSError, SyntaxError, ValueError):  # Pillow's exceptions for what is broken or no picture
         raise UserError(f"{name} is no readable picture; --inpaint takes left, center or a picture") from None
     if mask.shape != (height, width):
-        raise UserError(f"the mask {name} has {mask.shape[1]}x{mask.shape[0]} pixels, but the images have "
-                        f"{width}x{height}: resize it")
+        raise UserError(
+            f"the mask {name} has {mask.shape[1]}x{mask.shape[0]} pixels, but the images have "
+            f"{width}x{height}: resize it"
+        )
     unknown = torch.from_numpy(mask >= 128)
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
@@ -222,8 +242,9 @@ def run_chains(model: JEM, start: Start, marks: list[int], cfg: Config, rng: Gen
 # ------------------------------------------------------------------------------------------ what is written
 
 
-def write_pictures(directory: Path, name: str, start: Start, result: Result, marks: list[int],
-                   class_names: list[str]) -> None:
+def write_pictures(
+    directory: Path, name: str, start: Start, result: Result, marks: list[int], class_names: list[str]
+) -> None:
     """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
     frames, columns = result.frames, COLUMNS
     if start.originals is not None:
@@ -279,16 +300,22 @@ def save_archive(path: Path, start: Start, result: Result, settings: dict[str, A
     """
     labels = result.logits.argmax(1) if start.y is None else start.y.cpu()
     arrays = {
-        "images": utils.to_uint8(result.x).permute(0, 2, 3, 1), "x": result.x, "labels": labels,
-        "log_p_x": log_density(result.logits), "log_p_x_y": log_density(result.logits, labels),
+        "images": utils.to_uint8(result.x).permute(0, 2, 3, 1),
+        "x": result.x,
+        "labels": labels,
+        "log_p_x": log_density(result.logits),
+        "log_p_x_y": log_density(result.logits, labels),
     }
     if start.originals is not None:
         arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": start.x}
     if start.known is not None:
         arrays["known"] = start.known
     archive = io.BytesIO()
-    np.savez_compressed(archive, settings=json.dumps(settings),
-                        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()})
+    np.savez_compressed(
+        archive,
+        settings=json.dumps(settings),
+        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()},
+    )
     with utils.disk_errors(path):
         utils.replace_file(path, archive.getvalue())
 
@@ -296,13 +323,14 @@ def save_archive(path: Path, start: Start, result: Result, settings: dict[str, A
 def summarise(start: Start, result: Result, settings: dict[str, Any]) -> None:
     """Print how far the chains climbed and, of test images, how near they came to the originals."""
     before, after = (log_density(logits).mean() for logits in (result.logits_start, result.logits))
-    print(f"{len(start.x)} chains, {settings['steps']} steps on {settings['target']}: mean log p(x) "
-          f"{before:.2f} -> {after:.2f} (unnormalised, nats)")
+    print(
+        f"{len(start.x)} chains, {settings['steps']} steps on {settings['target']}: mean log p(x) "
+        f"{before:.2f} -> {after:.2f} (unnormalised, nats)"
+    )
     if start.originals is not None:
         truth = data.to_float(start.originals).cpu()
         kind, lost = "noisy", torch.ones(truth.shape[2:], dtype=torch.bool)
         if start.known is not None:
             kind, lost = "unknown", ~start.known.cpu()
-        before, after = ((x.cpu().clamp(-1, 1) - truth)[..., lost].square().mean().sqrt()
-                         for x in (start.x, result.x))
+        before, after = ((x.cpu().clamp(-1, 1) - truth)[..., lost].square().mean().sqrt() for x in (start.x, result.x))
         print(f"root mean square error of the {kind} pixels: {before:.3f} -> {after:.3f} ([-1, 1] scale)")

@@ -65,8 +65,15 @@ def traceable_input_gradient(log_density: LogDensity, x: Tensor, y: Tensor | Non
     return torch.func.grad(lambda x: log_density(x, *given).sum())(x)
 
 
-def reference_chain(log_density: LogDensity, x: Tensor, steps: int, step_size: float, noise_std: float,
-                    generator: torch.Generator, y: Tensor | None = None) -> Chain:
+def reference_chain(
+    log_density: LogDensity,
+    x: Tensor,
+    steps: int,
+    step_size: float,
+    noise_std: float,
+    generator: torch.Generator,
+    y: Tensor | None = None,
+) -> Chain:
     """SGLD as one reads it in the paper: what ``SGLD`` must agree with, given the same generator state."""
     grad = torch.zeros_like(x)
     for _ in range(steps):
@@ -95,8 +102,15 @@ class SGLD:
         self.graphs: dict[tuple, CapturedStep] = {}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, steps: int, step_size: float, noise_std: float, generator: torch.Generator,
-                 y: Tensor | None = None) -> Chain:
+    def __call__(
+        self,
+        x: Tensor,
+        steps: int,
+        step_size: float,
+        noise_std: float,
+        generator: torch.Generator,
+        y: Tensor | None = None,
+    ) -> Chain:
         """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = (torch.full((), value, device=x.device) for value in (step_size, noise_std))
@@ -152,14 +166,25 @@ class CompiledOrEager:
             return result
         except Exception as error:  # the compiler's exceptions share no public base class
             result = self.function(*args)  # an error of the function itself comes out here
-            warnings.warn(f"torch.compile does not work here ({type(error).__name__}); running without it",
-                          RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"torch.compile does not work here ({type(error).__name__}); running without it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             self.compiled, self.proven = self.function, True
             return result
 
 
-def annealed_chain(sgld: SGLD, x: Tensor, sgld_lr: float, sgld_std: float, generator: torch.Generator,
-                   levels: int = 10, steps_per_level: int = 30, every: int = 1) -> Tensor:
+def annealed_chain(
+    sgld: SGLD,
+    x: Tensor,
+    sgld_lr: float,
+    sgld_std: float,
+    generator: torch.Generator,
+    levels: int = 10,
+    steps_per_level: int = 30,
+    every: int = 1,
+) -> Tensor:
     """A long chain from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
     The levels lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and keeps the training

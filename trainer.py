@@ -36,8 +36,9 @@ BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 
 
-def joint_loss(logits: Tensor, y: Tensor, logits_sampled: Tensor | None, p_y_x_weight: float, p_x_weight: float,
-               energy_l2: float) -> tuple[Tensor, dict[str, Tensor]]:
+def joint_loss(
+    logits: Tensor, y: Tensor, logits_sampled: Tensor | None, p_y_x_weight: float, p_x_weight: float, energy_l2: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """JEM's loss (section 3, equation 6, with Du & Mordatch's penalty on energies) and its parts, all 0-dim.
 
     logits: real images' (N, K) with labels y (N,); logits_sampled: negative samples' (M, K), or None for a plain
@@ -56,8 +57,11 @@ def joint_loss(logits: Tensor, y: Tensor, logits_sampled: Tensor | None, p_y_x_w
         sampled = log_density(logits_sampled)
         generative = sampled.mean() - real.mean()
         loss = loss + p_x_weight * generative
-        parts |= {"loss/generative": generative, "log_density/sampled": sampled.mean(),
-                  "log_density/sampled_std": sampled.std(correction=0)}
+        parts |= {
+            "loss/generative": generative,
+            "log_density/sampled": sampled.mean(),
+            "log_density/sampled_std": sampled.std(correction=0),
+        }
         real = torch.cat([real, sampled])
     loss = loss + energy_l2 * real.square().mean()
     return loss, {"loss/total": loss, **parts}
@@ -98,8 +102,9 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.data_rng, self.sgld_rng = torch.Generator(device), torch.Generator(device)
         self.seed_generators(cfg.seed)
-        self.model = build_model(images.shape[0], len(images.class_names), cfg.depth, cfg.width, cfg.norm,
-                                 cfg.dropout_rate, cfg.activation).to(device)
+        self.model = build_model(
+            images.shape[0], len(images.class_names), cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation
+        ).to(device)
         self.forward = CompiledOrEager(self.model.logits) if self.compile else self.model.logits
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema else None  # the averaged weights
         self.optimizer = build_optimizer(cfg, self.model.parameters())
@@ -204,8 +209,9 @@ class Trainer:
         if cfg.samples:
             copy_weights(self.model, self.sampling_model)
             start, index = self.buffer.draw(cfg.batch_size, cfg.reinit_freq, self.sgld_rng)
-            samples, gradient = self.sgld(start, cfg.sgld_step * self.remedies["sgld_step_factor"], cfg.sgld_lr,
-                                          cfg.sgld_std, self.sgld_rng)
+            samples, gradient = self.sgld(
+                start, cfg.sgld_step * self.remedies["sgld_step_factor"], cfg.sgld_lr, cfg.sgld_std, self.sgld_rng
+            )
             self.buffer.store(index, samples)
             measured = {
                 "sgld/gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
@@ -222,8 +228,9 @@ class Trainer:
                 logits, logits_sampled = self.forward(x), self.forward(samples)
             else:
                 logits, logits_sampled = self.forward(torch.cat([x, samples])).chunk(2)
-        loss, parts = joint_loss(logits, y, logits_sampled, cfg.p_y_x_weight, cfg.p_x_weight,
-                                 self.remedies["energy_l2"])
+        loss, parts = joint_loss(
+            logits, y, logits_sampled, cfg.p_y_x_weight, cfg.p_x_weight, self.remedies["energy_l2"]
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
@@ -274,9 +281,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
         state = {name: getattr(self, name) for name in self.plain_state}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                  "data_rng": self.data_rng.get_state(), "sgld_rng": self.sgld_rng.get_state(),
-                  "torch_rng": torch.get_rng_state()}  # dropout's
+        state |= {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data_rng": self.data_rng.get_state(),
+            "sgld_rng": self.sgld_rng.get_state(),
+            "torch_rng": torch.get_rng_state(),
+        }  # dropout's
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.ema:
@@ -285,8 +296,18 @@ class Trainer:
             state["buffer"] = self.buffer.state_dict()
         return state
 
-    plain_state = ("step", "best", "order", "sums", "summed", "classes",
-                   "remedies", "recoveries", "failures", "failed_at")
+    plain_state = (
+        "step",
+        "best",
+        "order",
+        "sums",
+        "summed",
+        "classes",
+        "remedies",
+        "recoveries",
+        "failures",
+        "failed_at",
+    )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
@@ -333,8 +354,7 @@ class Trainer:
         try:
             self.good, self.candidate = (utils.load_checkpoint(directory / name)["state"] for name in names)
         except UserError as error:
-            print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.",
-                  file=sys.stderr)
+            print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.", file=sys.stderr)
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights and, where it fits, its replay buffer."""
@@ -359,8 +379,13 @@ class Trainer:
 
     def checkpoint(self, name: str) -> None:
         """Have the state written behind training's back, after all that was dumped before."""
-        content = {"config": asdict(self.cfg), "state": copy_tree(self.state_dict(), torch.device("cpu")),
-                   "log_position": self.log.position(), "data": describe(self.data), "snapshots": self.snapshots}
+        content = {
+            "config": asdict(self.cfg),
+            "state": copy_tree(self.state_dict(), torch.device("cpu")),
+            "log_position": self.log.position(),
+            "data": describe(self.data),
+            "snapshots": self.snapshots,
+        }
         self.writer.submit(self.write_checkpoint, name, content)
         if name == "last.pt":
             self.referenced = [self.referenced[1], set(self.snapshots)]
@@ -382,8 +407,10 @@ class Trainer:
         history = self.recoveries + 1, self.failures, self.failed_at, self.remedies, self.best
         place = self.good["step"]
         if self.recoveries >= self.cfg.max_recoveries:
-            raise TrainingFailed(f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used "
-                                 "up; try more --sgld_step, a lower --lr, or --energy_l2 0.1")
+            raise TrainingFailed(
+                f"training diverged at step {diverged_at} and {self.recoveries} recoveries are used "
+                "up; try more --sgld_step, a lower --lr, or --energy_l2 0.1"
+            )
         self.load_state_dict(self.good)
         self.candidate = self.good
         self.recoveries, self.failures, self.failed_at, self.remedies, self.best = history
@@ -404,8 +431,10 @@ class Trainer:
         torch.manual_seed(self.cfg.seed + 1_000_003 * self.recoveries)
         self.bar.n, self.clock = self.step, (time.perf_counter(), self.step)
         self.bar.refresh()
-        message = (f"diverged at step {diverged_at}; back to step {place} with {done} "
-                   f"(recovery {self.recoveries} of {self.cfg.max_recoveries})")
+        message = (
+            f"diverged at step {diverged_at}; back to step {place} with {done} "
+            f"(recovery {self.recoveries} of {self.cfg.max_recoveries})"
+        )
         self.bar.write(message)
         self.log.recovery(diverged_at, place, message)
         self.checkpoint("last.pt")  # the one on disk may be later, and already ill
@@ -425,8 +454,9 @@ class Trainer:
         if self.cfg.samples:
             values["sgld/classes"] = self.classes.tolist()
             shown |= {"log p(real)": values["log_density/real"], "log p(sampled)": values["log_density/sampled"]}
-        self.bar.set_postfix({"images/s": f"{self.speed:.0f}"} | {k: f"{v:.3g}" for k, v in shown.items()},
-                             refresh=False)
+        self.bar.set_postfix(
+            {"images/s": f"{self.speed:.0f}"} | {k: f"{v:.3g}" for k, v in shown.items()}, refresh=False
+        )
         self.sums, self.summed = {}, 0
         self.classes.zero_()
         return values
@@ -462,8 +492,10 @@ class Trainer:
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
         model = self.averaged_model
         values = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
-        self.bar.write(f"step {self.step}, epoch {self.epoch:.4g}: "
-                       + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items()))
+        self.bar.write(
+            f"step {self.step}, epoch {self.epoch:.4g}: "
+            + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items())
+        )
         return {"epoch": self.epoch} | values
 
     def announce(self) -> None:
@@ -493,8 +525,15 @@ class Trainer:
 
     def summary(self) -> None:
         print(f"Done after {self.step} steps. Look at")
-        for name in ("samples", "SGLD_process_demo.gif", "test_accuracy.png", "loss.png", "metrics.jsonl",
-                     "ckpt/best.pt", "ckpt/last.pt"):
+        for name in (
+            "samples",
+            "SGLD_process_demo.gif",
+            "test_accuracy.png",
+            "loss.png",
+            "metrics.jsonl",
+            "ckpt/best.pt",
+            "ckpt/last.pt",
+        ):
             if (self.run.path / name).exists():
                 print(f"  {self.run.path / name}")
         if not self.cfg.no_log:
@@ -520,8 +559,11 @@ def copy_tree(tree: Any, device: torch.device) -> Any:
 
 def describe(images: data.ImageData) -> dict[str, Any]:
     """What a checkpoint remembers of its data, so that a resumed run meets the same."""
-    return {"shape": list(images.shape), "class_names": list(images.class_names),
-            "images": [len(images.train), len(images.valid), len(images.test)]}
+    return {
+        "shape": list(images.shape),
+        "class_names": list(images.class_names),
+        "images": [len(images.train), len(images.valid), len(images.test)],
+    }
 
 
 def plot_curves(path) -> None:

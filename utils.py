@@ -96,9 +96,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {
-        "command": " ".join(sys.argv), "git_commit": commit, "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__,
-        **{name: installed(name) for name in METRIC_PACKAGES}, "device": device_name(device),
+        "command": " ".join(sys.argv),
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        **{name: installed(name) for name in METRIC_PACKAGES},
+        "device": device_name(device),
     }
 
 
@@ -130,8 +135,10 @@ class RunDir:
         except BlockingIOError:
             raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
         except OSError as error:  # some network file systems have no locks
-            print(f"Warning: {path} cannot be locked ({error.strerror}): see to it that one process uses it.",
-                  file=sys.stderr)
+            print(
+                f"Warning: {path} cannot be locked ({error.strerror}): see to it that one process uses it.",
+                file=sys.stderr,
+            )
 
     @classmethod
     def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
@@ -157,8 +164,10 @@ class RunDir:
                 if not path.exists():
                     raise UserError(f"no checkpoint at {place}")
                 if path.name not in ("last.pt", "previous.pt"):
-                    raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt; {place} can start "
-                                    "a new run with --load_ckpt")
+                    raise UserError(
+                        f"--resume takes a run directory, or its last.pt or previous.pt; {place} can start "
+                        "a new run with --load_ckpt"
+                    )
                 path = path.resolve().parent.parent
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is not a run directory: it has no config.json")
@@ -193,8 +202,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}; free some space or mend the permissions, "
-                        "then run it again (training: with --resume)") from None
+        raise UserError(
+            f"cannot write to {path}: {error.strerror or error}; free some space or mend the permissions, "
+            "then run it again (training: with --resume)"
+        ) from None
 
 
 class Writer:
@@ -444,8 +455,9 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]
     film = []
     for picture, caption in zip(pictures, captions, strict=True):
         picture = cv2.copyMakeBorder(picture, 0, 18, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-        cv2.putText(picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1,
-                    cv2.LINE_AA)
+        cv2.putText(
+            picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA
+        )
         film.append(picture)
     durations = [1000, *[100] * (len(film) - 2), 1000][: len(film)]  # milliseconds
     encoded = imageio.imwrite("<bytes>", np.stack(film), extension=".gif", duration=durations, loop=0)

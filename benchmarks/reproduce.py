@@ -55,8 +55,9 @@ def command(name: str, test: bool, further: list[str], logdir: str) -> list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("name", choices=TRAIN)
     parser.add_argument("--test", action="store_true", help="measure the newest run of this name")
     parser.add_argument("--logdir", default="runs")

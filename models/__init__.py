@@ -8,8 +8,15 @@ from models.wide_resnet import WideResNet
 __all__ = ["JEM", "WideResNet", "build_model", "copy_weights", "log_density", "sampling_copy"]
 
 
-def build_model(channels: int, n_classes: int, depth: int = 28, width: int = 10, norm: str = "none",
-                dropout_rate: float = 0.0, activation: str = "leaky_relu") -> JEM:
+def build_model(
+    channels: int,
+    n_classes: int,
+    depth: int = 28,
+    width: int = 10,
+    norm: str = "none",
+    dropout_rate: float = 0.0,
+    activation: str = "leaky_relu",
+) -> JEM:
     """A JEM on a Wide-ResNet, freshly initialised from PyTorch's global generator, in channels_last memory."""
     backbone = WideResNet(channels, depth, width, norm, dropout_rate, activation)
     return JEM(backbone, n_classes).to(memory_format=torch.channels_last)

@@ -44,16 +44,24 @@ class WideResNet(nn.Module):
     strides 1, 2, 2, a last activation and global average pooling.
     """
 
-    def __init__(self, channels_in: int, depth: int = 28, width: int = 10, norm: str = "none",
-                 dropout_rate: float = 0.0, activation: str = "leaky_relu"):
+    def __init__(
+        self,
+        channels_in: int,
+        depth: int = 28,
+        width: int = 10,
+        norm: str = "none",
+        dropout_rate: float = 0.0,
+        activation: str = "leaky_relu",
+    ):
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"depth must be 6n + 4, not {depth}")
 
         def stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
             ins, strides = [channels_in, *[channels] * (n - 1)], [stride, *[1] * (n - 1)]
-            return nn.Sequential(*(Block(i, channels, s, norm, dropout_rate, activation)
-                                   for i, s in zip(ins, strides, strict=True)))
+            return nn.Sequential(
+                *(Block(i, channels, s, norm, dropout_rate, activation) for i, s in zip(ins, strides, strict=True))
+            )
 
         n = (depth - 4) // 6
         self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1)

@@ -116,9 +116,7 @@ def test_augment_noise_is_gaussian_and_comes_from_the_generator():
     n = noise.numel()
     assert abs(noise.mean()) < 5 * 0.3 / n**0.5
     assert abs(noise.std() - 0.3) < 5 * 0.3 / (2 * n) ** 0.5
-    assert (
-        abs((noise.abs() < 0.3).float().mean() - 0.6827) < 5 * 0.47 / n**0.5
-    )  # within one standard deviation
+    assert abs((noise.abs() < 0.3).float().mean() - 0.6827) < 5 * 0.47 / n**0.5  # within one standard deviation
     assert augment(images, sigma=0.3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3))
     assert not torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3, seed=1))
@@ -143,9 +141,7 @@ def test_to_float_covers_the_range():
 def rows(*splits):
     """Every (label, image) of the splits, as a sorted list."""
     return sorted(
-        (int(y), x.numpy().tobytes())
-        for split in splits
-        for x, y in zip(split.images, split.labels, strict=True)
+        (int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.images, split.labels, strict=True)
     )
 
 
@@ -250,9 +246,7 @@ def write_idx(folder, names, packed=False):
         images, labels = random_images(n, 28, 28), (np.arange(n) % 10).astype(np.uint8)
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             file, content = folder / f"{part}-{kind}-ubyte", idx_bytes(array)
-            file.with_name(file.name + ".gz" * packed).write_bytes(
-                gzip.compress(content) if packed else content
-            )
+            file.with_name(file.name + ".gz" * packed).write_bytes(gzip.compress(content) if packed else content)
         parts += [images[:, None], labels]
     return *parts, names
 
@@ -352,9 +346,7 @@ def test_damaged_idx_is_noticed(bare, damage, tmp_path, network):
     file = folder / "train-labels-idx1-ubyte"
     content = file.read_bytes()
     other = idx_bytes(np.zeros(7, np.uint8))
-    file.write_bytes(
-        {"cut": content[:-5], "empty": b"", "nonsense": b"x" * 40, "other length": other}[damage]
-    )
+    file.write_bytes({"cut": content[:-5], "empty": b"", "nonsense": b"x" * 40, "other length": other}[damage])
     refuses(f"cannot read mnist from {tmp_path}", "mnist", tmp_path)
     assert not network
 
@@ -479,16 +471,12 @@ def test_folder_reads_each_kind_of_jpeg(pixels, options, expected, tmp_path):
 
 def test_folder_with_both_parts(tmp_path):
     """Labels follow the class names in order; names of files and of their extensions mean nothing."""
-    images = {
-        name: random_images(8, 8, 3)
-        for name in ("train/b/1", "train/a/9", "train/b/0", "test/a/x", "test/b/y")
-    }
+    images = {name: random_images(8, 8, 3) for name in ("train/b/1", "train/a/9", "train/b/0", "test/a/x", "test/b/y")}
     files = {f"{name}.jpg": encode(pixels) for name, pixels in images.items()}
     loaded = load_folder(write_files(tmp_path, files))
     assert loaded.class_names == ("a", "b") and loaded.flip
     expected = [
-        (images[name].transpose(2, 0, 1).tobytes(), label)
-        for name, label in (("test/a/x", 0), ("test/b/y", 1))
+        (images[name].transpose(2, 0, 1).tobytes(), label) for name, label in (("test/a/x", 0), ("test/b/y", 1))
     ]
     assert [
         (x.numpy().tobytes(), int(y)) for x, y in zip(loaded.test.images, loaded.test.labels, strict=True)
@@ -500,9 +488,7 @@ def test_folder_with_both_parts(tmp_path):
 
 
 def test_folder_of_classes_alone_is_split_by_class(tmp_path):
-    images = {
-        f"{c}/{i}.png": random_images(8, 8) for c, n in (("a", 50), ("b", 20), ("c", 10)) for i in range(n)
-    }
+    images = {f"{c}/{i}.png": random_images(8, 8) for c, n in (("a", 50), ("b", 20), ("c", 10)) for i in range(n)}
     write_files(tmp_path, {name: encode(pixels) for name, pixels in images.items()})
     loaded = load_folder(tmp_path)
     assert loaded.test.labels.bincount().tolist() == [10, 4, 2]
@@ -566,12 +552,7 @@ def test_images_of_the_right_size_are_not_resampled(tmp_path):
 def make_folder(root, n=3):
     return write_files(
         root,
-        {
-            f"{p}/{c}/{i}.png": encode(random_images(8, 8, 3))
-            for p in ("train", "test")
-            for c in "ab"
-            for i in range(n)
-        },
+        {f"{p}/{c}/{i}.png": encode(random_images(8, 8, 3)) for p in ("train", "test") for c in "ab" for i in range(n)},
     )
 
 

@@ -194,8 +194,10 @@ def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     logdir = tmp_path_factory.mktemp("runs")
-    options = ("--dataset digits --depth 10 --width 1 --batch_size 32 --buffer_size 64 --max_steps 30 --warmup_steps 5 "
-               "--lr 1e-3 --sgld_step 2 --gpu cpu --ema 0.5 --no_log")
+    options = (
+        "--dataset digits --depth 10 --width 1 --batch_size 32 --buffer_size 64 --max_steps 30 --warmup_steps 5 "
+        "--lr 1e-3 --sgld_step 2 --gpu cpu --ema 0.5 --no_log"
+    )
     assert main([*options.split(), "--logdir", str(logdir)]) == 0
     return next(logdir.iterdir())
 
@@ -212,8 +214,24 @@ def quick(monkeypatch):
 
 
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
-    command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "30", "--n_sample_steps", "3",
-               "--refine_steps", "2", "--ood_datasets", f"noise,{tmp_path},shuffled", "--feature_ckpt", str(run)]
+    command = [
+        "--mode",
+        "test",
+        "--load_ckpt",
+        str(run),
+        "--gpu",
+        "cpu",
+        "--max_images",
+        "30",
+        "--n_sample_steps",
+        "3",
+        "--refine_steps",
+        "2",
+        "--ood_datasets",
+        f"noise,{tmp_path},shuffled",
+        "--feature_ckpt",
+        str(run),
+    ]
     assert main(command) == 0
     results = json.loads((run / "eval" / "results.json").read_text())
     assert {"classification", "calibration", "ood", "robustness", "quality", "likelihood"} < results.keys()
@@ -286,8 +304,19 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     renamed = {**content["data"], "class_names": list("abcdefghij")}
     (tmp_path / "run").mkdir()
     torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
-    command = ["--mode", "test", "--gpu", "cpu", "--eval", "classification", "--max_images", "20", "--logdir",
-               str(tmp_path / "runs"), "--load_ckpt"]
+    command = [
+        "--mode",
+        "test",
+        "--gpu",
+        "cpu",
+        "--eval",
+        "classification",
+        "--max_images",
+        "20",
+        "--logdir",
+        str(tmp_path / "runs"),
+        "--load_ckpt",
+    ]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
     assert main([*command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt")]) == 2
@@ -299,18 +328,21 @@ def test_auto_names_the_usual_sets():
     assert ood.set_names(Config(mode="test", dataset="cifar10"))[-2:] == ["svhn", "cifar100"]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
-    (["--load_ckpt", "RUN", "--width", "2"], "another network"),
-    (["--load_ckpt", "RUN", "--ood_datasets", "noise,nowhere"], "'nowhere' is neither a folder nor one of interp"),
-    (["--load_ckpt", "RUN", "--ood_datasets", "noise,"], "'' is neither a folder nor one of interp"),
-    (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
-    (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
-    (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
-    (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
-    (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
-    ([], "needs --load_ckpt"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
+        (["--load_ckpt", "RUN", "--width", "2"], "another network"),
+        (["--load_ckpt", "RUN", "--ood_datasets", "noise,nowhere"], "'nowhere' is neither a folder nor one of interp"),
+        (["--load_ckpt", "RUN", "--ood_datasets", "noise,"], "'' is neither a folder nor one of interp"),
+        (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
+        (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
+        (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
+        (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
+        ([], "needs --load_ckpt"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
     before = sorted(run.rglob("*"))
     given = [str(run) if option == "RUN" else option for option in options]

@@ -333,8 +333,20 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), rng.integers(256, size=(20, 20, 3), dtype=np.uint8))
-    options = ["--mode", "baseline_train", "--dataset", "folder", "--data_dir", str(tmp_path / "images"),
-               "--n_valid", "4", "--max_steps", "3", "--image_size", "12"]
+    options = [
+        "--mode",
+        "baseline_train",
+        "--dataset",
+        "folder",
+        "--data_dir",
+        str(tmp_path / "images"),
+        "--n_valid",
+        "4",
+        "--max_steps",
+        "3",
+        "--image_size",
+        "12",
+    ]
     mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
     assert utils.load_checkpoint(mirrored / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
     assert not same(weights(mirrored), weights(upright))
@@ -538,11 +550,13 @@ class TestBrokenCheckpoints:
     def test_options_that_this_version_refuses_come_with_their_file(self, jem, tmp_path, capsys):
         path = edited(jem, tmp_path / "old.pt", sgld_lr=0.0)
         assert "old.pt has an option this version refuses: --sgld_lr" in refused(
-            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path))
+            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path)
+        )
 
     @pytest.mark.parametrize("mode", ["energy_train", "sample", "test"])
-    @pytest.mark.parametrize("own, other", [("--activation leaky_relu", "--activation silu"),
-                                            ("--norm group", "--norm instance")])
+    @pytest.mark.parametrize(
+        "own, other", [("--activation leaky_relu", "--activation silu"), ("--norm group", "--norm instance")]
+    )
     def test_another_activation_or_norm(self, own, other, mode, tmp_path, capsys):
         """The weights would fit, but the network would be another one."""
         run = train(tmp_path / "runs", "--max_steps", "1", *own.split())
@@ -553,7 +567,8 @@ class TestBrokenCheckpoints:
     def test_options_of_a_later_version(self, jem, tmp_path, capsys):
         path = edited(jem, tmp_path / "later.pt", teapot=True)
         assert "options this version does not know: teapot" in refused(
-            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path))
+            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path)
+        )
 
     def test_a_directory_without_a_checkpoint(self, tmp_path, capsys):
         (tmp_path / "ckpt").mkdir()
@@ -566,7 +581,8 @@ class TestBrokenCheckpoints:
                 cv2.imwrite(str(tmp_path / "images" / name / f"{i}.png"), np.zeros((12, 12, 3), np.uint8))
         options = ["--load_ckpt", str(jem), "--dataset", "folder", "--data_dir", str(tmp_path / "images")]
         assert "was trained on images of 1x8x8 in 10 classes" in refused(
-            capsys, "--mode", "test", "--n_valid", "2", *options)
+            capsys, "--mode", "test", "--n_valid", "2", *options
+        )
 
     def test_wrong_architecture(self, jem, tmp_path, capsys):
         err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))

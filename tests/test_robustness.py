@@ -102,8 +102,12 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     labels = torch.zeros(3, dtype=torch.int64)
     alive = survivors(Linear(), pgd("Linf", 20), x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 1, 2, "")
-    assert [kept.tolist() for kept in alive] == [[True, True, True], [False, True, True], [False, False, True],
-                                                 [False, False, False]]
+    assert [kept.tolist() for kept in alive] == [
+        [True, True, True],
+        [False, True, True],
+        [False, False, True],
+        [False, False, False],
+    ]
 
 
 def test_autoattack_runs_and_defeats_a_tiny_model(model, images):

@@ -14,8 +14,10 @@ import main
 from models import build_model
 from sgld import reference_chain, uniform_images
 
-TRAIN = ("--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
-         "--warmup_steps 0 --lr 1e-3 --n_valid 50 --gpu cpu --no_log").split()
+TRAIN = (
+    "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
+    "--warmup_steps 0 --lr 1e-3 --n_valid 50 --gpu cpu --no_log"
+).split()
 
 
 def train(logdir: Path, *options: str) -> Path:
@@ -36,8 +38,24 @@ def baseline(tmp_path_factory):
 def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[str, np.ndarray]]:
     """Run --mode sample; returns its run directory and the content of its archive."""
     before = set(logdir.glob("*"))
-    assert main.main(["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu",
-                      "--precision", "fp32", "--logdir", str(logdir), *options]) == 0
+    assert (
+        main.main(
+            [
+                "--mode",
+                "sample",
+                "--load_ckpt",
+                str(checkpoint),
+                "--gpu",
+                "cpu",
+                "--precision",
+                "fp32",
+                "--logdir",
+                str(logdir),
+                *options,
+            ]
+        )
+        == 0
+    )
     (run,) = set(logdir.glob("*")) - before
     (archive,) = run.glob("*.npz")
     with np.load(archive) as content:
@@ -60,8 +78,9 @@ def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     grid = picture[-(rows * (side + gap) + gap) :, -(columns * (side + gap) + gap) :, 0]
     starts = [gap + i * (side + gap) + side // 16 for i in range(max(rows, columns))]
     pixels = np.arange(8) * 8
-    return np.stack([[grid[np.ix_(starts[r] + pixels, starts[c] + pixels)] for c in range(columns)]
-                     for r in range(rows)])
+    return np.stack(
+        [[grid[np.ix_(starts[r] + pixels, starts[c] + pixels)] for c in range(columns)] for r in range(rows)]
+    )
 
 
 def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
@@ -176,8 +195,7 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     settings = json.loads(str(content["settings"]))
     assert settings["steps"] == 2  # the checkpoint's sgld_step
     images = load_digits()
-    label = {(image * 255 / 16).round().tobytes(): y
-             for image, y in zip(images.images, images.target, strict=True)}
+    label = {(image * 255 / 16).round().tobytes(): y for image, y in zip(images.images, images.target, strict=True)}
     truth = [label[image.astype(float).tobytes()] for image in content["originals"][..., 0]]
     np.testing.assert_array_equal(content["labels"], truth)
     stages = tiles(cv2.imread(str(run / "denoise.png")), 100, 4)

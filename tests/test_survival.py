@@ -386,7 +386,6 @@ class TestFullDisk:
         assert status == 2 and "No space left" in capsys.readouterr().err
         assert state(run)["step"] == 0
 
-
     @pytest.mark.parametrize("option", ["", "--no_log"])
     @pytest.mark.parametrize("room", [1000, 20_000])
     def test_while_logging(self, option, room, tmp_path):
