@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from errors import UserError
+from utils import UserError
 
 MODES = ("energy_train", "baseline_train", "test", "sample")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")

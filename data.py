@@ -5,7 +5,6 @@ seed of their own, so that runs with different seeds train and report on the sam
 """
 
 import gzip
-import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 
 import image_folder
-from errors import UserError
+from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
 FLIP_KEEPS_LABEL = ("cifar10", "cifar100", "fashion_mnist", "folder")
@@ -105,11 +104,6 @@ def load(
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1], floats as they are; shape and memory format stay."""
     return images if images.is_floating_point() else images.float() / 127.5 - 1
-
-
-def fitting(n: int, shape: tuple[int, int, int]) -> int:
-    """How many images of ``shape`` (C, H, W) take the memory that ``n`` of 3x32x32 take, at least one."""
-    return max(1, n * 3072 // math.prod(shape))
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
+from utils import UserError
 
 CACHE_FORMAT = 1  # raise it whenever the same files would decode to other pixels
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 import data
-import evaluate
+import evaluation
 import sample
 import utils
 from config import CHANGEABLE, Config, add_options
-from errors import TrainingFailed, UserError
+from storage.checkpoint import find_checkpoint, set_aside
+from storage.run_dir import RunDir, read_options
 from trainer import Trainer, describe
+from utils import TrainingFailed, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,17 +74,17 @@ def run(arguments: list[str]) -> int:
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
     if given.get("mode") in ("sample", "test"):
-        use = {"sample": sample.run, "test": evaluate.run}[given["mode"]]
+        use = {"sample": sample.run, "test": evaluation.run}[given["mode"]]
         return use(*trained(given))
     cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
     device = utils.pick_device(cfg.gpu)
-    utils.tune(device)
+    utils.set_speed_options(device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     trainer = Trainer(cfg, images, device)
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(cfg.load_ckpt)
-        directory = utils.RunDir.create(cfg.logdir, cfg.mode, cfg.note)
+        directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
         directory.write_config(asdict(cfg), utils.environment(device))
         return trainer.train(directory)
 
@@ -97,7 +99,7 @@ def run(arguments: list[str]) -> int:
     trainer.load_snapshots(directory.path / "snapshots", content["snapshots"])
     directory.write_config(asdict(cfg), utils.environment(device))
     if path.name == "previous.pt":  # a broken or forsaken last.pt must not become the checkpoint before the next
-        utils.set_aside(path.with_name("last.pt"))
+        set_aside(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
 
 
@@ -110,7 +112,7 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
         raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
     if "resume" in given:
         raise UserError(f"--resume continues training; --mode {given['mode']} takes --load_ckpt alone")
-    path, content = utils.find_checkpoint(given["load_ckpt"])
+    path, content = find_checkpoint(given["load_ckpt"])
     own = asdict(Config.from_dict(content["config"], str(path)))
     kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
     if given.get("dataset", own["dataset"]) != own["dataset"]:  # these belong to the checkpoint's images
@@ -118,7 +120,7 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
     return Config(**kept | given), path, content
 
 
-def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | None]:
+def continued(given: dict) -> tuple[Config, tuple[RunDir, Path, dict] | None]:
     """The Config of the run that ``--resume`` names, its directory, and its checkpoint's path and content.
 
     Options that were not given are the run's own; those given must agree with it where another value would make
@@ -133,8 +135,8 @@ def continued(given: dict) -> tuple[Config, tuple[utils.RunDir, Path, dict] | No
         if place is None:
             print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
             return cfg, None
-    directory = utils.RunDir.of(place)
-    path, content = utils.find_checkpoint(place)
+    directory = RunDir.of(place)
+    path, content = find_checkpoint(place)
     cfg = Config.from_dict(content["config"], str(path))
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(cfg, name):
@@ -156,7 +158,7 @@ def newest_run(cfg: Config) -> str | None:
         raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
     for path in found:
         run = path.parent.parent
-        options = utils.read_options(run)
+        options = read_options(run)
         if options and {k: options.get(k, default[k]) for k in same} == same:
             return str(run)
     return None

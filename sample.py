@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -20,9 +19,13 @@ from tqdm import tqdm
 import data
 import utils
 from config import Config
-from errors import UserError
-from models import JEM, build_model, log_density, sampling_copy
+from models import JEM, log_density, sampling_copy
+from models.load import load_data, load_model
 from sgld import SGLD, normal_like, uniform_images
+from storage.pictures import image_grid, save_gif, save_png, to_uint8
+from storage.run_dir import RunDir
+from storage.writer import disk_errors, replace_file
+from utils import UserError
 
 STEPS = 200  # of a chain from noise: with a training chain's step size, when samples have settled
 COLUMNS = 10  # images in a row of a picture
@@ -55,7 +58,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     Raises UserError for input that does not fit, before anything is written.
     """
     device = utils.pick_device(cfg.gpu)
-    utils.tune(device)
+    utils.set_speed_options(device)
     dtype = utils.pick_dtype(cfg.precision, device)
     model = sampling_copy(load_model(cfg, path, content).to(device), dtype)
     rng = Generator(device).manual_seed(cfg.seed)
@@ -78,61 +81,20 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "seed": cfg.seed,
     }
 
-    directory = utils.RunDir.create(cfg.logdir, cfg.mode, cfg.note)
+    directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
     directory.write_config(asdict(cfg), utils.environment(device))
-    marks = recorded_steps(steps)
-    result = run_chains(model, start, marks, cfg, rng)
+    recorded = recorded_steps(steps)
+    result = run_chains(model, start, recorded, cfg, rng)
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
-    write_pictures(directory.path, name, start, result, marks, content["data"]["class_names"])
+    write_pictures(directory.path, name, start, result, recorded, content["data"]["class_names"])
     save_archive(directory.path / f"{name}.npz", start, result, settings)
     if cfg.save_images:
-        for i, image in enumerate(tqdm(utils.to_uint8(result.x), desc="PNGs", unit="image", leave=False)):
-            picture = utils.image_grid(image[None], tile=1)
-            utils.save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
+        for i, image in enumerate(tqdm(to_uint8(result.x), desc="PNGs", unit="image", leave=False)):
+            picture = image_grid(image[None], tile=1)
+            save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
     summarise(start, result, settings)
     print(f"Done. Look at {directory.path}")
     return 0
-
-
-def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
-    """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
-    state, described = content["state"], content["data"]
-    model = build_model(
-        described["shape"][0],
-        len(described["class_names"]),
-        cfg.depth,
-        cfg.width,
-        cfg.norm,
-        cfg.dropout_rate,
-        cfg.activation,
-    )
-    own = {name: content["config"][name] for name in ("depth", "width", "norm", "activation")}
-    try:
-        if any(getattr(cfg, name) != own[name] for name in ("norm", "activation")):
-            raise RuntimeError("the weights may fit, and be another network")
-        model.load_state_dict(state.get("ema", state["model"]))
-    except RuntimeError:
-        options = " ".join(f"--{name} {value}" for name, value in own.items())
-        raise UserError(f"{path} holds another network, {options}: leave these options out") from None
-    return model
-
-
-def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
-    """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
-    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
-    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
-    if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
-        raise UserError(
-            f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
-            f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size"
-        )
-    if list(images.class_names) != list(class_names):
-        print(
-            f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
-            "means nothing.",
-            file=sys.stderr,
-        )
-    return images
 
 
 # ---------------------------------------------------------------------------------------------- starts
@@ -210,8 +172,8 @@ def recorded_steps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def run_chains(model: JEM, start: Start, marks: list[int], cfg: Config, rng: Generator) -> Result:
-    """SGLD from every start, ``cfg.batch_size`` chains at a time, up to the last of the steps ``marks``.
+def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: Generator) -> Result:
+    """SGLD from every start, ``cfg.batch_size`` chains at a time, up to the last of the steps ``recorded``.
 
     With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y).
     """
@@ -219,20 +181,20 @@ def run_chains(model: JEM, start: Start, marks: list[int], cfg: Config, rng: Gen
     shown = max(SHOWN, COLUMNS * model.class_output.out_features)
     ends, first_logits, last_logits, films = [], [], [], []
     batches = torch.arange(len(start.x), device=rng.device).split(cfg.batch_size)
-    with tqdm(total=len(batches) * marks[-1], desc="SGLD", unit="step") as bar:
+    with tqdm(total=len(batches) * recorded[-1], desc="SGLD", unit="step") as bar:
         for number, batch in enumerate(batches):
             x, y = start.x[batch], None if start.y is None else start.y[batch]
             held = x
             filmed = max(0, shown - number * cfg.batch_size)
             first_logits.append(model.logits(x).cpu())
-            film = [utils.to_uint8(x[:filmed]).cpu()]
-            for before, mark in pairwise(marks):
-                for _ in range(mark - before):
+            film = [to_uint8(x[:filmed]).cpu()]
+            for before, after in pairwise(recorded):
+                for _ in range(after - before):
                     x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
                     if start.known is not None:
                         x = torch.where(start.known, held, x)
-                film.append(utils.to_uint8(x[:filmed]).cpu())
-                bar.update(mark - before)
+                film.append(to_uint8(x[:filmed]).cpu())
+                bar.update(after - before)
             films.append(torch.stack(film))
             ends.append(x.cpu())
             last_logits.append(model.logits(x).cpu())
@@ -243,24 +205,24 @@ def run_chains(model: JEM, start: Start, marks: list[int], cfg: Config, rng: Gen
 
 
 def write_pictures(
-    directory: Path, name: str, start: Start, result: Result, marks: list[int], class_names: list[str]
+    directory: Path, name: str, start: Start, result: Result, recorded: list[int], class_names: list[str]
 ) -> None:
     """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
     frames, columns = result.frames, COLUMNS
     if start.originals is not None:
-        picture = restoration_picture(start.originals[:SHOWN].cpu(), frames[:, :SHOWN], marks)
+        picture = restoration_picture(start.originals[:SHOWN].cpu(), frames[:, :SHOWN], recorded)
     elif start.y is None:
-        picture = utils.image_grid(frames[-1][:SHOWN], columns)
+        picture = image_grid(frames[-1][:SHOWN], columns)
     else:  # chain i has class i mod K; the picture has a row for each class
         columns = min(columns, len(start.x) // len(class_names))
         by_class = torch.arange(columns * len(class_names)).view(columns, -1).T
         frames = frames[:, by_class.flatten()]
-        picture = captioned(utils.image_grid(frames[-1], columns), rows=class_names)
-    utils.save_png(directory / f"{name}.png", picture)
-    if len(marks) > 1:
-        captions = [f"SGLD step {step}" for step in marks]
-        pictures = [utils.image_grid(images[:SHOWN], columns, tile=32) for images in frames]
-        utils.save_gif(directory / f"{name}.gif", pictures, captions)
+        picture = captioned(image_grid(frames[-1], columns), rows=class_names)
+    save_png(directory / f"{name}.png", picture)
+    if len(recorded) > 1:
+        captions = [f"SGLD step {step}" for step in recorded]
+        pictures = [image_grid(images[:SHOWN], columns, tile=32) for images in frames]
+        save_gif(directory / f"{name}.gif", pictures, captions)
 
 
 def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:
@@ -277,16 +239,16 @@ def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str]
     return picture
 
 
-def restoration_picture(originals: Tensor, frames: Tensor, marks: list[int]) -> np.ndarray:
+def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
     """A row for each test image: itself, the chain's start, some of its steps (most of them early), its end.
 
-    originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``marks`` (T).
+    originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``recorded`` (T).
     """
-    last = len(marks) - 1
+    last = len(recorded) - 1
     during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
     stages = torch.stack([originals, *frames[[0, *during, last]]], 1)  # (N, stages, C, H, W)
-    names = ["original", "before", *(f"step {marks[i]}" for i in during), "after"]
-    return captioned(utils.image_grid(stages.flatten(0, 1), len(names)), columns=names)
+    names = ["original", "before", *(f"step {recorded[i]}" for i in during), "after"]
+    return captioned(image_grid(stages.flatten(0, 1), len(names)), columns=names)
 
 
 def save_archive(path: Path, start: Start, result: Result, settings: dict[str, Any]) -> None:
@@ -300,7 +262,7 @@ def save_archive(path: Path, start: Start, result: Result, settings: dict[str, A
     """
     labels = result.logits.argmax(1) if start.y is None else start.y.cpu()
     arrays = {
-        "images": utils.to_uint8(result.x).permute(0, 2, 3, 1),
+        "images": to_uint8(result.x).permute(0, 2, 3, 1),
         "x": result.x,
         "labels": labels,
         "log_p_x": log_density(result.logits),
@@ -316,8 +278,8 @@ def save_archive(path: Path, start: Start, result: Result, settings: dict[str, A
         settings=json.dumps(settings),
         **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()},
     )
-    with utils.disk_errors(path):
-        utils.replace_file(path, archive.getvalue())
+    with disk_errors(path):
+        replace_file(path, archive.getvalue())
 
 
 def summarise(start: Start, result: Result, settings: dict[str, Any]) -> None:

@@ -22,10 +22,15 @@ from tqdm import tqdm
 import data
 import utils
 from config import Config
-from errors import TrainingFailed, UserError
-from evaluate import accuracy
 from models import build_model, copy_weights, log_density, sampling_copy
+from models.predict import accuracy
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, annealed_chain, uniform_images
+from storage.checkpoint import find_checkpoint, load_checkpoint, remove_others, save_checkpoint
+from storage.log import Log
+from storage.pictures import image_grid, plot_curves, save_gif, save_png, to_uint8
+from storage.run_dir import RunDir
+from storage.writer import Writer, disk_errors, replace_file
+from utils import Signals, TrainingFailed, UserError
 
 matplotlib.use("Agg")
 
@@ -129,14 +134,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ the loop
 
-    def train(self, run: utils.RunDir, log_position: int = 0) -> int:
+    def train(self, run: RunDir, log_position: int = 0) -> int:
         """Train to the end of the run; returns the exit status: 0, or 130 and 143 when stopped by a signal.
 
         ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
         """
         self.run = run
-        log = utils.Log(run.path, not self.cfg.no_log, log_position, self.step)
-        with run, closing(log) as self.log, utils.Signals() as signals, utils.Writer() as self.writer:
+        log = Log(run.path, not self.cfg.no_log, log_position, self.step)
+        with run, closing(log) as self.log, Signals() as signals, Writer() as self.writer:
             self.announce()
             if self.good is None:
                 self.take_snapshot()
@@ -150,7 +155,7 @@ class Trainer:
             print(f"Stopped after step {self.step}; --resume {run.path} goes on from there.")
         return status
 
-    def loop(self, signals: utils.Signals) -> int:
+    def loop(self, signals: Signals) -> int:
         cfg = self.cfg
         first, self.clock = self.step + 1, None
         patience = 0.1 if sys.stderr.isatty() else 10  # seconds; a cluster's log file wants fewer bars than a terminal
@@ -335,8 +340,8 @@ class Trainer:
         state = copy_tree(self.state_dict(), torch.device("cpu"))
         self.good, self.candidate = self.candidate or state, state
         folder = self.run.path / "snapshots"
-        self.writer.submit(utils.save_checkpoint, folder, snapshot_name(state), {"state": state})
-        self.writer.submit(utils.remove_others, folder, self.needed_snapshots)
+        self.writer.submit(save_checkpoint, folder, snapshot_name(state), {"state": state})
+        self.writer.submit(remove_others, folder, self.needed_snapshots)
 
     @property
     def snapshots(self) -> list[str]:
@@ -352,13 +357,13 @@ class Trainer:
         """Take up the good state and the candidate of a run that is resumed."""
         self.referenced = [{path.name for path in directory.glob("*.pt")}, set(names)]
         try:
-            self.good, self.candidate = (utils.load_checkpoint(directory / name)["state"] for name in names)
+            self.good, self.candidate = (load_checkpoint(directory / name)["state"] for name in names)
         except UserError as error:
             print(f"Warning: {error}; if training diverges, it goes back to step {self.step} at most.", file=sys.stderr)
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights and, where it fits, its replay buffer."""
-        path, content = utils.find_checkpoint(path)
+        path, content = find_checkpoint(path)
         state, options, mine = content["state"], content["config"], asdict(self.cfg)
         try:
             if any(options[name] != mine[name] for name in ("norm", "activation")):
@@ -389,11 +394,11 @@ class Trainer:
         self.writer.submit(self.write_checkpoint, name, content)
         if name == "last.pt":
             self.referenced = [self.referenced[1], set(self.snapshots)]
-            self.writer.submit(utils.remove_others, self.run.path / "snapshots", self.needed_snapshots)
+            self.writer.submit(remove_others, self.run.path / "snapshots", self.needed_snapshots)
 
     def write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
         self.log.flush()
-        utils.save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
+        save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
 
     # ------------------------------------------------------------------------------------------ divergence
 
@@ -463,11 +468,11 @@ class Trainer:
 
     def dump_samples(self, samples: Tensor) -> None:
         """The first 64 of this step's chains; a smaller batch is filled up from the replay buffer."""
-        shown = utils.to_uint8(torch.cat([samples, self.buffer.images[: max(0, 64 - len(samples))]])[:64]).cpu()
-        self.writer.submit(self.write_samples, self.step, utils.image_grid(shown))
+        shown = to_uint8(torch.cat([samples, self.buffer.images[: max(0, 64 - len(samples))]])[:64]).cpu()
+        self.writer.submit(self.write_samples, self.step, image_grid(shown))
 
     def write_samples(self, step: int, picture: np.ndarray) -> None:
-        png = utils.save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
+        png = save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
         self.log.encoded_image(step, "samples", png, *picture.shape[:2])
 
     def dump_gif(self) -> None:
@@ -477,14 +482,14 @@ class Trainer:
         x = uniform_images(16, self.data.shape, rng)
         sgld = SGLD(self.sampling_model.log_density)  # for one film, compilation would not pay
         frames = annealed_chain(sgld, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
-        shown = utils.to_uint8(frames).cpu()
-        self.writer.submit(self.write_gif, self.step, [utils.image_grid(images, columns=4) for images in shown])
+        shown = to_uint8(frames).cpu()
+        self.writer.submit(self.write_gif, self.step, [image_grid(images, columns=4) for images in shown])
 
     def write_gif(self, step: int, pictures: list[np.ndarray]) -> None:
         captions = [f"training step {step}, SGLD step {FRAME_EVERY * i}" for i in range(len(pictures))]
-        gif = utils.save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
-        with utils.disk_errors(self.run.path):
-            utils.replace_file(self.run.path / "SGLD_process_demo.gif", gif)
+        gif = save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
+        with disk_errors(self.run.path):
+            replace_file(self.run.path / "SGLD_process_demo.gif", gif)
         self.log.encoded_image(step, "SGLD_process_demo", gif, 1, 1)
 
     def evaluate(self) -> dict[str, float]:
@@ -564,27 +569,3 @@ def describe(images: data.ImageData) -> dict[str, Any]:
         "class_names": list(images.class_names),
         "images": [len(images.train), len(images.valid), len(images.test)],
     }
-
-
-def plot_curves(path) -> None:
-    """test_accuracy.png and loss.png from metrics.jsonl."""
-    import matplotlib.pyplot as plt
-
-    lines = utils.read_log(path / "metrics.jsonl")
-    curves = {
-        "test_accuracy.png": ("accuracy", ["accuracy/train", "accuracy/valid", "accuracy/test"]),
-        "loss.png": ("nats", ["loss/total", "loss/classification", "loss/generative"]),
-    }
-    for name, (unit, keys) in curves.items():
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
-        axes.set(xlabel="training step", ylabel=unit)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        with utils.disk_errors(path):
-            figure.savefig(path / name, dpi=120)
-        plt.close(figure)

@@ -107,7 +107,7 @@ def options(description: str) -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, **more) -> tuple[torch.device, Config]:
     """The device, tuned as for training, and the Config of these options."""
     device = torch.device(args.device)
-    utils.tune(device)
+    utils.set_speed_options(device)
     names = ("depth", "width", "batch_size", "sgld_step", "precision")
     compile = args.compile or ("on" if device.type == "cuda" else "off")
     return device, Config(**{name: getattr(args, name) for name in names}, compile=compile, **more)

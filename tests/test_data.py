@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 
 import data
 import image_folder
-from errors import UserError
+from utils import UserError
 
 RNG = np.random.default_rng(0)
 TILE = np.stack(np.meshgrid(np.arange(12) * 20, np.arange(8) * 30), -1)  # (8, 12, 2), no symmetry

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-import evaluate
-import ood
-import robustness
+import evaluation
 from config import Config
 from data import Split, load
-from evaluate import Subject, accuracy, calibration_errors, fit_temperature, predict
+from evaluation import likelihood, ood, robustness
+from evaluation.calibration import calibration_errors, fit_temperature
+from evaluation.inputs import Inputs
+from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
+from evaluation.report import Section, bootstrap
 from main import main
 from models import build_model
-from ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
-from report import Section, bootstrap
+from models import predict as prediction
+from models.predict import accuracy, predict
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -35,9 +37,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def subject(model):
+def inputs(model):
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=40)
-    return Subject(cfg, model, load("digits"), None, None, torch.device("cpu"))
+    return Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -76,11 +78,11 @@ def test_calibration_errors_by_hand():
 
 def test_the_likeliest_inverse_temperature_is_found(monkeypatch):
     """The density exp(beta sum(x) / 4) on the box, whose mean is known: beta = 8 has made the data."""
-    monkeypatch.setattr(evaluate, "AIS_SEARCH_TEMPERATURES", 20)
+    monkeypatch.setattr(likelihood, "AIS_SEARCH_TEMPERATURES", 20)
     tilt = SimpleNamespace(log_density=lambda x: x.flatten(1).sum(1) / 4)
-    subject = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)))
+    inputs = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)))
     mean_of_pixel = 1 / math.tanh(8 / 4) - 4 / 8
-    assert evaluate.best_inverse_temperature(subject, 4 * mean_of_pixel / 4, seeded(1)) == 8
+    assert likelihood.best_inverse_temperature(inputs, 4 * mean_of_pixel / 4, seeded(1)) == 8
 
 
 @pytest.mark.parametrize("true_temperature", [0.4, 3.0])
@@ -128,9 +130,9 @@ def test_the_four_scores(model):
     torch.testing.assert_close(scores["-|grad log p(x)|"], -logits_and_slope(model, x)[1])
 
 
-def test_predict_takes_uint8_and_float_and_accuracy_counts(model, subject, monkeypatch):
-    split = subject.data.test[:30]
-    monkeypatch.setattr(evaluate, "fitting", lambda *_: 7)
+def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkeypatch):
+    split = inputs.data.test[:30]
+    monkeypatch.setattr(prediction, "images_per_batch", lambda *_: 7)
     logits = predict(model, split.images)
     torch.testing.assert_close(logits, predict(model, split.images / 127.5 - 1))
     right = sum(int(logits[i].argmax()) == int(split.labels[i]) for i in range(30))
@@ -140,9 +142,9 @@ def test_predict_takes_uint8_and_float_and_accuracy_counts(model, subject, monke
 # ---------------------------------------------------------------------------------------------- images
 
 
-def test_built_in_sets(subject):
-    test = subject.data.test.images[:40]
-    sets = {name: foreign_images(name, test, subject) for name in ood.BUILT_IN}
+def test_built_in_sets(inputs):
+    test = inputs.data.test.images[:40]
+    sets = {name: foreign_images(name, test, inputs) for name in ood.BUILT_IN}
     assert all(images.shape == test.shape and images.dtype == torch.uint8 for images in sets.values())
     assert torch.equal(sets["shuffled"].flatten(1).sort().values, test.flatten(1).sort().values)
     assert not torch.equal(sets["shuffled"], test)
@@ -151,7 +153,7 @@ def test_built_in_sets(subject):
     means = {tuple(((a.int() + b.int()) // 2).flatten().tolist()) for a in test for b in test}
     assert all(tuple(image.flatten().tolist()) in means for image in sets["interp"])
     assert 100 < sets["noise"].float().mean() < 155
-    assert all(torch.equal(images, foreign_images(name, test, subject)) for name, images in sets.items())
+    assert all(torch.equal(images, foreign_images(name, test, inputs)) for name, images in sets.items())
 
 
 def test_conversion_to_another_shape():
@@ -164,20 +166,20 @@ def test_conversion_to_another_shape():
     assert torch.equal(converted(flat, (1, 8, 8)), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8))
 
 
-def test_some_images_are_the_same_every_time_and_random(subject):
+def test_some_images_are_the_same_every_time_and_random(inputs):
     split = Split(torch.arange(200), torch.arange(200))
-    chosen = subject.some(split).images
-    assert len(chosen) == 40 and torch.equal(chosen, subject.some(split).images)
+    chosen = inputs.subset(split).images
+    assert len(chosen) == 40 and torch.equal(chosen, inputs.subset(split).images)
     assert not torch.equal(chosen, torch.arange(40)) and len(chosen.unique()) == 40
-    assert len(subject.some(split, 7)) == 7
+    assert len(inputs.subset(split, 7)) == 7
 
 
-def test_noise_is_added_only_when_asked(subject):
-    images = subject.data.test.images
-    assert torch.equal(subject.x(images), images)
-    noisy = replace(subject, cfg=replace(subject.cfg, sigma_test=0.5))
-    assert (noisy.x(images) - (images / 127.5 - 1)).std().item() == pytest.approx(0.5, rel=0.02)
-    assert torch.equal(noisy.x(images), noisy.x(images))
+def test_noise_is_added_only_when_asked(inputs):
+    images = inputs.data.test.images
+    assert torch.equal(inputs.with_noise(images), images)
+    noisy = replace(inputs, cfg=replace(inputs.cfg, sigma_test=0.5))
+    assert (noisy.with_noise(images) - (images / 127.5 - 1)).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(noisy.with_noise(images), noisy.with_noise(images))
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -209,8 +211,8 @@ def quick(monkeypatch):
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 2))
     for name, value in {"AIS_TEMPERATURES": 3, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}.items():
-        monkeypatch.setattr(evaluate, name, value)
-    monkeypatch.setattr(evaluate, "best_inverse_temperature", lambda *_: 2.0)
+        monkeypatch.setattr(likelihood, name, value)
+    monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
@@ -288,10 +290,10 @@ def test_one_sample_has_no_frechet_distance(run, capsys):
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
-    def broken(subject, section):
+    def broken(inputs, section):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setitem(evaluate.METRICS, "classification", broken)
+    monkeypatch.setitem(evaluation.METRICS, "classification", broken)
     command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out

@@ -8,8 +8,7 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
-from errors import UserError
-from likelihood import (
+from evaluation.ais import (
     Box,
     Gaussian,
     GeometricPath,
@@ -22,6 +21,7 @@ from likelihood import (
     sigmoid_schedule,
     tune_step_sizes,
 )
+from utils import UserError
 
 D = 64
 MEAN = torch.linspace(-0.5, 0.5, D)

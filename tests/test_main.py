@@ -13,6 +13,7 @@ import config
 import data
 import main
 import utils
+from storage.checkpoint import load_checkpoint
 from trainer import Trainer
 
 TINY = (
@@ -156,7 +157,7 @@ class TestEnergyTrain:
         for name in ("test_accuracy.png", "loss.png"):
             assert cv2.imread(str(jem / name)).std() > 5
         assert {"last.pt", "previous.pt", "best.pt"} == {p.name for p in (jem / "ckpt").iterdir()}
-        last = utils.load_checkpoint(jem / "ckpt" / "last.pt")
+        last = load_checkpoint(jem / "ckpt" / "last.pt")
         assert last["state"]["step"] == 84
         valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
         assert last["state"]["best"] == max(valid)
@@ -180,7 +181,7 @@ class TestEnergyTrain:
 def test_baseline_makes_no_samples(tmp_path):
     run = train(tmp_path, "--mode", "baseline_train", "--max_steps", "84", "--lr", "1e-3")
     assert not [p for p in run.iterdir() if p.name in ("samples", "sgld", "SGLD_process_demo.gif")]
-    assert "buffer" not in utils.load_checkpoint(run / "ckpt" / "last.pt")["state"]
+    assert "buffer" not in load_checkpoint(run / "ckpt" / "last.pt")["state"]
     line = metrics(run)[0]
     assert line["loss/total"] == line["loss/classification"] and "log_density/sampled" not in line
     assert metrics(run)[-1]["accuracy/test"] > 0.3  # 84 steps of 16 images teach a classifier that much
@@ -290,7 +291,7 @@ def test_schedule(tmp_path):
 def test_epochs_and_max_steps_both_end_a_run(tmp_path):
     for i, (options, steps) in enumerate(((["--epochs", "2"], 2 * 6), (["--epochs", "2", "--max_steps", "7"], 7))):
         run = train(tmp_path / str(i), "--batch_size", "200", "--mode", "baseline_train", *options)
-        assert utils.load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == steps
+        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == steps
         assert "accuracy/test" in metrics(run)[-1]
 
 
@@ -348,7 +349,7 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
         "12",
     ]
     mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
-    assert utils.load_checkpoint(mirrored / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
+    assert load_checkpoint(mirrored / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
     assert not same(weights(mirrored), weights(upright))
 
 
@@ -356,7 +357,7 @@ def test_ema_is_what_evaluation_uses(tmp_path):
     options = ["--mode", "baseline_train", "--max_steps", "30", "--lr", "1e-2"]
     plain, averaged = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--ema", "0.9")
     assert same(weights(plain), weights(averaged))
-    content = utils.load_checkpoint(averaged / "ckpt" / "last.pt")
+    content = load_checkpoint(averaged / "ckpt" / "last.pt")
     images = data.load("digits", n_valid=100)
     model = Trainer(config.Config(**content["config"]), images, torch.device("cpu")).model.eval()
     model.load_state_dict(content["state"]["ema"])
@@ -379,7 +380,7 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
         "--reinit_freq",
         "0",
     )
-    mine, theirs = (utils.load_checkpoint(r / "ckpt" / "last.pt")["state"] for r in (run, jem))
+    mine, theirs = (load_checkpoint(r / "ckpt" / "last.pt")["state"] for r in (run, jem))
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
     assert unchanged == 64 - 16
@@ -534,7 +535,7 @@ def test_logdir_that_cannot_be_written(tmp_path, capsys):
 
 def edited(run, path, **options):
     """A copy of the run's last checkpoint that claims other options."""
-    content = utils.load_checkpoint(run / "ckpt" / "last.pt")
+    content = load_checkpoint(run / "ckpt" / "last.pt")
     torch.save(content | {"config": content["config"] | options}, path)
     return path
 
@@ -625,5 +626,5 @@ class TestBrokenCheckpoints:
 
     def test_later_format(self, jem, tmp_path, capsys):
         path = tmp_path / "later.pt"
-        torch.save({**utils.load_checkpoint(jem / "ckpt" / "last.pt"), "format": 99}, path)
+        torch.save({**load_checkpoint(jem / "ckpt" / "last.pt"), "format": 99}, path)
         assert "format 99" in refused(capsys, "--load_ckpt", str(path))

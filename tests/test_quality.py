@@ -6,12 +6,20 @@ import torch
 from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import quality
-from errors import UserError
+from evaluation import quality
+from evaluation.quality import (
+    Features,
+    frechet_distance,
+    fresh_samples,
+    inception,
+    inception_scorer,
+    most_confident,
+    nearest,
+)
 from models import build_model
-from quality import Features, frechet_distance, fresh_samples, inception, inception_scorer, most_confident, nearest
 from sgld import SGLD, reference_chain, uniform_images
-from utils import to_uint8
+from storage.pictures import to_uint8
+from utils import UserError
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -135,7 +143,7 @@ def test_nearest_is_the_slow_loop():
 
 
 def test_fresh_samples_are_chains_from_noise(monkeypatch):
-    monkeypatch.setattr(quality, "fitting", lambda *_: 4)
+    monkeypatch.setattr(quality, "images_per_batch", lambda *_: 4)
 
     def log_density(x):
         return -x.square().flatten(1).sum(1)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import robustness
-from models import build_model
-from report import Section
-from robustness import (
+from evaluation import robustness
+from evaluation.report import Section
+from evaluation.robustness import (
     Classifier,
     Norm,
     RefinedClassifier,
@@ -22,6 +21,7 @@ from robustness import (
     pgd,
     survivors,
 )
+from models import build_model
 from sgld import reference_chain
 
 
@@ -156,7 +156,7 @@ def test_distal_adversarials_reach_the_confidence_they_are_asked_for(model):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("batch", [100, 1])
 def test_distal_adversarials_out_of_steps_report_what_they_reached(model, steps, batch, monkeypatch):
-    monkeypatch.setattr(robustness, "fitting", lambda *_: batch)
+    monkeypatch.setattr(robustness, "images_per_batch", lambda *_: batch)
     x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), confidence=0.999, max_steps=steps)
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 

@@ -22,8 +22,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import trainer
-import utils
-from errors import TrainingFailed
+from storage import pictures
+from storage.checkpoint import load_checkpoint
+from storage.log import read_log
+from storage.run_dir import RunDir
+from storage.writer import Writer
+from utils import TrainingFailed
 
 KILLS = int(os.environ.get("SURVIVAL_KILLS", 2))
 FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 12))
@@ -45,12 +49,12 @@ def start(logdir, *options):
 
 
 def state(run, name="last.pt"):
-    return utils.load_checkpoint(run / "ckpt" / name)["state"]
+    return load_checkpoint(run / "ckpt" / name)["state"]
 
 
 def metrics(run):
     """The lines of the log without the speed, which is no two times the same."""
-    lines = utils.read_log(run / "metrics.jsonl")
+    lines = read_log(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
@@ -122,9 +126,9 @@ class TestSignals:
 
     def test_sigusr1_saves_and_goes_on(self, tmp_path, monkeypatch, undisturbed):
         saved = []
-        original = utils.save_checkpoint
+        original = trainer.save_checkpoint
         monkeypatch.setattr(
-            utils,
+            trainer,
             "save_checkpoint",
             lambda d, name, content, keep=None: (
                 saved.append((name, content["state"]["step"])),
@@ -278,7 +282,7 @@ class TestResume:
         assert_same_run(stopped, undisturbed)
 
     def test_a_run_in_use_is_refused(self, stopped, capsys):
-        holder = utils.RunDir.of(str(stopped))
+        holder = RunDir.of(str(stopped))
         assert main.main(["--resume", str(stopped)]) == 2
         assert "in use by another running process" in capsys.readouterr().err
         holder.lock.close()
@@ -337,7 +341,7 @@ class TestResume:
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
         """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
         path = stopped / "ckpt" / "last.pt"
-        content = utils.load_checkpoint(path)
+        content = load_checkpoint(path)
         for name in ("data_rng", "sgld_rng"):
             content["state"][name] = content["state"][name][:16].clone()
         torch.save(content, path)
@@ -376,9 +380,9 @@ class TestFullDisk:
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        original = utils.replace_file
+        original = pictures.replace_file
         monkeypatch.setattr(
-            utils,
+            pictures,
             "replace_file",
             lambda path, content: full(path, content) if path.suffix == ".png" else original(path, content),
         )
@@ -391,10 +395,10 @@ class TestFullDisk:
     def test_while_logging(self, option, room, tmp_path):
         """Files may grow to ``room`` bytes; neither metrics.jsonl nor TensorBoard ends in a traceback."""
         program = (
-            "import resource, sys, pathlib, utils\n"
-            "from errors import UserError\n"
+            "import resource, pathlib\nfrom storage.log import Log\n"
+            "from utils import UserError\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-            f"log = utils.Log(pathlib.Path({str(tmp_path)!r}), {not option})\n"
+            f"log = Log(pathlib.Path({str(tmp_path)!r}), {not option})\n"
             "try:\n"
             "    for step in range(10**5):\n"
             "        log.values(step, {'loss': 1.0})\n"
@@ -417,7 +421,7 @@ class TestFullDisk:
         def fail():
             raise OSError("full")
 
-        with pytest.raises(OSError, match="full"), utils.Writer() as writer:
+        with pytest.raises(OSError, match="full"), Writer() as writer:
             writer.jobs.put((fail, ()))
             writer.jobs.put((done.append, (1,)))
         assert done == []
@@ -593,19 +597,17 @@ class TestDivergence:
 
     def test_snapshots_on_disk_are_those_that_checkpoints_name(self, tmp_path, monkeypatch):
         monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 2)
-        original, kept = utils.remove_others, []
+        original, kept = trainer.remove_others, []
 
         def counting(directory, keep):
             original(directory, keep)
             kept.append(len(list(directory.iterdir())))
 
-        monkeypatch.setattr(utils, "remove_others", counting)
+        monkeypatch.setattr(trainer, "remove_others", counting)
         _, run = start(tmp_path)
         assert max(kept) <= 6 and len(kept) > 17
         named = {
-            name
-            for file in ("last.pt", "previous.pt")
-            for name in utils.load_checkpoint(run / "ckpt" / file)["snapshots"]
+            name for file in ("last.pt", "previous.pt") for name in load_checkpoint(run / "ckpt" / file)["snapshots"]
         }
         assert named == {path.name for path in (run / "snapshots").iterdir()}
         assert [f"step_{step:08d}_recoveries_0.pt" for step in (24, 26, 32, 34)] == sorted(named)

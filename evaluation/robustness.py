@@ -5,7 +5,7 @@ Attacks see images in [0, 1], as their libraries and their epsilons do; the mode
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,12 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import fitting
+from evaluation.inputs import Inputs
+from evaluation.report import Section
 from models import JEM
+from models.predict import images_per_batch
 from sgld import normal_like, uniform_images
-from utils import image_grid, to_uint8
-
-if TYPE_CHECKING:
-    from evaluate import Subject
-    from report import Section
+from storage.pictures import image_grid, to_uint8
 
 Attack = Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]
 
@@ -183,7 +181,7 @@ def distal_adversarials(
     ``step_size`` times the square root of the number of pixels; images that have arrived stand still.
     """
     starts = uniform_images(n_each, shape, generator)
-    batch = max(1, fitting(BATCH, shape) // n_each)  # classes
+    batch = max(1, images_per_batch(BATCH, shape) // n_each)  # classes
     parts = []
     for classes in tqdm(
         torch.arange(n_classes, device=starts.device).split(batch), desc="distal adversarials", leave=False
@@ -242,18 +240,18 @@ REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the 
 MASKED = 0.02  # accuracy where it should be zero
 
 
-def measure(subject: "Subject", section: "Section") -> None:
-    """Robust accuracies, with and without refinement, and distal adversarials of an ``evaluate.Subject``."""
-    cfg, batch = subject.cfg, fitting(BATCH, subject.data.shape)
-    test = subject.some(subject.data.test, IMAGES)
+def measure(inputs: Inputs, section: Section) -> None:
+    """Robust accuracies, with and without refinement, and distal adversarials."""
+    cfg, batch = inputs.cfg, images_per_batch(BATCH, inputs.data.shape)
+    test = inputs.subset(inputs.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
-    plain, n_classes = Classifier(subject.model), len(subject.data.class_names)
-    obstacle = no_auto_attack(n_classes, subject.data.shape)
+    plain, n_classes = Classifier(inputs.model), len(inputs.data.class_names)
+    obstacle = no_auto_attack(n_classes, inputs.data.shape)
     if obstacle:
         section.skip("AutoAttack", obstacle)
     sweeps = [Sweep("PGD", plain, len(x), PGD_STEPS, RESTARTS, batch, "")]
     if cfg.refine_steps:
-        refined = RefinedClassifier(subject.model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, subject.rng())
+        refined = RefinedClassifier(inputs.model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, inputs.rng())
         protocol = (
             f"; classified after {cfg.refine_steps} SGLD steps, probabilities averaged over {CHAINS} chains, "
             "attacked through these chains"
@@ -290,10 +288,10 @@ def measure(subject: "Subject", section: "Section") -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     section.picture("robustness", "Accuracy under attack", figure)
-    add_distal_adversarials(subject, section)
+    add_distal_adversarials(inputs, section)
 
 
-def add_sweep(section: "Section", norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes) -> None:
+def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes) -> None:
     grey = norm.grey_epsilon(math.prod(x.shape[1:]))
     epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
     alive = survivors(
@@ -323,9 +321,9 @@ def add_sweep(section: "Section", norm: Norm, sweep: Sweep, x: Tensor, y: Tensor
         )
 
 
-def add_distal_adversarials(subject: "Subject", section: "Section", n_each: int = 10) -> None:
-    names = subject.data.class_names
-    x, reached = distal_adversarials(subject.model, subject.data.shape, len(names), n_each, subject.rng())
+def add_distal_adversarials(inputs: Inputs, section: Section, n_each: int = 10) -> None:
+    names = inputs.data.class_names
+    x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), n_each, inputs.rng())
     section.mean(
         "p(y|x) of distal adversarials",
         reached,

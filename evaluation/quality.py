@@ -8,23 +8,21 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from data import fitting, to_float
-from errors import UserError
+from data import to_float
+from evaluation.inputs import Inputs
+from evaluation.report import Section
 from models import JEM, sampling_copy
+from models.predict import images_per_batch, predict
 from sample import STEPS
 from sgld import SGLD, uniform_images
-from utils import image_grid, pick_dtype, to_uint8
-
-if TYPE_CHECKING:
-    from evaluate import Subject
-    from report import Section
+from storage.pictures import image_grid, to_uint8
+from utils import UserError, pick_dtype
 
 BATCH = 250  # images of 3x32x32
 
@@ -33,7 +31,7 @@ def fresh_samples(
     sgld: SGLD, n: int, shape: tuple[int, int, int], steps: int, sgld_lr: float, sgld_std: float, generator: Generator
 ) -> Tensor:
     """The ends of n chains of ``steps`` SGLD steps from uniform noise."""
-    parts, batch = [], min(n, fitting(BATCH, shape))
+    parts, batch = [], min(n, images_per_batch(BATCH, shape))
     for start in tqdm(range(0, n, batch), desc="samples from noise", unit="batch", leave=False):
         # Always whole batches: a chain's CUDA graph has a fixed shape.
         x = sgld(uniform_images(batch, shape, generator), steps, sgld_lr, sgld_std, generator).x
@@ -90,7 +88,7 @@ class InceptionScores:
     kid: tuple[float, float]
 
 
-class Given(nn.Identity):
+class PrecomputedFeatures(nn.Identity):
     """The feature network of features (N, ``num_features``) that are there already."""
 
     def __init__(self, num_features: int):
@@ -131,11 +129,11 @@ def inception_scorer(
         return pool, logits
 
     pool, _ = outputs(real, "Inception's features of training images")
-    given = Given(pool.shape[1])
-    fid = frechet_distance(given, pool)
-    kid = KernelInceptionDistance(given, reset_real_features=False).to(real.device)
+    precomputed = PrecomputedFeatures(pool.shape[1])
+    fid = frechet_distance(precomputed, pool)
+    kid = KernelInceptionDistance(precomputed, reset_real_features=False).to(real.device)
     kid.update(pool, real=True)
-    inception_score = InceptionScore(given).to(real.device)
+    inception_score = InceptionScore(precomputed).to(real.device)
 
     def scores(images: Tensor) -> InceptionScores:
         pool, logits = outputs(images, "Inception's features of samples")
@@ -161,17 +159,10 @@ def inception_help(error: Exception) -> str:
 
 def feed(update: Callable[[Tensor], None], images: Tensor, title: str) -> None:
     with torch.no_grad():
-        for batch in tqdm(images.split(fitting(BATCH, images.shape[1:])), desc=title, unit="batch", leave=False):
+        for batch in tqdm(
+            images.split(images_per_batch(BATCH, images.shape[1:])), desc=title, unit="batch", leave=False
+        ):
             update(batch)
-
-
-def logits_of(model: JEM, images: Tensor) -> Tensor:
-    return over_batches(lambda batch: model(to_float(batch)), images)
-
-
-@torch.no_grad()
-def over_batches(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([network(batch) for batch in images.split(fitting(BATCH, images.shape[1:]))])
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -190,15 +181,15 @@ def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- the metric
 
 
-def measure(subject: "Subject", section: "Section") -> None:
-    """Scores and pictures of an ``evaluate.Subject``'s samples, from noise and from the replay buffer."""
-    cfg, model = subject.cfg, subject.model
-    dtype = pick_dtype(cfg.precision, subject.device)
+def measure(inputs: Inputs, section: Section) -> None:
+    """Scores and pictures of the model's samples, from noise and from the replay buffer."""
+    cfg, model = inputs.cfg, inputs.model
+    dtype = pick_dtype(cfg.precision, inputs.device)
     sampler = sampling_copy(model, dtype)
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
     fresh = fresh_samples(
-        SGLD(sampler.log_density), n, subject.data.shape, steps, cfg.sgld_lr, cfg.sgld_std, subject.rng()
+        SGLD(sampler.log_density), n, inputs.data.shape, steps, cfg.sgld_lr, cfg.sgld_std, inputs.rng()
     )
     sets = {
         "from noise": (
@@ -207,38 +198,38 @@ def measure(subject: "Subject", section: "Section") -> None:
             f"{cfg.sgld_std:g}, network in {str(dtype).removeprefix('torch.')}, unfiltered",
         )
     }
-    if subject.buffer is None:
+    if inputs.buffer is None:
         section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
     else:
-        held = to_uint8(subject.buffer[subject.buffer.isfinite().all(dim=(1, 2, 3))])[:n]
+        held = to_uint8(inputs.buffer[inputs.buffer.isfinite().all(dim=(1, 2, 3))])[:n]
         sets["buffer"] = (held, "replay buffer, unfiltered")
-        kept = most_confident(logits_of(model, held)).sort().values
+        kept = most_confident(predict(model, held)).sort().values
         sets["buffer, filtered"] = (
             held[kept],
             "replay buffer, the 90 % most confident of each predicted class (the "
             "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)",
         )
-    train = subject.some(subject.data.train)
+    train = inputs.subset(inputs.data.train)
 
     try:
         add_inception_scores(section, sets, train.images)
     except UserError as error:
         section.skip("FID, IS, KID", str(error))
-    judge = subject.judge
-    if judge:
-        test = subject.some(subject.data.test).images
-        add_judgement(section, sets, train.images, test, model, judge, cfg.feature_ckpt)
+    feature_model = inputs.feature_model
+    if feature_model:
+        test = inputs.subset(inputs.data.test).images
+        add_feature_distances(section, sets, train.images, test, model, feature_model, cfg.feature_ckpt)
     else:
         section.skip("Fréchet distance in a classifier's features", "no --feature_ckpt names one")
 
     sets.pop("buffer, filtered", None)
     for name, (images, protocol) in sets.items():
         section.picture(f"samples_{name.replace(' ', '_')}", f"Samples: {protocol}", image_grid(images[:100], 10))
-    sets["test images"] = (subject.some(subject.data.test, 1000).images, "test images")
-    add_nearest(section, sets, train.images, Features(judge or model))
+    sets["test images"] = (inputs.subset(inputs.data.test, 1000).images, "test images")
+    add_nearest(section, sets, train.images, Features(feature_model or model))
 
 
-def add_inception_scores(section: "Section", sets: dict[str, tuple[Tensor, str]], real: Tensor) -> None:
+def add_inception_scores(section: Section, sets: dict[str, tuple[Tensor, str]], real: Tensor) -> None:
     scorer = inception_scorer(inception(real.device), real)
     for name, (images, protocol) in sets.items():
         if len(images) < 20:
@@ -253,36 +244,39 @@ def add_inception_scores(section: "Section", sets: dict[str, tuple[Tensor, str]]
             section.add(table, std, n, against, at=(name, f"{key}, standard deviation"))
 
 
-def add_judgement(
-    section: "Section",
+def add_feature_distances(
+    section: Section,
     sets: dict[str, tuple[Tensor, str]],
     real: Tensor,
     test: Tensor,
     model: JEM,
-    judge: JEM,
-    place: str,
+    feature_model: JEM,
+    feature_ckpt: str,
 ) -> None:
-    """Fréchet distances in the judge's features, with that of test images as the best to hope for, and accuracy."""
+    """Fréchet distances in a classifier's features, with that of test images as the best to hope for, and agreement."""
     table = "in a classifier's features"
-    distance, features = frechet_distance(Features(judge), real), f"features of {place}, {len(real)} training images"
+    distance, features = (
+        frechet_distance(Features(feature_model), real),
+        f"features of {feature_ckpt}, {len(real)} training images",
+    )
     section.add(table, distance(test), len(test), f"test images; {features}", at=("test images", "Fréchet distance"))
     for name, (images, protocol) in sets.items():
         if len(images) < 2:
             section.skip(f"Fréchet distance of {name}", f"{len(images)} image has no covariance")
         else:
             section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
-        agree = logits_of(judge, images).argmax(1) == logits_of(model, images).argmax(1)
+        agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
         section.mean(
             table,
             agree,
-            f"{protocol}; share of the samples that {place} puts into the class that the model itself puts them into",
+            f"{protocol}; share of the samples that {feature_ckpt} puts into the class that the model itself does",
             (name, "accuracy"),
         )
 
 
-def add_nearest(section: "Section", sets: dict[str, tuple[Tensor, str]], train: Tensor, features: Features) -> None:
+def add_nearest(section: Section, sets: dict[str, tuple[Tensor, str]], train: Tensor, features: Features) -> None:
     """How far images lie from the nearest training image, and ten of each set beside it in a picture."""
-    in_pixels, in_features = to_float(train), over_batches(features, train)
+    in_pixels, in_features = to_float(train), predict(features, train)
     for name, (images, protocol) in sets.items():
         distance, like = nearest(to_float(images[:1000]), in_pixels)
         section.mean(
@@ -292,7 +286,7 @@ def add_nearest(section: "Section", sets: dict[str, tuple[Tensor, str]], train: 
             (name, "mean"),
         )
         shown = images[:10]
-        by_features, alike = nearest(over_batches(features, shown), in_features)
+        by_features, alike = nearest(predict(features, shown), in_features)
         rows = {
             "image": (shown, None),
             "nearest in pixels": (train[like[:10]], distance),

@@ -37,8 +37,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-from data import fitting
-from errors import UserError
+from models.predict import images_per_batch
+from utils import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
 BATCH = 250  # points of 3x32x32 whose gradient is computed at once
@@ -125,7 +125,7 @@ class GeometricPath(NamedTuple):
 
     def point(self, y: Tensor) -> Point:
         ratios, grads = [], []
-        for part in y.detach().split(fitting(BATCH, y.shape[1:])):
+        for part in y.detach().split(images_per_batch(BATCH, y.shape[1:])):
             with torch.enable_grad():
                 part = part.requires_grad_()
                 ratio = self.base.log_ratio(self.log_density, part)

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
@@ -13,40 +12,38 @@ from tqdm import tqdm
 
 import data
 from config import Config
-from errors import UserError
+from evaluation.inputs import Inputs
+from evaluation.report import Section, bootstrap
 from models import JEM, log_density
-from report import bootstrap
+from models.predict import images_per_batch
 from sgld import sampling_mode
-
-if TYPE_CHECKING:
-    from evaluate import Subject
-    from report import Section
+from utils import UserError
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
 BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
-def measure(subject: "Subject", section: "Section") -> None:
+def measure(inputs: Inputs, section: Section) -> None:
     """Each score against each set of ``--ood_datasets``, and their histograms."""
     from sklearn.metrics import average_precision_score  # slow to import
 
-    test = subject.some(subject.data.test)
-    inside = scores(subject.model, subject.x(test.images))
+    test = inputs.subset(inputs.data.test)
+    inside = scores(inputs.model, inputs.with_noise(test.images))
     outside = {}
-    for name in set_names(subject.cfg):
+    for name in set_names(inputs.cfg):
         try:
-            images = foreign_images(name, test.images, subject)
+            images = foreign_images(name, test.images, inputs)
         except UserError as error:
             section.skip(name, str(error))
             continue
-        outside[name] = scores(subject.model, subject.x(images))
+        outside[name] = scores(inputs.model, inputs.with_noise(images))
     for name, measured in outside.items():
         for score, out in measured.items():
             within, n, at = inside[score], len(out) + len(test), (name, score)
             protocol = (
                 f"{len(test)} test images (positives, which should score higher) against {len(out)} others; "
-                f"{subject.noise}"
+                f"{inputs.noise_protocol}"
             )
             section.add("AUROC", auroc(within, out), n, protocol, bootstrap(auroc, within, out), at)
             target = torch.cat([torch.ones(len(within)), torch.zeros(len(out))])
@@ -73,15 +70,15 @@ def check_names(cfg: Config) -> None:
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
-def foreign_images(name: str, test: Tensor, subject: "Subject") -> Tensor:
+def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
     """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
 
     Besides data sets and folders: interp, the mean of two different test images; noise, uniform; constant, one colour
     an image; shuffled, test images with their pixels permuted, each in its own way. Raises UserError if a set cannot
     be read.
     """
-    rng, (n, c, h, w) = subject.rng(), test.shape
-    draw = {"generator": rng, "device": subject.device}
+    rng, (n, c, h, w) = inputs.rng(), test.shape
+    draw = {"generator": rng, "device": inputs.device}
     match name:
         case "interp":
             order = torch.randperm(n, **draw)
@@ -94,10 +91,10 @@ def foreign_images(name: str, test: Tensor, subject: "Subject") -> Tensor:
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
         case _ if name in NAMED:
-            images = data.load(name, subject.cfg.data_dir, device=subject.device)
+            images = data.load(name, inputs.cfg.data_dir, device=inputs.device)
         case _:
-            images = data.load("folder", name, image_size=h, device=subject.device)
-    return converted(subject.some(images.test, n).images, (c, h, w))
+            images = data.load("folder", name, image_size=h, device=inputs.device)
+    return converted(inputs.subset(images.test, n).images, (c, h, w))
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -112,7 +109,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
-    batches = tqdm(x.split(data.fitting(BATCH, x.shape[1:])), desc="scores", unit="batch", leave=False)
+    batches = tqdm(x.split(images_per_batch(BATCH, x.shape[1:])), desc="scores", unit="batch", leave=False)
     parts = [logits_and_slope(model, data.to_float(batch)) for batch in batches]
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {

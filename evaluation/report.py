@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import utils
+from storage.log import tensorboard_writer
+from storage.pictures import save_png
+from storage.writer import disk_errors, replace_file
 
 Interval = tuple[float, float]
 
@@ -87,11 +89,11 @@ class Section:
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
         path = self.directory / f"{name}.png"
-        with utils.disk_errors(self.directory):
+        with disk_errors(self.directory):
             if isinstance(content, Figure):
                 content.savefig(path, dpi=120)
             else:
-                utils.save_png(path, content)
+                save_png(path, content)
         self.pictures[name] = caption
 
     def scalars(self) -> dict[str, Number]:
@@ -114,10 +116,10 @@ class Section:
 
     def markdown(self) -> str:
         protocols = list(dict.fromkeys(number.protocol for number in self.scalars().values()))
-        marks = {protocol: f"({i})" for i, protocol in enumerate(protocols, 1)}
+        numbers_of = {protocol: f"({i})" for i, protocol in enumerate(protocols, 1)}
         parts = [f"## {self.name}"]
         if self.numbers:
-            lines = [(name, str(x), str(x.n), marks[x.protocol]) for name, x in self.numbers.items()]
+            lines = [(name, str(x), str(x.n), numbers_of[x.protocol]) for name, x in self.numbers.items()]
             parts.append(table(("measure", "value [95 % interval]", "n", "protocol"), lines))
         for name, rows in self.tables.items():
             columns = list(dict.fromkeys(column for line in rows.values() for column in line))
@@ -127,13 +129,13 @@ class Section:
                     row,
                     *(str(line[c]) if c in line else "" for c in columns),
                     ", ".join(dict.fromkeys(str(x.n) for x in line.values())),
-                    " ".join(dict.fromkeys(marks[x.protocol] for x in line.values())),
+                    " ".join(dict.fromkeys(numbers_of[x.protocol] for x in line.values())),
                 )
                 for row, line in rows.items()
             ]
             parts.append(table(("", *columns, "n", "protocol"), lines))
         if protocols:
-            parts.append("\n".join(f"- {mark} {protocol}" for protocol, mark in marks.items()))
+            parts.append("\n".join(f"- {number} {protocol}" for protocol, number in numbers_of.items()))
         parts += self.notes
         parts += [f"*Absent: {what}* — {reason}" for what, reason in self.absent.items()]
         parts += [f"![{name}]({name}.png)\n\n{caption}." for name, caption in self.pictures.items()]
@@ -159,9 +161,9 @@ class Report:
 
     def write(self) -> None:
         results = self.header | {name: section.as_dict() for name, section in self.sections.items()}
-        with utils.disk_errors(self.directory):
-            utils.replace_file(self.directory / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-            utils.replace_file(self.directory / "report.md", self.markdown().encode())
+        with disk_errors(self.directory):
+            replace_file(self.directory / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            replace_file(self.directory / "report.md", self.markdown().encode())
 
     def markdown(self) -> str:
         facts = [(name, str(value)) for name, value in self.header["about"].items()]
@@ -171,7 +173,7 @@ class Report:
     def to_tensorboard(self, step: int) -> None:
         import cv2
 
-        with utils.disk_errors(self.directory), utils.tensorboard_writer(self.directory) as board:
+        with disk_errors(self.directory), tensorboard_writer(self.directory) as board:
             board.add_text("report", self.markdown(), step)
             for name, section in self.sections.items():
                 for key, number in section.scalars().items():

@@ -1,0 +1,108 @@
+"""``--mode test``: one function a metric, one report. Every number carries its protocol."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import utils
+from config import Config
+from data import ImageData
+from evaluation import calibration, classification, likelihood, ood, quality, robustness
+from evaluation.inputs import Inputs
+from evaluation.report import Report, Section
+from models import JEM
+from models.load import load_data, load_model
+from storage.checkpoint import find_checkpoint
+from storage.run_dir import RunDir
+from storage.writer import disk_errors
+from utils import UserError
+
+METRICS: dict[str, Callable[[Inputs, Section], None]] = {
+    "classification": classification.measure,
+    "calibration": calibration.measure,
+    "ood": ood.measure,
+    "robustness": robustness.measure,
+    "quality": quality.measure,
+    "likelihood": likelihood.measure,
+}
+
+
+def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
+    """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
+    device = utils.pick_device(cfg.gpu)
+    utils.set_speed_options(device)
+    model = frozen(cfg, path, content, device)
+    images, state = load_data(cfg, path, content, device), content["state"]
+    buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
+    inputs = Inputs(cfg, model, images, buffer, load_feature_model(cfg.feature_ckpt, images, device), device)
+    ood.check_names(cfg)
+
+    directory = report_directory(cfg, path)
+    chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
+    about = {
+        "checkpoint": f"{path}{chosen}",
+        "training steps": state["step"],
+        "weights": "moving average" if "ema" in state else "as trained",
+        "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
+        "data set": cfg.dataset,
+        "network": f"WRN-{cfg.depth}-{cfg.width}",
+        "seed": cfg.seed,
+    }
+    report = Report(
+        directory,
+        {
+            "about": {k: str(v) for k, v in about.items()},
+            "options": vars(cfg),
+            "environment": utils.environment(device),
+        },
+    )
+    for name in cfg.metrics:
+        print(f"{name} ...", flush=True)
+        section = report.section(name)
+        torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
+        try:
+            METRICS[name](inputs, section)
+        except UserError as error:
+            section.skip(name, str(error))
+        except Exception as error:  # one metric's failure is not to cost the others, hours later
+            traceback.print_exc()
+            section.skip(name, f"{type(error).__name__}: {error}")
+        report.write()
+    if not cfg.no_log:
+        report.to_tensorboard(state["step"])
+    print(f"Look at {directory / 'report.md'}, results.json and the pictures beside it.")
+    if not any(section.scalars() for section in report.sections.values()):
+        raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
+    return 0
+
+
+def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
+    return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
+
+
+def load_feature_model(place: str, images: ImageData, device: torch.device) -> JEM | None:
+    """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
+    if not place:
+        return None
+    path, content = find_checkpoint(place)
+    described = content["data"]
+    if described["shape"] != list(images.shape) or described["class_names"] != list(images.class_names):
+        raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
+    return frozen(Config.from_dict(content["config"], str(path)), path, content, device)
+
+
+def report_directory(cfg: Config, path: Path) -> Path:
+    """A new ``eval`` directory in the checkpoint's run, or where there is none, in a new run."""
+    in_run = path.parent.name == "ckpt" and (path.parent.parent / "config.json").is_file()
+    run = path.parent.parent if in_run else RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
+    with disk_errors(run):
+        for end in ("", *(f"-{n}" for n in range(2, 1000))):
+            try:
+                (run / f"eval{end}").mkdir()
+            except FileExistsError:
+                continue
+            return run / f"eval{end}"
+    raise UserError(f"{run} holds 999 evaluations; remove some")

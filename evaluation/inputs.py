@@ -1,0 +1,44 @@
+"""What an evaluation is given."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from config import Config
+from data import ImageData, Split, to_float
+from models import JEM
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is evaluated: a frozen model in evaluation mode and float32, its data, its replay buffer if it has one."""
+
+    cfg: Config
+    model: JEM
+    data: ImageData
+    buffer: Tensor | None  # float32 (M, C, H, W)
+    feature_model: JEM | None  # the classifier of --feature_ckpt
+    device: torch.device
+
+    def rng(self) -> Generator:
+        """A generator that starts the same for each metric, whichever others run."""
+        return Generator(self.device).manual_seed(self.cfg.seed)
+
+    def subset(self, split: Split, limit: int | None = None) -> Split:
+        """At most ``limit`` and ``--max_images`` images of a split, the same random ones every time."""
+        n = min(limit or len(split), self.cfg.max_images or len(split), len(split))
+        order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n].sort().values
+        return split[order.to(split.labels.device)] if n < len(split) else split
+
+    def with_noise(self, images: Tensor) -> Tensor:
+        """uint8 images as they are or, with the noise of ``--sigma_test``, as floats."""
+        if not self.cfg.sigma_test:
+            return images
+        noise = torch.randn(images.shape, generator=self.rng(), device=self.device)
+        return to_float(images).add_(noise, alpha=self.cfg.sigma_test)
+
+    @property
+    def noise_protocol(self) -> str:
+        sigma = self.cfg.sigma_test
+        return f"with Gaussian noise of standard deviation {sigma:g} added" if sigma else "no noise added"

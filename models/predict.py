@@ -1,0 +1,36 @@
+"""A network's outputs for many images, batch by batch. Training, evaluation and sampling all predict with this."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from data import Split, to_float
+from models.jem import JEM
+
+
+def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
+    """How many images of ``shape`` (C, H, W) take the memory that ``n`` of 3x32x32 take, at least one."""
+    return max(1, n * 3072 // math.prod(shape))
+
+
+@torch.no_grad()
+def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Outputs (N, ...) of images (N, C, H, W), uint8 or float in [-1, 1]; of a JEM, its logits float32 (N, K).
+
+    A module is in evaluation mode meanwhile and computes in ``dtype`` (autocast).
+    """
+    training = isinstance(network, nn.Module) and network.training
+    if training:
+        network.eval()
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        outputs = [network(to_float(batch)) for batch in images.split(images_per_batch(500, images.shape[1:]))]
+    if training:
+        network.train()
+    return torch.cat(outputs)
+
+
+def accuracy(model: JEM, split: Split, dtype: torch.dtype = torch.float32) -> float:
+    """Share of a split's images whose most likely class is their label."""
+    return (predict(model, split.images, dtype).argmax(1) == split.labels).float().mean().item()

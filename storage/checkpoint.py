@@ -1,0 +1,111 @@
+"""Checkpoint files: written whole or not at all, checked when they are read, never code to run."""
+
+import os
+import sys
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.writer import disk_errors
+from utils import UserError
+
+CHECKPOINT_FORMAT = 2
+
+
+def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:
+    """Write ``directory/name`` so that a power cut leaves the old file or the new one, never half of one.
+
+    The file it replaces lives on as ``keep``. The archive carries a CRC-32 of each of its records.
+    """
+    path, temporary = directory / name, directory / f"{name}.tmp"
+    with disk_errors(directory):
+        directory.mkdir(exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
+        if keep and path.exists():
+            os.replace(path, directory / keep)
+        os.replace(temporary, path)
+        handle = os.open(directory, os.O_RDONLY)
+        os.fsync(handle)  # the rename itself
+        os.close(handle)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint, if it is there, so that it stays but counts no more."""
+    with disk_errors(path), suppress(FileNotFoundError):
+        path.replace(path.with_name(f"{path.stem}_set_aside.pt"))
+
+
+def remove_others(directory: Path, keep: set[str]) -> None:
+    """Delete the files of ``directory`` whose names are not in ``keep``."""
+    with disk_errors(directory):
+        for path in directory.iterdir():
+            if path.name not in keep:
+                path.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint file to the CPU. It may hold tensors and plain values, never code to run.
+
+    Raises UserError for a file that is missing, torn, corrupted, not ours, or of another format version.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"no checkpoint at {path}")
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # checks every record's CRC-32
+        if broken:
+            raise UserError(f"{path} is corrupted (record {broken}); use another checkpoint")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is empty, torn or no checkpoint; use another checkpoint") from None
+    except Exception as error:
+        code = "weights_only" in str(error).lower()
+        reason = "it holds more than tensors and plain values" if code else "it is broken"
+        raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path} is not a checkpoint of this program")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
+    return state
+
+
+def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
+    place = Path(path)
+    try:
+        is_run = place.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not is_run:
+        state = load_checkpoint(place)
+        if "config" not in state:
+            raise UserError(f"{path} is a state to go back to after divergence, no checkpoint; name its run directory")
+        return place, state
+    candidates = [place / "ckpt" / name for name in ("last.pt", "previous.pt")]
+    error = None
+    for candidate in candidates:
+        try:
+            state = load_checkpoint(candidate)
+        except UserError as e:
+            error = error or e
+            continue
+        if error and os.path.exists(candidates[0]):
+            print(f"Warning: {error}; taking {candidate} instead.", file=sys.stderr)
+        return candidate, state
+    if not any(map(os.path.exists, candidates)):
+        raise UserError(f"no checkpoint in {place} (looked for ckpt/last.pt and ckpt/previous.pt)")
+    raise error

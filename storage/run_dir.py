@@ -1,0 +1,84 @@
+"""A run's directory: how it is made, found again and held by one process."""
+
+import fcntl
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from storage.writer import disk_errors, replace_file
+from utils import UserError
+
+
+class RunDir:
+    """A run's directory ``path``, held by one process at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with disk_errors(path):
+            self.lock = open(path / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            print(
+                f"Warning: {path} cannot be locked ({error.strerror}): see to it that one process uses it.",
+                file=sys.stderr,
+            )
+
+    @classmethod
+    def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
+        """Make ``<logdir>/<time>_<mode>[_<note>]``, with a number behind it if it is there already."""
+        name = "_".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), mode, note)))
+        with disk_errors(Path(logdir)):
+            Path(logdir).mkdir(parents=True, exist_ok=True)
+            for end in ("", *(f"-{n}" for n in range(2, 100))):
+                path = Path(logdir) / (name + end)
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                return cls(path)
+        raise UserError(f"{Path(logdir) / name} and 98 like it are there already; choose another --note")
+
+    @classmethod
+    def of(cls, place: str) -> "RunDir":
+        """The run that ``--resume`` names by its directory, or by its newest checkpoint or the one before that."""
+        path = Path(place)
+        try:
+            if not path.is_dir():
+                if not path.exists():
+                    raise UserError(f"no checkpoint at {place}")
+                if path.name not in ("last.pt", "previous.pt"):
+                    raise UserError(
+                        f"--resume takes a run directory, or its last.pt or previous.pt; {place} can start "
+                        "a new run with --load_ckpt"
+                    )
+                path = path.resolve().parent.parent
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is not a run directory: it has no config.json")
+        except OSError as error:
+            raise UserError(f"cannot read {place}: {error.strerror}") from None
+        return cls(path)
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.close()
+
+    def write_config(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
+        content = json.dumps({"options": options, "environment": environment}, indent=2) + "\n"
+        with disk_errors(self.path):
+            replace_file(self.path / "config.json", content.encode())
+
+
+def read_options(run: Path) -> dict[str, Any] | None:
+    """The options in a run directory's config.json, or None if there is no such file or it is broken."""
+    try:
+        options = json.loads((run / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return options if isinstance(options, dict) else None
