@@ -161,9 +161,10 @@ def _open(content: bytes, ending: str) -> Image.Image:
             advice = "convert it to 8 or 16 bit, as PNG say" if "float" in name else "convert it to PNG or JPEG"
             raise Refused(f"is of an unsupported format ({name}): {advice}")
     Image.init()
+    beginning = content[:16].ljust(16, b"\0")
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
-        if factory and (accept(content[:16]) is True if accept else ending == ".tga"):
+        if factory and (accept(beginning) is True if accept else ending == ".tga"):
             return factory(io.BytesIO(content), "")
     if ending in IMAGE_ENDINGS:
         raise Refused("is empty: replace or remove it" if not content else "is no image: replace or remove it")

@@ -183,20 +183,31 @@ def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int
     highest, lowest = spread.max(2), spread.min(2)
     flat = int((highest == lowest).all(1).sum())
     top, bottom = int(highest.max()), int(lowest.min())
-    lines = {
-        f"{counts['transparent']} of {n} images have transparency: composited on white": counts["transparent"],
-        f"{counts['turned']} of {n} images turned upright by their EXIF orientation": counts["turned"],
-        f"{counts['squeezed']} of {n} images are not square: squeezed to {image_size}x{image_size}, the aspect ratio "
-        "is not kept": counts["squeezed"],
-        f"{len(ignored)} files that are no images were ignored (e.g. {Path(ignored[0]).name if ignored else ''})": ignored,
-        f"warning: the {len(deep)} images of 16 bits use values up to {max(deep, default=0)} of 65535 (12 bits in 16?), so "
-        "they come out dark: scale them to 16 bits": deep and max(deep) <= LOW_12_BITS,
-        f"warning: {flat} of {n} images are one flat colour each: is that what they should be?": flat >= 2
-        and flat > n / 10,
-        f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?": top < 64
-        or top - bottom < 32,
-    }
-    return [line for line, holds in lines.items() if holds]
+    example = Path(ignored[0]).name if ignored else ""
+    size = f"{image_size}x{image_size}"
+    lines = (
+        (counts["transparent"], f"{counts['transparent']} of {n} images have transparency: composited on white"),
+        (counts["turned"], f"{counts['turned']} of {n} images turned upright by their EXIF orientation"),
+        (
+            counts["squeezed"],
+            f"{counts['squeezed']} of {n} images are not square: squeezed to {size}, the aspect ratio is not kept",
+        ),
+        (ignored, f"{len(ignored)} files that are no images were ignored (e.g. {example})"),
+        (
+            deep and max(deep) <= LOW_12_BITS,
+            f"warning: the {len(deep)} images of 16 bits use values up to {max(deep, default=0)} of 65535 only (12 "
+            "bits in 16?), so they come out dark: scale them to 16 bits",
+        ),
+        (
+            flat >= 2 and flat > n / 10,
+            f"warning: {flat} of {n} images are one flat colour each: is that what they should be?",
+        ),
+        (
+            top < 64 or top - bottom < 32,
+            f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?",
+        ),
+    )
+    return [line for holds, line in lines if holds]
 
 
 def _fingerprint(files: list[str], root: Path) -> str:
