@@ -192,7 +192,8 @@ def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int
             counts["squeezed"],
             f"{counts['squeezed']} of {n} images are not square: squeezed to {size}, the aspect ratio is not kept",
         ),
-        (ignored, f"{len(ignored)} files that are no images were ignored (e.g. {example})"),
+        (len(ignored) == 1, f"1 file that is no image was ignored ({example})"),
+        (len(ignored) > 1, f"{len(ignored)} files that are no images were ignored (e.g. {example})"),
         (
             deep and max(deep) <= LOW_12_BITS,
             f"warning: the {len(deep)} images of 16 bits use values up to {max(deep, default=0)} of 65535 only (12 "

@@ -135,7 +135,7 @@ def _find_parts(root: Path, notes: list[str]) -> dict[str, Path]:
         named.setdefault(_part_of(name), []).append(name)
     others = named.pop(None, [])
     if not named:
-        _refuse_unknown_parts(root, tops, notes)
+        _refuse_unknown_parts(root, tops)
         return {}
     if others and not any(tops[name] for names in named.values() for name in names):
         if any(_holds_images(root / name) for name in others):
@@ -145,7 +145,8 @@ def _find_parts(root: Path, notes: list[str]) -> dict[str, Path]:
             raise UserError(f"{root} has {', '.join(names)}, which all mean {part}: keep one of them")
     parts = {part: root / named[part][0] for part in PART_NAMES if part in named}
     if "train" not in parts or len(parts) == 1:
-        _refuse_unknown_parts(root, tops, notes)
+        if others:
+            _refuse_unknown_parts(root, tops)
         have = " and ".join(f"{folder.name}/" for folder in parts.values())
         absent = "train" if "train" not in parts else "test"
         raise UserError(f"{root} has {have} but no {absent}/: add it; {EXPECTED}")
@@ -158,7 +159,7 @@ def _find_parts(root: Path, notes: list[str]) -> dict[str, Path]:
     return parts
 
 
-def _refuse_unknown_parts(root: Path, tops: dict[str, list[str]], notes: list[str]) -> None:
+def _refuse_unknown_parts(root: Path, tops: dict[str, list[str]]) -> None:
     """Stop where several top folders hold the same subfolders, as parts with unusual names do."""
     groups = {}
     for name, subfolders in tops.items():

@@ -3,7 +3,6 @@ import hashlib
 import pickle
 import struct
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,8 +1,6 @@
 import io
 import os
-import socket
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -468,7 +466,7 @@ UNUSABLE = {  # content, and what is said about it
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is of an unsupported format (SVG)"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "is of an unsupported format (HEIC): convert"),
     "jpeg xl": (b"\xff\x0a" + bytes(100), "is of an unsupported format (JPEG XL)"),
-    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "float): convert it to 8 or 16 bit"),
+    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float)): convert it to 8 or 16 bit"),
     "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "signed numbers (mode I)"),
     "signed 8-bit tiff": (tiff(GREY // 2, 8, 1, 2), "signed numbers"),
     "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "float numbers (mode F)"),
@@ -568,3 +566,276 @@ def test_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_files(tmp_path / "pictures", four(encode(RGB)))
     assert len(load_folder("~/pictures").test) == 2
+
+
+# --- formats that lose a little, orientation, limits
+
+
+def decode(tmp_path, content, name="x.png"):
+    return image_folder._decode_file(str(next(iter(write_files(tmp_path, {name: content}).iterdir()))), None)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_upright(kind, orientation, tmp_path):
+    """The pixel at the top left of the picture as it should be seen is the one that the EXIF standard says."""
+    stored = np.kron(np.uint8([[0, 255], [90, 180], [30, 220]]), np.ones((16, 16), np.uint8))
+    seen = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.T,
+        6: stored[::-1].T,
+        7: stored[::-1, ::-1].T,
+        8: stored[:, ::-1].T,
+    }[orientation]
+    content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
+    notes = []
+    file = write_files(tmp_path, {"x.bin": content}) / "x.bin"
+    pixels = image_file.decode(str(file), None, notes)
+    assert pixels.shape == (*seen.shape, 3)
+    assert abs(pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
+    assert notes == ([("turned", 1)] if orientation > 1 else [])
+
+
+LOSSY = {
+    "avif": (encode(RGBA, "AVIF", quality=100, subsampling="4:4:4"), SEEN),
+    "webp": (encode(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), "WEBP", quality=100), None),
+    "jpeg 2000": (encode(RGB, "JPEG2000"), RGB),
+    "jpeg 2000 grey 16 bit": (encode(GREY.astype(np.uint16) * 257, "JPEG2000"), np.stack([GREY] * 3, -1)),
+    "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
+    "jpeg with a picture in its header": (
+        encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
+        RGB,
+    ),
+    "jpeg with something after its end": (encode(RGB, "JPEG", quality=100, subsampling=0) + b"more", RGB),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_formats_that_lose_a_little(kind, tmp_path):
+    content, expected = LOSSY[kind]
+    pixels = decode(tmp_path, content)
+    if expected is None:
+        pixels, expected = pixels[4::8, 4::8], RGB
+    assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("pixels", [NOISE, RGB, np.zeros((40, 24), np.uint8), np.full((1, 1, 3), 255, np.uint8)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_sound_jpeg_is_never_called_damaged(options, pixels, mode, tmp_path):
+    content = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(decode(tmp_path, content), expected)
+
+
+def test_pixel_limit_is_a_reason_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 95)
+    assert "has 12x8 pixels, more than the limit of 95 pixels" in str(decode(tmp_path, encode(RGB)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96)
+    assert decode(tmp_path, encode(RGB)).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("sides", [(12, 8), (9, 8), (100, 33), (31, 8)])
+def test_shrinking_takes_area_averages(sides):
+    """The reference repeats every pixel until the sides divide, and averages whole pixels."""
+    pixels, size = random_images(*sides, 3), 8
+    fine = np.kron(pixels, np.ones((size, size, 1)))
+    cells = fine.reshape(size, sides[0], size, sides[1], 3).mean((1, 3))
+    result = np.asarray(image_file._resize(Image.fromarray(pixels), size))
+    assert abs(result - cells).max() <= 0.51
+
+
+# --- what is announced
+
+
+def announced(capsys, root, **options):
+    load_folder(root, **options)
+    return [line.removeprefix("data: ") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
+    files = four(encode(RGBA)) | {
+        f"train/{c}/{i}.jpg": encode(NOISE[i : i + 8, :12], "JPEG") for c in ("cat", "dog") for i in range(5)
+    }
+    files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
+    files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
+    lines = announced(capsys, write_files(tmp_path, files))
+    assert lines == [
+        "4 of 15 images have transparency: composited on white",
+        "1 of 15 images turned upright by their EXIF orientation",
+        "2 files that are no images were ignored (e.g. cat_boxes.txt)",
+        "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
+    ]
+    decoded.clear()
+    assert announced(capsys, tmp_path) == lines and not decoded
+    assert "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept" in announced(
+        capsys, tmp_path, image_size=8
+    )
+
+
+def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
+    opaque = np.concatenate([RGB, np.full_like(ALPHA, 255)], -1)
+    assert len(announced(capsys, write_files(tmp_path, four(encode(opaque))))) == 1
+
+
+def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
+    flat = announced(capsys, write_files(tmp_path / "flat", four(encode(GREY * 0 + 200))))
+    assert "warning: 4 of 4 images are one flat colour each: is that what they should be?" in flat
+    dark = announced(capsys, write_files(tmp_path / "dark", four(encode(GREY // 5))))
+    assert "warning: all pixels lie between 0 and" in dark[0]
+    deep = announced(capsys, write_files(tmp_path / "deep", four(tiff(GREY.astype(np.uint16) * 16, 16))))
+    assert "16 bits use values up to" in deep[0] and "12 bits" in deep[0]
+    assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
+
+
+def test_icons_that_live_in_their_alpha_channel_are_told_apart(tmp_path):
+    icons = np.zeros((20, 16, 16, 4), np.uint8)
+    icons[..., 3] = 255 * RNG.integers(0, 2, (20, 16, 16))
+    files = {f"{c}/{i}.png": encode(icons[i + 10 * (c == "b")]) for c in "ab" for i in range(10)}
+    loaded = load_folder(write_files(tmp_path, files))
+    assert sorted(x.numpy().tobytes() for x in torch.cat([loaded.train.images, loaded.test.images])) == sorted(
+        (255 - icon[..., 3]).tobytes() for icon in icons
+    )
+
+
+def test_many_classes_are_described_in_one_short_line():
+    names = [f"class{i}" for i in range(200)]
+    line = image_layout.describe(names, {"train": [3] * 200, "test": [1] * 199 + [0]})
+    assert line.startswith("200 classes: class0 (3 train, 1 test), ") and line.endswith(" ... 190 more")
+
+
+# --- layouts
+
+
+def laid_out(root, *folders, n=3):
+    return write_files(
+        root, {f"{folder}/{i}.png": encode(random_images(8, 8, 3)) for folder in folders for i in range(n)}
+    )
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("training_set", "test_set"),
+        ("TRAIN-SET", "Testset"),
+        ("trn", "tst"),
+    ],
+)
+def test_parts_are_recognised_by_their_usual_names(train, test, tmp_path):
+    loaded = load_folder(laid_out(tmp_path, f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"))
+    assert loaded.class_names == ("a", "b")
+    assert (len(loaded.train), len(loaded.test)) == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["val", "Validation", "valid", "dev", "eval", "val_set"])
+def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
+    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", n=2)
+    laid_out(tmp_path, f"{name}/a", f"{name}/b", n=5)
+    loaded = data.load("folder", tmp_path)
+    assert [len(part) for part in (loaded.train, loaded.valid, loaded.test)] == [4, 10, 4]
+    assert capsys.readouterr().out == "data: 2 classes: a (2 train, 5 valid, 2 test), b (2 train, 5 valid, 2 test)\n"
+    refuses("--n_valid 3", "folder", tmp_path, n_valid=3)
+
+
+def test_validation_folder_without_test_is_the_test_part(tmp_path, capsys):
+    loaded = load_folder(laid_out(tmp_path, "train/a", "train/b", "val/a", "val/b"))
+    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
+    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert load_folder(laid_out(tmp_path, "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
+
+
+def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
+    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", "extra")
+    assert any("left out: extra/" in line for line in announced(capsys, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [
+        (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), "fold1, fold2 in"),
+        (("Train/a", "Train/b", "Probe/a", "Probe/b"), "Probe, Train in"),
+        (("Train/a", "Train/b", "training/a", "training/b", "test/a"), "Train, training, which all mean train"),
+        (("train", "test"), "train has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
+        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/"),
+    ],
+)
+def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
+    refuses(message, "folder", laid_out(tmp_path, *folders, n=1))
+
+
+def test_few_of_many_odd_classes_are_named(tmp_path):
+    laid_out(tmp_path, *(f"train/c{i:03}" for i in range(40)), "test/c000", n=1)
+    message = refuses("c001, c002, c003, c004, c005 and 34 more", "folder", tmp_path)
+    assert len(message) < 400
+
+
+def test_text_alone_makes_no_class(tmp_path):
+    laid_out(tmp_path, "a", "b")
+    refuses("class c has no images", "folder", write_files(tmp_path, {"c/notes.txt": b"text"}))
+
+
+def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
+    laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
+    images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
+    assert images.shape == (8, 3, 8, 8)
+    assert capsys.readouterr().out == "data: 1 file that is no image was ignored (list.txt)\n"
+    decoded.clear()
+    assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
+    with pytest.raises(UserError, match="holds no images"):
+        image_folder.read_unlabelled(write_files(tmp_path / "none", {"a.txt": b"text"}), None)
+
+
+# --- links, special files, permissions, names
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    root = laid_out(tmp_path / "set", "cat", "dog", n=10)
+    laid_out(tmp_path, "elsewhere", n=10)
+    (root / "cat/more").symlink_to(tmp_path / "elsewhere")
+    (root / "cat/again").symlink_to(root / "cat")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path)
+    (root / "fox").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").unlink()
+    loaded = load_folder(root)
+    assert loaded.class_names == ("cat", "dog", "fox")
+    assert torch.cat([loaded.train.labels, loaded.test.labels]).bincount().tolist() == [20, 10, 10]
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(laid_out(tmp_path, "a", "b") / "a/pipe.png")
+    refuses("pipe.png is a named pipe, not a file", "folder", tmp_path)
+
+
+def test_missing_permission_is_said(tmp_path, monkeypatch):
+    laid_out(tmp_path, "a", "b")
+
+    def closed(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_file, "open", closed, raising=False)
+        assert "cannot read" in refuses("Permission denied", "folder", tmp_path)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: closed(path) if Path(path).name == "b" else scandir(path))
+    refuses(f"cannot read {tmp_path / 'b'}: Permission denied", "folder", tmp_path)
+
+
+def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    laid_out(tmp_path, name, "tea", n=5)
+    assert announced(capsys, tmp_path) == [r"2 classes: caf\udce9 (4 train, 1 test), tea (4 train, 1 test)"]
+    write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
+    with pytest.raises(UserError):
+        load_folder(tmp_path)
+    assert r"caf\udce9/x.png is no image" in (tmp_path / "unusable_images.txt").read_text()
