@@ -34,7 +34,7 @@ UNSUPPORTED = {  # how files begin whose format is known and not read here
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
     "JPEG XL": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
     "SVG": re.compile(rb"\s*(<\?xml[^>]*>)?\s*(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg\b", re.DOTALL),
-    "PFM (float)": re.compile(rb"P[Ff]\s"),
+    "float PFM": re.compile(rb"P[Ff]\s"),
     "PAM": re.compile(rb"P7\s"),
     "OpenEXR": re.compile(rb"v/1\x01"),
     "Radiance HDR": re.compile(rb"#\?(RADIANCE|RGBE)"),
@@ -158,7 +158,7 @@ def _open(content: bytes, ending: str) -> Image.Image:
         raise Refused("is of an unsupported format (camera raw): convert it to PNG or JPEG")
     for name, beginning in UNSUPPORTED.items():
         if beginning.match(content):
-            advice = "convert it to 8 or 16 bit, as PNG say" if "float" in name else "convert it to PNG or JPEG"
+            advice = "convert it to 8 or 16 bit" if "float" in name else "convert it to PNG or JPEG"
             raise Refused(f"is of an unsupported format ({name}): {advice}")
     Image.init()
     beginning = content[:16].ljust(16, b"\0")

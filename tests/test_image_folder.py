@@ -449,6 +449,7 @@ UNUSABLE = {  # content, and what is said about it
     "zeroed progressive jpeg": (zeroed(encode(NOISE, "JPEG", progressive=True)), "is damaged"),
     "zeroed jpeg with restarts": (zeroed(encode(NOISE, "JPEG", restart_marker_rows=1)), "is damaged"),
     "jpeg with bytes left over": (NOISY_JPEG[:-2] + b"12345678" + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg with two bytes left over": (NOISY_JPEG[:-2] + b"12" + NOISY_JPEG[-2:], "is damaged"),
     "jpeg with bytes missing": (NOISY_JPEG[:-60] + NOISY_JPEG[-2:], "is damaged"),
     "jpeg header alone": (NOISY_JPEG[:40], "is damaged"),
     "cut png": (encode(NOISE)[:-900], "is damaged"),
@@ -466,7 +467,7 @@ UNUSABLE = {  # content, and what is said about it
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is of an unsupported format (SVG)"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "is of an unsupported format (HEIC): convert"),
     "jpeg xl": (b"\xff\x0a" + bytes(100), "is of an unsupported format (JPEG XL)"),
-    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float)): convert it to 8 or 16 bit"),
+    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float PFM): convert it to 8 or 16 bit"),
     "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "signed numbers (mode I)"),
     "signed 8-bit tiff": (tiff(GREY // 2, 8, 1, 2), "signed numbers"),
     "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "float numbers (mode F)"),
@@ -607,6 +608,10 @@ LOSSY = {
     "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
     "jpeg with a picture in its header": (
         encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
+        RGB,
+    ),
+    "jpeg with one byte too many": (
+        encode(RGB, "JPEG", quality=100, subsampling=0)[:-2] + b"1\xff\xd9",
         RGB,
     ),
     "jpeg with something after its end": (encode(RGB, "JPEG", quality=100, subsampling=0) + b"more", RGB),
