@@ -12,7 +12,9 @@ from PIL import Image, JpegImagePlugin
 SIGNATURE = b"\xff\xd8\xff"
 MARKER = re.compile(rb"\xff+[^\x00\xff]")  # ends a stretch of pixel data: FF 00 in it stands for the byte FF
 FILLER = b"\xff\x00" * 8  # eight bytes of ones, which libjpeg reads ahead; no picture needs them
-HELD_BACK = 2  # bytes at the end of a stretch; webcams are known to write one too many, which harms nothing
+# Bytes at the end of a stretch. So one byte too many passes, as webcams are known to write. As libjpeg reads up to
+# eight bytes ahead, nine too many are always noticed and fewer sometimes.
+HELD_BACK = 2
 RESTARTS = range(0xD0, 0xD8)
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 ARITHMETIC = re.compile(rb"\xff[\xc9\xca]\x00[\x08-\x40]\x08")  # frame headers; libjpeg cannot stop within such data
