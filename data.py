@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 
 import image_folder
+from image_layout import describe
 from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
@@ -73,7 +74,8 @@ def load(
     Args:
         data_dir: where the files are; torchvision's data sets are downloaded to it if they are missing. For
             ``mnist`` and ``fashion_mnist`` it may hold the bare idx files, gzipped or not. For ``folder`` it
-            holds train/<class>/* and test/<class>/*, or only <class>/*, of which 20 % become the test part.
+            holds train/<class>/* and test/<class>/*, or only <class>/*, of which 20 % become the test part; with
+            val/<class>/* beside them, that is the validation part, and ``n_valid`` may not be given.
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
 
@@ -84,19 +86,27 @@ def load(
         root = Path(data_dir).expanduser()
     except RuntimeError as error:  # no such user
         raise UserError(f"--data_dir {data_dir}: {error}") from None
+    valid = None  # a part of its own, where the data set has one
     if name == "digits":
         train, test, class_names = _read_digits()
     elif name == "folder":
-        train, test, class_names = _read_folder(root, image_size)
+        train, valid, test, class_names = _read_folder(root, image_size)
     elif name in TORCHVISION:
         train, test, class_names = _read_torchvision(name, root)
     else:
         raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
-    n_valid = min(5000, len(train) // 10) if n_valid is None else n_valid
+    if valid is not None and n_valid is not None:
+        raise UserError(f"--n_valid {n_valid} goes with no validation folder, but {root} has one: leave it out")
+    if n_valid is None:
+        n_valid = min(5000, len(train) // 10) if valid is None else 0
     if not 0 <= n_valid < len(train):
         raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
     order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
-    parts = (train[order[n_valid:]], train[order[:n_valid]], test)
+    parts = (train[order[n_valid:]], train[order[:n_valid]] if valid is None else valid, test)
+    if name == "folder":
+        counts = zip(("train", "valid", "test"), (part.labels for part in parts), strict=True)
+        per_class = {part: labels.bincount(minlength=len(class_names)).tolist() for part, labels in counts}
+        print("data:", describe(class_names, per_class), flush=True)
     on_device = (Split(part.images.to(device), part.labels.to(device)) for part in parts)
     return ImageData(*on_device, tuple(class_names), flip=name in FLIP_KEEPS_LABEL)
 
@@ -226,9 +236,11 @@ def _as_split(dataset: datasets.VisionDataset) -> Split:
     return Split(images.contiguous(), labels)
 
 
-def _read_folder(root: Path, image_size: int | None) -> tuple[Split, Split, list[str]]:
-    images, labels, n_train, class_names = image_folder.read(root, image_size)
+def _read_folder(root: Path, image_size: int | None) -> tuple[Split, Split | None, Split, list[str]]:
+    images, labels, parts, class_names = image_folder.read(root, image_size)
     everything = Split(images, labels)
-    if n_train is None:
-        return *_stratified_split(everything, str(root)), class_names
-    return everything[:n_train], everything[n_train:], class_names
+    if not parts:
+        train, test = _stratified_split(everything, str(root))
+        return train, None, test, class_names
+    valid = everything[parts["valid"]] if "valid" in parts else None
+    return everything[parts["train"]], valid, everything[parts["test"]], class_names

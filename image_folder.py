@@ -1,9 +1,13 @@
-"""A folder of images, decoded once on all cores and cached beside the files."""
+"""A folder of images, decoded once on all cores and cached beside the files.
+
+What was done to images (laid on white, turned, ignored) is counted and printed, one line for each kind; what cannot
+be read rightly is refused.
+"""
 
 import hashlib
-import io
 import os
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -12,90 +16,78 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+import image_layout
+from image_file import NoImage, decode, printable
+from image_layout import UNUSABLE_LIST, Layout
 from utils import UserError
 
-CACHE_FORMAT = 1  # raise it whenever the same files would decode to other pixels
+CACHE_FORMAT = 2  # raise it whenever the same files would decode to other pixels
+SHOWN = 10  # unusable files that are printed; all of them are in a file
+LOW_12_BITS = 4095
 
 
-def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, int | None, list[str]]:
+def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict[str, slice], list[str]]:
     """Every image below ``root``, which holds train/<class>/* and test/<class>/*, or only <class>/*.
 
     Args:
         image_size: side in pixels to which images are resized; None keeps the size that all of them have.
 
     Returns:
-        images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); how many images,
-        counted from the first, are for training, or None where there is no train/ and test/; class names.
+        images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); where the parts
+        "train", "valid" and "test" lie, as far as they exist ({} for a folder of classes alone); class names.
 
     Raises:
         UserError: the folder or a file in it is missing, broken or unusable.
     """
+    layout = _listed(image_layout.find_classes, root)
+    images, kept = _read_files(root, layout, image_size, "")
+    parts = {}
+    for part, files in layout.parts.items():
+        parts[part] = slice(*np.searchsorted(kept, [files.start, files.stop]).tolist())
+    labels = torch.tensor(layout.labels)[torch.from_numpy(kept)]
+    for part, where in (parts or {"": slice(None)}).items():
+        counts = torch.bincount(labels[where], minlength=len(layout.class_names))
+        for label in (counts == 0).nonzero().flatten().tolist():
+            raise UserError(f"class {layout.class_names[label]} has no images in {root / part}: add some")
+    return images, labels, parts, layout.class_names
+
+
+def read_unlabelled(root: Path, image_size: int | None) -> Tensor:
+    """Every image below ``root``, however its folders are laid out: uint8 (N, C, H, W).
+
+    Args and errors are those of ``read``.
+    """
+    return _read_files(root, _listed(image_layout.find_all, root), image_size, "all_")[0]
+
+
+def _listed(find, root: Path) -> Layout:
     try:
-        class_names, files, labels, n_train = _list_folder(root)
-        fingerprint = _fingerprint(files, root)
+        return find(root)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _read_files(root: Path, layout: Layout, image_size: int | None, use: str) -> tuple[Tensor, np.ndarray]:
+    """The images of a layout, and the indices of those files that are images, int64 (N,), ascending."""
     if image_size is not None:
         _check_sides(image_size, image_size, root)
-    cache = root / f".jem_cache_{image_size or 'native'}.pt"
-    images = _load_cache(cache, fingerprint)
-    if images is None:
-        images = _decode_all(files, image_size)
+    fingerprint = _fingerprint(layout.files, root)
+    cache = root / f".jem_cache_{use}{image_size or 'native'}.pt"
+    stored = None if layout.problems else _load_cache(cache, fingerprint)
+    if stored is None:
+        images, kept, notes = _decode_all(layout, root, image_size)
         _check_sides(*images.shape[2:], root)
-        _save_cache(cache, fingerprint, images)
-    return images, torch.tensor(labels), n_train, class_names
-
-
-def _list_folder(root: Path) -> tuple[list[str], list[str], list[int], int | None]:
-    """What an image folder holds, without a look into the files.
-
-    Returns:
-        class names; files; their labels; how many of the files, counted from the first, are for training, or
-        None where there is no train/ and test/.
-    """
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"--data_dir {root} {state}: name a folder with train/<class>/ and test/<class>/")
-    parts = [part for part in (root / "train", root / "test") if part.is_dir()]
-    if len(parts) == 1:
-        absent = "test" if parts[0].name == "train" else "train"
-        raise UserError(f"{root} has {parts[0].name}/ but no {absent}/: add it")
-    parts = parts or [root]
-    class_names, *others = (
-        sorted(path.name for path in part.iterdir() if path.is_dir() and path.name[0] != ".") for part in parts
-    )
-    if others and others[0] != class_names:
-        odd = ", ".join(sorted(set(class_names) ^ set(others[0])))
-        raise UserError(f"only one of train/ and test/ in {root} has {odd}: give both the same class folders")
-    if len(class_names) < 2:
-        found = f"only one class folder, {class_names[0]}" if class_names else "no class folders"
-        raise UserError(f"{parts[0]} holds {found}: put the images of each class into a folder of its own")
-    files, labels, ends = [], [], []
-    for part in parts:
-        for label, name in enumerate(class_names):
-            found = _files_below(part / name)
-            if not found:
-                raise UserError(f"{part / name} holds no images: add some, or remove this class")
-            files += found
-            labels += [label] * len(found)
-        ends.append(len(files))
-    return class_names, files, labels, ends[0] if len(parts) == 2 else None
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Every file in a folder and its subfolders, but for hidden ones and those that Windows leaves behind."""
-    found = []
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        found += [os.path.join(parent, name) for name in names if name[0] != "."]
-    return sorted(file for file in found if not file.lower().endswith(("thumbs.db", "desktop.ini")))
+        _save_cache(cache, fingerprint, images, kept, notes)
+    else:
+        images, kept, notes = stored
+    for line in layout.notes + notes:
+        print("data:", printable(line), flush=True)
+    return images, np.array(kept)
 
 
 def _check_sides(height: int, width: int, root: Path) -> None:
@@ -107,11 +99,17 @@ def _check_sides(height: int, width: int, root: Path) -> None:
         )
 
 
-def _decode_all(files: list[str], image_size: int | None) -> Tensor:
-    """Decode files on all cores to uint8 (N, C, H, W): C is 1 if every image is grey, else 3 (RGB)."""
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is broken is said once, below
-    pixels, broken, grey = None, [], True
-    results = closing(_decode_in_parallel(files, image_size))
+def _decode_all(layout: Layout, root: Path, image_size: int | None) -> tuple[Tensor, list[int], list[str]]:
+    """Decode files on all cores.
+
+    Returns:
+        images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); which of the files they are; lines
+        for the user.
+    """
+    files, events = layout.files, []
+    pixels, kept, grey, other_size = None, [], True, None
+    broken, ignored = [UserError(problem) for problem in layout.problems], []
+    results = closing(_decode_in_parallel(files, image_size, events))
     bar = tqdm(total=len(files), desc="decoding images", unit="file", leave=False, delay=1)
     with warnings.catch_warnings(action="ignore"), results as decoded, bar:
         for i, image in enumerate(decoded):
@@ -119,90 +117,143 @@ def _decode_all(files: list[str], image_size: int | None) -> Tensor:
             if isinstance(image, UserError):
                 broken.append(image)
                 continue
+            if isinstance(image, NoImage):
+                ignored.append(files[i])
+                continue
             if pixels is None:
                 first, (height, width, _) = files[i], image.shape
                 pixels = np.empty((len(files), 3, height, width), np.uint8)
             if image.shape != (height, width, 3):
-                raise UserError(
-                    f"{first} has {width}x{height} pixels but {files[i]} {image.shape[1]}x{image.shape[0]}: "
-                    "give --image_size to bring all images to one size"
-                )
-            pixels[i] = image.transpose(2, 0, 1)
+                other_size = other_size or (files[i], image.shape)
+                continue
+            pixels[len(kept)] = image.transpose(2, 0, 1)
+            kept.append(i)
             grey = grey and (image == image[..., :1]).all()
     if broken:
-        others = f" ({len(broken) - 1} more unusable files)" if len(broken) > 1 else ""
-        raise UserError(f"{broken[0]}{others}")
-    return torch.from_numpy(pixels[:, :1].copy() if grey else pixels)
+        raise _unusable(broken, len(files), root)
+    if pixels is None:
+        raise UserError(f"{root} holds no images: name a folder of images")
+    if other_size:
+        raise UserError(
+            f"{first} has {width}x{height} pixels but {other_size[0]} {other_size[1][1]}x{other_size[1][0]}: "
+            "give --image_size to bring all images to one size"
+        )
+    pixels = pixels[: len(kept), :1].copy() if grey else pixels[: len(kept)]
+    return torch.from_numpy(pixels), kept, _notes(events, ignored, pixels, image_size)
 
 
-def _decode_in_parallel(files: list[str], image_size: int | None) -> Iterator[np.ndarray | UserError]:
+def _decode_in_parallel(files: list[str], image_size: int | None, events: list) -> Iterator:
     pool = ThreadPool()
     try:
         # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
-        yield from pool.imap(partial(_decode_file, image_size=image_size), files, chunksize=16)
+        yield from pool.imap(partial(_decode_file, image_size=image_size, notes=events), files, chunksize=16)
     finally:
         pool.terminate()
         pool.join()  # a thread that still decodes while Python exits would abort the process
 
 
-def _decode_file(file: str, image_size: int | None) -> np.ndarray | UserError:
-    """The image in a file, uint8 RGB (H, W, 3), or what is wrong with it."""
-    try:
-        image = _decode(file)
-    except UserError as error:
-        return error
-    except Exception:  # image codecs raise almost anything on a broken file
-        return UserError(f"{file} is not a readable image: replace or remove it")
-    if image_size is None:
-        return image
-    height, width, _ = image.shape
-    shrunk = (min(width, image_size), min(height, image_size))
-    image = cv2.resize(image, shrunk, interpolation=cv2.INTER_AREA)
-    return cv2.resize(image, (image_size, image_size), interpolation=cv2.INTER_CUBIC)
+def _decode_file(file: str, image_size: int | None, notes: list | None = None) -> np.ndarray | UserError | NoImage:
+    """The image in a file, uint8 RGB (H, W, 3), or what is wrong with it; see ``image_file.decode``."""
+    return decode(file, image_size, notes)
 
 
-def _decode(file: str) -> np.ndarray:
-    """Decode by content, not by file name, to uint8 RGB (H, W, 3): upright by EXIF, alpha dropped."""
-    content = Path(file).read_bytes()
-    if not content.startswith(b"\xff\xd8\xff"):  # a JPEG needs none of these checks
-        with suppress(UnidentifiedImageError), Image.open(io.BytesIO(content)) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                raise UserError(f"{file} has several frames or pages: export one frame of it")
-            if picture.format in ("GIF", "TIFF") and picture.has_transparency_data:
-                # OpenCV would multiply the alpha into the colours. Pillow turns a TIFF upright as it loads.
-                return np.asarray(picture.convert("RGB"))
-            picture.verify()  # finds broken PNGs before OpenCV's libpng complains of them on stderr
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def _unusable(broken: list[UserError], n_files: int, root: Path) -> UserError:
+    """Print the first unusable files and write all of them to a file; returns the error to raise."""
+    if len(broken) == 1:
+        return broken[0]
+    lines = [printable(error) for error in broken]
+    for line in lines[:SHOWN]:
+        print(line, file=sys.stderr, flush=True)
+    place = ""
+    for folder in (root, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            listed = folder / UNUSABLE_LIST
+            listed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            place = f"; all are listed in {listed}"
+            break
+    return UserError(f"{len(broken)} of {n_files} files in {root} are unusable, the first: {broken[0]}{place}")
+
+
+def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int | None) -> list[str]:
+    """One line for each kind of thing that was done to the images or looks wrong with them."""
+    n = len(pixels)
+    counts = {kind: sum(event == kind for event, _ in events) for kind in ("transparent", "turned", "squeezed")}
+    deep = [highest for event, highest in events if event == "16 bit"]
+    spread = pixels.reshape(n, pixels.shape[1], -1)
+    highest, lowest = spread.max(2), spread.min(2)
+    flat = int((highest == lowest).all(1).sum())
+    top, bottom = int(highest.max()), int(lowest.min())
+    example = Path(ignored[0]).name if ignored else ""
+    size = f"{image_size}x{image_size}"
+    lines = (
+        (counts["transparent"], f"{counts['transparent']} of {n} images have transparency: composited on white"),
+        (counts["turned"], f"{counts['turned']} of {n} images turned upright by their EXIF orientation"),
+        (
+            counts["squeezed"],
+            f"{counts['squeezed']} of {n} images are not square: squeezed to {size}, the aspect ratio is not kept",
+        ),
+        (len(ignored) == 1, f"1 file that is no image was ignored ({example})"),
+        (len(ignored) > 1, f"{len(ignored)} files that are no images were ignored (e.g. {example})"),
+        (
+            deep and max(deep) <= LOW_12_BITS,
+            f"warning: the {len(deep)} images of 16 bits use values up to {max(deep, default=0)} of 65535 only (12 "
+            "bits in 16?), so they come out dark: scale them to 16 bits",
+        ),
+        (
+            flat >= 2 and flat > n / 10,
+            f"warning: {flat} of {n} images are one flat colour each: is that what they should be?",
+        ),
+        (
+            top < 64 or top - bottom < 32,
+            f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?",
+        ),
+    )
+    return [line for holds, line in lines if holds]
 
 
 def _fingerprint(files: list[str], root: Path) -> str:
     """A hash of every file's path below root, size and time of change."""
     digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
     for file in files:
-        status = os.stat(file)
-        digest.update(ascii((file.removeprefix(str(root)), status.st_size, status.st_mtime_ns)).encode())
+        try:
+            status = os.stat(file)
+            state = (status.st_size, status.st_mtime_ns)
+        except OSError:  # reported when the file is decoded
+            state = ()
+        digest.update(ascii((file.removeprefix(str(root)), *state)).encode())
     return digest.hexdigest()
 
 
-def _load_cache(cache: Path, fingerprint: str) -> Tensor | None:
-    """Images decoded earlier from the same files, or None where there are none or the cache is damaged."""
+def _checksum(images: Tensor, kept: list[int], notes: list[str]) -> int:
+    return zlib.crc32(images.numpy(), zlib.crc32(ascii((kept, notes)).encode()))
+
+
+def _load_cache(cache: Path, fingerprint: str) -> tuple[Tensor, list[int], list[str]] | None:
+    """What was decoded earlier from the same files, or None where there is nothing or the cache is damaged."""
     try:
         stored = torch.load(cache, weights_only=True)
-        intact = stored["crc32"] == zlib.crc32(stored["images"].numpy())
-        return stored["images"] if intact and stored["fingerprint"] == fingerprint else None
+        content = stored["images"], stored["kept"].tolist(), stored["notes"]
+        intact = stored["crc32"] == _checksum(*content)
+        return content if intact and stored["fingerprint"] == fingerprint else None
     except Exception:  # torch.load raises almost anything on a damaged file
         return None
 
 
-def _save_cache(cache: Path, fingerprint: str, images: Tensor) -> None:
+def _save_cache(cache: Path, fingerprint: str, images: Tensor, kept: list[int], notes: list[str]) -> None:
     unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
-    stored = {"fingerprint": fingerprint, "crc32": zlib.crc32(images.numpy()), "images": images}
+    stored = {
+        "fingerprint": fingerprint,
+        "crc32": _checksum(images, kept, notes),
+        "images": images,
+        "kept": torch.tensor(kept),
+        "notes": notes,
+    }
     try:
         with open(unfinished, "wb") as file:
             torch.save(stored, file)
         os.replace(unfinished, cache)
     except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
-        print(f"cannot write {cache}: the next start will decode the images again", file=sys.stderr)
+        message = f"cannot write {cache}: the next start will decode the images again"
+        print(printable(message), file=sys.stderr)
         with suppress(OSError):
             unfinished.unlink()

@@ -1,0 +1,846 @@
+import io
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import image_file
+import image_folder
+import image_layout
+from utils import UserError
+
+RNG = np.random.default_rng(0)
+TILE = np.stack(np.meshgrid(np.arange(12) * 20, np.arange(8) * 30), -1)  # (8, 12, 2), no symmetry
+RGB = np.concatenate([TILE, TILE.sum(-1, keepdims=True) // 2], -1).astype(np.uint8)  # (8, 12, 3)
+GREY = RGB[..., 0] // 2 + RGB[..., 1] // 2
+ALPHA = RGB[..., :1]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that were decoded since the start of the test."""
+    files, decode_file = [], image_folder._decode_file
+
+    def counted(file, image_size, notes):
+        files.append(file)
+        return decode_file(file, image_size, notes)
+
+    monkeypatch.setattr(image_folder, "_decode_file", counted)
+    return files
+
+
+def random_images(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def refuses(message, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        data.load(*args, **kwargs)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rows(*splits):
+    """Every (label, image) of the splits, as a sorted list."""
+    return sorted(
+        (int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.images, split.labels, strict=True)
+    )
+
+
+# --- folders of images
+
+
+def encode(pixels, kind="PNG", **options):
+    """The bytes of an image file, by Pillow."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(pixels, depth, kind, *chunks):
+    """A PNG with raw rows of bytes, for what Pillow does not write."""
+    height, row = pixels.shape
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    header = struct.pack(">IIBBBBB", row * 8 // depth // channels, height, depth, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + line.tobytes() for line in pixels)
+    parts = (b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+def tiff(pixels, bits=8, photometric=1, sample_format=1, compression=1, width=None):
+    """An uncompressed TIFF of grey or RGB numbers, whatever they are."""
+    height, row, *channels = pixels.shape
+    content, samples = pixels.tobytes(), channels[0] if channels else 1
+    tags = {256: width or row, 257: height, 258: bits, 259: compression, 262: photometric, 273: 150, 277: samples}
+    tags |= {278: height, 279: len(content), 339: sample_format}
+    if samples == 3:
+        tags |= {258: (bits,) * 3, 339: (sample_format,) * 3}
+    after, directory = b"", b""
+    for tag, value in sorted(tags.items()):
+        if isinstance(value, tuple):
+            directory += struct.pack("<HHII", tag, 3, 3, 150 + len(content) + len(after))
+            after += struct.pack("<3H", *value)
+        else:
+            directory += struct.pack("<HHII", tag, 4, 1, value)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory
+    return head.ljust(150, b"\0") + content + after
+
+
+def encode16(pixels, kind):
+    """The bytes of a 16-bit image file with the grey levels of an 8-bit one."""
+    wide = pixels.astype(np.uint16) * 257
+    if kind == ".tiff":
+        return tiff(wide, 16, 2 if wide.ndim == 3 else 1)
+    wide = wide.astype(">u2").reshape(len(wide), -1).view(np.uint8)
+    return png(wide, 16, 2 if pixels.ndim == 3 else 0)
+
+
+def write_files(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def four(content, name="image.png"):
+    """The smallest folder with both parts: one and the same file everywhere."""
+    return {f"{part}/{label}/{name}": content for part in ("train", "test") for label in ("cat", "dog")}
+
+
+def load_folder(root, **options):
+    return data.load("folder", root, n_valid=0, **options)
+
+
+def upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def on_white(pixels, alpha):
+    """What is seen of pixels (H, W, C) with alpha (H, W, 1) before a white wall."""
+    return np.rint((pixels * alpha.astype(float) + 255 * (255.0 - alpha)) / 255).astype(np.uint8)
+
+
+PALETTE = Image.fromarray(RGB).quantize(16)
+PALETTE_RGB = np.array(PALETTE.convert("RGB"))
+PALETTE_WHITE = np.where(np.array(PALETTE)[..., None] == 3, np.uint8(255), PALETTE_RGB)
+RGBA = np.concatenate([RGB, ALPHA], -1)
+SEEN = on_white(RGB, ALPHA)
+GREY_SEEN = on_white(GREY[..., None], ALPHA)[..., 0]
+CHESS = ((np.indices((8, 12)).sum(0) % 2) * 255).astype(np.uint8)
+KINDS = {  # file content, and the pixels that a person would see in it on white paper
+    "png": (encode(RGB), RGB),
+    "png alpha": (encode(RGBA), SEEN),
+    "png palette": (encode(PALETTE), PALETTE_RGB),
+    "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
+    "png 16 bit": (encode16(RGB, ".png"), RGB),
+    "png turned": (encode(RGB, exif=upright(6)), np.rot90(RGB, -1)),
+    "png grey": (encode(GREY), GREY),
+    "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
+    "png grey 16 bit": (encode16(GREY, ".png"), GREY),
+    "png grey as rgb": (encode(np.stack([GREY] * 3, -1)), GREY),
+    "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
+    "tiff": (encode(RGB, "TIFF"), RGB),
+    "tiff alpha": (encode(RGBA, "TIFF"), SEEN),
+    "tiff 16 bit": (encode16(RGB, ".tiff"), RGB),
+    "tiff grey 16 bit": (encode16(GREY, ".tiff"), GREY),
+    "tiff cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
+    "tiff turned": (encode(RGB, "TIFF", exif=upright(6)), np.rot90(RGB, -1)),
+    "tiff alpha turned": (
+        encode(RGBA, "TIFF", exif=upright(6)),
+        np.rot90(SEEN, -1),
+    ),
+    "webp": (encode(RGB, "WEBP", lossless=True), RGB),
+    "webp alpha": (encode(RGBA, "WEBP", lossless=True, exact=True), SEEN),
+    "webp turned": (encode(RGB, "WEBP", lossless=True, exif=upright(8)), np.rot90(RGB)),
+    "gif": (encode(PALETTE, "GIF"), PALETTE_RGB),
+    "gif transparent": (encode(PALETTE, "GIF", transparency=3), PALETTE_WHITE),
+    "gif grey": (encode(GREY, "GIF"), GREY),
+    "bmp": (encode(RGB, "BMP"), RGB),
+    "png 1 bit transparent": (
+        png(np.uint8([[0b10100101]] * 8), 1, 0, (b"tRNS", b"\0\0")),
+        np.full((8, 8), 255, np.uint8),
+    ),
+    "png rgb transparent": (
+        png(RGB.reshape(8, -1), 8, 2, (b"tRNS", struct.pack(">3H", *RGB[2, 3]))),
+        np.where((RGB == RGB[2, 3]).all(-1, keepdims=True), np.uint8(255), RGB),
+    ),
+    "png grey transparent": (
+        png(GREY, 8, 0, (b"tRNS", struct.pack(">H", GREY[2, 3]))),
+        np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
+    ),
+    "png grey 16 bit transparent": (
+        png((GREY.astype(">u2") * 257).view(np.uint8), 16, 0, (b"tRNS", struct.pack(">H", int(GREY[2, 3]) * 257))),
+        np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
+    ),
+    "png 2 bit": (png(np.uint8([[0b00011011] * 2] * 8), 2, 0), np.uint8([[0, 85, 170, 255] * 2] * 8)),
+    "tiff 1 bit": (tiff(np.uint8([[0b10100101]] * 8), 1, width=8), np.uint8([[255, 0, 255, 0, 0, 255, 0, 255]] * 8)),
+    "tiff white is zero": (tiff(255 - GREY, 8, 0), GREY),
+    "tiff white is zero, 16 bit": (tiff(65535 - GREY.astype(np.uint16) * 257, 16, 0), GREY),
+    "tiff 12 bit": (tiff(np.uint8([[0x00, 0x0F, 0xFF] * 4] * 8), 12, width=8), np.uint8([[0, 255] * 4] * 8)),
+    "tiff lzw": (encode(RGB, "TIFF", compression="tiff_lzw"), RGB),
+    "pgm": (encode(GREY, "PPM"), GREY),
+    "pgm of 16 levels": (b"P5 12 8 15\n" + (GREY // 17).tobytes(), GREY // 17 * 17),
+    "pgm of 4096 levels": (b"P5 12 8 4095\n" + (GREY.astype(int) * 4095 // 255).astype(">u2").tobytes(), GREY),
+    "pgm of 65536 levels": (b"P5 12 8 65535\n" + (GREY.astype(">u2") * 257).tobytes(), GREY),
+    "ppm of 16 levels": (b"P6 12 8 15\n" + (RGB // 17).tobytes(), RGB // 17 * 17),
+    "ppm in words": (b"P3 8 8 1\n" + b"0 0 1 1 1 1 " * 32, np.uint8([[[0, 0, 255], [255] * 3] * 4] * 8)),
+    "pbm": (b"P1 8 8\n" + b"0 1 " * 32, np.uint8([[255, 0] * 4] * 8)),
+    "ppm": (encode(RGB, "PPM"), RGB),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_reads_each_kind_of_lossless_file(kind, tmp_path):
+    content, pixels = KINDS[kind]
+    loaded = load_folder(write_files(tmp_path, four(content)))
+    expected = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    for part in (loaded.train, loaded.test):
+        assert part.images.shape == (2, *expected.shape)
+        assert abs(part.images.numpy().astype(int) - expected).max() <= ("alpha" in kind)  # blending rounds
+    assert loaded.shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    "pixels, options, expected",
+    [
+        (RGB, {}, RGB),
+        (RGB, {"progressive": True}, RGB),
+        (GREY, {}, GREY),
+        (RGB, {"exif": upright(6)}, np.rot90(RGB, -1)),
+        (GREY, {"exif": upright(3)}, np.rot90(GREY, 2)),
+        (Image.fromarray(RGB).convert("CMYK"), {}, RGB),
+    ],
+)
+def test_folder_reads_each_kind_of_jpeg(pixels, options, expected, tmp_path):
+    content = encode(pixels, "JPEG", quality=100, subsampling=0, **options)
+    image = load_folder(write_files(tmp_path, four(content))).train.images[0].permute(1, 2, 0).numpy()
+    assert image.shape == (expected[..., None] if expected.ndim == 2 else expected).shape
+    assert abs(image.astype(int) - expected.reshape(image.shape)).max() <= 3  # what JPEG itself loses
+
+
+def test_folder_with_both_parts(tmp_path):
+    """Labels follow the class names in order; names of files and of their extensions mean nothing."""
+    images = {name: random_images(8, 8, 3) for name in ("train/b/1", "train/a/9", "train/b/0", "test/a/x", "test/b/y")}
+    files = {f"{name}.jpg": encode(pixels) for name, pixels in images.items()}
+    loaded = load_folder(write_files(tmp_path, files))
+    assert loaded.class_names == ("a", "b") and loaded.flip
+    expected = [
+        (images[name].transpose(2, 0, 1).tobytes(), label) for name, label in (("test/a/x", 0), ("test/b/y", 1))
+    ]
+    assert [
+        (x.numpy().tobytes(), int(y)) for x, y in zip(loaded.test.images, loaded.test.labels, strict=True)
+    ] == expected
+    assert rows(loaded.train) == sorted(
+        (label, images[name].transpose(2, 0, 1).tobytes())
+        for name, label in (("train/a/9", 0), ("train/b/0", 1), ("train/b/1", 1))
+    )
+
+
+def test_folder_of_classes_alone_is_split_by_class(tmp_path):
+    images = {f"{c}/{i}.png": random_images(8, 8) for c, n in (("a", 50), ("b", 20), ("c", 10)) for i in range(n)}
+    write_files(tmp_path, {name: encode(pixels) for name, pixels in images.items()})
+    loaded = load_folder(tmp_path)
+    assert loaded.test.labels.bincount().tolist() == [10, 4, 2]
+    assert loaded.train.labels.bincount().tolist() == [40, 16, 8]
+    assert rows(loaded.train, loaded.test) == sorted(
+        ("abc".index(name[0]), pixels.tobytes()) for name, pixels in images.items()
+    )
+    assert torch.equal(load_folder(tmp_path).test.images, loaded.test.images)
+
+
+def test_one_coloured_image_makes_the_set_coloured(tmp_path):
+    files = four(encode(GREY)) | {"test/dog/colour.png": encode(RGB)}
+    loaded = load_folder(write_files(tmp_path, files))
+    assert loaded.shape == (3, 8, 12)
+    assert np.array_equal(loaded.train.images[0], np.stack([GREY] * 3))
+
+
+def test_hidden_and_system_files_are_ignored(tmp_path):
+    litter = (
+        ".DS_Store",
+        "train/.DS_Store",
+        "train/cat/.DS_Store",
+        "train/cat/Thumbs.db",
+        "test/dog/desktop.ini",
+    )
+    litter += ("train/cat/.ipynb_checkpoints/x.png", "train/.git/config", "readme.txt", "train/labels.csv")
+    loaded = load_folder(write_files(tmp_path, four(encode(RGB)) | dict.fromkeys(litter, b"litter")))
+    assert len(loaded.train) == len(loaded.test) == 2
+
+
+def test_images_in_subfolders_of_a_class_count(tmp_path):
+    files = four(encode(RGB)) | {"train/cat/more/1.png": encode(RGB), "train/cat/more/2.png": encode(RGB)}
+    assert load_folder(write_files(tmp_path, files)).train.labels.bincount().tolist() == [3, 1]
+
+
+def test_image_size_brings_all_images_to_one_size(tmp_path):
+    flat, large = np.full((9, 5, 3), 77, np.uint8), random_images(32, 48, 3)
+    files = four(encode(flat)) | {
+        "test/dog/large.png": encode(large),
+        "test/dog/thin.png": encode(large[:, :4]),
+    }
+    loaded = load_folder(write_files(tmp_path, files), image_size=8)
+    assert loaded.shape == (3, 8, 8)
+    assert (loaded.train.images == 77).all()
+    blocks = large.reshape(8, 4, 8, 6, 3).mean((1, 3)).transpose(2, 0, 1)  # area averages
+    assert abs(loaded.test.images[2].numpy() - blocks).max() <= 0.51
+    halves = large[:, :4].reshape(8, 4, 4, 3).mean(1).transpose(2, 0, 1)  # one side shrinks, the other grows
+    halves = torch.from_numpy(np.rint(halves))[None]
+    grown = torch.nn.functional.interpolate(halves, (8, 8), mode="bicubic", antialias=True)[0].numpy()
+    assert abs(loaded.test.images[3].numpy() - grown.clip(0, 255)).max() <= 1.5
+
+
+def test_images_of_the_right_size_are_not_resampled(tmp_path):
+    pixels = random_images(8, 8, 3)
+    write_files(tmp_path, four(encode(pixels)))
+    assert np.array_equal(load_folder(tmp_path, image_size=8).train.images[0], pixels.transpose(2, 0, 1))
+
+
+# --- the cache
+
+
+def make_folder(root, n=3):
+    return write_files(
+        root,
+        {f"{p}/{c}/{i}.png": encode(random_images(8, 8, 3)) for p in ("train", "test") for c in "ab" for i in range(n)},
+    )
+
+
+def check_cache(root, decoded, n_decoded, reference, **options):
+    """The next load decodes so many files and gives the same pixels."""
+    decoded.clear()
+    loaded = load_folder(root, **options)
+    assert len(decoded) == n_decoded
+    assert torch.equal(loaded.train.images, reference.train.images)
+    assert torch.equal(loaded.test.images, reference.test.images)
+    assert torch.equal(loaded.train.labels, reference.train.labels)
+
+
+def test_cache_saves_decoding(tmp_path, decoded):
+    reference = load_folder(make_folder(tmp_path))
+    assert len(decoded) == 12
+    check_cache(tmp_path, decoded, 0, reference)
+    assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
+    small = load_folder(tmp_path, image_size=8)
+    assert len(decoded) == 12 and small.shape == (3, 8, 8)
+    check_cache(tmp_path, decoded, 0, small, image_size=8)
+    check_cache(tmp_path, decoded, 0, reference)
+
+
+def test_cache_moves_with_its_folder(tmp_path, decoded):
+    reference = load_folder(make_folder(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    check_cache(tmp_path / "after", decoded, 0, reference)
+
+
+def test_stale_cache_is_noticed(tmp_path, decoded):
+    make_folder(tmp_path)
+    load_folder(tmp_path)
+    file = tmp_path / "train/a/0.png"
+    os.utime(file, ns=(0, 1))
+    reference = load_folder(tmp_path)
+    check_cache(tmp_path, decoded, 0, reference)
+
+    file.write_bytes(encode(random_images(8, 8, 3)))
+    changed = load_folder(tmp_path)
+    assert len(decoded) == 12
+    assert not torch.equal(changed.train.images, reference.train.images)
+
+    decoded.clear()
+    file.rename(tmp_path / "train/a/9.png")
+    assert rows(load_folder(tmp_path).train) == rows(changed.train)
+    assert len(decoded) == 12
+
+    (tmp_path / "train/b/0.png").unlink()
+    assert len(load_folder(tmp_path).train) == 5
+
+
+def test_cache_notices_a_file_that_changed_its_class(tmp_path):
+    """All files have one size and one time of change, as bitmaps from an archive may have."""
+    names = ("train/a/1.bmp", "train/a/2.bmp", "train/b/3.bmp", "test/a/4.bmp", "test/b/5.bmp")
+    pixels = {name: random_images(8, 8) for name in names}
+    write_files(tmp_path, {name: encode(pixels[name], "BMP") for name in names})
+    for name in names:
+        os.utime(tmp_path / name, ns=(0, 0))
+    load_folder(tmp_path)
+    (tmp_path / "train/a/1.bmp").rename(tmp_path / "train/b/4.bmp")
+    labels = (1, 0, 1)
+    expected = sorted((y, pixels[name].tobytes()) for y, name in zip(labels, names[:3], strict=True))
+    assert rows(load_folder(tmp_path).train) == expected
+
+
+def flip_a_bit(content):
+    """Damage in the middle of the pixels, which the zip format of torch.save lets pass."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    i = largest.header_offset + len(content[largest.header_offset :]) // 2
+    return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "bit", "other content", "malicious"])
+def test_damaged_cache_is_rebuilt(damage, tmp_path, decoded):
+    reference = load_folder(make_folder(tmp_path / "images", n=20))
+    cache = tmp_path / "images" / ".jem_cache_native.pt"
+    content = cache.read_bytes()
+    if damage == "other content":
+        torch.save([1, 2, 3], cache)
+    elif damage == "malicious":
+        torch.save({"fingerprint": Malicious(tmp_path / "harm")}, cache)
+    else:
+        cache.write_bytes(
+            {"cut": content[:-100], "empty": b"", "nonsense": b"x" * 1000, "bit": flip_a_bit(content)}[damage]
+        )
+    check_cache(tmp_path / "images", decoded, 80, reference)
+    check_cache(tmp_path / "images", decoded, 0, reference)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
+    write_files(make_folder(tmp_path), {".jem_cache_native.pt/in/the/way": b""})
+    reference = load_folder(tmp_path)
+    stderr = capfd.readouterr().err
+    assert f"cannot write {tmp_path / '.jem_cache_native.pt'}" in stderr and stderr.count("\n") == 1
+    check_cache(tmp_path, decoded, 12, reference)
+    assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
+
+
+# --- folders that cannot be used
+
+
+FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
+NOISE = random_images(64, 64, 3)
+NOISY_JPEG = encode(NOISE, "JPEG")
+
+
+def zeroed(content):
+    """The second half was never downloaded, but for the last two bytes."""
+    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2 - 2) + content[-2:]
+
+
+UNUSABLE = {  # content, and what is said about it
+    "zero bytes": (b"", "is empty"),
+    "text": (b"this is no image\n" * 20, "is no image"),
+    "one byte": (b"x", "is no image"),
+    "cut jpeg": (NOISY_JPEG[:-900], "is damaged"),
+    "jpeg without an end": (NOISY_JPEG[:-2], "is damaged"),
+    "zeroed jpeg": (zeroed(NOISY_JPEG), "is damaged"),
+    "zeroed progressive jpeg": (zeroed(encode(NOISE, "JPEG", progressive=True)), "is damaged"),
+    "zeroed jpeg with restarts": (zeroed(encode(NOISE, "JPEG", restart_marker_rows=1)), "is damaged"),
+    "jpeg with bytes left over": (NOISY_JPEG[:-2] + b"1" * 500 + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg with nine bytes left over": (NOISY_JPEG[:-2] + b"123456789" + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg with bytes missing": (NOISY_JPEG[:-60] + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg header alone": (NOISY_JPEG[:40], "is damaged"),
+    "cut png": (encode(NOISE)[:-900], "is damaged"),
+    "damaged png": (encode(RGB)[:60] + b"12345" + encode(RGB)[65:], "is damaged"),
+    "cut webp": (encode(NOISE, "WEBP")[:-900], "is damaged"),
+    "cut tiff": (encode(NOISE, "TIFF")[:-900], "is damaged"),
+    "zeroed tiff": (
+        encode(NOISE, "TIFF", compression="tiff_deflate")[:2000].ljust(12000, b"\0")
+        + encode(NOISE, "TIFF", compression="tiff_deflate")[12000:],
+        "is damaged",
+    ),
+    "cut bmp": (encode(NOISE, "BMP")[:-900], "is damaged"),
+    "cut gif": (encode(Image.fromarray(NOISE).quantize(16), "GIF")[:-900], "is damaged"),
+    "cut ppm": (encode(NOISE, "PPM")[:-900], "is damaged"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is of an unsupported format (SVG)"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "is of an unsupported format (HEIC): convert"),
+    "jpeg xl": (b"\xff\x0a" + bytes(100), "is of an unsupported format (JPEG XL)"),
+    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float PFM): convert it to 8 or 16 bit"),
+    "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "signed numbers (mode I)"),
+    "signed 8-bit tiff": (tiff(GREY // 2, 8, 1, 2), "signed numbers"),
+    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "float numbers (mode F)"),
+    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "32-bit or signed numbers (mode I)"),
+    "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "is a kind of image that is not supported"),
+    "png 16 bit, one colour transparent": (
+        png((RGB.reshape(8, -1).astype(">u2") * 257).view(np.uint8), 16, 2, (b"tRNS", bytes(6))),
+        "16-bit colours with one transparent colour",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_file_is_named_with_its_reason(kind, tmp_path, capfd):
+    content, reason = UNUSABLE[kind]
+    write_files(tmp_path, four(encode(RGB)) | {"train/dog/broken.png": content})
+    message = refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
+    assert reason in message
+    assert capfd.readouterr().err == ""  # the decoders' own complaints would hide the one line
+    assert isinstance(image_folder._decode_file(str(tmp_path / "train/dog/broken.png"), None), UserError)
+
+
+def test_all_unusable_files_are_listed(tmp_path, capfd):
+    files = four(encode(RGB)) | {f"train/dog/{i:02}.jpg": b"x" for i in range(15)}
+    message = refuses("15 of 19 files", "folder", write_files(tmp_path, files))
+    assert str(tmp_path / "train/dog/00.jpg") in message
+    assert message.endswith(f"all are listed in {tmp_path / 'unusable_images.txt'}")
+    listed = (tmp_path / "unusable_images.txt").read_text().splitlines()
+    assert [line.split(" is ")[0] for line in listed] == [str(tmp_path / f"train/dog/{i:02}.jpg") for i in range(15)]
+    assert capfd.readouterr().err.splitlines() == listed[:10]
+    for i in range(15):
+        (tmp_path / f"train/dog/{i:02}.jpg").unlink()
+    assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_animated_file_is_named(kind, tmp_path):
+    content = encode(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:])
+    write_files(tmp_path, four(encode(RGB)) | {"train/dog/film.png": content})
+    assert "export one frame" in refuses(str(tmp_path / "train/dog/film.png"), "folder", tmp_path)
+
+
+def test_different_sizes_need_image_size(tmp_path):
+    files = four(encode(RGB)) | {"test/cat/other.png": encode(RGB[:4])}
+    message = refuses("--image_size", "folder", write_files(tmp_path, files))
+    assert f"{tmp_path / 'train/cat/image.png'} has 12x8 pixels" in message
+    assert f"{tmp_path / 'test/cat/other.png'} 12x4" in message
+    assert load_folder(tmp_path, image_size=8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((4, 4), 8), ((1, 1), 8)])
+def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
+    write_files(tmp_path, four(encode(random_images(*shape))))
+    message = refuses(f"try --image_size {advice}", "folder", tmp_path)
+    assert f"{shape[1]}x{shape[0]}" in message
+    assert load_folder(tmp_path, image_size=advice).shape == (1, advice, advice)
+
+
+def test_image_size_must_be_a_multiple_of_four(tmp_path, decoded):
+    write_files(tmp_path, four(encode(RGB)))
+    refuses("try --image_size 28", "folder", tmp_path, image_size=29)
+    assert not decoded
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "holds no class folders"),
+        ({"1.png": encode(RGB)}, "holds no class folders"),
+        ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "holds only one class folder, cat"),
+        ({"train/cat/1.png": encode(RGB), "test/cat/1.png": encode(RGB)}, "only one class folder, cat"),
+        ({"train/cat/1.png": encode(RGB), "train/dog/1.png": encode(RGB)}, "has train/ but no test/"),
+        ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has test/ but no train/"),
+        (four(encode(RGB)) | {"test/bird/1.png": encode(RGB)}, "has bird: give both the same class folders"),
+        (four(encode(RGB)) | {"train/Cat/1.png": encode(RGB)}, "has Cat"),
+        (four(encode(RGB)) | {"train/emu/.x": b"", "test/emu/.x": b""}, "emu holds no images"),
+        ({"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)}, "too few images"),
+    ],
+)
+def test_folder_without_what_is_needed(files, message, tmp_path):
+    assert str(tmp_path) in refuses(message, "folder", write_files(tmp_path, files))
+
+
+def test_data_dir_that_is_not_there(tmp_path):
+    refuses(f"--data_dir {tmp_path / 'nowhere'} does not exist", "folder", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("not a folder")
+    refuses(f"--data_dir {tmp_path / 'file'} is a file", "folder", tmp_path / "file")
+
+
+def test_dangling_link_is_named(tmp_path):
+    write_files(tmp_path, four(encode(RGB)))
+    (tmp_path / "train/cat/link.png").symlink_to(tmp_path / "nowhere.png")
+    refuses(f"cannot read {tmp_path / 'train/cat/link.png'}", "folder", tmp_path)
+
+
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_files(tmp_path / "pictures", four(encode(RGB)))
+    assert len(load_folder("~/pictures").test) == 2
+
+
+# --- formats that lose a little, orientation, limits
+
+
+def decode(tmp_path, content, name="x.png"):
+    return image_folder._decode_file(str(next(iter(write_files(tmp_path, {name: content}).iterdir()))), None)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_upright(kind, orientation, tmp_path):
+    """The pixel at the top left of the picture as it should be seen is the one that the EXIF standard says."""
+    stored = np.kron(np.uint8([[0, 255], [90, 180], [30, 220]]), np.ones((16, 16), np.uint8))
+    seen = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.T,
+        6: stored[::-1].T,
+        7: stored[::-1, ::-1].T,
+        8: stored[:, ::-1].T,
+    }[orientation]
+    content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
+    notes = []
+    file = write_files(tmp_path, {"x.bin": content}) / "x.bin"
+    pixels = image_file.decode(str(file), None, notes)
+    assert pixels.shape == (*seen.shape, 3)
+    assert abs(pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
+    assert notes == ([("turned", 1)] if orientation > 1 else [])
+
+
+LOSSY = {
+    "avif": (encode(RGBA, "AVIF", quality=100, subsampling="4:4:4"), SEEN),
+    "webp": (encode(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), "WEBP", quality=100), None),
+    "jpeg 2000": (encode(RGB, "JPEG2000"), RGB),
+    "jpeg 2000 grey 16 bit": (encode(GREY.astype(np.uint16) * 257, "JPEG2000"), np.stack([GREY] * 3, -1)),
+    "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
+    "jpeg with a picture in its header": (
+        encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
+        RGB,
+    ),
+    "jpeg with one byte too many": (
+        encode(RGB, "JPEG", quality=100, subsampling=0)[:-2] + b"1\xff\xd9",
+        RGB,
+    ),
+    "jpeg with something after its end": (encode(RGB, "JPEG", quality=100, subsampling=0) + b"more", RGB),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_formats_that_lose_a_little(kind, tmp_path):
+    content, expected = LOSSY[kind]
+    pixels = decode(tmp_path, content)
+    if expected is None:
+        pixels, expected = pixels[4::8, 4::8], RGB
+    assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("pixels", [NOISE, RGB, np.zeros((40, 24), np.uint8), np.full((1, 1, 3), 255, np.uint8)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_sound_jpeg_is_never_called_damaged(options, pixels, mode, tmp_path):
+    content = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(decode(tmp_path, content), expected)
+
+
+def test_pixel_limit_is_a_reason_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 95)
+    assert "has 12x8 pixels, more than the limit of 95 pixels" in str(decode(tmp_path, encode(RGB)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96)
+    assert decode(tmp_path, encode(RGB)).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("sides", [(12, 8), (9, 8), (100, 33), (31, 8)])
+def test_shrinking_takes_area_averages(sides):
+    """The reference repeats every pixel until the sides divide, and averages whole pixels."""
+    pixels, size = random_images(*sides, 3), 8
+    fine = np.kron(pixels, np.ones((size, size, 1)))
+    cells = fine.reshape(size, sides[0], size, sides[1], 3).mean((1, 3))
+    result = np.asarray(image_file._resize(Image.fromarray(pixels), size))
+    assert abs(result - cells).max() <= 0.51
+
+
+# --- what is announced
+
+
+def announced(capsys, root, **options):
+    load_folder(root, **options)
+    return [line.removeprefix("data: ") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
+    files = four(encode(RGBA)) | {
+        f"train/{c}/{i}.jpg": encode(NOISE[i : i + 8, :12], "JPEG") for c in ("cat", "dog") for i in range(5)
+    }
+    files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
+    files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
+    lines = announced(capsys, write_files(tmp_path, files))
+    assert lines == [
+        "4 of 15 images have transparency: composited on white",
+        "1 of 15 images turned upright by their EXIF orientation",
+        "2 files that are no images were ignored (e.g. cat_boxes.txt)",
+        "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
+    ]
+    decoded.clear()
+    assert announced(capsys, tmp_path) == lines and not decoded
+    assert "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept" in announced(
+        capsys, tmp_path, image_size=8
+    )
+
+
+def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
+    opaque = np.concatenate([RGB, np.full_like(ALPHA, 255)], -1)
+    assert len(announced(capsys, write_files(tmp_path, four(encode(opaque))))) == 1
+
+
+def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
+    flat = announced(capsys, write_files(tmp_path / "flat", four(encode(GREY * 0 + 200))))
+    assert "warning: 4 of 4 images are one flat colour each: is that what they should be?" in flat
+    dark = announced(capsys, write_files(tmp_path / "dark", four(encode(GREY // 5))))
+    assert "warning: all pixels lie between 0 and" in dark[0]
+    deep = announced(capsys, write_files(tmp_path / "deep", four(tiff(GREY.astype(np.uint16) * 16, 16))))
+    assert "16 bits use values up to" in deep[0] and "12 bits" in deep[0]
+    assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
+
+
+def test_icons_that_live_in_their_alpha_channel_are_told_apart(tmp_path):
+    icons = np.zeros((20, 16, 16, 4), np.uint8)
+    icons[..., 3] = 255 * RNG.integers(0, 2, (20, 16, 16))
+    files = {f"{c}/{i}.png": encode(icons[i + 10 * (c == "b")]) for c in "ab" for i in range(10)}
+    loaded = load_folder(write_files(tmp_path, files))
+    assert sorted(x.numpy().tobytes() for x in torch.cat([loaded.train.images, loaded.test.images])) == sorted(
+        (255 - icon[..., 3]).tobytes() for icon in icons
+    )
+
+
+def test_many_classes_are_described_in_one_short_line():
+    names = [f"class{i}" for i in range(200)]
+    line = image_layout.describe(names, {"train": [3] * 200, "test": [1] * 199 + [0]})
+    assert line.startswith("200 classes: class0 (3 train, 1 test), ") and line.endswith(" ... 190 more")
+
+
+# --- layouts
+
+
+def laid_out(root, *folders, n=3):
+    return write_files(
+        root, {f"{folder}/{i}.png": encode(random_images(8, 8, 3)) for folder in folders for i in range(n)}
+    )
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("training_set", "test_set"),
+        ("TRAIN-SET", "Testset"),
+        ("trn", "tst"),
+    ],
+)
+def test_parts_are_recognised_by_their_usual_names(train, test, tmp_path):
+    loaded = load_folder(laid_out(tmp_path, f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"))
+    assert loaded.class_names == ("a", "b")
+    assert (len(loaded.train), len(loaded.test)) == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["val", "Validation", "valid", "dev", "eval", "val_set"])
+def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
+    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", n=2)
+    laid_out(tmp_path, f"{name}/a", f"{name}/b", n=5)
+    loaded = data.load("folder", tmp_path)
+    assert [len(part) for part in (loaded.train, loaded.valid, loaded.test)] == [4, 10, 4]
+    assert capsys.readouterr().out == "data: 2 classes: a (2 train, 5 valid, 2 test), b (2 train, 5 valid, 2 test)\n"
+    refuses("--n_valid 3", "folder", tmp_path, n_valid=3)
+
+
+def test_validation_folder_without_test_is_the_test_part(tmp_path, capsys):
+    loaded = load_folder(laid_out(tmp_path, "train/a", "train/b", "val/a", "val/b"))
+    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
+    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert load_folder(laid_out(tmp_path, "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
+
+
+def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
+    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", "extra")
+    assert any("left out: extra/" in line for line in announced(capsys, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [
+        (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), "fold1, fold2 in"),
+        (("Train/a", "Train/b", "Probe/a", "Probe/b"), "Probe, Train in"),
+        (("Train/a", "Train/b", "training/a", "training/b", "test/a"), "Train, training, which all mean train"),
+        (("train", "test"), "train has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
+        (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
+        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/"),
+    ],
+)
+def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
+    refuses(message, "folder", laid_out(tmp_path, *folders, n=1))
+
+
+def test_few_of_many_odd_classes_are_named(tmp_path):
+    laid_out(tmp_path, *(f"train/c{i:03}" for i in range(40)), "test/c000", n=1)
+    message = refuses("c001, c002, c003, c004, c005 and 34 more", "folder", tmp_path)
+    assert len(message) < 400
+
+
+def test_text_alone_makes_no_class(tmp_path):
+    laid_out(tmp_path, "a", "b")
+    refuses("class c has no images", "folder", write_files(tmp_path, {"c/notes.txt": b"text"}))
+
+
+def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
+    laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
+    images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
+    assert images.shape == (8, 3, 8, 8)
+    assert capsys.readouterr().out == "data: 1 file that is no image was ignored (list.txt)\n"
+    decoded.clear()
+    assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
+    with pytest.raises(UserError, match="holds no images"):
+        image_folder.read_unlabelled(write_files(tmp_path / "none", {"a.txt": b"text"}), None)
+
+
+# --- links, special files, permissions, names
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    root = laid_out(tmp_path / "set", "cat", "dog", n=10)
+    laid_out(tmp_path, "elsewhere", n=10)
+    (root / "cat/more").symlink_to(tmp_path / "elsewhere")
+    (root / "cat/again").symlink_to(root / "cat")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path)
+    (root / "fox").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").unlink()
+    loaded = load_folder(root)
+    assert loaded.class_names == ("cat", "dog", "fox")
+    assert torch.cat([loaded.train.labels, loaded.test.labels]).bincount().tolist() == [20, 10, 10]
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(laid_out(tmp_path, "a", "b") / "a/pipe.png")
+    refuses("pipe.png is a named pipe, not a file", "folder", tmp_path)
+
+
+def test_missing_permission_is_said(tmp_path, monkeypatch):
+    laid_out(tmp_path, "a", "b")
+
+    def closed(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_file, "open", closed, raising=False)
+        assert "cannot read" in refuses("Permission denied", "folder", tmp_path)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: closed(path) if Path(path).name == "b" else scandir(path))
+    refuses(f"cannot read {tmp_path / 'b'}: Permission denied", "folder", tmp_path)
+
+
+def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    laid_out(tmp_path, name, "tea", n=5)
+    assert announced(capsys, tmp_path) == [r"2 classes: caf\udce9 (4 train, 1 test), tea (4 train, 1 test)"]
+    write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
+    with pytest.raises(UserError):
+        load_folder(tmp_path)
+    assert r"caf\udce9/x.png is no image" in (tmp_path / "unusable_images.txt").read_text()
