@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 
 import image_folder
-from image_layout import describe
+from image_folder.layout import describe
 from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")

@@ -28,6 +28,20 @@ class TrainingFailed(Exception):
     """Training cannot go on; ``main.py`` prints the message and exits with status 1."""
 
 
+def printable(text: object) -> str:
+    """The text with everything escaped that is no visible character or that the terminal's encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return "".join(c if c.isprintable() and _encodable(c, encoding) else ascii(c)[1:-1] for c in str(text))
+
+
+def _encodable(character: str, encoding: str) -> bool:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def pick_device(gpu: str) -> torch.device:
     """The device that ``--gpu`` names: an index or "cpu"; without CUDA, the CPU and a line that says so."""
     if gpu == "cpu":

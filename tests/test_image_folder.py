@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import data
-import image_file
 import image_folder
-import image_layout
+from image_folder import file as image_file
+from image_folder import layout as image_layout
 from utils import UserError
 
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from image_file import IMAGE_ENDINGS, RAW_ENDINGS, printable
-from utils import UserError
+from image_folder.file import IMAGE_ENDINGS, RAW_ENDINGS
+from utils import UserError, printable
 
 UNUSABLE_LIST = "unusable_images.txt"  # written by image_folder beside the images
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import image_layout
-from image_file import NoImage, decode, printable
-from image_layout import UNUSABLE_LIST, Layout
-from utils import UserError
+from image_folder import layout as layouts
+from image_folder.file import NoImage, decode
+from image_folder.layout import UNUSABLE_LIST, Layout
+from utils import UserError, printable
 
 CACHE_FORMAT = 2  # raise it whenever the same files would decode to other pixels
 SHOWN = 10  # unusable files that are printed; all of them are in a file
@@ -44,7 +44,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict[str, 
     Raises:
         UserError: the folder or a file in it is missing, broken or unusable.
     """
-    layout = _listed(image_layout.find_classes, root)
+    layout = _listed(layouts.find_classes, root)
     images, kept = _read_files(root, layout, image_size, "")
     parts = {}
     for part, files in layout.parts.items():
@@ -62,7 +62,7 @@ def read_unlabelled(root: Path, image_size: int | None) -> Tensor:
 
     Args and errors are those of ``read``.
     """
-    return _read_files(root, _listed(image_layout.find_all, root), image_size, "all_")[0]
+    return _read_files(root, _listed(layouts.find_all, root), image_size, "all_")[0]
 
 
 def _listed(find, root: Path) -> Layout:
@@ -153,7 +153,7 @@ def _decode_in_parallel(files: list[str], image_size: int | None, events: list) 
 
 
 def _decode_file(file: str, image_size: int | None, notes: list | None = None) -> np.ndarray | UserError | NoImage:
-    """The image in a file, uint8 RGB (H, W, 3), or what is wrong with it; see ``image_file.decode``."""
+    """The image in a file, uint8 RGB (H, W, 3), or what is wrong with it; see ``image_folder.file.decode``."""
     return decode(file, image_size, notes)
 
 

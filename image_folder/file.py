@@ -8,7 +8,6 @@ import io
 import os
 import re
 import stat
-import sys
 import threading
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import numpy as np
 from PIL import Image
 
-import image_jpeg
+from image_folder import jpeg
 from utils import UserError
 
 FORMATS = ("PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "PCX", "SGI", "QOI", "TGA")
@@ -62,20 +61,6 @@ class NoImage(Exception):
 
 class Refused(Exception):
     """Why a file cannot be used, to be read after its name."""
-
-
-def printable(text: object) -> str:
-    """The text with everything escaped that is no visible character or that the terminal's encoding lacks."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return "".join(c if c.isprintable() and _encodable(c, encoding) else ascii(c)[1:-1] for c in str(text))
-
-
-def _encodable(character: str, encoding: str) -> bool:
-    try:
-        character.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def decode(file: str, image_size: int | None, notes: list | None = None) -> np.ndarray | UserError | NoImage:
@@ -152,8 +137,8 @@ def _decode_content(content: bytes, ending: str, found: list) -> Image.Image:
 
 def _open(content: bytes, ending: str) -> Image.Image:
     """Recognise the format by the content, whatever the file's name; nothing is decoded yet."""
-    if content.startswith(image_jpeg.SIGNATURE):
-        return image_jpeg.open_jpeg(content)
+    if content.startswith(jpeg.SIGNATURE):
+        return jpeg.open_jpeg(content)
     if ending in RAW_ENDINGS:
         raise Refused("is of an unsupported format (camera raw): convert it to PNG or JPEG")
     for name, beginning in UNSUPPORTED.items():
@@ -194,8 +179,8 @@ def _tiff_checks(picture: Image.Image) -> int:
 def _load(picture: Image.Image, content: bytes) -> None:
     if picture.format == "JPEG":
         try:
-            image_jpeg.load(picture, content)
-        except image_jpeg.Damaged:
+            jpeg.load(picture, content)
+        except jpeg.Damaged:
             raise Refused("is damaged (a part of its data is missing or wrong): replace or remove it") from None
         return
     if picture.format == "PNG":
