@@ -5,10 +5,13 @@ seed of their own, so that runs with different seeds train and report on the sam
 """
 
 import gzip
+import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -60,6 +63,48 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.images.shape[1:])
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint remembers of its data: two data sets with the same description hold the same images."""
+        parts = (self.train, self.valid, self.test)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(part.images.cpu().contiguous().numpy())
+            digest.update(part.labels.cpu().numpy())
+        return {
+            "shape": list(self.shape),
+            "class_names": list(self.class_names),
+            "images": [len(part) for part in parts],
+            "digest": digest.hexdigest(),
+        }
+
+
+class Batches:
+    """Endless batches of a split, augmented: each pass takes all its images once, in a new order.
+
+    The last images of a pass that fill no batch are left out. All randomness comes from ``rng``.
+    """
+
+    def __init__(self, split: Split, batch_size: int, flip: bool, sigma: float, rng: Generator):
+        self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
+        self.order = torch.empty(0, dtype=torch.int64, device=rng.device)  # of this pass
+        self.position = 0  # in the order
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``. Never waits for the device."""
+        if self.position + self.batch_size > len(self.order):
+            self.order = torch.randperm(len(self.split), generator=self.rng, device=self.rng.device)
+            self.position = 0
+        batch = self.split[self.order[self.position : self.position + self.batch_size]]
+        self.position += self.batch_size
+        return augment(batch.images, self.flip, self.sigma, self.rng), batch.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.position = state["order"], state["position"]
 
 
 def load(

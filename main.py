@@ -1,6 +1,7 @@
 """Command line of the program: options to a Config, a Config to one mode."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import evaluation
 import sample
 import utils
 from config import CHANGEABLE, Config, add_options
-from storage.checkpoint import find_checkpoint, set_aside
-from storage.run_dir import RunDir, read_options
-from trainer import Trainer, describe
+from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
+from storage.run_dir import RunDir, read_config
+from trainer import Trainer
 from utils import TrainingFailed, UserError
 
 
@@ -76,29 +77,41 @@ def run(arguments: list[str]) -> int:
     if given.get("mode") in ("sample", "test"):
         use = {"sample": sample.run, "test": evaluation.run}[given["mode"]]
         return use(*trained(given))
-    cfg, resumed = continued(given) if given.get("resume") else (Config(**given), None)
+    return train(given)
+
+
+def train(given: dict) -> int:
+    """Start a run, or continue the one that ``--resume`` names."""
+    resume = given.get("resume", "")
+    if resume and resume != "auto" and "load_ckpt" in given:
+        raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
+    resumed = continued(given, resume) if resume not in ("", "auto") else None
+    cfg = resumed[0] if resumed else Config(**given)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+    if resume == "auto":
+        newest = newest_run(cfg, images.description)
+        if newest:
+            resumed = continued({name: value for name, value in given.items() if name != "load_ckpt"}, newest)
+            cfg = resumed[0]
+        else:
+            print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
     trainer = Trainer(cfg, images, device)
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(cfg.load_ckpt)
-        directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
-        directory.write_config(asdict(cfg), utils.environment(device))
-        return trainer.train(directory)
+        return trainer.train(RunDir.create(cfg.logdir, cfg.mode, cfg.note))
 
-    directory, path, content = resumed
-    if content["data"] != describe(images):
-        raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on; mend --data_dir")
-    trainer.load_state_dict(content["state"])
+    _, directory, path, content = resumed
+    if content["data"] != images.description:
+        raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on: change --data_dir")
+    trainer.resume(content["state"])
     if trainer.step >= trainer.total_steps:
         limit = "--max_steps" if trainer.total_steps == cfg.max_steps else "--epochs"
         print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
         return 0
-    trainer.load_snapshots(directory.path / "snapshots", content["snapshots"])
-    directory.write_config(asdict(cfg), utils.environment(device))
-    if path.name == "previous.pt":  # a broken or forsaken last.pt must not become the checkpoint before the next
+    if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
         set_aside(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
 
@@ -120,23 +133,16 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
     return Config(**kept | given), path, content
 
 
-def continued(given: dict) -> tuple[Config, tuple[RunDir, Path, dict] | None]:
-    """The Config of the run that ``--resume`` names, its directory, and its checkpoint's path and content.
+def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
+    """The Config with which ``run`` goes on, its directory, and its checkpoint's path and content.
 
     Options that were not given are the run's own; those given must agree with it where another value would make
-    another run. If "auto" finds no run, a Config for a new one, and None.
+    another run.
     """
-    place = given["resume"]
-    if "load_ckpt" in given:
-        raise UserError("--resume continues a run and --load_ckpt starts one: give one of them")
-    if place == "auto":
-        cfg = Config(**given)
-        place = newest_run(cfg)
-        if place is None:
-            print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
-            return cfg, None
-    directory = RunDir.of(place)
-    path, content = find_checkpoint(place)
+    directory = RunDir.of(run)
+    path, content = find_checkpoint(run)
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(cfg, name):
@@ -145,21 +151,30 @@ def continued(given: dict) -> tuple[Config, tuple[RunDir, Path, dict] | None]:
                 "leave it out, or start a new run with --load_ckpt"
             )
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
-    return replace(cfg, **changes), (directory, path, content)
+    return replace(cfg, **changes), directory, path, content
 
 
-def newest_run(cfg: Config) -> str | None:
-    """The newest run directory in logdir that has a checkpoint and the same configuration as ``cfg``."""
-    same = {**cfg.identity, "load_ckpt": cfg.load_ckpt}  # one that started from other weights is another run
+def newest_run(cfg: Config, description: dict) -> str | None:
+    """The newest run directory in logdir that ``cfg`` on these images would repeat, and that can be written to.
+
+    One that only looks the same is named, with the reason why it is passed over.
+    """
+    same = {**cfg.identity, "load_ckpt": cfg.load_ckpt, "note": cfg.note}
     default = asdict(Config())  # of options that an older run does not know
     try:
         found = sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True)
     except OSError as error:
         raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
-    for path in found:
-        run = path.parent.parent
-        options = read_options(run)
-        if options and {k: options.get(k, default[k]) for k in same} == same:
+    for run in dict.fromkeys(path.parent.parent for path in found):
+        content = read_config(run)
+        options = content["options"]
+        if not options or {k: options.get(k, default[k]) for k in same} != same:
+            continue
+        if content.get("data") != description:
+            print(f"Passing over {run}: it was trained on other images, or by an older version.")
+        elif not os.access(run, os.W_OK):
+            print(f"Passing over {run}: it cannot be written to.")
+        else:
             return str(run)
     return None
 

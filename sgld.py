@@ -5,12 +5,11 @@ float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LogDensity = Callable[..., Tensor]
 
@@ -18,21 +17,6 @@ LogDensity = Callable[..., Tensor]
 class Chain(NamedTuple):
     x: Tensor  # the chains' end, float32 (N, C, H, W)
     grad: Tensor  # d log_density / dx at the last step's start, same shape
-
-
-@contextmanager
-def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; every module's mode and every flag restored on exit."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def uniform_images(n: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
@@ -157,21 +141,29 @@ class CompiledOrEager:
         self.compiled = torch.compile(function, dynamic=False)
         self.proven = False
 
+    @property
+    def works(self) -> bool:
+        """Whether calls run compiled."""
+        return self.compiled is not self.function
+
     def __call__(self, *args):
         if self.proven:
             return self.compiled(*args)
+        return self.prove(lambda call: call(*args))
+
+    def prove(self, trial: Callable[[Callable], Any]) -> Any:
+        """Run ``trial`` on the compiled function, a call and whatever else must work, and on the function if not."""
+        self.proven = True
         try:
-            result = self.compiled(*args)
-            self.proven = True
-            return result
+            return trial(self)
         except Exception as error:  # the compiler's exceptions share no public base class
-            result = self.function(*args)  # an error of the function itself comes out here
+            self.compiled = self.function
+            result = trial(self)  # an error of the function itself comes out here
             warnings.warn(
                 f"torch.compile does not work here ({type(error).__name__}); running without it",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self.compiled, self.proven = self.function, True
             return result
 
 
@@ -234,3 +226,36 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.images.copy_(state["images"])
         self.age.copy_(state["age"])
+
+
+class Sampler:
+    """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
+
+    All randomness comes from ``rng``; nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        log_density: LogDensity,
+        buffer: ReplayBuffer,
+        reinit_freq: float,
+        step_size: float,
+        noise_std: float,
+        rng: torch.Generator,
+        compile: bool = False,
+    ):
+        self.engine = SGLD(log_density, compile)
+        self.buffer, self.rng = buffer, rng
+        self.reinit_freq, self.step_size, self.noise_std = reinit_freq, step_size, noise_std
+
+    def __call__(self, n: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """n samples (n, C, H, W), and what the log says of their chains, all 0-dim."""
+        start, index = self.buffer.draw(n, self.reinit_freq, self.rng)
+        samples, gradient = self.engine(start, steps, self.step_size, self.noise_std, self.rng)
+        self.buffer.store(index, samples)
+        return samples, {
+            "sgld/gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
+            "sgld/distance_moved": (samples - start).flatten(1).norm(dim=1).mean(),
+            "sgld/saturated_share": (samples.abs() >= 1).float().mean(),
+            "sgld/buffer_age": self.buffer.age.float().mean(),
+        }

@@ -84,7 +84,6 @@ def keep_freed_memory() -> None:
 
 def set_speed_options(device: torch.device) -> None:
     """Process-wide settings for speed; on CUDA, only algorithms that give the same result each time."""
-    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic = True
     if device.type == "cpu":
         keep_freed_memory()
@@ -138,6 +137,13 @@ class Signals:
         self.received, self.status = False, 0
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
+
+    def take(self) -> bool:
+        """Whether one has come since the last call."""
+        if not self.received:
+            return False
+        self.received = False  # first of all: one that comes from now on is for the next call
+        return True
 
     def _note(self, number, frame):
         self.received = True

@@ -31,6 +31,7 @@ import utils  # noqa: E402
 from benchmarks.plain import PlainTraining, plain_sampler  # noqa: E402
 from config import Config  # noqa: E402
 from models import build_model  # noqa: E402
+from storage.run_dir import RunDir  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 
@@ -116,6 +117,7 @@ def prepare(args: argparse.Namespace, **more) -> tuple[torch.device, Config]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=50_000, help="random images of the data set")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", default="sampler,step,data", help="comma list of sampler, step, data, loop, scaling")
     parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
@@ -123,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     device, cfg = prepare(args, max_steps=args.loop_steps)
     shape = (3, args.image_size, args.image_size)
-    images = synthetic(50_000, shape, device)
+    images = synthetic(args.images, shape, device)
     ours = Trainer(cfg, images, device)
     ours.step = 1
     torch.manual_seed(0)
@@ -157,7 +159,7 @@ def main() -> None:
         against_plain(
             "sampler",
             lambda: plain_sampler(network, start, args.sgld_step, 1.0, 0.01),
-            lambda: ours.sgld(start, args.sgld_step, 1.0, 0.01, ours.sgld_rng),
+            lambda: ours.sampler.engine(start, args.sgld_step, 1.0, 0.01, ours.rng["sgld"]),
             sampling_flops,
         )
     if "step" in parts:
@@ -167,16 +169,16 @@ def main() -> None:
     if "data" in parts:
         batch = torch.arange(args.batch_size, device=device)
         times = measure(
-            {"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.data_rng)}, device, 20
+            {"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.rng["data"])}, device, 20
         )
         rows.append(show("batch and augmentation", times["data"]))
     if "loop" in parts:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             warm_up = Trainer(replace(cfg, max_steps=2, gif_every=1), images, device)  # imports, first pictures
-            warm_up.train(utils.RunDir.create(folder, "warm-up", ""))
+            warm_up.train(RunDir.create(folder, "warm-up", ""))
             whole = Trainer(cfg, images, device)
             before = clock(device)
-            whole.train(utils.RunDir.create(folder, "benchmark", ""))
+            whole.train(RunDir.create(folder, "benchmark", ""))
             loop = clock(device) - before
         bare = Trainer(cfg, images, device)
         before = clock(device)

@@ -16,7 +16,6 @@ from evaluation.inputs import Inputs
 from evaluation.report import Section, bootstrap
 from models import JEM, log_density
 from models.predict import images_per_batch
-from sgld import sampling_mode
 from utils import UserError
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
@@ -122,10 +121,9 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K), and the norm of d log p(x) / dx, (N,)."""
-    with sampling_mode(model):
-        x = x.detach().requires_grad_()
-        logits = model(x)
-        (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
     return logits.detach(), grad.flatten(1).norm(dim=1)
 
 

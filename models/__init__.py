@@ -2,10 +2,19 @@
 
 import torch
 
-from models.jem import JEM, copy_weights, log_density, sampling_copy
+from models.jem import JEM, batch_norms, copy_weights, frozen_statistics, log_density, sampling_copy
 from models.wide_resnet import WideResNet
 
-__all__ = ["JEM", "WideResNet", "build_model", "copy_weights", "log_density", "sampling_copy"]
+__all__ = [
+    "JEM",
+    "WideResNet",
+    "batch_norms",
+    "build_model",
+    "copy_weights",
+    "frozen_statistics",
+    "log_density",
+    "sampling_copy",
+]
 
 
 def build_model(

@@ -1,6 +1,8 @@
 """JEM: a classifier read as an energy-based model (Grathwohl et al., ICLR 2020)."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +41,35 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
-    """A frozen copy in evaluation mode whose backbone computes in ``dtype``; the head stays in float32.
+    """A frozen copy that sees images as the loss does, whose backbone computes in ``dtype`` and its head in float32.
 
-    Chains run on this copy, so that sampling touches neither the mode nor the flags of the model in training, casts
-    the weights once a step instead of once a layer and SGLD step, and finds them at addresses that never change.
+    Dropout is off; batch normalisation uses each batch's own statistics and keeps none, so that chains climb the
+    function that the loss scores. Chains run on this copy, so that sampling touches neither the mode nor the flags of
+    the model in training, casts the weights once a step instead of once a layer and SGLD step, and finds them at
+    addresses that never change.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     frozen.f.to(dtype)
-    for module in frozen.f.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()  # 8 bits are too few for running statistics; the layer takes bf16 images all the same
+    for module in batch_norms(frozen):
+        module.float().train()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
+        module.track_running_stats = False
     return frozen
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
+    for module in batch_norms(model):
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in batch_norms(model):
+            module.track_running_stats = True
 
 
 @torch.no_grad()

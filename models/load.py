@@ -11,28 +11,42 @@ from config import Config
 from models import JEM, build_model
 from utils import UserError
 
+NETWORK = ("depth", "width", "norm", "activation")  # the options that make other weights, or weights of another network
+
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
-    state, described = content["state"], content["data"]
-    model = build_model(
-        described["shape"][0],
-        len(described["class_names"]),
-        cfg.depth,
-        cfg.width,
-        cfg.norm,
-        cfg.dropout_rate,
-        cfg.activation,
-    )
-    own = {name: content["config"][name] for name in ("depth", "width", "norm", "activation")}
-    try:
-        if any(getattr(cfg, name) != own[name] for name in ("norm", "activation")):
-            raise RuntimeError("the weights may fit, and be another network")
-        model.load_state_dict(state.get("ema", state["model"]))
-    except RuntimeError:
-        options = " ".join(f"--{name} {value}" for name, value in own.items())
-        raise UserError(f"{path} holds another network, {options}: leave these options out") from None
+    channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
+    model = build_model(channels, n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation)
+    load_weights(model, cfg, path, content)
     return model
+
+
+def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> None:
+    """Give ``model``, built with ``cfg``, a checkpoint's weights: the averaged ones where it has them.
+
+    Raises UserError if the checkpoint holds another network; weights may fit and still belong to one.
+    """
+    own = {name: content["config"][name] for name in NETWORK}
+    channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
+    options = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
+    if options:
+        raise UserError(
+            f"{path} holds another network: its options are {' '.join(options)}; give them, or none of them"
+        )
+    mine = model.f.conv1.in_channels, model.class_output.out_features
+    if mine != (channels, n_classes):
+        raise UserError(
+            f"{path} holds a network for images of {channels} channels in {n_classes} classes, and this one has "
+            f"{mine[0]} channels and {mine[1]} classes: choose another --dataset or --data_dir"
+        )
+    state = content["state"]
+    try:
+        model.load_state_dict(state.get("ema", state["model"]))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} holds other weights than its options say: {str(error).splitlines()[-1].strip()}"
+        ) from None
 
 
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
@@ -42,7 +56,7 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
         raise UserError(
             f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
-            f"classes, and those of {cfg.dataset} are others; mend --dataset or --image_size"
+            f"classes, and those of {cfg.dataset} are others: choose another --dataset or --image_size"
         )
     if list(images.class_names) != list(class_names):
         print(

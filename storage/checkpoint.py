@@ -12,7 +12,8 @@ import torch
 from storage.writer import disk_errors
 from utils import UserError
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+READABLE = (2, 3)  # to measure, to sample from and to start from; resumed is the newest only
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:
@@ -45,14 +46,6 @@ def set_aside(path: Path) -> None:
         path.replace(path.with_name(f"{path.stem}_set_aside.pt"))
 
 
-def remove_others(directory: Path, keep: set[str]) -> None:
-    """Delete the files of ``directory`` whose names are not in ``keep``."""
-    with disk_errors(directory):
-        for path in directory.iterdir():
-            if path.name not in keep:
-                path.unlink()
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one checkpoint file to the CPU. It may hold tensors and plain values, never code to run.
 
@@ -78,8 +71,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of this program")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
+    if state["format"] not in READABLE:
+        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {READABLE[-1]}")
     return state
 
 
@@ -91,10 +84,7 @@ def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not is_run:
-        state = load_checkpoint(place)
-        if "config" not in state:
-            raise UserError(f"{path} is a state to go back to after divergence, no checkpoint; name its run directory")
-        return place, state
+        return place, load_checkpoint(place)
     candidates = [place / "ckpt" / name for name in ("last.pt", "previous.pt")]
     error = None
     for candidate in candidates:

@@ -69,16 +69,16 @@ class RunDir:
     def __exit__(self, *_) -> None:
         self.lock.close()
 
-    def write_config(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
-        content = json.dumps({"options": options, "environment": environment}, indent=2) + "\n"
+    def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
+        content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"
         with disk_errors(self.path):
             replace_file(self.path / "config.json", content.encode())
 
 
-def read_options(run: Path) -> dict[str, Any] | None:
-    """The options in a run directory's config.json, or None if there is no such file or it is broken."""
+def read_config(run: Path) -> dict[str, Any]:
+    """The content of a run directory's config.json; no options if there is no such file or it is broken."""
     try:
-        options = json.loads((run / "config.json").read_text())["options"]
+        content = json.loads((run / "config.json").read_text())
+        return content if isinstance(content["options"], dict) else {"options": {}}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return options if isinstance(options, dict) else None
+        return {"options": {}}

@@ -44,7 +44,8 @@ class Writer:
     def __init__(self):
         self.jobs: queue.Queue = queue.Queue(maxsize=8)
         self.error: Exception | None = None
-        threading.Thread(target=self._work, daemon=True).start()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
     def __enter__(self) -> "Writer":
         return self
@@ -52,8 +53,8 @@ class Writer:
     def __exit__(self, kind, error, traceback) -> None:
         """Wait until everything is written, unless Ctrl-C asks to stop at once."""
         if kind is None or issubclass(kind, Exception):
-            self.jobs.join()
             self.jobs.put(None)
+            self.thread.join()
         if kind is None:
             self.check()
 

@@ -308,11 +308,21 @@ def test_eval_every_and_ckpt_every(tmp_path, monkeypatch):
         "--ckpt_every",
         "3",
     ]  # 4 steps an epoch
+    monkeypatch.setattr("trainer.MIN_EPOCH", 1)
     saved, original = [], Trainer.checkpoint
     monkeypatch.setattr(Trainer, "checkpoint", lambda self, *a: saved.append((*a, self.step)) or original(self, *a))
     run = train(tmp_path, *options)
     assert [step for name, step in saved if name == "last.pt"] == [0, 3, 4, 6, 8, 9]
     assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [8, 9]
+
+
+def test_short_epochs_share_an_evaluation_and_a_checkpoint(tmp_path, monkeypatch):
+    """With 2 steps an epoch, those of each 25th."""
+    saved, original = [], Trainer.checkpoint
+    monkeypatch.setattr(Trainer, "checkpoint", lambda self, *a: saved.append((*a, self.step)) or original(self, *a))
+    run = train(tmp_path, "--mode", "baseline_train", "--batch_size", "500", "--n_valid", "300", "--max_steps", "53")
+    assert [step for name, step in saved if name == "last.pt"] == [0, 50, 53]
+    assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [50, 53]
 
 
 def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
@@ -587,7 +597,7 @@ class TestBrokenCheckpoints:
 
     def test_wrong_architecture(self, jem, tmp_path, capsys):
         err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))
-        assert "does not fit" in err and "--width 1" in err
+        assert "holds another network" in err and "--width 1" in err
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 torn"], ids=["empty", "text", "torn"])
     def test_not_a_checkpoint(self, content, tmp_path, capsys):

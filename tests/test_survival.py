@@ -3,6 +3,7 @@
 ``SURVIVAL_KILLS=20 SURVIVAL_FAULTS=100 python -m pytest tests/test_survival.py`` is the long form.
 """
 
+import dataclasses
 import errno
 import json
 import math
@@ -21,6 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import recovery
 import trainer
 from storage import pictures
 from storage.checkpoint import load_checkpoint
@@ -90,11 +92,26 @@ def scalars(run):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_epochs():
+    """Each of the 13 steps long epochs ends with an evaluation and a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MIN_EPOCH", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, short_epochs):
     status, run = start(tmp_path_factory.mktemp("undisturbed"))
     assert status == 0
     return run
+
+
+def other_images(images):
+    """The same numbers of images, of which one has another pixel."""
+    changed = images.train.images.clone()
+    changed[0, 0, 0, 0] += 1
+    return dataclasses.replace(images, train=dataclasses.replace(images.train, images=changed))
 
 
 def at_step(monkeypatch, step, action):
@@ -213,6 +230,34 @@ class TestResume:
         assert status == 0 and "starting a new one" in capsys.readouterr().out
         assert equal(state(run), state(undisturbed))
 
+    def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
+        """As in cross-validation: the same options, another fold."""
+        original = main.data.load
+        status, first = start(tmp_path, "--max_steps", "2")
+        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
+        status, second = start(tmp_path, "--max_steps", "2", "--resume", "auto")
+        assert status == 0 and f"Passing over {first}" in capsys.readouterr().out
+        status, third = start(tmp_path, "--max_steps", "2", "--resume", "auto", "--note", "mine")
+        assert status == 0 and third.name.endswith("_mine")
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "2", "--resume", "auto"]) == 0
+        assert f"{second} is finished" in capsys.readouterr().out
+
+    def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
+        """One command line for fine-tuning on a machine that may be taken away."""
+        options = ["--load_ckpt", str(undisturbed), "--max_steps", "6", "--resume", "auto"]
+        at_step(monkeypatch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        status, run = start(tmp_path, *options)
+        assert status == 143 and "Starting from the averaged weights" in capsys.readouterr().out
+        assert main.main([*TINY, "--logdir", str(tmp_path), *options]) == 0
+        assert "continuing after step 3" in " ".join(capsys.readouterr().out.split())
+        assert state(run)["step"] == 6
+
+    def test_load_ckpt_starts_from_the_averaged_weights(self, tmp_path, undisturbed):
+        """Those that were measured, as everywhere else."""
+        status, run = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "1")
+        first = load_checkpoint(run / "ckpt" / "previous.pt")["state"]
+        assert equal(first["model"], state(undisturbed)["ema"]) and equal(first["ema"], state(undisturbed)["ema"])
+
     def test_a_checkpoint_file(self, stopped, undisturbed):
         assert main.main(["--resume", str(stopped / "ckpt" / "last.pt")]) == 0
         assert_same_run(stopped, undisturbed)
@@ -233,11 +278,14 @@ class TestResume:
         assert "is finished after 34 steps; a larger --max_steps continues it" in capsys.readouterr().out
         assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
-    def test_more_steps_continue_a_finished_run(self, tmp_path, undisturbed):
+    def test_more_steps_continue_a_finished_run_with_another_cycle(self, tmp_path, undisturbed, capsys):
         run = tmp_path / "run"
         shutil.copytree(undisturbed, run)
         assert main.main(["--resume", str(run), "--max_steps", "45"]) == 0
-        assert state(run)["step"] == 45
+        assert "from step 34 the learning rate rises to its peak again" in capsys.readouterr().out
+        assert state(run)["step"] == 45 and state(run)["cycle_ends"] == [34, 45]
+        lr = {line["step"]: line["lr"] for line in metrics(run) if "lr" in line}
+        assert lr[34] == pytest.approx(1e-6) and lr[45] == pytest.approx(1e-6) and 1e-4 < lr[40] < 1e-3
         assert json.loads((run / "config.json").read_text())["options"]["max_steps"] == 45
         steps = [line["step"] for line in metrics(run)]
         assert steps == sorted(set(steps)) and steps[-1] == 45
@@ -264,7 +312,7 @@ class TestResume:
 
     def test_other_data_is_refused(self, stopped, monkeypatch, capsys):
         original = main.data.load
-        monkeypatch.setattr(main.data, "load", lambda *a: original("digits", n_valid=50))
+        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
         assert main.main(["--resume", str(stopped)]) == 2
         assert "--data_dir" in capsys.readouterr().err
 
@@ -325,25 +373,21 @@ class TestResume:
         assert_same_run(stopped, undisturbed)
 
     def test_other_files_are_refused(self, stopped, capsys):
-        (snapshot,) = (stopped / "snapshots").iterdir()
         for place, words in (
             (stopped / "ckpt" / "best.pt", "--load_ckpt"),
-            (snapshot, "--load_ckpt"),
             ("x" * 300, "cannot read"),
             (stopped / "config.json", "--load_ckpt"),
             (stopped.parent, "is not a run directory"),
         ):
             assert main.main(["--resume", str(place)]) == 2
             assert words in capsys.readouterr().err
-        assert main.main([*TINY, "--load_ckpt", str(snapshot), "--logdir", str(stopped.parent)]) == 2
-        assert "state to go back to" in capsys.readouterr().err
 
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
         """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
         path = stopped / "ckpt" / "last.pt"
         content = load_checkpoint(path)
-        for name in ("data_rng", "sgld_rng"):
-            content["state"][name] = content["state"][name][:16].clone()
+        rng = content["state"]["rng"]
+        rng |= {name: rng[name][:16].clone() for name in ("data", "sgld")}
         torch.save(content, path)
         assert main.main(["--resume", str(stopped)]) == 0
         assert "another kind of device" in capsys.readouterr().out
@@ -436,7 +480,7 @@ def nan_gradients(run):
 
 
 def nan_in_buffer(run):
-    run.buffer.images[::3, 0, 0, 0] = math.nan
+    run.sampler.buffer.images[::3, 0, 0, 0] = math.nan
 
 
 def huge_step(run):
@@ -445,10 +489,7 @@ def huge_step(run):
 
 
 def runaway_energy(run):
-    run.model.class_output.bias.data.add_(1e5)
-    run.model.f.bn1, before = torch.nn.Identity(), run.model.f.bn1
     run.model.class_output.weight.data.mul_(1e6)
-    run.model.f.bn1 = before
 
 
 FAULT_KINDS = {
@@ -464,7 +505,7 @@ class TestDivergence:
     def test_injected_faults_are_survived(self, i, tmp_path, monkeypatch, capsys):
         rng = random.Random(i)
         name = list(FAULT_KINDS)[i % len(FAULT_KINDS)]
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
+        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
         injected = at_step(monkeypatch, rng.randint(1, 33), FAULT_KINDS[name])
         status, run = start(tmp_path, "--seed", str(i))
         end = state(run)
@@ -472,7 +513,7 @@ class TestDivergence:
         assert all(t.isfinite().all() for t in end["model"].values())
         assert end["buffer"]["images"].isfinite().all() or name == "NaN in the buffer"
         events = [line for line in metrics(run) if "event" in line]
-        assert end["recoveries"] == len(events) == (0 if name == "NaN in the buffer" else 1)
+        assert end["recovery"]["recoveries"] == len(events) == (0 if name == "NaN in the buffer" else 1)
         steps = [line["step"] for line in metrics(run) if "event" not in line]
         assert steps == sorted(set(steps)) and steps[-1] == 34
         last = metrics(run)[-1]
@@ -485,7 +526,7 @@ class TestDivergence:
 
     def test_a_snapshot_is_good_only_when_training_went_on_well(self, tmp_path, monkeypatch):
         """Ill weights that pass the check of step 20 are in the snapshot of that step; it must not be used."""
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
+        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
         at_step(monkeypatch, 20, huge_step)
         status, run = start(tmp_path)
         (event,) = [line for line in metrics(run) if "event" in line]
@@ -513,7 +554,7 @@ class TestDivergence:
         assert err.startswith("failed: ") and "--sgld_step" in err and "--lr" in err
 
     def test_a_divergence_soon_after_another_calls_for_a_remedy_and_a_late_one_does_not(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 2)  # soon: within 10 steps
+        monkeypatch.setattr(recovery, "STATE_EVERY", 2)  # soon: within 10 steps
         for step in (10, 20, 34):
             at_step(monkeypatch, step, lambda run: run.alarm.fill_(True))
         _, run = start(tmp_path)
@@ -530,10 +571,11 @@ class TestDivergence:
         run = trainer.Trainer(cfg, main.data.load("digits"), torch.device("cpu"))
         run.step = 1
         before = run.lr
-        run.remedies |= {"sgld_step_factor": 3, "lr_factor": 0.5, "energy_l2": 0.1}
+        run.recovery.remedies |= {"sgld_step_factor": 3, "lr_factor": 0.5, "energy_l2": 0.1}
         run.training_step()
         assert seen == [6] and run.lr == before / 2
-        penalty = run.sums["loss/total"] - run.sums["loss/classification"] - run.sums["loss/generative"]
+        sums = run.meter.sums
+        penalty = sums["loss/total"] - sums["loss/classification"] - sums["loss/generative"]
         assert penalty.item() == pytest.approx(0.1 * 2.3**2, rel=0.3)  # log-densities begin near log 10
 
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
@@ -542,50 +584,43 @@ class TestDivergence:
         status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
         assert status == 1
         status, run = start(tmp_path / "with", *harsh)
-        assert status == 0 and state(run)["recoveries"] >= 1
+        assert status == 0 and state(run)["recovery"]["recoveries"] >= 1
         assert metrics(run)[-1]["accuracy/test"] > 0.85
 
-    def test_a_resumed_run_goes_back_to_the_same_state(self, tmp_path, monkeypatch):
-        """Stopped between a good snapshot and a divergence: the run ends as the one that was never stopped."""
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
-        at_step(monkeypatch, 28, nan_gradients)
-        _, whole = start(tmp_path / "whole")
-        at_step(monkeypatch, 28, nan_gradients)
-        at_step(monkeypatch, 23, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        status, run = start(tmp_path / "stopped")
-        assert status == 143
+    def test_a_resumed_run_goes_back_to_its_checkpoint(self, tmp_path, monkeypatch):
+        """States to go back to are in memory only: after a resume the checkpoint is the first of them."""
+        at_step(monkeypatch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        _, run = start(tmp_path)
+        at_step(monkeypatch, 20, nan_gradients)
         assert main.main(["--resume", str(run)]) == 0
         (event,) = [line for line in metrics(run) if "event" in line]
-        assert "back to step 10" in event["message"]
-        assert_same_run(run, whole)
+        assert "back to step 17 with new randomness" in event["message"]
 
-    @pytest.mark.parametrize("step", [3, 16])
-    def test_killed_in_the_middle_of_a_recovery(self, step, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("step, back_to", [(3, 0), (16, 13)])
+    def test_killed_in_the_middle_of_a_recovery(self, step, back_to, tmp_path, monkeypatch):
         """After the recovery is logged, before its checkpoint is written."""
 
         class Killed(BaseException):
             pass
 
-        at_step(monkeypatch, step, nan_gradients)
-        _, whole = start(tmp_path / "whole")
         original = trainer.Trainer.checkpoint
 
         def killed(self, name):
-            if self.recoveries:
+            if self.recovery.recoveries:
                 raise Killed
             original(self, name)
 
-        (tmp_path / "killed").mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(trainer.Trainer, "checkpoint", killed)
             at_step(patch, step, nan_gradients)
             with pytest.raises(Killed):
-                start(tmp_path / "killed")
-        (run,) = (tmp_path / "killed").iterdir()
-        assert any("event" in line for line in metrics(run)) and state(run)["recoveries"] == 0
+                start(tmp_path)
+        (run,) = tmp_path.iterdir()
+        assert any("event" in line for line in metrics(run)) and state(run)["recovery"]["recoveries"] == 0
         at_step(monkeypatch, step, nan_gradients)
         assert main.main(["--resume", str(run)]) == 0
-        assert_same_run(run, whole)
+        (event,) = [line for line in metrics(run) if "event" in line]
+        assert f"back to step {back_to} " in event["message"] and state(run)["step"] == 34
 
     def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
         """best.pt stays on disk, so a worse model of after the recovery must not replace it."""
@@ -593,42 +628,31 @@ class TestDivergence:
         monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: {"accuracy/valid": next(scores)})
         at_step(monkeypatch, 15, nan_gradients)
         _, run = start(tmp_path, "--max_steps", "25")
-        assert state(run)["recoveries"] == 1 and state(run, "best.pt")["best"] == state(run)["best"] == 0.9
+        assert (
+            state(run)["recovery"]["recoveries"] == 1
+            and state(run, "best.pt")["step"] == 13
+            and state(run)["best"] == 0.9
+        )
 
-    def test_snapshots_on_disk_are_those_that_checkpoints_name(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 2)
-        original, kept = trainer.remove_others, []
+    def test_what_a_run_leaves_on_disk(self, undisturbed):
+        """No states but the checkpoints; best.pt holds what measuring and sampling need."""
+        assert {path.name for path in (undisturbed / "ckpt").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+        assert {path.name for path in undisturbed.iterdir() if path.is_dir()} == {"ckpt", "samples"}
+        assert state(undisturbed, "best.pt").keys() == {"step", "model", "ema"}
 
-        def counting(directory, keep):
-            original(directory, keep)
-            kept.append(len(list(directory.iterdir())))
-
-        monkeypatch.setattr(trainer, "remove_others", counting)
-        _, run = start(tmp_path)
-        assert max(kept) <= 6 and len(kept) > 17
-        named = {
-            name for file in ("last.pt", "previous.pt") for name in load_checkpoint(run / "ckpt" / file)["snapshots"]
-        }
-        assert named == {path.name for path in (run / "snapshots").iterdir()}
-        assert [f"step_{step:08d}_recoveries_0.pt" for step in (24, 26, 32, 34)] == sorted(named)
-
-    @pytest.mark.parametrize("damage", ["remove", "flip"])
-    def test_without_snapshots_a_resumed_run_starts_with_its_own(self, damage, tmp_path, monkeypatch, capsys):
-        at_step(monkeypatch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        _, run = start(tmp_path)
-        (snapshot,) = (run / "snapshots").iterdir()
-        content = bytearray(snapshot.read_bytes())
-        content[len(content) // 2] ^= 4
-        snapshot.write_bytes(content) if damage == "flip" else snapshot.unlink()
-        at_step(monkeypatch, 20, nan_gradients)
-        assert main.main(["--resume", str(run)]) == 0
-        captured = capsys.readouterr()
-        assert snapshot.name in captured.err and "goes back to step 17" in captured.err
-        assert "back to step 17 with" in captured.out
+    def test_a_state_is_copied_once_a_step(self, tmp_path, monkeypatch):
+        copied, original = [], trainer.copy_tree
+        monkeypatch.setattr(
+            trainer,
+            "copy_tree",
+            lambda tree, device: (copied.append(tree["step"]) if "step" in tree else None, original(tree, device))[1],
+        )
+        start(tmp_path)
+        assert copied == sorted(set(copied)) and copied[-1] == 34
 
     def test_new_randomness(self, tmp_path, monkeypatch, undisturbed):
         at_step(monkeypatch, 30, nan_gradients)
-        monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
+        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
         _, run = start(tmp_path)
         assert not equal(state(run)["model"], state(undisturbed)["model"])
 
@@ -641,14 +665,21 @@ class TestDivergence:
 
 @pytest.mark.parametrize("settings", [[], HARSH], ids=["stable", "diverging"])
 def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
-    """kill -9 and resume, again and again: the end is bit-for-bit the undisturbed run's, recoveries included."""
-    dumps = "--ckpt_every 3 --sample_every 3 --gif_every 30".split()
+    """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's.
+
+    States to go back to after a divergence are in memory, so where training diverges, other recoveries follow.
+    """
+    ckpt_every = 13 if settings is HARSH else 3  # a checkpoint on the way to a divergence would be no way back
+    dumps = f"--ckpt_every {ckpt_every} --sample_every 3 --gif_every 30".split()
     options = [*TINY, *settings, *dumps, "--max_steps", str(30 * KILLS)]
-    monkeypatch.setattr(trainer, "SNAPSHOT_EVERY", 10)
-    frequent = "import sys, main, trainer; trainer.SNAPSHOT_EVERY = 10; sys.exit(main.main(sys.argv[1:]))"
+    monkeypatch.setattr(recovery, "STATE_EVERY", 10)
+    frequent = (
+        "import sys, main, recovery, trainer; recovery.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
     program = [sys.executable, "-c", frequent]
     status, whole = start(tmp_path / "whole", *options)
-    assert status == 0 and (state(whole)["recoveries"] > 0) == (settings is HARSH)
+    assert status == 0 and (state(whole)["recovery"]["recoveries"] > 0) == (settings is HARSH)
 
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     killed.mkdir()
@@ -677,4 +708,8 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
         kills += 1
     assert kills == KILLS  # or the run was too short for them
     (run,) = killed.iterdir()
-    assert_same_run(run, whole)
+    if settings is HARSH:
+        steps = [line["step"] for line in metrics(run) if "event" not in line]
+        assert steps == sorted(set(steps)) and steps[-1] == state(run)["step"] == 30 * KILLS
+    else:
+        assert_same_run(run, whole)

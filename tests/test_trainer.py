@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import data
+import optim
 import trainer
 from config import Config
-from models import build_model
-from sgld import ReplayBuffer, reference_chain, sampling_mode
+from models import build_model, copy_weights
+from sgld import ReplayBuffer, reference_chain
 
 
 def config(**changes):
@@ -49,8 +50,7 @@ def plain_losses(cfg, images, steps):
         batch = images.train[order[(step - 1) % per_epoch * cfg.batch_size :][: cfg.batch_size]]
         x = data.augment(batch.images, images.flip, cfg.sigma, data_rng)
         start, places = buffer.draw(cfg.batch_size, cfg.reinit_freq, sgld_rng)
-        with sampling_mode(model):
-            samples = reference_chain(model.log_density, start, cfg.sgld_step, cfg.sgld_lr, cfg.sgld_std, sgld_rng).x
+        samples = reference_chain(model.log_density, start, cfg.sgld_step, cfg.sgld_lr, cfg.sgld_std, sgld_rng).x
         buffer.store(places, samples)
         loss = (
             F.cross_entropy(model(x), batch.labels) + model(samples).logsumexp(1).mean() - model(x).logsumexp(1).mean()
@@ -72,8 +72,8 @@ def trained_losses(cfg, images, steps):
     run, losses = trainer.Trainer(cfg, images, torch.device("cpu")), []
     for run.step in range(1, steps + 1):
         run.training_step()
-        losses.append(run.sums["loss/total"].item())
-        run.sums = {}
+        losses.append(run.meter.sums["loss/total"].item())
+        run.meter.reset()
     return losses
 
 
@@ -100,6 +100,73 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
         assert seen == sizes
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("norm", ["none", "batch", "instance", "group"])
+def test_sampler_and_loss_see_one_energy(norm, precision, digits):
+    """Of the same images, the network that chains climb and the one that the loss scores say the same log p(x)."""
+    run = trainer.Trainer(config(norm=norm, precision=precision), digits, torch.device("cpu"))
+    for run.step in range(1, 4):  # the running statistics are no longer those of the start
+        samples = run.training_step()
+    copy_weights(run.model, run.sampling_model)
+    with torch.no_grad():
+        climbed = run.sampling_model.log_density(samples)
+    scored = run.backward(samples, torch.zeros(16, dtype=torch.int64), samples)
+    tolerance = 1e-5 if precision == "fp32" else 0.01
+    for name in ("log_density/real", "log_density/sampled"):
+        assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=tolerance)
+
+
+def test_running_statistics_are_those_of_real_images(digits):
+    """The first step's: a tenth of the batch's, as if no samples had been there."""
+    run = trainer.Trainer(config(norm="batch"), digits, torch.device("cpu"))
+    alone = trainer.Trainer(config(norm="batch", mode="baseline_train"), digits, torch.device("cpu"))
+    for trained in (run, alone):
+        trained.step = 1
+        trained.training_step()
+    assert torch.equal(run.model.f.bn1.running_mean, alone.model.f.bn1.running_mean)
+    assert torch.equal(run.model.f.layer2[0].bn2.running_var, alone.model.f.layer2[0].bn2.running_var)
+    assert run.model.f.bn1.num_batches_tracked == 1
+
+
+def test_averaged_weights_get_statistics_of_their_own(digits):
+    run = trainer.Trainer(config(norm="batch", ema=0.9, dropout_rate=0.1), digits, torch.device("cpu"))
+    for run.step in range(1, 6):
+        run.training_step()
+    seen, before = {}, torch.get_rng_state()
+    first = run.average.f.layer1[0]
+    optim.refit_statistics(run.average, digits.train.images[:300])
+    first.bn1.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
+    run.average(data.to_float(digits.train.images[:300]))
+    torch.testing.assert_close(first.bn1.running_mean, seen["x"].mean((0, 2, 3)))
+    torch.testing.assert_close(first.bn1.running_var, seen["x"].var((0, 2, 3)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(digits, monkeypatch):
+    """The run goes on without it and says so; the trial leaves no trace."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no backward compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args: Broken.apply(f(*args)))
+    run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
+    assert run.compiled == "network"
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
+        run.prove_compilation()
+    assert run.compiled == "nothing"
+    eager = trainer.Trainer(config(mode="baseline_train"), digits, torch.device("cpu"))
+    for trained in (run, eager):
+        trained.step = 1
+        trained.training_step()
+    assert run.meter.sums["loss/total"] == eager.meter.sums["loss/total"]
+
+
 def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     cfg = config(mode="baseline_train", batch_size=200, buffer_size=200)
     numbered = torch.arange(len(digits.train)).remainder(256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
@@ -112,7 +179,7 @@ def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     orders = []
     for run.step in range(1, 13):
         run.training_step()
-        orders.append(run.order)
+        orders.append(run.batches.order)
     for epoch in (0, 1):
         order = orders[6 * epoch]
         assert sorted(order.tolist()) == list(range(len(images.train)))
@@ -124,24 +191,35 @@ def test_average_of_the_weights(digits):
     """Decay min(ema, (1 + step) / (10 + step)), so that the untrained start is soon forgotten."""
     run = trainer.Trainer(config(ema=0.5), digits, torch.device("cpu"))
     run.model.class_output.bias.data.fill_(0)
-    run.ema.class_output.bias.fill_(0)
+    run.average.class_output.bias.fill_(0)
     expected = 0.0
     for run.step in range(1, 21):
         run.model.class_output.bias.data.fill_(run.step)
-        run.update_average()
+        optim.update_average(run.average, run.model, 0.5, run.step)
         decay = min(0.5, (1 + run.step) / (10 + run.step))
         expected = decay * expected + (1 - decay) * run.step
-        assert run.ema.class_output.bias.tolist() == pytest.approx([expected] * 10)
+        assert run.average.class_output.bias.tolist() == pytest.approx([expected] * 10)
 
 
 def test_learning_rate():
     peak = 0.1
-    assert [trainer.learning_rate(s, peak, 10, 100) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
-    assert trainer.learning_rate(55, peak, 10, 100) == pytest.approx((peak + 1e-6) / 2)
-    assert trainer.learning_rate(100, peak, 10, 100) == pytest.approx(1e-6)
-    assert trainer.learning_rate(1, peak, 0, 1) == pytest.approx(1e-6)
-    assert trainer.learning_rate(3, peak, 10, 3) == pytest.approx(0.03)
-    assert trainer.learning_rate(50, 1e-7, 10, 100) == pytest.approx(1e-7)  # below the cosine's end: constant
+    assert [optim.learning_rate(s, peak, 10, [100]) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
+    assert optim.learning_rate(55, peak, 10, [100]) == pytest.approx((peak + 1e-6) / 2)
+    assert optim.learning_rate(100, peak, 10, [100]) == pytest.approx(1e-6)
+    assert optim.learning_rate(1, peak, 0, [1]) == pytest.approx(1e-6)
+    assert optim.learning_rate(3, peak, 10, [3]) == pytest.approx(0.03)
+    assert optim.learning_rate(50, 1e-7, 10, [100]) == pytest.approx(1e-7)  # below the cosine's end: constant
+
+
+def test_a_longer_run_gets_another_cycle():
+    """The first one's rates stay; a short warm-up and another cosine follow."""
+    ends, peak = [100, 140], 0.1
+    assert [optim.learning_rate(s, peak, 10, ends) for s in range(1, 101)] == [
+        optim.learning_rate(s, peak, 10, [100]) for s in range(1, 101)
+    ]
+    assert [optim.learning_rate(s, peak, 10, ends) for s in (101, 104)] == pytest.approx([peak / 4, peak])
+    assert optim.learning_rate(122, peak, 10, ends) == pytest.approx((peak + 1e-6) / 2)
+    assert optim.learning_rate(140, peak, 10, ends) == pytest.approx(1e-6)
 
 
 def test_no_step_waits_for_the_device(digits, monkeypatch):

@@ -1,0 +1,84 @@
+"""What the terminal shows of a run."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
+LONG = 48  # hours from which on a hint says what is faster
+OUTPUTS = (
+    "samples",
+    "SGLD_process_demo.gif",
+    "test_accuracy.png",
+    "loss.png",
+    "metrics.jsonl",
+    "ckpt/best.pt",
+    "ckpt/last.pt",
+)
+
+
+class Progress:
+    """A bar with the speed, and how long the rest will take."""
+
+    def __init__(self, step: int, total_steps: int, batch_size: int):
+        patience = 0.1 if sys.stderr.isatty() else 10  # seconds; a cluster's log file wants fewer bars than a terminal
+        self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=patience)
+        self.total_steps, self.batch_size = total_steps, batch_size
+        self.clock: tuple[float, int] | None = None  # when and at which step the speed was last measured
+        self.estimated = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def start_clock(self, step: int) -> None:
+        """The first step's time is compilation and warm-up, and does not count."""
+        if self.clock is None:
+            self.clock = (time.perf_counter(), step)
+
+    def speed(self, step: int) -> float:
+        """Images a second since the last call; NaN before the clock runs. Says once how long the rest will take."""
+        if self.clock is None:
+            return math.nan
+        now, (then, before) = time.perf_counter(), self.clock
+        self.clock = (now, step)
+        speed = (step - before) * self.batch_size / (now - then)
+        if not self.estimated and step < self.total_steps:
+            self.estimated = True
+            self._estimate(self.total_steps - step, speed)
+        return speed
+
+    def _estimate(self, steps: int, speed: float) -> None:
+        hours = steps * self.batch_size / speed / 3600
+        duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        hint = "; a smaller --width, --depth, --batch_size or --max_steps is faster" if hours > LONG else ""
+        self.write(f"The remaining {steps} steps will take about {duration}{hint}.")
+
+    def show(self, speed: float, values: dict[str, float]) -> None:
+        """Numbers behind the bar, when it is drawn next."""
+        self.bar.set_postfix({"images/s": f"{speed:.0f}"} | {k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def go_back(self, step: int) -> None:
+        self.bar.n, self.clock = step, (time.perf_counter(), step)
+        self.bar.refresh()
+
+    def write(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line)
+
+
+def summary(run: Path, step: int, tensorboard: bool) -> None:
+    print(f"Done after {step} steps. Look at")
+    for name in OUTPUTS:
+        if (run / name).exists():
+            print(f"  {run / name}")
+    if tensorboard:
+        print(f"or run: tensorboard --logdir {run.parent}")

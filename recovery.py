@@ -1,0 +1,102 @@
+"""What happens when training diverges: states to go back to, and settings that become gentler."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config
+from utils import TrainingFailed
+
+STATE_EVERY = 200  # steps between states that training can go back to
+
+
+class Recovery:
+    """Two states to go back to, in memory, and what divergence has changed.
+
+    proven: the state to go back to: training went on well for a while after it. latest: a later state, which is proven
+    when the next one comes. ``remedies`` change the options of the rest of the run; they are those that JEM's authors
+    recommend, in their order: more SGLD steps, a lower learning rate, a small penalty on energies.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.proven: dict[str, Any] | None = None
+        self.latest: dict[str, Any] | None = None
+        self.remedies = {"sgld_step_factor": 1, "lr_factor": 1.0, "energy_l2": cfg.energy_l2}
+        self.recoveries = 0  # in the whole run
+        self.close_failures = 0  # each soon after the one before
+        self.failed_at = -1  # the last one's step
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """``state`` is the latest, and the one before it has proven good."""
+        self.proven, self.latest = self.latest or state, state
+
+    def go_back(self, step: int) -> tuple[dict[str, Any], str]:
+        """The state to continue from after a divergence at ``step``, and what is changed, in words.
+
+        Raises TrainingFailed if the run has used up its recoveries.
+        """
+        if self.recoveries >= self.cfg.max_recoveries:
+            raise TrainingFailed(
+                f"training diverged at step {step} and {self.recoveries} recoveries are used up; try more "
+                "--sgld_step, a lower --lr, or --energy_l2 0.1"
+            )
+        self.recoveries += 1
+        self.latest = self.proven
+        soon = step <= self.failed_at + 5 * STATE_EVERY
+        self.close_failures = self.close_failures + 1 if soon else 1
+        self.failed_at = step
+        return self.proven, self._change_settings()
+
+    def _change_settings(self) -> str:
+        if self.close_failures == 2 and self.cfg.samples:
+            self.remedies["sgld_step_factor"] *= 2
+            return f"{self.cfg.sgld_step * self.remedies['sgld_step_factor']} SGLD steps"
+        if self.close_failures == 4 and self.cfg.samples:
+            self.remedies["energy_l2"] = max(0.1, self.remedies["energy_l2"])
+            return f"energy_l2 {self.remedies['energy_l2']:g}"
+        if self.close_failures >= 2:
+            self.remedies["lr_factor"] *= 0.5
+            return f"learning rate x {self.remedies['lr_factor']:g}"
+        return "new randomness"
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("remedies", "recoveries", "close_failures", "failed_at")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in copy_tree(state).items():
+            setattr(self, name, value)
+
+
+def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
+    """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
+    match tree:
+        case Tensor():
+            return tree.detach().to(device or tree.device, copy=True)
+        case dict():
+            return {key: copy_tree(value, device) for key, value in tree.items()}
+        case list() | tuple():
+            return type(tree)(copy_tree(value, device) for value in tree)
+    return tree
+
+
+def roomiest(device: torch.device, state: dict[str, Any]) -> torch.device:
+    """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if free > 4 * size_of(state) else torch.device("cpu")
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    match tree:
+        case Tensor():
+            return tree.nbytes
+        case dict():
+            return sum(map(size_of, tree.values()))
+        case list() | tuple():
+            return sum(map(size_of, tree))
+    return 0
