@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from recipes import RECIPES
 from utils import UserError
 
 MODES = ("energy_train", "baseline_train", "test", "sample")
@@ -15,7 +16,7 @@ CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
     "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
-    "n_samples n_sample_steps from_buffer class_cond inpaint denoise save_images".split()
+    "n_samples n_sample_steps from_buffer inpaint denoise save_images".split()
 )
 
 
@@ -58,6 +59,12 @@ class Config:
         "what to do: train a JEM, or the plain classifier; or measure --load_ckpt, or draw samples from it",
         MODES,
     )
+    recipe: str = option(
+        "jem",
+        "run",
+        "set of options of a paper; options that are given besides replace its own",
+        tuple(RECIPES),
+    )
     gpu: str = option("0", "run", "index of the CUDA device, or cpu")
     seed: int = option(1, "run", "seed of every random generator", minimum=0)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory")
@@ -87,6 +94,12 @@ class Config:
         "data",
         "images held out of train for validation (default: 5000, or a tenth of train where that is less)",
         minimum=0,
+    )
+    labels_per_class: int | None = option(
+        None,
+        "data",
+        "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
+        minimum=1,
     )
     no_flip: bool = option(
         False,
@@ -120,6 +133,22 @@ class Config:
     warmup_steps: int = option(
         1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to 1e-6 follows", minimum=0
     )
+    schedule: str = option(
+        "cosine", "optimisation", "the learning rate after the warm-up: a cosine to 1e-6, or steps", ("cosine", "step")
+    )
+    decay_epochs: str = option("", "optimisation", "epochs, a comma list, after which --schedule step lowers the rate")
+    decay_rate: float = option(
+        0.3, "optimisation", "factor by which --schedule step lowers the learning rate", above=0, maximum=1
+    )
+    sam_rho: float = option(
+        0.0,
+        "optimisation",
+        "radius of sharpness-aware minimisation, which takes two passes a step; 0 is off",
+        minimum=0,
+    )
+    sam_adaptive: bool = option(
+        False, "optimisation", "measure --sam_rho in units of each weight's own size (adaptive SAM)"
+    )
     ema: float = option(
         0.0,
         "optimisation",
@@ -138,14 +167,50 @@ class Config:
     sgld_std: float = option(
         0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale", minimum=0
     )
+    sgld_grad_clamp: float | None = option(
+        None, "SGLD", "largest size of the gradient in a pixel; larger ones are cut (default: no limit)", above=0
+    )
+    sgld_clamp: bool = option(False, "SGLD", "keep the chains' images in [-1, 1]")
+    start: str = option(
+        "uniform",
+        "SGLD",
+        "where chains start: uniform noise, or samples of a Gaussian with the mean and covariance of the training "
+        "images, of all or of each class",
+        ("uniform", "gaussian", "class_gaussian"),
+    )
+    class_cond: bool = option(
+        False,
+        "SGLD",
+        "chains climb log p(x|y), as many of each class; in training the replay buffer is divided by class, "
+        "in a picture of samples each class has a row, --inpaint and --denoise take the test images' own classes",
+    )
     buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)
 
     p_x_weight: float = option(
         1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples", minimum=0
     )
     p_y_x_weight: float = option(1.0, "objective", "weight of the cross-entropy of p(y|x)", minimum=0)
+    p_x_y_weight: float = option(
+        0.0, "objective", "weight of the generative term of log p(x, y); needs --class_cond", minimum=0
+    )
     energy_l2: float = option(
         0.0, "objective", "weight of the mean squared log-density of real and sampled images", minimum=0
+    )
+    mean_energy_l2: float = option(
+        0.0,
+        "objective",
+        "weight of the squares of the mean log-density of real images and that of samples",
+        minimum=0,
+    )
+    p_x_batch_size: int | None = option(
+        None,
+        "objective",
+        "real images, another draw than the labelled ones, and chains of log p(x) (default: the labelled images, "
+        "and as many chains)",
+        minimum=1,
+    )
+    p_x_no_augment: bool = option(
+        False, "objective", "the real images of log p(x) are another draw, without crop, flip and noise"
     )
     diverge_threshold: float = option(
         1e4,
@@ -205,12 +270,6 @@ class Config:
         minimum=0,
     )
     from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from uniform noise")
-    class_cond: bool = option(
-        False,
-        "sample",
-        "climb log p(x|y): as many images of each class, a row of the grid for "
-        "each; --inpaint and --denoise take the test images' own classes",
-    )
     inpaint: str = option(
         "",
         "sample",
@@ -243,11 +302,20 @@ class Config:
             raise UserError(f"--image_size must be a multiple of 4, not {self.image_size}")
         if self.mode in ("energy_train", "baseline_train") and not self.samples and self.p_y_x_weight == 0:
             raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
-        if self.samples and self.buffer_size < self.batch_size:
+        if self.samples and self.buffer_size < self.n_chains:
+            name = "p_x_batch_size" if self.p_x_batch_size else "batch_size"
             raise UserError(
-                f"--buffer_size {self.buffer_size} is smaller than --batch_size {self.batch_size}: a step "
+                f"--buffer_size {self.buffer_size} is smaller than --{name} {self.n_chains}: a step "
                 "draws that many different images from the buffer"
             )
+        if self.mode == "energy_train":
+            self._check_energy_options()
+        if self.schedule == "step" and not self.decay_at:
+            raise UserError("--schedule step needs --decay_epochs, the epochs after which the learning rate falls")
+        if self.decay_epochs and self.schedule != "step":
+            raise UserError("--decay_epochs is for --schedule step")
+        if self.sam_adaptive and not self.sam_rho:
+            raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
             raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
         for name in self.metrics:
@@ -258,6 +326,32 @@ class Config:
         if any(c in "/\\" or not c.isprintable() for c in self.note):
             raise UserError("--note becomes part of a directory's name and takes no slashes or unprintable characters")
 
+    def _check_energy_options(self) -> None:
+        if self.p_x_y_weight and not self.class_cond:
+            raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
+        if self.samples and self.class_cond and not self.p_x_y_weight and self.p_y_x_weight == 0:
+            raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
+
+    @property
+    def decay_at(self) -> list[int]:
+        """The epochs in ``--decay_epochs``, ascending."""
+        words = [word.strip() for word in self.decay_epochs.split(",") if word.strip()]
+        if not all(word.isdecimal() and int(word) for word in words):
+            raise UserError(
+                f"--decay_epochs takes a comma list of epochs such as 60,120,180, not {self.decay_epochs!r}"
+            )
+        return sorted(map(int, words))
+
+    @property
+    def separate_p_x(self) -> bool:
+        """Whether log p(x) has real images of its own."""
+        return self.samples and bool(self.p_x_batch_size or self.p_x_no_augment or self.labels_per_class)
+
+    @property
+    def n_chains(self) -> int:
+        """Chains of a step, and real images of log p(x)."""
+        return self.p_x_batch_size or self.batch_size
+
     @property
     def metrics(self) -> list[str]:
         """The names in ``--eval``."""
@@ -266,7 +360,12 @@ class Config:
     @property
     def samples(self) -> bool:
         """Whether the run draws negative samples (and so has a replay buffer)."""
-        return self.mode == "energy_train" and self.p_x_weight > 0
+        return self.mode == "energy_train" and (self.p_x_weight > 0 or self.p_x_y_weight > 0)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels have a part in the training: without, the classes mean nothing."""
+        return self.p_y_x_weight > 0 or self.p_x_y_weight > 0
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -80,14 +80,26 @@ class ImageData:
         }
 
 
-class Batches:
-    """Endless batches of a split, augmented: each pass takes all its images once, in a new order.
+def some_of_each_class(split: Split, n: int, n_classes: int) -> Split:
+    """``n`` images of each class, the same random ones every time. Raises UserError if a class has fewer."""
+    order = torch.randperm(len(split), generator=Generator().manual_seed(SPLIT_SEED)).to(split.labels.device)
+    chosen = [order[split.labels[order] == k][:n] for k in range(n_classes)]
+    least = min(map(len, chosen))
+    if least < n:
+        raise UserError(f"--labels_per_class {n} is more than a class has: one has {least} training images")
+    return split[torch.cat(chosen).sort().values]
 
-    The last images of a pass that fill no batch are left out. All randomness comes from ``rng``.
+
+class Batches:
+    """Endless batches of a split: each pass takes all its images once, in a new order.
+
+    The last images of a pass that fill no batch are left out. Images are augmented unless ``augmented`` is False. All
+    randomness comes from ``rng``.
     """
 
-    def __init__(self, split: Split, batch_size: int, flip: bool, sigma: float, rng: Generator):
+    def __init__(self, split: Split, batch_size: int, flip: bool, sigma: float, rng: Generator, augmented: bool = True):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
+        self.augmented = augmented
         self.order = torch.empty(0, dtype=torch.int64, device=rng.device)  # of this pass
         self.position = 0  # in the order
 
@@ -98,7 +110,9 @@ class Batches:
             self.position = 0
         batch = self.split[self.order[self.position : self.position + self.batch_size]]
         self.position += self.batch_size
-        return augment(batch.images, self.flip, self.sigma, self.rng), batch.labels
+        if self.augmented:
+            return augment(batch.images, self.flip, self.sigma, self.rng), batch.labels
+        return to_float(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "position": self.position}

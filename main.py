@@ -13,6 +13,7 @@ import evaluation
 import sample
 import utils
 from config import CHANGEABLE, Config, add_options
+from recipes import RECIPES
 from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
 from storage.run_dir import RunDir, read_config
 from trainer import Trainer
@@ -71,7 +72,7 @@ def run(arguments: list[str]) -> int:
     for name in ("load_ckpt", "resume"):
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
-    for name in ("class_cond", "from_buffer", "inpaint", "denoise", "save_images"):
+    for name in ("from_buffer", "inpaint", "denoise", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
     if given.get("mode") in ("sample", "test"):
@@ -86,14 +87,14 @@ def train(given: dict) -> int:
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
     resumed = continued(given, resume) if resume not in ("", "auto") else None
-    cfg = resumed[0] if resumed else Config(**given)
+    cfg = resumed[0] if resumed else Config(**with_recipe(given))
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     if resume == "auto":
         newest = newest_run(cfg, images.description)
         if newest:
-            resumed = continued({name: value for name, value in given.items() if name != "load_ckpt"}, newest)
+            resumed = continued({k: v for k, v in with_recipe(given).items() if k != "load_ckpt"}, newest)
             cfg = resumed[0]
         else:
             print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
@@ -114,6 +115,17 @@ def train(given: dict) -> int:
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
         set_aside(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
+
+
+def with_recipe(given: dict) -> dict:
+    """The options that were given, and those of the recipe where they were not."""
+    recipe = RECIPES.get(given.get("recipe"))
+    if recipe is None:  # Config refuses a name that is unknown
+        return given
+    options = recipe.options | given
+    if options.get("schedule") != "step":
+        options = {name: value for name, value in options.items() if name in given or not name.startswith("decay_")}
+    return options
 
 
 def trained(given: dict) -> tuple[Config, Path, dict]:

@@ -1,5 +1,7 @@
 """From logits to a loss and its parts: pure functions."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,40 +9,70 @@ from torch import Tensor
 from models import log_density
 
 
+class Weights(NamedTuple):
+    """The factors of the loss's terms, by the names of their options."""
+
+    p_y_x_weight: float = 1.0
+    p_x_weight: float = 1.0
+    p_x_y_weight: float = 0.0
+    energy_l2: float = 0.0
+    mean_energy_l2: float = 0.0
+
+
 def joint_loss(
     logits: Tensor,
     y: Tensor,
+    logits_real: Tensor,
     logits_sampled: Tensor | None,
-    p_y_x_weight: float,
-    p_x_weight: float,
-    energy_l2: float,
+    y_sampled: Tensor | None,
+    weights: Weights,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """JEM's loss (section 3, equation 6, with Du & Mordatch's penalty on energies) and its parts.
+    """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
-    logits: real images' (N, K) with labels y (N,); logits_sampled: negative samples' (M, K), or None for a plain
-    classifier. Minimising ``loss/generative`` raises log p(x) of real images against samples.
+    Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y). The
+    penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
+    ``mean_energy_l2`` the squares of the two means (M-JEM, section 3).
+
+    Args:
+        logits, y: of the labelled images (N, K), (N,).
+        logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
+        logits_sampled: of the negative samples (M, K), or None for a plain classifier.
+        y_sampled: the classes (M,) whose p(x|y) the samples are from, if they are.
+
+    Returns:
+        The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
     """
     classification = F.cross_entropy(logits, y)
-    real = log_density(logits)
+    real = log_density(logits_real)
     parts = {
         "loss/classification": classification,
         "accuracy/train": (logits.argmax(1) == y).float().mean(),
         "log_density/real": real.mean(),
         "log_density/real_std": real.std(correction=0),
     }
-    loss = p_y_x_weight * classification
+    loss = weights.p_y_x_weight * classification
+    means, everything = [real.mean()], [real]
     if logits_sampled is not None:
         sampled = log_density(logits_sampled)
         generative = sampled.mean() - real.mean()
-        loss = loss + p_x_weight * generative
+        loss = loss + weights.p_x_weight * generative
         parts |= {
             "loss/generative": generative,
             "log_density/sampled": sampled.mean(),
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": class_counts(logits_sampled),
         }
-        real = torch.cat([real, sampled])
-    loss = loss + energy_l2 * real.square().mean()
+        if y_sampled is not None:
+            joint = log_density(logits_sampled, y_sampled).mean() - log_density(logits, y).mean()
+            loss = loss + weights.p_x_y_weight * joint
+            parts |= {
+                "loss/joint": joint,
+                "accuracy/sampled": (logits_sampled.argmax(1) == y_sampled).float().mean(),
+            }
+        means.append(sampled.mean())
+        everything.append(sampled)
+    loss = loss + weights.energy_l2 * torch.cat(everything).square().mean()
+    loss = loss + weights.mean_energy_l2 * torch.stack(means).square().sum()
     return loss, {"loss/total": loss, **parts}
 
 

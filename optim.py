@@ -1,7 +1,9 @@
 """Optimizers, the learning rate's schedule, and the average of the weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ REFIT_IMAGES = 5000  # enough for means and variances of channels
 
 
 def build_optimizer(cfg: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """What ``--optimizer`` names, with momentum 0.9 for SGD."""
     shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     match cfg.optimizer:
         case "adam":
@@ -23,6 +26,56 @@ def build_optimizer(cfg: Config, parameters: Iterable[nn.Parameter]) -> torch.op
             return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, fused=True, **shared)
         case "rmsprop":
             return torch.optim.RMSprop(parameters, **shared)
+
+
+class SAM:
+    """Sharpness-aware minimisation (Foret et al., ICLR 2021) around an optimizer, in whose place it stands.
+
+    A step has two passes: the gradient g at the weights w, then the gradient at w + e, with which the optimizer updates
+    w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|, the norms over all
+    parameters together. ``second_pass()`` is a context for the second pass, in which nothing but gradients may change.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rho: float,
+        adaptive: bool,
+        second_pass: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.optimizer, self.rho, self.adaptive, self.second_pass = optimizer, rho, adaptive, second_pass
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+        self.state_dict = optimizer.state_dict
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        self.param_groups = self.optimizer.param_groups  # it makes new ones
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One update; ``closure`` leaves gradients in the parameters. Returns what it returned in the first pass."""
+        result = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with torch.no_grad():
+            before = [p.clone() for p in parameters]
+            ascent = [p.grad * p.abs() if self.adaptive else p.grad for p in parameters]
+            norm = torch.nn.utils.get_total_norm(ascent)
+            if self.adaptive:
+                torch._foreach_mul_(ascent, torch._foreach_abs(before))
+            torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-12)))
+        with self.second_pass():
+            closure()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, before)
+        self.optimizer.step()
+        return result
+
+
+def step_learning_rate(
+    step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], decay_rate: float
+) -> float:
+    """Linear warm-up, then ``peak`` times ``decay_rate`` for each of ``decay_steps`` that has passed; from step 1."""
+    passed = sum(step > decay for decay in decay_steps)
+    return peak * min(1, step / max(1, warmup_steps)) * decay_rate**passed
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:

@@ -4,14 +4,16 @@ Knows tensors and a callable ``log_density(x)`` or ``log_density(x, y)`` that re
 float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
 """
 
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 LogDensity = Callable[..., Tensor]
+Start = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
 
 
 class Chain(NamedTuple):
@@ -57,30 +59,42 @@ def reference_chain(
     noise_std: float,
     generator: torch.Generator,
     y: Tensor | None = None,
+    grad_clamp: float | None = None,
+    clamp: bool = False,
 ) -> Chain:
-    """SGLD as one reads it in the paper: what ``SGLD`` must agree with, given the same generator state."""
+    """SGLD as one reads it in the papers: what ``SGLD`` must agree with, given the same generator state."""
     grad = torch.zeros_like(x)
     for _ in range(steps):
         x = x.detach().requires_grad_()
         density = log_density(x) if y is None else log_density(x, y)
         (grad,) = torch.autograd.grad(density.sum(), x)
+        if grad_clamp is not None:
+            grad = grad.clamp(-grad_clamp, grad_clamp)
         x = x.detach() + step_size * grad + noise_std * normal_like(x, generator)
+        if clamp:
+            x = x.clamp(-1, 1)
     return Chain(x.detach(), grad)
 
 
 class SGLD:
     """The same chains, fast: the whole step compiled where asked, and replayed as a CUDA graph on a GPU.
 
-    A graph reads the weights where they were when it was captured, so they must be updated in place. Nothing in a
-    chain waits for the device.
+    ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1). A graph
+    reads the weights where they were when it was captured, so they must be updated in place. Nothing in a chain waits
+    for the device.
     """
 
-    def __init__(self, log_density: LogDensity, compile: bool = False):
+    def __init__(
+        self, log_density: LogDensity, grad_clamp: float | None = None, clamp: bool = False, compile: bool = False
+    ):
         gradient = traceable_input_gradient if compile else input_gradient
 
         def step(x, y, noise, step_size, noise_std):  # JEM, equation 2
             grad = gradient(log_density, x, y)
-            return x + step_size * grad + noise_std * noise, grad
+            if grad_clamp is not None:
+                grad = grad.clamp(-grad_clamp, grad_clamp)
+            x = x + step_size * grad + noise_std * noise
+            return x.clamp(-1, 1) if clamp else x, grad
 
         self.step = CompiledOrEager(step) if compile else step
         self.graphs: dict[tuple, CapturedStep] = {}
@@ -99,8 +113,9 @@ class SGLD:
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = (torch.full((), value, device=x.device) for value in (step_size, noise_std))
         step = self.captured(x, y, size, std) if x.is_cuda else self.step
+        no_noise = torch.zeros_like(x) if noise_std == 0 else None
         for _ in range(steps):
-            x, grad = step(x, y, normal_like(x, generator), size, std)
+            x, grad = step(x, y, normal_like(x, generator) if no_noise is None else no_noise, size, std)
         return Chain(x.clone(), grad.clone()) if x.is_cuda else Chain(x, grad)  # the next replay overwrites a graph's
 
     def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> "CapturedStep":
@@ -196,24 +211,27 @@ class ReplayBuffer:
     """The persistent chains' last images, on the generator's device (JEM, section 4; Du & Mordatch, NeurIPS 2019).
 
     images: float32 (size, C, H, W); age: int64 (size,), the training chains run since an image was last drawn fresh.
+    Image i is of class i * n_classes // size, which matters where draws name classes.
     """
 
-    def __init__(self, size: int, shape: tuple[int, int, int], generator: torch.Generator):
-        self.images = uniform_images(size, shape, generator)
+    def __init__(self, size: int, n_classes: int, start: Start, generator: torch.Generator):
+        self.n_classes = n_classes
+        self.images = start([i * n_classes // size for i in range(size)], generator)
         self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
 
-    def draw(self, n: int, reinit_freq: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Starts of n chains (n, C, H, W) and their places (n,), all different.
+    def places(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
+        """n different random places, int64 (n,); with classes y (n,), of images of these classes.
 
-        Each start is an image of the buffer or, with probability ``reinit_freq``, a fresh one; an image that holds a
-        value that is not finite is always replaced.
+        There must be at most size // n_classes of a class in y.
         """
-        index = torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
-        x = self.images[index]
-        fresh = torch.rand(n, generator=generator, device=generator.device) < reinit_freq
-        fresh |= ~x.isfinite().all(dim=(1, 2, 3))
-        self.age[index] = self.age[index].where(~fresh, 0)
-        return torch.where(fresh[:, None, None, None], uniform_images(n, x.shape[1:], generator), x), index
+        if y is None:
+            return torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
+        size, k = len(self.images), self.n_classes
+        first = (torch.arange(k, device=y.device) * size + k - 1) // k  # of each class; all have at least size // k
+        order = torch.rand(k, size // k, generator=generator, device=y.device).argsort(1)
+        of_class = y[:, None] == torch.arange(k, device=y.device)  # (n, K)
+        rank = (of_class.cumsum(0) - 1).gather(1, y[:, None])  # which of its class each is, (n, 1)
+        return first[y] + order[y].gather(1, rank).squeeze(1)
 
     def store(self, index: Tensor, x: Tensor) -> None:
         """Put the chains' ends (n, C, H, W) back into their places (n,)."""
@@ -231,31 +249,66 @@ class ReplayBuffer:
 class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
-    All randomness comes from ``rng``; nothing waits for the device.
+    All randomness comes from ``rng``, but for how many chains start afresh, and of which classes: this must be known
+    without waiting for the device, and comes from a generator on the host. Nothing waits for the device.
     """
 
     def __init__(
         self,
-        log_density: LogDensity,
+        engine: SGLD,
         buffer: ReplayBuffer,
+        start: Start,
         reinit_freq: float,
         step_size: float,
         noise_std: float,
         rng: torch.Generator,
-        compile: bool = False,
     ):
-        self.engine = SGLD(log_density, compile)
-        self.buffer, self.rng = buffer, rng
+        self.engine, self.buffer, self.start, self.rng = engine, buffer, start, rng
         self.reinit_freq, self.step_size, self.noise_std = reinit_freq, step_size, noise_std
+        self.host_rng = random.Random(rng.initial_seed())
 
-    def __call__(self, n: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n samples (n, C, H, W), and what the log says of their chains, all 0-dim."""
-        start, index = self.buffer.draw(n, self.reinit_freq, self.rng)
-        samples, gradient = self.engine(start, steps, self.step_size, self.noise_std, self.rng)
+    def reseed(self) -> None:
+        """Take the host's randomness from ``rng``'s seed."""
+        self.host_rng.seed(self.rng.initial_seed())
+
+    def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Starts of n chains (n, C, H, W), their places (n,) and, where asked for, their classes (n,).
+
+        A start is an image of the buffer or, with probability ``reinit_freq``, a fresh one; one that holds a value that
+        is not finite is replaced by noise. Classes are as many of each as can be.
+        """
+        k, buffer = self.buffer.n_classes, self.buffer
+        fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
+        shift, y = self.host_rng.randrange(k), None
+        if class_cond:
+            classes = [(i + shift) % k for i in range(fresh)]
+            y = (torch.arange(n, device=self.rng.device) + shift) % k
+        else:
+            classes = [self.host_rng.randrange(k) for _ in range(fresh)]
+        index = buffer.places(n, self.rng, y)
+        x = buffer.images[index].contiguous(memory_format=torch.channels_last)
+        finite = x.isfinite().all(dim=(1, 2, 3))
+        x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))
+        x[:fresh] = self.start(classes, self.rng)
+        buffer.age[index] *= finite
+        buffer.age[index[:fresh]] = 0
+        return x, index, y
+
+    def __call__(self, n: int, steps: int, class_cond: bool = False) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """n samples (n, C, H, W), the classes whose p(x|y) they are from, and what the log says of their chains."""
+        start, index, y = self.draw(n, class_cond)
+        samples, gradient = self.engine(start, steps, self.step_size, self.noise_std, self.rng, y)
         self.buffer.store(index, samples)
-        return samples, {
+        measured = {
             "sgld/gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
             "sgld/distance_moved": (samples - start).flatten(1).norm(dim=1).mean(),
             "sgld/saturated_share": (samples.abs() >= 1).float().mean(),
             "sgld/buffer_age": self.buffer.age.float().mean(),
         }
+        return samples, y, measured
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"host_rng": self.host_rng.getstate()}  # the buffer has a state of its own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.host_rng.setstate(state["host_rng"])

@@ -7,7 +7,8 @@ import copy
 import math
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from meter import Meter
 from models import build_model, copy_weights, frozen_statistics, sampling_copy
 from models.load import load_weights
 from models.predict import accuracy
-from objectives import joint_loss
-from optim import build_optimizer, learning_rate, refit_statistics, update_average
+from objectives import Weights, joint_loss
+from optim import SAM, build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
 from progress import Progress, summary
 from recovery import Recovery, copy_tree, roomiest
-from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, uniform_images
+from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain
+from starts import build_start
 from storage.checkpoint import find_checkpoint, save_checkpoint
 from storage.log import Log
 from storage.pictures import image_grid, plot_curves, save_gif, save_png, to_uint8
@@ -39,14 +41,33 @@ FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compr
 SHOWN = 64  # samples in a grid
 
 
+class Inputs(NamedTuple):
+    """The images of a step, float32 (N, C, H, W): labelled ones, real ones for log p(x) if others, samples if any."""
+
+    x: Tensor
+    y: Tensor
+    x_real: Tensor | None
+    samples: Tensor | None
+    y_sampled: Tensor | None  # the classes whose p(x|y) the samples are from, if they are
+
+
 class Trainer:
     """One run: everything that changes from step to step, and the loop that changes it."""
 
     def __init__(self, cfg: Config, images: data.ImageData, device: torch.device):
         self.cfg, self.data, self.device = cfg, images, device
-        self.steps_per_epoch = len(images.train) // cfg.batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(f"--batch_size {cfg.batch_size} is larger than the {len(images.train)} training images")
+        n_classes, labelled = len(images.class_names), images.train
+        if cfg.labels_per_class:
+            labelled = data.some_of_each_class(images.train, cfg.labels_per_class, n_classes)
+        sizes = {"batch_size": (cfg.batch_size, labelled)}
+        if cfg.separate_p_x:
+            sizes["p_x_batch_size"] = (cfg.n_chains, images.train)
+        for name, (size, split) in sizes.items():
+            if size > len(split):
+                raise UserError(f"--{name} {size} is larger than the {len(split)} training images that it draws from")
+        # An epoch is a pass over the labelled images; with few labels, over all images.
+        size, split = sizes["p_x_batch_size" if cfg.labels_per_class and cfg.separate_p_x else "batch_size"]
+        self.steps_per_epoch = len(split) // size
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.cycle_ends = [self.total_steps]  # see optim.learning_rate
         self.dtype = utils.pick_dtype(cfg.precision, device)
@@ -54,30 +75,37 @@ class Trainer:
         compile = cfg.compile == "on" or (cfg.compile == "auto" and long)
 
         torch.manual_seed(cfg.seed)
-        self.rng = {"data": torch.Generator(device), "sgld": torch.Generator(device)}
+        self.sampler = None
+        self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
         self.seed_generators(cfg.seed)
         self.model = build_model(
-            images.shape[0], len(images.class_names), cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation
+            images.shape[0], n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation
         ).to(device)
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model.parameters())
-        self.batches = data.Batches(
-            images.train, cfg.batch_size, images.flip and not cfg.no_flip, cfg.sigma, self.rng["data"]
-        )
-        self.sampler = None
-        if cfg.samples:
-            self.sampling_model = sampling_copy(self.model, self.dtype)
-            self.sampler = Sampler(
-                self.sampling_model.log_density,
-                ReplayBuffer(cfg.buffer_size, images.shape, self.rng["sgld"]),
-                cfg.reinit_freq,
-                cfg.sgld_lr,
-                cfg.sgld_std,
-                self.rng["sgld"],
-                compile,
+        if cfg.sam_rho:
+            self.optimizer = SAM(self.optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(frozen_statistics, self.model))
+        flip = images.flip and not cfg.no_flip
+        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng["data"])
+        self.real_batches = None  # of log p(x), where these are not the labelled images
+        if cfg.separate_p_x:
+            self.real_batches = data.Batches(
+                images.train, cfg.n_chains, flip, cfg.sigma, self.rng["p_x"], not cfg.p_x_no_augment
             )
-            self.film = SGLD(self.sampling_model.log_density)  # for one chain in 500 steps, compiling would not pay
+        if cfg.samples:
+            rng, self.start = self.rng["sgld"], build_start(cfg.start, images)
+            if cfg.class_cond and cfg.buffer_size // n_classes < math.ceil(cfg.n_chains / n_classes):
+                raise UserError(
+                    f"--buffer_size {cfg.buffer_size} has too few images of each of {n_classes} classes for "
+                    f"{cfg.n_chains} chains of --class_cond"
+                )
+            self.sampling_model = sampling_copy(self.model, self.dtype)
+            clamps = {"grad_clamp": cfg.sgld_grad_clamp, "clamp": cfg.sgld_clamp}
+            engine = SGLD(self.sampling_model.log_density, **clamps, compile=compile)
+            buffer = ReplayBuffer(cfg.buffer_size, n_classes, self.start, rng)
+            self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
+            self.film = SGLD(self.sampling_model.log_density, **clamps)  # one in 500 steps: compiling would not pay
         self.recovery = Recovery(cfg)
         self.meter = Meter()
         self.step, self.best = 0, 0.0
@@ -113,9 +141,8 @@ class Trainer:
         if not isinstance(self.forward, CompiledOrEager):
             return
         state = copy_tree(self.state_dict())
-        x, y = self.batches.next()
-        samples = self.sampler(self.cfg.batch_size, 1)[0] if self.sampler else None
-        self.forward.prove(lambda _: self.backward(x, y, samples))
+        inputs = self.next_inputs(sgld_steps=1)[0]
+        self.forward.prove(lambda _: self.backward(inputs))
         self.load_state_dict(state)
 
     def loop(self, signals: Signals) -> int:
@@ -159,22 +186,18 @@ class Trainer:
                 self.checkpoint("last.pt")
                 if signals.status and not last:
                     return signals.status
-            if "accuracy/test" in values:
+            if evaluates:
                 self.writer.submit(plot_curves, self.run.path)
             self.progress.start_clock(step)
         return 0
 
     def training_step(self) -> Tensor | None:
         """One update; returns the negative samples (N, C, H, W), or None. Never waits for the device."""
-        cfg, remedies = self.cfg, self.recovery.remedies
-        x, y = self.batches.next()
-        samples, measured = None, {}
-        if self.sampler:
-            copy_weights(self.model, self.sampling_model)
-            samples, measured = self.sampler(cfg.batch_size, cfg.sgld_step * remedies["sgld_step_factor"])
+        cfg = self.cfg
+        inputs, measured = self.next_inputs(cfg.sgld_step * self.recovery.remedies["sgld_step_factor"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        parts = self.optimizer.step(lambda: self.backward(x, y, samples))
+        parts = self.optimizer.step(lambda: self.backward(inputs))
         if self.average:
             update_average(self.average, self.model, cfg.ema, self.step)
 
@@ -183,33 +206,55 @@ class Trainer:
             healthy &= parts["loss/generative"].abs() < cfg.diverge_threshold
         self.alarm |= ~healthy
         self.meter.add(parts | measured)
-        return samples
+        return inputs.samples
 
-    def backward(self, x: Tensor, y: Tensor, samples: Tensor | None) -> dict[str, Tensor]:
+    def next_inputs(self, sgld_steps: int) -> tuple[Inputs, dict[str, Tensor]]:
+        """The images of a step, and what the log says of the chains."""
+        x, y = self.batches.next()
+        x_real = self.real_batches.next()[0] if self.real_batches else None
+        if not self.sampler:
+            return Inputs(x, y, x_real, None, None), {}
+        copy_weights(self.model, self.sampling_model)
+        samples, y_sampled, measured = self.sampler(self.cfg.n_chains, sgld_steps, self.cfg.class_cond)
+        return Inputs(x, y, x_real, samples, y_sampled), measured
+
+    def backward(self, inputs: Inputs) -> dict[str, Tensor]:
         """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts."""
-        cfg = self.cfg
+        x, y, x_real, samples, y_sampled = inputs
         self.model.train()
-        logits_sampled = None
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if samples is None:
-                logits = self.forward(x)
-            elif cfg.norm == "batch":  # real images and samples must not share statistics; only real ones are kept
-                logits = self.forward(x)
-                with frozen_statistics(self.model):
-                    logits_sampled = self.forward(samples)
-            else:
-                logits, logits_sampled = self.forward(torch.cat([x, samples])).chunk(2)
-        energy_l2 = self.recovery.remedies["energy_l2"]
-        loss, parts = joint_loss(logits, y, logits_sampled, cfg.p_y_x_weight, cfg.p_x_weight, energy_l2)
+            logits, logits_real, logits_sampled = self.logits(x, x_real, samples)
+        weights = Weights(**{name: getattr(self.cfg, name) for name in Weights._fields})
+        weights = weights._replace(energy_l2=self.recovery.remedies["energy_l2"])
+        if x_real is None:
+            logits_real = logits
+        loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         return parts | {"gradient_norm": gradient_norm}
 
+    def logits(self, *views: Tensor | None) -> list[Tensor | None]:
+        """Logits (N, K) of real images and, in the last place, of samples, in one forward pass where that is the same.
+
+        Batch normalisation must not mix them, and keeps the running statistics of real images alone.
+        """
+        if self.cfg.norm == "batch":
+            *real, samples = views
+            logits = [None if x is None else self.forward(x) for x in real]
+            with frozen_statistics(self.model):
+                return [*logits, None if samples is None else self.forward(samples)]
+        given = [x for x in views if x is not None]
+        logits = iter(self.forward(torch.cat(given)).split([len(x) for x in given]))
+        return [None if x is None else next(logits) for x in views]
+
     @property
     def lr(self) -> float:
-        schedule = learning_rate(self.step, self.cfg.lr, self.cfg.warmup_steps, self.cycle_ends)
-        return schedule * self.recovery.remedies["lr_factor"]
+        cfg, factor = self.cfg, self.recovery.remedies["lr_factor"]
+        if cfg.schedule == "step":
+            decay_steps = [epoch * self.steps_per_epoch for epoch in cfg.decay_at]
+            return factor * step_learning_rate(self.step, cfg.lr, cfg.warmup_steps, decay_steps, cfg.decay_rate)
+        return factor * learning_rate(self.step, cfg.lr, cfg.warmup_steps, self.cycle_ends)
 
     @property
     def epoch(self) -> float:
@@ -223,8 +268,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ state
 
     def seed_generators(self, seed: int) -> None:
-        for i, generator in enumerate(self.rng.values()):
-            generator.manual_seed(2 * seed + i)
+        for name, own in {"data": 2 * seed, "sgld": 2 * seed + 1, "p_x": 2**40 + seed}.items():
+            self.rng[name].manual_seed(own)
+        if self.sampler:
+            self.sampler.reseed()
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
@@ -239,7 +286,9 @@ class Trainer:
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in a checkpoint."""
         parts = {"model": self.model, "ema": self.average, "optimizer": self.optimizer, "batches": self.batches}
-        parts |= {"meter": self.meter, "recovery": self.recovery, "buffer": self.sampler and self.sampler.buffer}
+        parts |= {"real_batches": self.real_batches, "meter": self.meter, "recovery": self.recovery}
+        if self.sampler:
+            parts |= {"buffer": self.sampler.buffer, "sampler": self.sampler}
         return {name: part for name, part in parts.items() if part}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,10 +399,10 @@ class Trainer:
         self.log.encoded_image(step, "samples", png, *picture.shape[:2])
 
     def dump_gif(self) -> None:
-        """A long annealed chain of 16 images from noise; its randomness is its own and leaves training alone."""
+        """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         copy_weights(self.measured_model, self.sampling_model)
-        x = uniform_images(16, self.data.shape, rng)
+        x = self.start([i % len(self.data.class_names) for i in range(16)], rng)
         frames = annealed_chain(self.film, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
         shown = to_uint8(frames).cpu()
         self.writer.submit(self.write_gif, self.step, [image_grid(images, columns=4) for images in shown])
@@ -367,6 +416,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""
+        if not self.cfg.classifies:
+            return {}
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
         model = self.measured_model
         values = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
@@ -395,13 +446,16 @@ class Trainer:
             "run": self.run.path,
             "device": utils.device_name(self.device),
             "precision": f"{str(self.dtype).removeprefix('torch.')}, compiled: {self.compiled}",
+            "recipe": cfg.recipe,
             "network": f"WRN-{cfg.depth}-{cfg.width}, {parameters:,} parameters",
             "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
             "steps": f"{self.total_steps}, {self.steps_per_epoch} an epoch",
         }
         if self.step:
             lines["continuing"] = f"after step {self.step}"
-        if len(self.cycle_ends) > 1:
+        if cfg.labels_per_class:
+            lines["labels"] = f"{len(self.batches.split)} of {len(images.train)} training images have one"
+        if len(self.cycle_ends) > 1 and cfg.schedule == "cosine":
             start = self.cycle_ends[-2]
             lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
         if cfg.warmup_steps >= self.total_steps:

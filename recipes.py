@@ -1,0 +1,51 @@
+"""What a paper is: a named set of options. Options that are given besides replace the recipe's."""
+
+from typing import Any, NamedTuple
+
+
+class Recipe(NamedTuple):
+    paper: str
+    summary: str
+    options: dict[str, Any]
+
+
+CHAINS = {"norm": "batch", "sgld_std": 0.0, "sgld_grad_clamp": 1.0, "sgld_clamp": True}
+SGD = {"optimizer": "sgd", "lr": 0.1, "schedule": "step", "decay_rate": 0.2}
+CLEAN = {"batch_size": 128, "sigma": 0.0, "p_x_batch_size": 64, "p_x_no_augment": True}
+EPOCHS = {"epochs": 200, "decay_epochs": "60,120,180"}
+
+RECIPES = {
+    "jem": Recipe(
+        "Grathwohl et al., ICLR 2020, arXiv 1912.03263",
+        "no normalisation, chains of 20 noisy steps from noise, Adam; the program's defaults",
+        {},
+    ),
+    "jem++": Recipe(
+        "Yang and Ji, ICCV 2021, arXiv 2109.09032",
+        "batch normalisation, chains of 10 clamped steps from a Gaussian of each class, SGD",
+        CHAINS
+        | SGD
+        | {"sgld_step": 10, "start": "class_gaussian", "batch_size": 64, "p_x_batch_size": 64}
+        | {"weight_decay": 4e-4, "epochs": 150, "decay_epochs": "50,100,125"},
+    ),
+    "m-jem": Recipe(
+        "Yang et al., PAKDD 2023, arXiv 2303.04343",
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and small log-densities",
+        CHAINS
+        | SGD
+        | CLEAN
+        | EPOCHS
+        | {"sgld_step": 5, "start": "gaussian", "weight_decay": 5e-4}
+        | {"mean_energy_l2": 0.5},
+    ),
+    "sada-jem": Recipe(
+        "Yang et al., CVPR 2023, arXiv 2209.07959",
+        "as m-jem with a Gaussian of each class and adaptive sharpness-aware minimisation",
+        CHAINS
+        | SGD
+        | CLEAN
+        | EPOCHS
+        | {"sgld_step": 5, "start": "class_gaussian", "weight_decay": 5e-4}
+        | {"sam_rho": 2.0, "sam_adaptive": True},
+    ),
+}

@@ -1,0 +1,82 @@
+"""Where chains start: uniform noise, Gaussians fitted to the training images, or other images.
+
+A start is called with the classes of the images that are wanted, a list on the host, and a generator; it returns
+float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and never waits for the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from data import ImageData, Split, to_float
+from sgld import Start, uniform_images
+
+MAX_ROWS = 8192  # of a Gaussian's factor
+
+
+def build_start(name: str, images: ImageData) -> Start:
+    """The start that ``--start`` names, fitted to the training images."""
+    if name == "uniform":
+        return UniformStart(images.shape)
+    return GaussianStart(images.train, len(images.class_names) if name == "class_gaussian" else None)
+
+
+class UniformStart:
+    """Uniform noise in [-1, 1], whatever the class (JEM)."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        return uniform_images(len(classes), self.shape, rng)
+
+
+class GaussianStart:
+    """A Gaussian with the images' mean and full covariance plus 1e-4 I, of each class or of all, clamped to [-1, 1].
+
+    One for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM. A sample is
+    mean + z @ factor, with a factor of at most ``MAX_ROWS`` rows, of one of two kinds. With more images than
+    dimensions D it is the Cholesky factor of the covariance, (D, D). Otherwise it is the centred images themselves over
+    sqrt(N), (N, D), and noise of variance 1e-4 is added: z @ factor has exactly the images' covariance, without
+    computing it. Only where both are too large (more than ``MAX_ROWS`` images of more than as many dimensions) the
+    factor is made of that many random images, and the covariance is that of these.
+    """
+
+    def __init__(self, split: Split, n_classes: int | None):
+        self.shape = tuple(split.images.shape[1:])
+        groups = [split.images] if n_classes is None else [split.images[split.labels == k] for k in range(n_classes)]
+        self.gaussians = [fit(group) for group in groups]
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        members: dict[int, list[int]] = {}
+        for i, k in enumerate(classes):
+            members.setdefault(k if len(self.gaussians) > 1 else 0, []).append(i)
+        parts = [self._sample(k, len(where), rng) for k, where in members.items()]
+        order = torch.tensor([i for where in members.values() for i in where]).argsort()
+        c, h, w = self.shape
+        flat = torch.cat(parts)[order.to(rng.device)] if parts else torch.empty(0, c * h * w, device=rng.device)
+        return flat.view(-1, c, h, w).contiguous(memory_format=torch.channels_last)
+
+    def _sample(self, k: int, n: int, rng: Generator) -> Tensor:
+        mean, factor, noise = self.gaussians[k]
+        x = mean + torch.randn(n, len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
+        if noise:
+            x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
+        return x.clamp(-1, 1)
+
+
+def fit(images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean (D,), factor (R, D) and the standard deviation of the noise beside it, of images uint8 (N, C, H, W)."""
+    n, d = len(images), images[0].numel()
+    if max(n, d) > MAX_ROWS and min(n, d) > MAX_ROWS:
+        chosen = torch.randperm(n, generator=Generator().manual_seed(0))[:MAX_ROWS]
+        images, n = images[chosen.to(images.device)], MAX_ROWS
+    mean = sum(to_float(part).flatten(1).sum(0) for part in images.split(1000)) / n
+    if n <= d:
+        return mean, (to_float(images).flatten(1) - mean) / n**0.5, 1e-2
+    covariance = 1e-4 * torch.eye(d, device=images.device)
+    for part in images.split(1000):  # a few hundred megabytes less than all at once
+        x = to_float(part).flatten(1) - mean
+        covariance.addmm_(x.T, x, alpha=1 / n)
+    return mean, torch.linalg.cholesky(covariance).T.contiguous(), 0.0
