@@ -22,6 +22,7 @@ from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model
 from sgld import SGLD, normal_like, uniform_images
+from starts import UniformStart, build_start
 from storage.pictures import image_grid, save_gif, save_png, to_uint8
 from storage.run_dir import RunDir
 from storage.writer import disk_errors, replace_file
@@ -77,6 +78,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "steps": steps,
         "sgld_lr": cfg.sgld_lr,
         "sgld_std": cfg.sgld_std,
+        "sgld_grad_clamp": cfg.sgld_grad_clamp,
+        "sgld_clamp": cfg.sgld_clamp,
         "batch_size": cfg.batch_size,
         "seed": cfg.seed,
     }
@@ -101,7 +104,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
-    """Uniform noise or random images of the replay buffer; with ``--class_cond``, the classes in turn."""
+    """Where the model's training started its chains, or random images of the replay buffer; classes in turn."""
     n_classes, available = len(content["data"]["class_names"]), math.inf
     if cfg.from_buffer:
         if "buffer" not in content["state"]:
@@ -113,10 +116,14 @@ def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Genera
         raise UserError(f"{n} samples are more than the {available} images of the replay buffer: give --n_samples")
     if cfg.class_cond and n % n_classes:
         raise UserError(f"--n_samples {n} must be a multiple of the {n_classes} classes for --class_cond")
-    y = torch.arange(n, device=rng.device) % n_classes if cfg.class_cond else None
-    if not cfg.from_buffer:
-        return Start("noise", uniform_images(n, content["data"]["shape"], rng), y)
-    return Start("buffer", images[torch.randperm(available, generator=rng, device=rng.device)[:n]], y)
+    classes = torch.arange(n, device=rng.device) % n_classes
+    y = classes if cfg.class_cond else None
+    if cfg.from_buffer:
+        return Start("buffer", images[torch.randperm(available, generator=rng, device=rng.device)[:n]], y)
+    if cfg.start == "uniform":  # needs no training images
+        return Start("uniform", UniformStart(content["data"]["shape"])(classes.tolist(), rng), y)
+    start = build_start(cfg.start, load_data(cfg, path, content, rng.device))
+    return Start(cfg.start, start(classes.tolist(), rng), y)
 
 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
@@ -177,15 +184,16 @@ def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: 
 
     With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y).
     """
-    sgld = SGLD(model.log_density, cfg.compile == "on")
+    sgld = SGLD(model.log_density, cfg.sgld_grad_clamp, cfg.sgld_clamp, cfg.compile == "on")
     shown = max(SHOWN, COLUMNS * model.class_output.out_features)
     ends, first_logits, last_logits, films = [], [], [], []
-    batches = torch.arange(len(start.x), device=rng.device).split(cfg.batch_size)
+    # Of about equal size: with batch normalisation, images depend on how many there are in their batch.
+    batches = torch.arange(len(start.x), device=rng.device).chunk(math.ceil(len(start.x) / cfg.batch_size))
     with tqdm(total=len(batches) * recorded[-1], desc="SGLD", unit="step") as bar:
         for number, batch in enumerate(batches):
             x, y = start.x[batch], None if start.y is None else start.y[batch]
             held = x
-            filmed = max(0, shown - number * cfg.batch_size)
+            filmed = max(0, shown - number * len(batches[0]))
             first_logits.append(model.logits(x).cpu())
             film = [to_uint8(x[:filmed]).cpu()]
             for before, after in pairwise(recorded):

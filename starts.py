@@ -15,6 +15,13 @@ from sgld import Start, uniform_images
 MAX_ROWS = 8192  # of a Gaussian's factor
 
 
+NAMES = {  # for people
+    "uniform": "uniform noise",
+    "gaussian": "a Gaussian fitted to the training images",
+    "class_gaussian": "a Gaussian fitted to each class's training images",
+}
+
+
 def build_start(name: str, images: ImageData) -> Start:
     """The start that ``--start`` names, fitted to the training images."""
     if name == "uniform":

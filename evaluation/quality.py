@@ -20,7 +20,8 @@ from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import images_per_batch, predict
 from sample import STEPS
-from sgld import SGLD, uniform_images
+from sgld import SGLD, Start
+from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, pick_dtype
 
@@ -28,15 +29,28 @@ BATCH = 250  # images of 3x32x32
 
 
 def fresh_samples(
-    sgld: SGLD, n: int, shape: tuple[int, int, int], steps: int, sgld_lr: float, sgld_std: float, generator: Generator
-) -> Tensor:
-    """The ends of n chains of ``steps`` SGLD steps from uniform noise."""
-    parts, batch = [], min(n, images_per_batch(BATCH, shape))
-    for start in tqdm(range(0, n, batch), desc="samples from noise", unit="batch", leave=False):
-        # Always whole batches: a chain's CUDA graph has a fixed shape.
-        x = sgld(uniform_images(batch, shape, generator), steps, sgld_lr, sgld_std, generator).x
-        parts.append(to_uint8(x[: n - start]))
-    return torch.cat(parts)
+    sgld: SGLD,
+    n: int,
+    start: Start,
+    n_classes: int,
+    steps: int,
+    sgld_lr: float,
+    sgld_std: float,
+    generator: Generator,
+    class_cond: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The starts of n chains, of each class in turn, and their ends after ``steps`` SGLD steps, uint8 (n, C, H, W)."""
+    starts, ends, y = [], [], None
+    batch = min(n, images_per_batch(BATCH, start.shape))
+    for first in tqdm(range(0, n, batch), desc="fresh samples", unit="batch", leave=False):
+        # Always whole batches: a chain's CUDA graph has a fixed shape, and batch normalisation sees them all.
+        classes = [i % n_classes for i in range(first, first + batch)]
+        if class_cond:
+            y = torch.tensor(classes, device=generator.device)
+        x = start(classes, generator)
+        starts.append(to_uint8(x[: n - first]))
+        ends.append(to_uint8(sgld(x, steps, sgld_lr, sgld_std, generator, y).x[: n - first]))
+    return torch.cat(starts), torch.cat(ends)
 
 
 def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
@@ -188,15 +202,21 @@ def measure(inputs: Inputs, section: Section) -> None:
     sampler = sampling_copy(model, dtype)
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
-    fresh = fresh_samples(
-        SGLD(sampler.log_density), n, inputs.data.shape, steps, cfg.sgld_lr, cfg.sgld_std, inputs.rng()
+    sgld = SGLD(sampler.log_density, cfg.sgld_grad_clamp, cfg.sgld_clamp)
+    start, n_classes = build_start(cfg.start, inputs.data), len(inputs.data.class_names)
+    starts, fresh = fresh_samples(
+        sgld, n, start, n_classes, steps, cfg.sgld_lr, cfg.sgld_std, inputs.rng(), cfg.class_cond
     )
+    clamps = [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
+    clamps += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
     sets = {
-        "from noise": (
+        "fresh": (
             fresh,
-            f"chains of {steps} SGLD steps from uniform noise, step size {cfg.sgld_lr:g}, noise "
-            f"{cfg.sgld_std:g}, network in {str(dtype).removeprefix('torch.')}, unfiltered",
-        )
+            f"chains of {steps} SGLD steps on {'log p(x|y)' if cfg.class_cond else 'log p(x)'} from "
+            f"{NAMES[cfg.start]}, step size {cfg.sgld_lr:g}, noise {cfg.sgld_std:g}, {', '.join([*clamps, ''])}"
+            f"network in {str(dtype).removeprefix('torch.')}, unfiltered",
+        ),
+        "chain starts": (starts, f"what these chains start from: {NAMES[cfg.start]}"),
     }
     if inputs.buffer is None:
         section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")

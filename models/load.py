@@ -31,9 +31,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
     channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
     options = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
     if options:
-        raise UserError(
-            f"{path} holds another network: its options are {' '.join(options)}; give them, or none of them"
-        )
+        raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
     mine = model.f.conv1.in_channels, model.class_output.out_features
     if mine != (channels, n_classes):
         raise UserError(

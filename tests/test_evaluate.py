@@ -279,14 +279,14 @@ def test_n_samples_counts_though_max_images_is_less(run, tmp_path):
     assert main([*command, "--load_ckpt", str(run)]) == 0
     (report,) = set(run.glob("eval*")) - before
     table = json.loads((report / "results.json").read_text())["quality"]["results"]
-    assert table["L2 distance to the nearest training image"]["from noise"]["mean"]["n"] == 35
+    assert table["L2 distance to the nearest training image"]["fresh"]["mean"]["n"] == 35
 
 
 def test_one_sample_has_no_frechet_distance(run, capsys):
     command = "--mode test --eval quality --n_samples 1 --n_sample_steps 1 --max_images 30 --no_log --gpu cpu".split()
     assert main([*command, "--load_ckpt", str(run), "--feature_ckpt", str(run)]) == 0
     out, err = capsys.readouterr()
-    assert "Fréchet distance of from noise: absent, 1 image has no covariance" in out and "Traceback" not in err
+    assert "Fréchet distance of fresh: absent, 1 image has no covariance" in out and "Traceback" not in err
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from models import build_model, copy_weights, log_density, sampling_copy
-from trainer import joint_loss
+from objectives import Weights, joint_loss
 
 
 def tiny(**options):
@@ -104,21 +104,27 @@ def test_log_density_against_a_direct_computation():
 
 def test_joint_loss_against_a_direct_computation():
     torch.manual_seed(0)
-    real, sampled, y = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 2, 1, 1])
-    loss, parts = joint_loss(real, y, sampled, p_y_x_weight=0.7, p_x_weight=1.3, energy_l2=0.1)
+    labelled, real, sampled = torch.randn(4, 3), torch.randn(5, 3), torch.randn(6, 3)
+    y, y_sampled = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 2, 1, 0])
+    loss, parts = joint_loss(labelled, y, real, sampled, y_sampled, Weights(0.7, 1.3, 0.4, 0.1, 0.2))
 
     def density(row):
         return math.log(sum(math.exp(v) for v in row))
 
-    d_real, d_sampled = [density(r) for r in real.tolist()], [density(r) for r in sampled.tolist()]
-    cross_entropy = sum(d - row[k] for d, row, k in zip(d_real, real.tolist(), y.tolist(), strict=True)) / 4
-    generative = sum(d_sampled) / 6 - sum(d_real) / 4
-    l2 = sum(d * d for d in d_real + d_sampled) / 10
-    assert loss.item() == pytest.approx(0.7 * cross_entropy + 1.3 * generative + 0.1 * l2, rel=1e-5)
+    d_labelled, d_real, d_sampled = ([density(r) for r in rows.tolist()] for rows in (labelled, real, sampled))
+    log_p_x_y = [row[k] for row, k in zip(labelled.tolist(), y.tolist(), strict=True)]
+    cross_entropy = sum(d - v for d, v in zip(d_labelled, log_p_x_y, strict=True)) / 4
+    m_real, m_sampled = sum(d_real) / 5, sum(d_sampled) / 6
+    joint = sum(row[k] for row, k in zip(sampled.tolist(), y_sampled.tolist(), strict=True)) / 6 - sum(log_p_x_y) / 4
+    l2 = sum(d * d for d in d_real + d_sampled) / 11
+    expected = 0.7 * cross_entropy + 1.3 * (m_sampled - m_real) + 0.4 * joint + 0.1 * l2
+    assert loss.item() == pytest.approx(expected + 0.2 * (m_real**2 + m_sampled**2), rel=1e-5)
     assert parts["loss/classification"].item() == pytest.approx(cross_entropy, rel=1e-5)
-    assert parts["loss/generative"].item() == pytest.approx(generative, rel=1e-5)
-    assert parts["log_density/real"].item() == pytest.approx(sum(d_real) / 4, rel=1e-5)
-    assert parts["log_density/sampled"].item() == pytest.approx(sum(d_sampled) / 6, rel=1e-5)
+    assert parts["loss/generative"].item() == pytest.approx(m_sampled - m_real, rel=1e-5)
+    assert parts["loss/joint"].item() == pytest.approx(joint, rel=1e-5)
+    assert parts["log_density/real"].item() == pytest.approx(m_real, rel=1e-5)
+    assert parts["log_density/sampled"].item() == pytest.approx(m_sampled, rel=1e-5)
+    assert parts["sgld/classes"].tolist() == sampled.argmax(1).bincount(minlength=3).tolist()
 
 
 def test_gradient_of_the_joint_loss_against_finite_differences():
@@ -140,7 +146,7 @@ def test_gradient_of_the_joint_loss_against_finite_differences():
             )
             return h @ values[list(chosen).index("class_output.weight")].T + model.class_output.bias
 
-        return joint_loss(logits(real), y, logits(sampled), 1.0, 1.0, 0.1)[0]
+        return joint_loss(logits(real), y, logits(real), logits(sampled), None, Weights(energy_l2=0.1))[0]
 
     assert gradcheck(loss, tuple(p.detach().requires_grad_() for p in chosen.values()), atol=1e-6)
 

@@ -18,6 +18,7 @@ from evaluation.quality import (
 )
 from models import build_model
 from sgld import SGLD, reference_chain, uniform_images
+from starts import UniformStart
 from storage.pictures import to_uint8
 from utils import UserError
 
@@ -142,13 +143,20 @@ def test_nearest_is_the_slow_loop():
     assert nearest(references[5:6], references)[0].item() == 0
 
 
-def test_fresh_samples_are_chains_from_noise(monkeypatch):
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
     monkeypatch.setattr(quality, "images_per_batch", lambda *_: 4)
 
-    def log_density(x):
-        return -x.square().flatten(1).sum(1)
+    def log_density(x, y=None):
+        goal = 0 if y is None else y[:, None] / 10
+        return -(x.flatten(1) - goal).square().sum(1)
 
-    found = fresh_samples(SGLD(log_density), 6, (1, 4, 4), 3, 0.1, 0.01, seeded(3))
-    rng = seeded(3)
-    expected = [reference_chain(log_density, uniform_images(4, (1, 4, 4), rng), 3, 0.1, 0.01, rng).x for _ in range(2)]
-    assert found.shape == (6, 1, 4, 4) and torch.equal(found, to_uint8(torch.cat(expected))[:6])
+    shape, rng = (1, 4, 4), seeded(3)
+    starts, ends = fresh_samples(SGLD(log_density), 6, UniformStart(shape), 3, 3, 0.1, 0.01, seeded(3), class_cond)
+    first, last = [], []
+    for classes in ([0, 1, 2, 0], [1, 2, 0, 1]):
+        first.append(uniform_images(4, shape, rng))
+        y = torch.tensor(classes) if class_cond else None
+        last.append(reference_chain(log_density, first[-1], 3, 0.1, 0.01, rng, y).x)
+    assert torch.equal(starts, to_uint8(torch.cat(first))[:6])
+    assert ends.shape == (6, *shape) and torch.equal(ends, to_uint8(torch.cat(last))[:6])

@@ -98,7 +98,7 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     settings = json.loads(str(content["settings"]))
     assert settings["checkpoint"] == str(jem / "ckpt" / "last.pt")
     assert (settings["steps"], settings["sgld_lr"], settings["sgld_std"]) == (5, 1.0, 0.02)
-    assert (settings["start"], settings["target"], settings["weights"]) == ("noise", "log p(x)", "last")
+    assert (settings["start"], settings["target"], settings["weights"]) == ("uniform", "log p(x)", "last")
 
 
 def test_pictures_and_films_show_the_chains(jem, tmp_path):
@@ -232,7 +232,7 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
-    "other network": (["JEM", "--width", "2"], "holds another network, --depth 10 --width 1"),
+    "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
 }
 
 

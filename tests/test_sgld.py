@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import build_model, sampling_copy
-from sgld import SGLD, ReplayBuffer, annealed_chain, normal_like, reference_chain, uniform_images
+from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, normal_like, reference_chain, uniform_images
 
 SHAPE = (3, 8, 8)
 
@@ -155,64 +155,128 @@ def test_uniform_images():
     assert x.var().item() == pytest.approx(1 / 3, abs=0.01)
 
 
-class TestReplayBuffer:
-    def test_places_are_all_different_and_cover_the_buffer(self):
-        buffer, rng = ReplayBuffer(50, SHAPE, generator()), generator(1)
-        seen = set()
-        for _ in range(60):
-            _, index = buffer.draw(10, 0.0, rng)
+def sampler(size=20, n_classes=2, reinit_freq=0.0, seed=1):
+    """A sampler whose chains stay where they start, from a buffer of the class numbers."""
+    buffer = ReplayBuffer(size, n_classes, class_numbers, generator())
+    return Sampler(
+        SGLD(lambda x, y=None: 0 * x.sum((1, 2, 3))), buffer, fresh_sevens, reinit_freq, 1.0, 0.0, generator(seed)
+    )
+
+
+def class_numbers(classes, rng):
+    return torch.tensor(classes, dtype=torch.float32)[:, None, None, None].expand(-1, *SHAPE).contiguous()
+
+
+def fresh_sevens(classes, rng):
+    return class_numbers(classes, rng) + 7
+
+
+class TestSampler:
+    @pytest.mark.parametrize("class_cond", [False, True])
+    def test_places_are_all_different_and_cover_the_buffer(self, class_cond):
+        one, seen = sampler(50), set()
+        for _ in range(80):
+            _, index, _ = one.draw(10, class_cond)
             assert len(set(index.tolist())) == 10
             seen |= set(index.tolist())
         assert seen == set(range(50))
 
-    def test_draw_returns_the_images_of_its_places(self):
-        buffer = ReplayBuffer(20, SHAPE, generator())
-        x, index = buffer.draw(8, 0.0, generator(1))
-        assert torch.equal(x, buffer.images[index])
+    def test_starts_are_the_images_of_their_places(self):
+        one = sampler()
+        one.buffer.images.copy_(torch.randn(one.buffer.images.shape))
+        x, index, y = one.draw(8, class_cond=False)
+        assert torch.equal(x, one.buffer.images[index]) and y is None
 
-    def test_store_writes_its_places_and_no_other(self):
-        buffer = ReplayBuffer(20, SHAPE, generator())
-        before = buffer.images.clone()
-        x, index = buffer.draw(8, 0.0, generator(1))
-        buffer.store(index, x + 5)
+    @pytest.mark.parametrize("size, n_classes", [(20, 2), (53, 5), (31, 7)])
+    def test_chains_of_a_class_stay_in_its_part_of_the_buffer(self, size, n_classes):
+        one, counts = sampler(size, n_classes), torch.zeros(n_classes)
+        for _ in range(50):
+            x, index, y = one.draw(12, class_cond=True)
+            assert (x == y[:, None, None, None]).all()
+            assert torch.equal(index * n_classes // size, y)
+            one.buffer.store(index, x)
+            counts += y.bincount(minlength=n_classes)
+        assert counts.max() - counts.min() <= 50
+
+    def test_ends_are_stored_in_their_places_and_no_other(self):
+        one = sampler()
+        before = one.buffer.images.clone()
+        x, index, _ = one.draw(8, class_cond=False)
+        one.buffer.store(index, x + 5)
         others = [i for i in range(20) if i not in index.tolist()]
-        assert torch.equal(buffer.images[index], before[index] + 5)
-        assert torch.equal(buffer.images[others], before[others])
+        assert torch.equal(one.buffer.images[index], before[index] + 5)
+        assert torch.equal(one.buffer.images[others], before[others])
 
+    @pytest.mark.parametrize("class_cond", [False, True])
     @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 1.0])
-    def test_reinitialisation_rate(self, rate):
-        buffer, rng, n = ReplayBuffer(100, SHAPE, generator()), generator(1), 0
-        buffer.images.fill_(7)  # no fresh image has a 7
+    def test_reinitialisation_rate(self, rate, class_cond):
+        one, n = sampler(100, 2, rate), 0
         for _ in range(100):
-            x, _ = buffer.draw(50, rate, rng)
-            fresh = (x != 7).flatten(1).any(1)
-            assert (x[fresh].abs() <= 1).all() and (x[~fresh] == 7).all()
+            x, _, y = one.draw(50, class_cond)
+            fresh = (x >= 7).all((1, 2, 3))
+            if class_cond:
+                assert torch.equal(x[fresh], fresh_sevens(y[fresh].tolist(), None))
             n += fresh.sum().item()
         assert abs(n / 5000 - rate) <= 4 * math.sqrt(rate * (1 - rate) / 5000)
 
     def test_age_counts_chains_since_the_fresh_start(self):
-        buffer, rng = ReplayBuffer(10, SHAPE, generator()), generator(1)
+        one = sampler(10)
         for _ in range(3):
-            x, index = buffer.draw(10, 0.0, rng)
-            buffer.store(index, x)
-        assert buffer.age.tolist() == [3] * 10
-        x, index = buffer.draw(4, 1.0, rng)
-        buffer.store(index, x)
-        assert sorted(buffer.age.tolist()) == [1] * 4 + [3] * 6
+            one(10, 1)
+        assert one.buffer.age.tolist() == [3] * 10
+        one.reinit_freq = 1.0
+        one(4, 1)
+        assert sorted(one.buffer.age.tolist()) == [1] * 4 + [3] * 6
 
     def test_images_that_are_not_finite_are_replaced(self):
-        buffer = ReplayBuffer(10, SHAPE, generator())
-        buffer.images[3, 0, 0, 0] = math.nan
-        buffer.images[5, 1, 2, 3] = math.inf
-        buffer.age.fill_(9)
-        x, index = buffer.draw(10, 0.0, generator(1))
-        assert x.isfinite().all()
-        buffer.store(index, x)
-        assert buffer.images.isfinite().all()
-        assert {i: a for i, a in enumerate(buffer.age.tolist()) if a != 10} == {3: 1, 5: 1}
+        one = sampler(10)
+        one.buffer.images[3, 0, 0, 0] = math.nan
+        one.buffer.images[5, 1, 2, 3] = math.inf
+        one.buffer.age.fill_(9)
+        samples, _, _ = one(10, 1)
+        assert samples.isfinite().all() and one.buffer.images.isfinite().all()
+        assert {i: a for i, a in enumerate(one.buffer.age.tolist()) if a != 10} == {3: 1, 5: 1}
 
     def test_state_survives(self):
-        one, two = ReplayBuffer(10, SHAPE, generator()), ReplayBuffer(10, SHAPE, generator(1))
-        one.age.fill_(4)
+        one, two = sampler(reinit_freq=0.5), sampler(reinit_freq=0.5, seed=2)
+        one(6, 1)
         two.load_state_dict(one.state_dict())
-        assert torch.equal(one.images, two.images) and torch.equal(one.age, two.age)
+        two.buffer.load_state_dict(one.buffer.state_dict())
+        two.rng.set_state(one.rng.get_state())
+        for class_cond in (False, True):
+            assert all(map(torch.equal, one.draw(6, class_cond)[:2], two.draw(6, class_cond)[:2]))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("grad_clamp, clamp", [(0.01, False), (None, True), (0.01, True)])
+def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, compile):
+    torch.manual_seed(0)
+    model = sampling_copy(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
+    x = uniform_images(4, SHAPE, generator())
+    slow = reference_chain(model.log_density, x, 4, 3.0, 0.01, generator(1), None, grad_clamp, clamp)
+    fast = SGLD(model.log_density, grad_clamp, clamp, compile)(x, 4, 3.0, 0.01, generator(1))
+    torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-5)
+    free = SGLD(model.log_density)(x, 4, 3.0, 0.01, generator(1)).x
+    assert (free - fast.x).abs().max() > 0.02
+    assert grad_clamp is None or fast.grad.abs().max() <= grad_clamp
+    assert not clamp or fast.x.abs().max() <= 1
+
+
+def test_outer_and_inner_steps_of_jem_plus_plus_are_one_clamped_step():
+    """JEM++ (section 4.1): 5 inner steps of 0.2 through the first layer alone, whose output's gradient stays fixed."""
+    torch.manual_seed(0)
+    model = sampling_copy(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
+    start = uniform_images(4, SHAPE, generator()) * 0.9
+    x = start
+    for _ in range(2):
+        h = model.f.conv1(x).detach().requires_grad_()
+        rest = torch.nn.Sequential(model.f.layer1, model.f.layer2, model.f.layer3, model.f.bn1, model.f.activation)
+        density = model.class_output(rest(h).mean((2, 3))).logsumexp(1).sum()
+        (p,) = torch.autograd.grad(density, h)
+        for _ in range(5):
+            inner = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((model.f.conv1(inner) * p).sum(), inner)
+            x = (x + 0.2 * gradient.clamp(-0.02, 0.02)).clamp(-1, 1).detach()
+    ours = SGLD(model.log_density, grad_clamp=0.02, clamp=True)(start, 2, 1.0, 0.0, generator()).x
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-6)
+    assert (ours - start).abs().max() > 0.03

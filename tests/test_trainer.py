@@ -11,7 +11,8 @@ import optim
 import trainer
 from config import Config
 from models import build_model, copy_weights
-from sgld import ReplayBuffer, reference_chain
+from sgld import ReplayBuffer, Sampler, reference_chain
+from starts import UniformStart
 
 
 def config(**changes):
@@ -42,14 +43,16 @@ def plain_losses(cfg, images, steps):
     data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
     model = build_model(1, 10, cfg.depth, cfg.width, cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-    buffer = ReplayBuffer(cfg.buffer_size, images.shape, sgld_rng)
+    start = UniformStart(images.shape)
+    buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
+    sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
     per_epoch, losses = len(images.train) // cfg.batch_size, []
     for step in range(1, steps + 1):
         if (step - 1) % per_epoch == 0:
             order = torch.randperm(len(images.train), generator=data_rng)
         batch = images.train[order[(step - 1) % per_epoch * cfg.batch_size :][: cfg.batch_size]]
         x = data.augment(batch.images, images.flip, cfg.sigma, data_rng)
-        start, places = buffer.draw(cfg.batch_size, cfg.reinit_freq, sgld_rng)
+        start, places, _ = sampler.draw(cfg.batch_size, class_cond=False)
         samples = reference_chain(model.log_density, start, cfg.sgld_step, cfg.sgld_lr, cfg.sgld_std, sgld_rng).x
         buffer.store(places, samples)
         loss = (
@@ -110,7 +113,7 @@ def test_sampler_and_loss_see_one_energy(norm, precision, digits):
     copy_weights(run.model, run.sampling_model)
     with torch.no_grad():
         climbed = run.sampling_model.log_density(samples)
-    scored = run.backward(samples, torch.zeros(16, dtype=torch.int64), samples)
+    scored = run.backward(trainer.Inputs(samples, torch.zeros(16, dtype=torch.int64), None, samples, None))
     tolerance = 1e-5 if precision == "fp32" else 0.01
     for name in ("log_density/real", "log_density/sampled"):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=tolerance)

@@ -1,0 +1,275 @@
+"""The recipes and their ingredients: each option changes what it says, and a resumed run is the same run."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import data
+import main
+import optim
+import trainer
+from config import Config
+from recipes import RECIPES
+from storage.checkpoint import load_checkpoint
+from storage.log import read_log
+
+SMALL = (
+    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 2 --max_steps 12 "
+    "--warmup_steps 2 --precision fp32 --sample_every 100 --no_log"
+).split()
+
+
+def start(logdir, *options, status=0):
+    before = set(logdir.glob("*"))
+    assert main.main([*SMALL, "--logdir", str(logdir), *options]) == status
+    (run,) = set(logdir.glob("*")) - before
+    return run
+
+
+def options_of(run):
+    return json.loads((run / "config.json").read_text())["options"]
+
+
+def state(run):
+    return load_checkpoint(run / "ckpt" / "last.pt")["state"]
+
+
+def trained(images=None, **changes):
+    """A trainer after its first step."""
+    base = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2, "buffer_size": 100}
+    base |= {"max_steps": 50, "warmup_steps": 5, "precision": "fp32", "gpu": "cpu"}
+    run = trainer.Trainer(Config(**(base | changes)), images or data.load("digits"), torch.device("cpu"))
+    run.step = 1
+    run.training_step()
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains(recipe, tmp_path):
+    run = start(tmp_path, "--recipe", recipe)
+    (line,) = [line for line in read_log(run / "metrics.jsonl") if line["step"] == 12]
+    assert abs(line["loss/total"]) < 100 and abs(line["loss/generative"]) < 10 and 0 <= line["accuracy/test"] <= 1
+    given = {"batch_size": 20, "buffer_size": 100, "sgld_step": 2, "warmup_steps": 2, "recipe": recipe}
+    options = options_of(run)
+    assert {name: options[name] for name in given} == given  # options that are given replace the recipe's
+    for name, value in RECIPES[recipe].options.items():
+        assert options[name] == given.get(name, value)
+    assert load_checkpoint(run / "ckpt" / "last.pt")["config"] == options
+
+
+def test_recipes_are_what_their_papers_say():
+    values = {name: main.with_recipe({"recipe": name}) for name in RECIPES}
+    assert values["jem"] == {"recipe": "jem"}
+    expected = {
+        "jem++": {"norm": "batch", "sgld_step": 10, "batch_size": 64, "sigma": 0.03, "start": "class_gaussian"}
+        | {"weight_decay": 4e-4, "epochs": 150, "decay_epochs": "50,100,125", "sam_rho": 0.0},
+        "m-jem": {"norm": "batch", "sgld_step": 5, "batch_size": 128, "sigma": 0.0, "start": "gaussian"}
+        | {"p_x_batch_size": 64, "p_x_no_augment": True, "mean_energy_l2": 0.5, "weight_decay": 5e-4},
+        "sada-jem": {"norm": "batch", "sgld_step": 5, "batch_size": 128, "start": "class_gaussian"}
+        | {"p_x_no_augment": True, "sam_rho": 2.0, "sam_adaptive": True, "decay_epochs": "60,120,180"},
+    }
+    for name, options in expected.items():
+        cfg = Config(**values[name])
+        shared = {"sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0, "sgld_lr": 1.0, "buffer_size": 10000}
+        shared |= {"optimizer": "sgd", "lr": 0.1, "decay_rate": 0.2, "reinit_freq": 0.05}
+        assert {k: getattr(cfg, k) for k in options | shared} == options | shared
+
+
+def test_another_schedule_leaves_out_the_recipe_s_steps(tmp_path):
+    run = start(tmp_path, "--recipe", "m-jem", "--schedule", "cosine")
+    assert options_of(run)["decay_epochs"] == "" and options_of(run)["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--recipe sada-jem --dropout_rate 0.1 --ema 0.9",
+        "--recipe m-jem --class_cond --p_x_y_weight 0.5 --reinit_freq 0.5 --labels_per_class 9",
+    ],
+)
+def test_stopped_and_resumed_is_the_same_run(options, tmp_path, monkeypatch):
+    whole = start(tmp_path / "whole", *options.split())
+    original = trainer.Trainer.training_step
+
+    def stopping(self):
+        if self.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "training_step", stopping)
+        run = start(tmp_path / "stopped", *options.split(), status=143)
+    assert state(run)["step"] == 7
+    assert main.main(["--resume", str(run)]) == 0
+    one, two = state(run), state(whole)
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
+    assert torch.equal(one["buffer"]["images"], two["buffer"]["images"])
+    assert one["sampler"] == two["sampler"] and one["rng"].keys() == two["rng"].keys()
+
+
+# ------------------------------------------------------------------------------------------------ ingredients
+
+
+def test_chains_start_from_the_chosen_gaussian():
+    images = data.load("digits")
+    buffers = {}
+    for name in ("uniform", "gaussian", "class_gaussian"):
+        buffers[name] = trained(images, start=name, sgld_step=1, buffer_size=1000).sampler.buffer.images
+    mean = data.to_float(images.train.images).mean(0)
+    gap = {name: (buffer.mean(0) - mean).abs().mean() for name, buffer in buffers.items()}
+    assert gap["gaussian"] < 0.1 < gap["uniform"]
+    nine = data.to_float(images.train.images[images.train.labels == 9]).mean(0)
+    gap = {name: (buffer[900:].mean(0) - nine).abs().mean() for name, buffer in buffers.items()}  # the last class's
+    assert gap["class_gaussian"] < 0.1 < gap["gaussian"]
+
+
+def test_clamps_hold_in_training():
+    free, clamped = trained(sgld_lr=100.0), trained(sgld_lr=100.0, sgld_clamp=True)
+    assert free.sampler.buffer.images.abs().max() > 1.01 and clamped.sampler.buffer.images.abs().max() == 1
+    run = trained(sgld_grad_clamp=1e-4, sgld_std=0.0, sgld_lr=1.0)
+    assert 0 < run.meter.sums["sgld/distance_moved"] <= 2 * 1e-4 * 64**0.5 * 1.001  # two steps of 64 pixels
+
+
+def test_a_stream_of_its_own_for_log_p_x():
+    """A size, an order and, without augmentation, exact images of its own; the labelled stream stays as it was."""
+    images = data.load("digits")
+    plain = trained(images).next_inputs(1)[0]
+    own = trained(images, p_x_batch_size=24).next_inputs(1)[0]
+    clean = trained(images, p_x_no_augment=True).next_inputs(1)[0]
+    assert plain.x_real is None and torch.equal(plain.x, own.x) and torch.equal(plain.y, clean.y)
+    assert own.x_real.shape == (24, 1, 8, 8) and len(own.samples) == 24
+    known = {tuple(image.flatten().tolist()) for image in images.train.images}
+
+    def are_training_images(x):
+        pixels = ((x + 1) * 127.5).flatten(1)
+        return [(p - p.round()).abs().max() < 1e-3 and tuple(map(round, p.tolist())) in known for p in pixels]
+
+    assert all(are_training_images(clean.x_real)) and not any(are_training_images(own.x_real))
+    assert clean.x_real.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_stream_for_log_p_x_is_what_the_loss_compares():
+    run = trained(p_x_no_augment=True, p_x_batch_size=32)
+    inputs = run.next_inputs(1)[0]
+    parts = run.backward(inputs)
+    with torch.no_grad():
+        real = run.model.log_density(inputs.x_real).mean()
+        sampled = run.model.log_density(inputs.samples).mean()
+    assert parts["log_density/real"].item() == pytest.approx(real.item(), abs=1e-5)
+    assert parts["loss/generative"].item() == pytest.approx((sampled - real).item(), abs=1e-5)
+
+
+def test_few_labels():
+    images = data.load("digits")
+    run = trained(images, labels_per_class=3, batch_size=10)
+    assert run.batches.split.labels.bincount().tolist() == [3] * 10
+    assert len(run.real_batches.split) == len(images.train)
+    assert run.steps_per_epoch == len(images.train) // 10
+    again = trained(images, labels_per_class=3, batch_size=10, seed=5)
+    assert torch.equal(run.batches.split.images, again.batches.split.images)  # whatever the run's seed
+
+
+def test_joint_factorisation():
+    """--p_x_y_weight adds mean log p(x, y) of samples of p(x|y) less that of labelled images."""
+    run = trained(class_cond=True, p_x_y_weight=0.5, p_x_weight=0.0)
+    inputs = run.next_inputs(1)[0]
+    parts = run.backward(inputs)
+    with torch.no_grad():
+        sampled = run.model.log_density(inputs.samples, inputs.y_sampled).mean()
+        real = run.model.log_density(inputs.x, inputs.y).mean()
+    assert parts["loss/joint"].item() == pytest.approx((sampled - real).item(), abs=1e-5)
+    expected = parts["loss/classification"] + 0.5 * parts["loss/joint"]
+    assert parts["loss/total"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_an_unconditional_model_reports_no_classes(tmp_path):
+    run = start(tmp_path, "--p_y_x_weight", "0")
+    assert not any("accuracy/test" in line for line in read_log(run / "metrics.jsonl"))
+
+
+def test_mean_energy_l2():
+    sums = trained(mean_energy_l2=0.3).meter.sums
+    penalty = sums["loss/total"] - sums["loss/classification"] - sums["loss/generative"]
+    means = sums["log_density/real"].square() + sums["log_density/sampled"].square()
+    assert penalty.item() == pytest.approx(0.3 * means.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam_on_a_quadratic(adaptive):
+    """Three steps of SGD with momentum, written out: f(w) = w'Aw / 2 with gradient Aw; a weight is zero."""
+    a = torch.tensor([[3.0, 1.0, 0.2], [1.0, 2.0, 0.0], [0.2, 0.0, 1.0]], dtype=torch.float64)
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64))
+    rho, lr, expected, velocity = 0.3, 0.05, w.detach().clone(), torch.zeros(3, dtype=torch.float64)
+    sam = optim.SAM(torch.optim.SGD([w], lr=lr, momentum=0.9), rho, adaptive)
+
+    def closure():
+        sam.zero_grad()
+        loss = w @ a @ w / 2
+        loss.backward()
+        return loss.item()
+
+    for _ in range(3):
+        g = a @ expected
+        value = (expected @ g / 2).item()
+        e = rho * expected**2 * g / (expected * g).norm() if adaptive else rho * g / g.norm()
+        velocity = 0.9 * velocity + a @ (expected + e)
+        assert sam.step(closure) == pytest.approx(value)
+        expected = expected - lr * velocity
+        torch.testing.assert_close(w.detach(), expected)
+
+
+def test_sam_trains_with_the_gradient_elsewhere_and_the_statistics_of_the_first_pass():
+    images = data.load("digits")
+    plain = trained(images, norm="batch", optimizer="sgd", lr=0.1)
+    sharp = trained(images, norm="batch", optimizer="sgd", lr=0.1, sam_rho=0.5)
+    assert not torch.equal(plain.model.f.conv1.weight, sharp.model.f.conv1.weight)
+    assert torch.equal(plain.model.f.bn1.running_mean, sharp.model.f.bn1.running_mean)
+    assert sharp.model.f.bn1.num_batches_tracked == 1
+    assert plain.meter.sums["loss/total"] == sharp.meter.sums["loss/total"]  # of the weights before the step
+
+
+def test_step_schedule():
+    rates = [optim.step_learning_rate(s, 0.1, 4, [10, 20], 0.2) for s in (1, 4, 10, 11, 20, 21)]
+    assert rates == pytest.approx([0.025, 0.1, 0.1, 0.02, 0.02, 0.004])
+
+
+def test_step_schedule_of_a_run(tmp_path):
+    options = "--mode baseline_train --batch_size 300 --n_valid 237 --schedule step --decay_epochs 3,6 --decay_rate 0.5"
+    run = start(tmp_path, *options.split(), "--lr", "0.01", "--max_steps", "30")  # 4 steps an epoch
+    lr = {line["step"]: line["lr"] for line in read_log(run / "metrics.jsonl") if "lr" in line}
+    assert lr == {10: pytest.approx(0.01), 20: pytest.approx(0.005), 30: pytest.approx(0.0025)}
+
+
+# ------------------------------------------------------------------------------------------------ contradictions
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--recipe best", "--recipe takes one of jem, jem++"),
+        ("--p_x_y_weight 1", "--class_cond"),
+        ("--schedule step", "--decay_epochs"),
+        ("--schedule step --decay_epochs 3,x", "comma list of epochs"),
+        ("--sam_adaptive", "--sam_rho"),
+        ("--labels_per_class 500", "--labels_per_class 500 is more than a class has"),
+        ("--labels_per_class 1", "--batch_size 20 is larger than the 10 training images"),
+        ("--p_x_batch_size 101", "--buffer_size 100 is smaller than --p_x_batch_size 101"),
+        ("--class_cond --p_x_batch_size 95 --buffer_size 95", "too few images of each of 10 classes"),
+        ("--start gauss", "--start takes one of"),
+        ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
+    ],
+)
+def test_contradictions_are_one_line(options, words, tmp_path, capsys):
+    assert main.main([*SMALL, "--logdir", str(tmp_path), *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,79 @@
+"""Gaussian starts against the images' own statistics."""
+
+import pytest
+import torch
+
+import data
+import starts
+from starts import GaussianStart, UniformStart, build_start
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def grey_images(n, side=4, seed=0):
+    """uint8 (n, 1, side, side) near the middle of the range, so that clamping changes nothing; neighbours agree."""
+    rough = torch.randn(n, 1, side, side, generator=generator(seed))
+    smooth = (rough + rough.roll(1, 3) + rough.roll(1, 2)) * 12
+    return (smooth + 120).clamp(0, 255).to(torch.uint8)
+
+
+def assert_same_statistics(samples, images, noise=0.01):
+    """Mean and covariance of many samples are those of the images, and 1e-4 more variance."""
+    x, found = data.to_float(images).flatten(1).double(), samples.flatten(1).double()
+    covariance = torch.cov(x.T, correction=0) + noise**2 * torch.eye(x.shape[1])
+    sd = covariance.diagonal().sqrt()
+    n = len(found)
+    assert ((found.mean(0) - x.mean(0)).abs() < 5 * sd / n**0.5).all()
+    error = (torch.cov(found.T) - covariance).abs() / sd[:, None] / sd[None]
+    assert error.max() < 6 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("n", [10, 400])
+def test_few_and_many_images_give_their_mean_and_covariance(n):
+    """With 10 images of 16 pixels by the images themselves, with 400 by a Cholesky factor."""
+    images = grey_images(n)
+    start = GaussianStart(data.Split(images, torch.zeros(n, dtype=torch.int64)), None)
+    assert start.gaussians[0][1].shape == (min(n, 16), 16)
+    assert_same_statistics(start([0] * 20_000, generator()), images)
+
+
+def test_each_class_has_its_own_gaussian():
+    images = torch.cat([grey_images(300, seed=1) // 2 + 60, grey_images(200, seed=2)])
+    labels = torch.tensor([0] * 300 + [1] * 200)
+    start = GaussianStart(data.Split(images, labels), 2)
+    classes = [1, 0, 0] * 10_000
+    samples = start(classes, generator())
+    for k in (0, 1):
+        assert_same_statistics(samples[torch.tensor(classes) == k], images[labels == k])
+
+
+def test_too_many_large_images_are_represented_by_some(monkeypatch):
+    monkeypatch.setattr(starts, "MAX_ROWS", 12)
+    images = grey_images(500)
+    mean, factor, noise = starts.fit(images)
+    assert factor.shape == (12, 16) and noise == 0.01
+    assert torch.equal(starts.fit(images)[1], factor)  # the same ones in a resumed run
+
+
+@pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])
+def test_starts_are_images_and_follow_their_generator(name):
+    start = build_start(name, data.load("digits"))
+    one, two, other = (start([3, 1, 4, 1], generator(seed)) for seed in (1, 1, 2))
+    assert one.shape == (4, 1, 8, 8) and one.dtype == torch.float32 and one.abs().max() <= 1
+    assert one.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert start([], generator()).shape == (0, 1, 8, 8)
+
+
+def test_a_class_gaussian_looks_like_its_class():
+    digits = data.load("digits")
+    start = build_start("class_gaussian", digits)
+    x, y = data.to_float(digits.test.images).flatten(1), digits.test.labels
+    means = torch.stack([x[y == k].mean(0) for k in range(10)])
+    classes = [i % 10 for i in range(200)]
+    nearest = torch.cdist(start(classes, generator()).flatten(1), means).argmin(1)
+    assert (nearest == torch.tensor(classes)).float().mean() > 0.75
+    noise = UniformStart((1, 8, 8))(classes, generator())
+    assert (torch.cdist(noise.flatten(1), means).argmin(1) == torch.tensor(classes)).float().mean() < 0.3
