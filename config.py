@@ -118,6 +118,9 @@ class Config:
     width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
     norm: str = option("none", "model", "normalisation layers", ("none", "batch", "instance", "group"))
     dropout_rate: float = option(0.0, "model", "dropout probability inside each block", minimum=0, maximum=0.99)
+    separate_energy: bool = option(
+        False, "model", "log p(x) from a linear head of its own, not from the logits' logsumexp"
+    )
     activation: str = option("leaky_relu", "model", "nonlinearity", ("leaky_relu", "silu"))
 
     lr: float = option(1e-4, "optimisation", "peak learning rate", above=0, flags=("-l",))

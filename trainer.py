@@ -10,17 +10,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import data
+import dumps
 import recovery
 import utils
 from config import Config
 from meter import Meter
-from models import build_model, copy_weights, frozen_statistics, sampling_copy
-from models.load import load_weights
+from models import copy_weights, frozen_statistics, sampling_copy
+from models.load import build_for, load_weights
 from models.predict import accuracy
 from objectives import Weights, joint_loss
 from optim import SAM, build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
@@ -30,9 +30,9 @@ from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain
 from starts import build_start
 from storage.checkpoint import find_checkpoint, save_checkpoint
 from storage.log import Log
-from storage.pictures import image_grid, plot_curves, save_gif, save_png, to_uint8
+from storage.pictures import image_grid, plot_curves, to_uint8
 from storage.run_dir import RunDir
-from storage.writer import Writer, disk_errors, replace_file
+from storage.writer import Writer
 from utils import Signals, UserError
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
@@ -78,9 +78,7 @@ class Trainer:
         self.sampler = None
         self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
         self.seed_generators(cfg.seed)
-        self.model = build_model(
-            images.shape[0], n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation
-        ).to(device)
+        self.model = build_for(cfg, images.shape[0], n_classes).to(device)
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model.parameters())
@@ -392,11 +390,7 @@ class Trainer:
         """The first of this step's chains; a smaller batch is filled up from the replay buffer."""
         others = self.sampler.buffer.images[: max(0, SHOWN - len(samples))]
         shown = to_uint8(torch.cat([samples, others])[:SHOWN]).cpu()
-        self.writer.submit(self.write_samples, self.step, image_grid(shown))
-
-    def write_samples(self, step: int, picture: np.ndarray) -> None:
-        png = save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
-        self.log.encoded_image(step, "samples", png, *picture.shape[:2])
+        self.writer.submit(dumps.write_samples, self.run.path, self.log, self.step, image_grid(shown))
 
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
@@ -405,14 +399,8 @@ class Trainer:
         x = self.start([i % len(self.data.class_names) for i in range(16)], rng)
         frames = annealed_chain(self.film, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
         shown = to_uint8(frames).cpu()
-        self.writer.submit(self.write_gif, self.step, [image_grid(images, columns=4) for images in shown])
-
-    def write_gif(self, step: int, pictures: list[np.ndarray]) -> None:
-        captions = [f"training step {step}, SGLD step {FRAME_EVERY * i}" for i in range(len(pictures))]
-        gif = save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
-        with disk_errors(self.run.path):
-            replace_file(self.run.path / "SGLD_process_demo.gif", gif)
-        self.log.encoded_image(step, "SGLD_process_demo", gif, 1, 1)
+        pictures = [image_grid(images, columns=4) for images in shown]
+        self.writer.submit(dumps.write_film, self.run.path, self.log, self.step, pictures, FRAME_EVERY)
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""

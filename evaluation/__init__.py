@@ -30,6 +30,9 @@ METRICS: dict[str, Callable[[Inputs, Section], None]] = {
 }
 
 
+NEED_LABELS = ("classification", "calibration", "robustness")
+
+
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
     device = utils.pick_device(cfg.gpu)
@@ -51,6 +54,14 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "network": f"WRN-{cfg.depth}-{cfg.width}",
         "seed": cfg.seed,
     }
+    trained = Config.from_dict(content["config"], str(path))
+    if trained.labels_per_class:
+        about["labels in training"] = f"{trained.labels_per_class} of each class"
+    if cfg.norm == "batch":
+        about["batch normalisation"] = (
+            "samples by the statistics of their batch, as in training; all else, log p(x) of an image too, by the "
+            "running statistics of real images, which is another function than the chains climb"
+        )
     report = Report(
         directory,
         {
@@ -63,6 +74,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         print(f"{name} ...", flush=True)
         section = report.section(name)
         torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
+        if name in NEED_LABELS and not trained.classifies:
+            section.skip(name, "the model was trained without labels")
+            report.write()
+            continue
         try:
             METRICS[name](inputs, section)
         except UserError as error:

@@ -25,7 +25,8 @@ def build_model(
     norm: str = "none",
     dropout_rate: float = 0.0,
     activation: str = "leaky_relu",
+    separate_energy: bool = False,
 ) -> JEM:
     """A JEM on a Wide-ResNet, freshly initialised from PyTorch's global generator, in channels_last memory."""
     backbone = WideResNet(channels, depth, width, norm, dropout_rate, activation)
-    return JEM(backbone, n_classes).to(memory_format=torch.channels_last)
+    return JEM(backbone, n_classes, separate_energy).to(memory_format=torch.channels_last)

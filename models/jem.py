@@ -13,20 +13,27 @@ from models.wide_resnet import WideResNet
 class JEM(nn.Module):
     """A classifier whose logits are also unnormalised log-densities (section 3, equations 4 to 7).
 
-    Images are float tensors (N, C, H, W) in [-1, 1], labels int64 (N,).
+    Images are float tensors (N, C, H, W) in [-1, 1], labels int64 (N,). With ``separate_energy`` log p(x) comes from a
+    linear head of its own (M-JEM): all logits of an image are moved by what makes their logsumexp that head's output,
+    which leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
     """
 
-    def __init__(self, backbone: WideResNet, n_classes: int):
+    def __init__(self, backbone: WideResNet, n_classes: int, separate_energy: bool = False):
         super().__init__()
         self.f = backbone
         self.class_output = nn.Linear(backbone.n_features, n_classes)
+        self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
 
     def logits(self, x: Tensor) -> Tensor:
         """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image."""
         features = self.f(x)
         # In bf16 a log-density of 100 has a resolution of half a nat, so the head stays in float32.
         with torch.autocast(x.device.type, enabled=False):
-            return self.class_output(features.float())
+            features = features.float()
+            logits = self.class_output(features)
+            if self.energy_output is None:
+                return logits
+            return logits + self.energy_output(features) - logits.logsumexp(1, keepdim=True)
 
     forward = logits
 

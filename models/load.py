@@ -11,13 +11,21 @@ from config import Config
 from models import JEM, build_model
 from utils import UserError
 
-NETWORK = ("depth", "width", "norm", "activation")  # the options that make other weights, or weights of another network
+# The options that make other weights, or weights of another network.
+NETWORK = ("depth", "width", "norm", "activation", "separate_energy")
+
+
+def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
+    """The network of these options, freshly initialised."""
+    return build_model(
+        channels, n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation, cfg.separate_energy
+    )
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
     channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
-    model = build_model(channels, n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation)
+    model = build_for(cfg, channels, n_classes)
     load_weights(model, cfg, path, content)
     return model
 
@@ -27,7 +35,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
 
     Raises UserError if the checkpoint holds another network; weights may fit and still belong to one.
     """
-    own = {name: content["config"][name] for name in NETWORK}
+    own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
     channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
     options = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
     if options:

@@ -188,9 +188,27 @@ def test_joint_factorisation():
     assert parts["loss/total"].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_an_unconditional_model_reports_no_classes(tmp_path):
+def test_an_unconditional_model_reports_no_classes(tmp_path, capsys):
     run = start(tmp_path, "--p_y_x_weight", "0")
     assert not any("accuracy/test" in line for line in read_log(run / "metrics.jsonl"))
+    options = "--mode test --gpu cpu --eval classification,ood --ood_datasets noise --max_images 30 --no_log".split()
+    assert main.main([*options, "--load_ckpt", str(run)]) == 0
+    report = (run / "eval" / "report.md").read_text()
+    assert "the model was trained without labels" in report and "AUROC" in report
+
+
+def test_separate_energy_is_kept_by_the_checkpoint(tmp_path, capsys):
+    run = start(tmp_path, "--separate_energy")
+    assert "energy_output.weight" in state(run)["model"]
+    assert (
+        main.main(
+            ["--mode", "sample", "--load_ckpt", str(run), "--gpu", "cpu", "--n_sample_steps", "2"]
+            + ["--logdir", str(tmp_path / "samples")]
+        )
+        == 0
+    )
+    assert main.main([*SMALL, "--load_ckpt", str(run), "--logdir", str(tmp_path)]) == 2
+    assert "--separate_energy True" in capsys.readouterr().err
 
 
 def test_mean_energy_l2():

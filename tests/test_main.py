@@ -487,7 +487,6 @@ def refused(capsys, *options):
         ("--resume nowhere", "no checkpoint at nowhere"),
         ("--resume a --load_ckpt b", "give one of them"),
         ("--warmup_steps -1", "--warmup_steps"),
-        ("--class_cond", "--class_cond is for --mode sample"),
         ("--mode baseline_train --denoise 0.1", "--denoise is for --mode sample"),
         ("--precision fp8", "--precision takes one of"),
         ("--compile maybe", "--compile"),

@@ -176,3 +176,17 @@ def test_log_density_of_logits():
     logits = torch.tensor([[0.0, math.log(3.0)]])
     assert log_density(logits).item() == pytest.approx(math.log(4))
     assert log_density(logits, torch.tensor([1])).item() == pytest.approx(math.log(3))
+
+
+def test_separate_energy():
+    """log p(x) is the head's output, p(y|x) the classifier's; cross-entropy does not reach the energy head."""
+    model, x = tiny(separate_energy=True), torch.rand(5, 1, 8, 8) * 2 - 1
+    logits, features = model.logits(x), model.f(x)
+    torch.testing.assert_close(model.log_density(x), model.energy_output(features).squeeze(1))
+    expected = model.class_output(features).softmax(1)
+    torch.testing.assert_close(logits.softmax(1), expected)
+    torch.nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.int64)).backward(retain_graph=True)
+    assert model.energy_output.weight.grad.abs().max() < 1e-6 < model.class_output.weight.grad.abs().max()
+    model.zero_grad()
+    model.log_density(x).sum().backward()
+    assert model.class_output.weight.grad.abs().max() < 1e-6 < model.energy_output.weight.grad.abs().max()

@@ -1,0 +1,137 @@
+"""What only a GPU can show: captured chains, no waiting, memory; skipped where there is none."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import data
+import main
+import trainer
+from config import Config
+from models import build_model, copy_weights, sampling_copy
+from sgld import SGLD, reference_chain, uniform_images
+from storage.checkpoint import load_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SHAPE = (3, 16, 16)
+SMALL = (
+    "--dataset digits --gpu 0 --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 3 --warmup_steps 2 "
+    "--compile off --no_log"
+).split()
+
+
+def generator(seed=0):
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return sampling_copy(build_model(3, 4, 10, 1).cuda(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", device="cuda")
+
+
+def trained(digits, **changes):
+    """A trainer after two steps: everything is captured."""
+    base = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2, "buffer_size": 100}
+    base |= {"max_steps": 50, "warmup_steps": 5, "compile": "off"}
+    run = trainer.Trainer(Config(**(base | changes)), digits, torch.device("cuda", 0))
+    for run.step in (1, 2):
+        run.training_step()
+    return run
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3]], ids=["log p(x)", "log p(x, y)"])
+@pytest.mark.parametrize("clamps", [{}, {"grad_clamp": 0.01, "clamp": True}])
+def test_captured_chain_equals_the_reference(labels, clamps, model):
+    y = None if labels is None else torch.tensor(labels, device="cuda")
+    x = uniform_images(4, SHAPE, generator())
+    slow = reference_chain(model.log_density, x, 10, 1.0, 0.01, generator(1), y, **clamps)
+    engine = SGLD(model.log_density, **clamps)
+    for _ in range(2):  # captured, and replayed
+        fast = engine(x, 10, 1.0, 0.01, generator(1), y)
+        torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-4)
+        torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-2, atol=1e-5)
+
+
+def test_a_captured_chain_follows_the_weights(model):
+    x, engine = uniform_images(4, SHAPE, generator()), SGLD(model.log_density)
+    before = engine(x, 3, 1.0, 0.0, generator()).x
+    torch.manual_seed(1)
+    copy_weights(build_model(3, 4, 10, 1).cuda(), model)
+    after = engine(x, 3, 1.0, 0.0, generator()).x
+    torch.testing.assert_close(
+        after, reference_chain(model.log_density, x, 3, 1.0, 0.0, generator()).x, rtol=0, atol=1e-4
+    )
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_two_shapes_have_a_graph_each(model):
+    engine = SGLD(model.log_density)
+    for n in (4, 7, 4):
+        x = uniform_images(n, SHAPE, generator(n))
+        expected = reference_chain(model.log_density, x, 3, 1.0, 0.0, generator()).x
+        torch.testing.assert_close(engine(x, 3, 1.0, 0.0, generator()).x, expected, rtol=0, atol=1e-4)
+    assert len(engine.graphs) == 2
+
+
+def test_memory_stays_flat_over_films(digits):
+    run, used = trained(digits), []
+    run.run, run.log = None, None
+    run.writer = type("Nowhere", (), {"submit": lambda *_: None})()
+    for _ in range(4):
+        run.dump_gif()
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert used[1] == used[2] == used[3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "batch", "start": "class_gaussian", "sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0}
+        | {"optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "p_x_batch_size": 12, "p_x_no_augment": True},
+        {"class_cond": True, "p_x_y_weight": 0.5, "ema": 0.9},
+    ],
+    ids=["jem", "sada-jem", "class_cond"],
+)
+def test_no_step_waits_for_the_device(options, digits):
+    run = trained(digits, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for run.step in (3, 4):
+            run.training_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch):
+    options = [*SMALL, "--max_steps", "40"]
+    assert main.main([*options, "--logdir", str(tmp_path / "whole")]) == 0
+    original = trainer.Trainer.training_step
+
+    def stopping(self):
+        if self.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "training_step", stopping)
+        assert main.main([*options, "--logdir", str(tmp_path / "stopped")]) == 143
+    (run,), (whole,) = (tmp_path / "stopped").iterdir(), (tmp_path / "whole").iterdir()
+    assert main.main(["--resume", str(run)]) == 0
+    one, two = (load_checkpoint(path / "ckpt" / "last.pt")["state"] for path in (run, whole))
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
+    assert torch.equal(one["buffer"]["images"], two["buffer"]["images"])
