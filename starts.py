@@ -4,6 +4,7 @@ A start is called with the classes of the images that are wanted, a list on the 
 float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and never waits for the device.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -56,14 +57,14 @@ class GaussianStart:
         self.gaussians = [fit(group) for group in groups]
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        members: dict[int, list[int]] = {}
-        for i, k in enumerate(classes):
-            members.setdefault(k if len(self.gaussians) > 1 else 0, []).append(i)
-        parts = [self._sample(k, len(where), rng) for k, where in members.items()]
-        order = torch.tensor([i for where in members.values() for i in where]).argsort()
+        if len(self.gaussians) == 1:
+            classes = [0] * len(classes)
+        samples = {k: iter(self._sample(k, n, rng)) for k, n in Counter(classes).items()}
         c, h, w = self.shape
-        flat = torch.cat(parts)[order.to(rng.device)] if parts else torch.empty(0, c * h * w, device=rng.device)
-        return flat.view(-1, c, h, w).contiguous(memory_format=torch.channels_last)
+        x = torch.empty(len(classes), c * h * w, device=rng.device)
+        if classes:
+            torch.stack([next(samples[k]) for k in classes], out=x)
+        return x.view(-1, c, h, w).contiguous(memory_format=torch.channels_last)
 
     def _sample(self, k: int, n: int, rng: Generator) -> Tensor:
         mean, factor, noise = self.gaussians[k]
