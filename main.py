@@ -1,6 +1,12 @@
 """Command line of the program: options to a Config, a Config to one mode."""
 
+import signal
+
+if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):  # before the seconds in which torch is imported
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
+
 import argparse
+import difflib
 import os
 import sys
 from dataclasses import asdict, fields, replace
@@ -11,6 +17,7 @@ import torch
 import data
 import evaluation
 import sample
+import terminal
 import utils
 from config import CHANGEABLE, Config, add_options
 from recipes import RECIPES
@@ -22,6 +29,11 @@ from utils import TrainingFailed, UserError
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            known = [f"--{f.name}" for f in fields(Config)]
+            near = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, 1)
+            message = f"there is no option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message}; see python main.py --help")
 
 
@@ -64,8 +76,8 @@ def run(arguments: list[str]) -> int:
         prog="main.py",
         allow_abbrev=False,
         description="Train a network as a classifier and as an energy-based model.",
-        epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 130, 143 "
-        "stopped by Ctrl-C, SIGTERM, after a checkpoint was written.",
+        epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
+        "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
     add_options(parser)
     given = vars(parser.parse_args(arguments))
@@ -192,4 +204,5 @@ def newest_run(cfg: Config, description: dict) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    terminal.protect()
+    terminal.leave(main(sys.argv[1:]))

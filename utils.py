@@ -127,15 +127,20 @@ def device_name(device: torch.device) -> str:
 
 
 class Signals:
-    """Inside, Ctrl-C, SIGTERM and SIGUSR1 are noted instead of obeyed; a second Ctrl-C stops at once.
+    """Inside, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are noted instead of obeyed; a second Ctrl-C stops at once.
 
-    ``received``: one has come since this was last set to False. ``status``: the exit status that it asks for, 0 for
-    none (SIGUSR1 asks for a checkpoint only).
+    ``status``: the exit status that a signal has asked for, 0 for none (SIGUSR1 asks for a checkpoint only). What was
+    ignored before, as SIGHUP under nohup, stays ignored, but for SIGUSR1.
     """
 
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
+
     def __enter__(self):
-        self.received, self.status = False, 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.received, self.status, self.before = False, 0, {}
+        for name in self.NAMES:
+            number = getattr(signal, name, None)
+            if number and (name == "SIGUSR1" or signal.getsignal(number) != signal.SIG_IGN):
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def take(self) -> bool:
@@ -146,9 +151,9 @@ class Signals:
         return True
 
     def _note(self, number, frame):
-        self.received = True
-        if number != signal.SIGUSR1:
+        if number != getattr(signal, "SIGUSR1", None):
             self.status = 128 + number
+        self.received = True  # after the status, which who takes it reads
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

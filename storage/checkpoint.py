@@ -35,9 +35,17 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
         if keep and path.exists():
             os.replace(path, directory / keep)
         os.replace(temporary, path)
+        sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have renamed files on disk. Some file systems, and Windows, cannot do that: then they sync as they like."""
+    with suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)  # the rename itself
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def set_aside(path: Path) -> None:
@@ -78,14 +86,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
-    place = Path(path)
+    named = Path(path)
     try:
-        is_run = place.is_dir()
+        is_run = named.is_dir()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not is_run:
-        return place, load_checkpoint(place)
-    candidates = [place / "ckpt" / name for name in ("last.pt", "previous.pt")]
+        return named, load_checkpoint(named)
+    candidates = [named / "ckpt" / name for name in ("last.pt", "previous.pt")]
     error = None
     for candidate in candidates:
         try:
@@ -97,5 +105,5 @@ def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
             print(f"Warning: {error}; taking {candidate} instead.", file=sys.stderr)
         return candidate, state
     if not any(map(os.path.exists, candidates)):
-        raise UserError(f"no checkpoint in {place} (looked for ckpt/last.pt and ckpt/previous.pt)")
+        raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt and ckpt/previous.pt)")
     raise error

@@ -1,13 +1,15 @@
 """A run's directory: how it is made, found again and held by one process."""
 
-import fcntl
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from storage.writer import disk_errors, replace_file
+from filelock import FileLock, Timeout
+
+from storage.writer import NO_PERMISSION, NO_SPACE, disk_errors, replace_file
 from utils import UserError
 
 
@@ -15,18 +17,17 @@ class RunDir:
     """A run's directory ``path``, held by one process at a time."""
 
     def __init__(self, path: Path):
-        self.path = path
-        with disk_errors(path):
-            self.lock = open(path / "lock", "w")
+        self.path, self.lock = path, FileLock(path / "lock", timeout=0)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
-        except BlockingIOError:
+            self.lock.acquire()  # the system frees it when the process ends
+        except Timeout:
             raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            print(
-                f"Warning: {path} cannot be locked ({error.strerror}): see to it that one process uses it.",
-                file=sys.stderr,
-            )
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NO_PERMISSION):
+                with disk_errors(path):
+                    raise
+            reason = getattr(error, "strerror", None) or "its file system has no locks"
+            print(f"Warning: {path} cannot be locked ({reason}): make sure that one process uses it.", file=sys.stderr)
 
     @classmethod
     def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
@@ -44,30 +45,38 @@ class RunDir:
         raise UserError(f"{Path(logdir) / name} and 98 like it are there already; choose another --note")
 
     @classmethod
-    def of(cls, place: str) -> "RunDir":
+    def of(cls, name: str) -> "RunDir":
         """The run that ``--resume`` names by its directory, or by its newest checkpoint or the one before that."""
-        path = Path(place)
+        path = Path(name)
         try:
             if not path.is_dir():
                 if not path.exists():
-                    raise UserError(f"no checkpoint at {place}")
+                    raise UserError(f"no checkpoint at {name}")
                 if path.name not in ("last.pt", "previous.pt"):
                     raise UserError(
-                        f"--resume takes a run directory, or its last.pt or previous.pt; {place} can start "
+                        f"--resume takes a run directory, or its last.pt or previous.pt; {name} can start "
                         "a new run with --load_ckpt"
                     )
                 path = path.resolve().parent.parent
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is not a run directory: it has no config.json")
         except OSError as error:
-            raise UserError(f"cannot read {place}: {error.strerror}") from None
+            raise UserError(f"cannot read {name}: {error.strerror}") from None
         return cls(path)
 
     def __enter__(self) -> "RunDir":
+        self.remove_unfinished()
         return self
 
     def __exit__(self, *_) -> None:
-        self.lock.close()
+        self.remove_unfinished()
+        self.lock.release()
+
+    def remove_unfinished(self) -> None:
+        """Delete the files that were being written when a process was stopped."""
+        with suppress(OSError):
+            for unfinished in self.path.rglob("*.tmp"):
+                unfinished.unlink()
 
     def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
         content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"

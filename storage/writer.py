@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, in the calling thread or behind it."""
 
+import errno
 import os
 import queue
 import threading
@@ -10,17 +11,23 @@ from typing import Any
 
 from utils import UserError
 
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the place; what was already on disk stays."""
+    """Turns an OSError into a UserError that names the path; what was already on disk stays."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write to {path}: {error.strerror or error}; free some space or mend the permissions, "
-            "then run it again (training: with --resume)"
-        ) from None
+        if error.errno in NO_SPACE:
+            advice = "; free some space, then run it again (training: with --resume)"
+        elif error.errno in NO_PERMISSION:
+            advice = "; check its permissions, then run it again (training: with --resume)"
+        else:
+            advice = ""
+        raise UserError(f"cannot write to {path}: {error.strerror or error}{advice}") from None
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -43,7 +50,7 @@ class Writer:
 
     def __init__(self):
         self.jobs: queue.Queue = queue.Queue(maxsize=8)
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -52,11 +59,16 @@ class Writer:
 
     def __exit__(self, kind, error, traceback) -> None:
         """Wait until everything is written, unless Ctrl-C asks to stop at once."""
-        if kind is None or issubclass(kind, Exception):
-            self.jobs.put(None)
-            self.thread.join()
-        if kind is None:
-            self.check()
+        try:
+            if kind is None or issubclass(kind, Exception):
+                self.jobs.put(None)
+                self.thread.join()
+                kind or self.check()
+            else:
+                self.error = error
+        except BaseException as interruption:
+            self.error = self.error or interruption  # what waits is left undone
+            raise
 
     def _work(self):
         while task := self.jobs.get():
