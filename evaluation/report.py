@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from storage.log import tensorboard_writer
@@ -171,13 +172,12 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_tensorboard(self, step: int) -> None:
-        import cv2
-
         with disk_errors(self.directory), tensorboard_writer(self.directory) as board:
             board.add_text("report", self.markdown(), step)
             for name, section in self.sections.items():
                 for key, number in section.scalars().items():
                     board.add_scalar(f"{name}/{key}", number.value, step)
                 for picture in section.pictures:
-                    bgr = cv2.imread(str(self.directory / f"{picture}.png"))
-                    board.add_image(f"{name}/{picture}", bgr[:, :, ::-1], step, dataformats="HWC")
+                    with Image.open(self.directory / f"{picture}.png") as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
