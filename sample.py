@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -93,7 +94,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             picture = image_grid(image[None], tile=1)
             save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
     summarise(start, result, settings)
-    print(f"Done. Look at {directory.path}")
+    print(f"Done. Look at {utils.printable(directory.path)}")
     return 0
 
 
@@ -137,7 +138,10 @@ def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Gen
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:
-    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown."""
+    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown.
+
+    Where a picture is transparent, the pixel is known.
+    """
     unknown = torch.zeros(height, width, dtype=torch.bool)
     if name == "left":
         unknown[:, : width // 2] = True
@@ -146,8 +150,11 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
         unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
         return unknown
     try:
-        with Image.open(name) as picture:
-            mask = np.array(picture.convert("L"))
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            with Image.open(name) as picture:
+                mask = on_black(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"the mask {name} is too large, the images have {width}x{height} pixels: resize it") from None
     except FileNotFoundError:
         raise UserError(f"no mask at {name}: --inpaint takes left, center or a picture") from None
     except (OSError, SyntaxError, ValueError):  # Pillow's exceptions for what is broken or no picture
@@ -161,6 +168,14 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown
+
+
+def on_black(picture: Image.Image) -> np.ndarray:
+    """The grey levels, uint8 (H, W), of a picture that is laid on black where it is transparent."""
+    if picture.has_transparency_data:
+        black = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    return np.array(picture.convert("L"))
 
 
 # ---------------------------------------------------------------------------------------------- chains

@@ -11,7 +11,9 @@ from sklearn.datasets import load_digits
 
 import main
 from models import build_model
+from sample import unknown_pixels
 from sgld import reference_chain, uniform_images
+from utils import UserError
 
 TRAIN = (
     "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
@@ -225,6 +227,29 @@ def test_a_small_buffer_gives_all_it_has(jem, tmp_path):
     _, content = sample(jem, tmp_path, "--from_buffer", "--n_sample_steps", "0")
     buffer = state_of(jem)["buffer"]["images"].numpy()
     assert sorted(x.tobytes() for x in content["x"]) == sorted(x.tobytes() for x in buffer)
+
+
+def test_what_is_transparent_in_a_mask_is_known(tmp_path):
+    white, alpha = np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)
+    alpha[:, :3] = 255
+    masks = {
+        "rgba": Image.merge("RGBA", [Image.fromarray(x) for x in (white, white, white, alpha)]),
+        "grey": Image.merge("LA", [Image.fromarray(white), Image.fromarray(alpha)]),
+    }
+    for name, mask in masks.items():
+        mask.save(tmp_path / f"{name}.png")
+    Image.fromarray(alpha).save(tmp_path / "one level.png", transparency=0)
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
+
+
+@pytest.mark.parametrize("limit", [10, 50])  # above twice the limit Pillow raises, below it warns
+def test_a_mask_of_too_many_pixels_is_one_line(limit, jem, tmp_path, monkeypatch, capfd):
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match="mask.png is too large, the images have 8x8 pixels: resize it"):
+        unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
+    assert capfd.readouterr().err == ""
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
