@@ -1,24 +1,36 @@
 PYTHON ?= python3
 BIN = .venv/bin
 DATA_DIR ?= data
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: train test eval clean
 
-train: .venv/installed  ## a JEM on the 8x8 digits, in about two minutes on two CPU cores
+train: .venv/train  ## a JEM on the 8x8 digits, in about two minutes on two CPU cores
 	$(BIN)/python benchmarks/reproduce.py digits
 
-test: .venv/installed  ## ruff and the tests
+test: .venv/dev  ## ruff and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-eval: .venv/installed  ## every part of --mode test, shortened, on the newest run of make train
+eval: .venv/train .venv/eval  ## every part of --mode test, shortened, on the newest run of make train
 	$(BIN)/python benchmarks/reproduce.py digits --test --data_dir $(DATA_DIR)
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+# A stamp that is older than its requirements has them installed again.
+.venv/train: requirements.txt | .venv/bin/pip
+	$(INSTALL) -r requirements.txt
 	touch $@
+
+.venv/eval: requirements-eval.txt | .venv/bin/pip
+	$(INSTALL) -r requirements-eval.txt
+	touch $@
+
+.venv/dev: requirements.txt requirements-eval.txt requirements-dev.txt | .venv/bin/pip
+	$(INSTALL) -r requirements-dev.txt
+	touch $@
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
 
 clean:
 	rm -rf .venv

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import shutil
 import tempfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 
 import image_folder
 from image_folder.layout import describe
@@ -25,6 +27,7 @@ DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "
 FLIP_KEEPS_LABEL = ("cifar10", "cifar100", "fashion_mnist", "folder")
 SPLIT_SEED = 0
 
+SVHN_PARTS = ("train", "test")
 IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 TORCHVISION = {  # name: torchvision's class, and the files to fetch by hand where there is no network
     "cifar10": (datasets.CIFAR10, ["cifar-10-python.tar.gz"]),
@@ -257,12 +260,29 @@ def _read_torchvision(name: str, root: Path) -> tuple[Split, Split, list[str]]:
                 train, test = (_open_part(dataset_class, root, part) for part in ("train", "test"))
         class_names = [str(digit) for digit in range(10)] if name == "svhn" else train.classes
         return _as_split(train), _as_split(test), class_names
+    except UserError:
+        raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
+        for path, md5 in _archives(dataset_class, root):
+            if path.is_file() and not check_integrity(path, md5):
+                raise UserError(
+                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there"
+                ) from error
         cause = " ".join(str(error).split())
         raise UserError(
             f"cannot read {name} from {root} ({cause}): put {' and '.join(files_to_fetch)} there, "
             "or choose --dataset digits, which needs no files"
         ) from error
+
+
+def _archives(dataset_class: type, root: Path) -> list[tuple[Path, str]]:
+    """Where torchvision's class keeps the files that it downloads, and the MD5 sum that each must have."""
+    if issubclass(dataset_class, datasets.CIFAR10):  # and CIFAR-100, which is made from it
+        return [(root / dataset_class.filename, dataset_class.tgz_md5)]
+    if dataset_class is datasets.SVHN:
+        return [(root / dataset_class.split_list[part][1], dataset_class.split_list[part][2]) for part in SVHN_PARTS]
+    raw = root / dataset_class.__name__ / "raw"
+    return [(raw / name, md5) for name, md5 in dataset_class.resources]
 
 
 def _unpack_idx(files: dict[str, Path], raw_folder: Path) -> None:
@@ -271,7 +291,10 @@ def _unpack_idx(files: dict[str, Path], raw_folder: Path) -> None:
     for name in IDX_FILES:
         open_file = gzip.open if files[name].suffix == ".gz" else open
         with open_file(files[name], "rb") as source, open(raw_folder / name, "wb") as target:
-            shutil.copyfileobj(source, target)
+            try:
+                shutil.copyfileobj(source, target)
+            except (EOFError, gzip.BadGzipFile, zlib.error):
+                raise UserError(f"{files[name]} is damaged: remove it and put an intact copy there") from None
 
 
 def _open_part(dataset_class: type, root: str | Path, part: str) -> datasets.VisionDataset:

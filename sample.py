@@ -3,13 +3,13 @@
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model
 from sgld import SGLD, normal_like, uniform_images
 from starts import UniformStart, build_start
-from storage.pictures import image_grid, save_gif, save_png, to_uint8
+from storage.pictures import image_grid, save_gif, save_png, text_width, to_uint8, write_text
 from storage.run_dir import RunDir
 from storage.writer import disk_errors, replace_file
 from utils import UserError
@@ -32,6 +32,7 @@ STEPS = 200  # of a chain from noise: with a training chain's step size, when sa
 COLUMNS = 10  # images in a row of a picture
 SHOWN = 100  # images in a picture or film; of a class, COLUMNS
 FRAMES = 60  # at most, in a film
+NAME_WIDTH = 160  # pixels that the name of a class may take beside its row
 
 
 class Start(NamedTuple):
@@ -96,7 +97,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             picture = image_grid(image[None], tile=1)
             save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
     summarise(start, result, settings)
-    print(f"Done. Look at {directory.path}")
+    print(f"Done. Look at {utils.printable(directory.path)}")
     return 0
 
 
@@ -144,7 +145,10 @@ def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Gen
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:
-    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown."""
+    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown.
+
+    Where a picture is transparent, the pixel is known.
+    """
     unknown = torch.zeros(height, width, dtype=torch.bool)
     if name == "left":
         unknown[:, : width // 2] = True
@@ -153,8 +157,11 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
         unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
         return unknown
     try:
-        with Image.open(name) as picture:
-            mask = np.array(picture.convert("L"))
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            with Image.open(name) as picture:
+                mask = on_black(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"the mask {name} is too large, the images have {width}x{height} pixels: resize it") from None
     except FileNotFoundError:
         raise UserError(f"no mask at {name}: --inpaint takes left, center or a picture") from None
     except (OSError, SyntaxError, ValueError):  # Pillow's exceptions for what is broken or no picture
@@ -168,6 +175,14 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown
+
+
+def on_black(picture: Image.Image) -> np.ndarray:
+    """The grey levels, uint8 (H, W), of a picture that is laid on black where it is transparent."""
+    if picture.has_transparency_data:
+        black = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    return np.array(picture.convert("L"))
 
 
 # ---------------------------------------------------------------------------------------------- chains
@@ -234,17 +249,20 @@ def write_pictures(
 
 
 def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:
-    """An RGB picture (H, W, 3) with a name to the left of each of its equal rows and above each column."""
-    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.35
+    """An RGB picture (H, W, 3) uint8 with a name to the left of each of its equal rows and above each column.
+
+    A name that is wider than NAME_WIDTH pixels, or than its column, is shortened.
+    """
     height, width = grid.shape[:2]
-    left = max((cv2.getTextSize(name, font, size, 1)[0][0] + 8 for name in rows), default=0)
+    left = min(NAME_WIDTH, max((text_width(name) for name in rows), default=-8)) + 8
     top = 16 if columns else 0
-    picture = cv2.copyMakeBorder(grid, top, 0, left, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-    places = [(4, top + round((i + 0.5) * height / len(rows)) + 4) for i in range(len(rows))]
-    places += [(left + 4 + round(i * width / len(columns)), 11) for i in range(len(columns))]
-    for name, place in zip([*rows, *columns], places, strict=True):
-        cv2.putText(picture, name, place, font, size, (0, 0, 0), 1, cv2.LINE_AA)
-    return picture
+    picture = Image.new("RGB", (left + width, top + height), "white")
+    picture.paste(Image.fromarray(grid), (left, top))
+    for i, name in enumerate(rows):
+        write_text(picture, 4, top + round((i + 0.5) * height / len(rows)), name, NAME_WIDTH)
+    for i, name in enumerate(columns):
+        write_text(picture, left + 4 + round(i * width / len(columns)), top // 2, name, width // len(columns) - 4)
+    return np.asarray(picture)
 
 
 def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:

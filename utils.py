@@ -1,6 +1,7 @@
 """The machine that a run is on: device, arithmetic, signals; and the exceptions that cross module borders."""
 
 import ctypes
+import os
 import platform
 import signal
 import subprocess
@@ -9,11 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 
-METRIC_PACKAGES = ("torchmetrics", "torch-fidelity", "torchattacks")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "torchattacks")
 
 
 class UserError(Exception):
@@ -28,9 +27,12 @@ class TrainingFailed(Exception):
     """Training cannot go on; ``main.py`` prints the message and exits with status 1."""
 
 
-def printable(text: object) -> str:
-    """The text with everything escaped that is no visible character or that the terminal's encoding lacks."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+def printable(text: object, encoding: str | None = None) -> str:
+    """The text with everything escaped that is no visible character or that ``encoding`` lacks.
+
+    encoding: None is the terminal's; for what goes into files and pictures it is "utf-8".
+    """
+    encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
     return "".join(c if c.isprintable() and _encodable(c, encoding) else ascii(c)[1:-1] for c in str(text))
 
 
@@ -93,24 +95,32 @@ def set_speed_options(device: torch.device) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-        commit += " with local changes" if changed else ""
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "command": " ".join(sys.argv),
-        "git_commit": commit,
+        "git_commit": git_commit(Path(__file__).resolve().parent),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-        **{name: installed(name) for name in METRIC_PACKAGES},
+        **{name: installed(name) for name in PACKAGES},
         "device": device_name(device),
     }
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown".
+
+    A copy of the program inside somebody's own repository must not be taken for a commit of that repository.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace").stdout
+
+    try:
+        if not os.path.samefile(git("rev-parse", "--show-toplevel").removesuffix("\n"), folder):
+            return "unknown"
+        commit = git("rev-parse", "HEAD").strip()
+        return f"{commit} with local changes" if git("status", "--porcelain").strip() else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def installed(package: str) -> str:

@@ -1,7 +1,10 @@
 """``--mode test``: one function a metric, one report. Every number carries its protocol."""
 
+import errno
+import os
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import utils
 from config import Config
 from data import ImageData
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
-from evaluation.inputs import Inputs
+from evaluation.inputs import Inputs, evaluation_packages
 from evaluation.report import Report, Section
 from models import JEM
 from models.load import load_data, load_model
@@ -40,7 +43,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     model = frozen(cfg, path, content, device)
     images, state = load_data(cfg, path, content, device), content["state"]
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
-    inputs = Inputs(cfg, model, images, buffer, load_feature_model(cfg.feature_ckpt, images, device), device)
+    feature_model = load_feature_model(cfg.feature_ckpt, images, device)
+    class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
+    inputs = Inputs(cfg, model, replace(images, class_names=class_names), buffer, feature_model, device)
     ood.check_names(cfg)
 
     directory = report_directory(cfg, path)
@@ -79,7 +84,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             report.write()
             continue
         try:
-            METRICS[name](inputs, section)
+            with evaluation_packages():
+                METRICS[name](inputs, section)
         except UserError as error:
             section.skip(name, str(error))
         except Exception as error:  # one metric's failure is not to cost the others, hours later
@@ -88,7 +94,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         report.write()
     if not cfg.no_log:
         report.to_tensorboard(state["step"])
-    print(f"Look at {directory / 'report.md'}, results.json and the pictures beside it.")
+    print(f"Look at {utils.printable(directory / 'report.md')}, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0
@@ -110,14 +116,29 @@ def load_feature_model(place: str, images: ImageData, device: torch.device) -> J
 
 
 def report_directory(cfg: Config, path: Path) -> Path:
-    """A new ``eval`` directory in the checkpoint's run, or where there is none, in a new run."""
-    in_run = path.parent.name == "ckpt" and (path.parent.parent / "config.json").is_file()
-    run = path.parent.parent if in_run else RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
+    """A new ``eval`` directory in the checkpoint's run; in a new run of ``--logdir`` if there is none to write into."""
+    run = path.parent.parent
+    if path.parent.name == "ckpt" and (run / "config.json").is_file():
+        try:
+            if run.stat().st_uid != os.geteuid():
+                raise PermissionError(errno.EACCES, "it belongs to another user")
+            return new_eval(run)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"cannot write to {run}: {error.strerror}") from None
+            reason = f"{run} cannot be written ({error.strerror}): the report goes to a new run in {cfg.logdir}"
+            print(utils.printable(reason), flush=True)
+    run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
-        for end in ("", *(f"-{n}" for n in range(2, 1000))):
-            try:
-                (run / f"eval{end}").mkdir()
-            except FileExistsError:
-                continue
-            return run / f"eval{end}"
+        return new_eval(run)
+
+
+def new_eval(run: Path) -> Path:
+    """Make the first of ``eval``, ``eval-2``, ... that is not there yet."""
+    for end in ("", *(f"-{n}" for n in range(2, 1000))):
+        try:
+            (run / f"eval{end}").mkdir()
+        except FileExistsError:
+            continue
+        return run / f"eval{end}"
     raise UserError(f"{run} holds 999 evaluations; remove some")

@@ -49,8 +49,9 @@ def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 30:
-        axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
-        axes.set_yticks(range(len(names)), names)
+        turn = 45 if max(map(len, names)) > 2 else 0
+        axes.set_xticks(range(len(names)), names, rotation=turn, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         for i, j in counts.nonzero().tolist():
             axes.text(
                 j,

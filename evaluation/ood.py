@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -11,12 +12,13 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 import data
+import image_folder
 from config import Config
 from evaluation.inputs import Inputs
 from evaluation.report import Section, bootstrap
 from models import JEM, log_density
 from models.predict import images_per_batch
-from utils import UserError
+from utils import UserError, printable
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
@@ -34,9 +36,9 @@ def measure(inputs: Inputs, section: Section) -> None:
         try:
             images = foreign_images(name, test.images, inputs)
         except UserError as error:
-            section.skip(name, str(error))
+            section.skip(printable(name, "utf-8"), str(error))
             continue
-        outside[name] = scores(inputs.model, inputs.with_noise(images))
+        outside[printable(name, "utf-8")] = scores(inputs.model, inputs.with_noise(images))
     for name, measured in outside.items():
         for score, out in measured.items():
             within, n, at = inside[score], len(out) + len(test), (name, score)
@@ -59,22 +61,32 @@ def set_names(cfg: Config) -> list[str]:
     """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper."""
     if cfg.ood_datasets == "auto":
         return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
-    return [name.strip() for name in cfg.ood_datasets.split(",")]
+    pieces, names = cfg.ood_datasets.split(","), []
+    while pieces:
+        joined = (n for n in range(len(pieces), 1, -1) if is_folder(",".join(pieces[:n]).strip()))
+        n = next(joined, 1)  # a folder's name may hold commas
+        names.append(",".join(pieces[:n]).strip())
+        pieces = pieces[n:]
+    return names
+
+
+def is_folder(name: str) -> bool:
+    return bool(name) and os.path.isdir(os.path.expanduser(name))
 
 
 def check_names(cfg: Config) -> None:
     """Raise UserError for the first name in ``--ood_datasets`` that means nothing."""
     for name in set_names(cfg):
-        if name not in (*BUILT_IN, *NAMED) and not (name and os.path.isdir(name)):
+        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
 def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
     """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
 
-    Besides data sets and folders: interp, the mean of two different test images; noise, uniform; constant, one colour
-    an image; shuffled, test images with their pixels permuted, each in its own way. Raises UserError if a set cannot
-    be read.
+    Of a folder it takes the test part, or all images if it has no parts. Besides data sets and folders: interp, the
+    mean of two different test images; noise, uniform; constant, one colour an image; shuffled, test images with their
+    pixels permuted, each in its own way. Raises UserError if a set cannot be read.
     """
     rng, (n, c, h, w) = inputs.rng(), test.shape
     draw = {"generator": rng, "device": inputs.device}
@@ -90,10 +102,11 @@ def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
         case _ if name in NAMED:
-            images = data.load(name, inputs.cfg.data_dir, device=inputs.device)
+            others = data.load(name, inputs.cfg.data_dir, device=inputs.device).test
         case _:
-            images = data.load("folder", name, image_size=h, device=inputs.device)
-    return converted(inputs.subset(images.test, n).images, (c, h, w))
+            images = image_folder.read_test_part(Path(os.path.expanduser(name)), image_size=h)
+            others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
+    return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -148,13 +161,13 @@ def histograms(scores: dict[str, Tensor], label: str) -> Figure:
     low, high = (max(everything.min().item(), 2 * low - high), min(everything.max().item(), 2 * high - low))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, values) in enumerate(sets.items()):
+    for i, values in enumerate(sets.values()):
         axes.hist(
             values.clamp(low, high).tolist(),
             bins=50,
             range=(low, high),
             weights=[1 / len(values)] * len(values),
-            label=name,
+            label=str(i),
             **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}),
         )
     axes.set(
@@ -163,5 +176,7 @@ def histograms(scores: dict[str, Tensor], label: str) -> Figure:
         yscale="log",
         ylim=(5e-4, 1.5),
     )
-    axes.legend()
+    names = list(sets)
+    for text in axes.legend().get_texts():  # given as labels, names that begin with "_" would be left out
+        text.set(text=names[int(text.get_text())], parse_math=False)
     return figure

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from data import to_float
-from evaluation.inputs import Inputs
+from evaluation.inputs import Inputs, evaluation_packages
 from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import images_per_batch, predict
@@ -26,6 +26,7 @@ from storage.pictures import image_grid, to_uint8
 from utils import UserError, pick_dtype
 
 BATCH = 250  # images of 3x32x32
+INCEPTION_FEATURES = 2048
 
 
 def fresh_samples(
@@ -232,15 +233,18 @@ def measure(inputs: Inputs, section: Section) -> None:
     train = inputs.subset(inputs.data.train)
 
     try:
-        add_inception_scores(section, sets, train.images)
+        with evaluation_packages():
+            add_inception_scores(section, sets, train.images)
     except UserError as error:
         section.skip("FID, IS, KID", str(error))
-    feature_model = inputs.feature_model
-    if feature_model:
-        test = inputs.subset(inputs.data.test).images
-        add_feature_distances(section, sets, train.images, test, model, feature_model, cfg.feature_ckpt)
-    else:
-        section.skip("Fréchet distance in a classifier's features", "no --feature_ckpt names one")
+    feature_model, test = inputs.feature_model, inputs.subset(inputs.data.test).images
+    try:
+        if not feature_model:
+            raise UserError("no --feature_ckpt names one")
+        with evaluation_packages():
+            add_feature_distances(section, sets, train.images, test, model, feature_model, cfg.feature_ckpt)
+    except UserError as error:
+        section.skip("Fréchet distance in a classifier's features", str(error))
 
     sets.pop("buffer, filtered", None)
     for name, (images, protocol) in sets.items():
@@ -253,8 +257,9 @@ def add_inception_scores(section: Section, sets: dict[str, tuple[Tensor, str]], 
     scorer = inception_scorer(inception(real.device), real)
     for name, (images, protocol) in sets.items():
         if len(images) < 20:
-            section.skip(f"FID, IS, KID of {name}", f"{len(images)} images are too few")
+            section.skip(f"FID, IS, KID of {name}", f"they need at least 20 images, not {len(images)}")
             continue
+        warn_of_few(section, f"FID of {name}", images, real, INCEPTION_FEATURES)
         scores, n = scorer(images), len(images)
         against = f"{protocol}; Inception-v3 of torch-fidelity, against {len(real)} training images"
         table = "Inception scores"
@@ -262,6 +267,16 @@ def add_inception_scores(section: Section, sets: dict[str, tuple[Tensor, str]], 
         for key, (mean, std) in {"IS": scores.inception_score, "KID": scores.kid}.items():
             section.add(table, mean, n, against, at=(name, key))
             section.add(table, std, n, against, at=(name, f"{key}, standard deviation"))
+
+
+def warn_of_few(section: Section, what: str, images: Tensor, real: Tensor, n_features: int) -> None:
+    """Note that a Fréchet distance means little if it rests on fewer images than features."""
+    n = min(len(images), len(real))
+    if n < n_features:
+        section.note(
+            f"**{what} means little:** it rests on {n} images but {n_features} features, whose covariance that many "
+            "images do not determine. Distances are comparable only between equal numbers of images."
+        )
 
 
 def add_feature_distances(
@@ -279,11 +294,13 @@ def add_feature_distances(
         frechet_distance(Features(feature_model), real),
         f"features of {feature_ckpt}, {len(real)} training images",
     )
+    warn_of_few(section, "Fréchet distance of test images", test, real, feature_model.f.n_features)
     section.add(table, distance(test), len(test), f"test images; {features}", at=("test images", "Fréchet distance"))
     for name, (images, protocol) in sets.items():
         if len(images) < 2:
             section.skip(f"Fréchet distance of {name}", f"{len(images)} image has no covariance")
         else:
+            warn_of_few(section, f"Fréchet distance of {name}", images, real, feature_model.f.n_features)
             section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
         agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
         section.mean(

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from storage.log import tensorboard_writer
 from storage.pictures import save_png
 from storage.writer import disk_errors, replace_file
+from utils import printable
 
 Interval = tuple[float, float]
 
@@ -84,7 +86,7 @@ class Section:
     def skip(self, what: str, reason: str) -> None:
         """Record that something could not be computed, and say so at once."""
         self.absent[what] = reason
-        print(f"  {what}: absent, {reason}", flush=True)
+        print(printable(f"  {what}: absent, {reason}"), flush=True)
 
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
@@ -148,6 +150,15 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def all_printable(value: Any) -> Any:
+    """The same dicts and lists with every text in them printable: a path or an error may hold what is no UTF-8."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_printable(item) for item in value]
+    return printable(value, "utf-8") if isinstance(value, str) else value
+
+
 class Report:
     """The sections so far; ``write`` brings the files up to date, so that an interrupted evaluation leaves its part."""
 
@@ -162,22 +173,23 @@ class Report:
     def write(self) -> None:
         results = self.header | {name: section.as_dict() for name, section in self.sections.items()}
         with disk_errors(self.directory):
-            replace_file(self.directory / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            text = json.dumps(all_printable(results), indent=2) + "\n"
+            replace_file(self.directory / "results.json", text.encode())
             replace_file(self.directory / "report.md", self.markdown().encode())
 
     def markdown(self) -> str:
         facts = [(name, str(value)) for name, value in self.header["about"].items()]
         parts = ["# Evaluation", table(("", ""), facts), *(section.markdown() for section in self.sections.values())]
-        return "\n\n".join(parts) + "\n"
+        lines = "\n\n".join(parts).split("\n")
+        return "".join(f"{printable(line, 'utf-8')}\n" for line in lines)
 
     def to_tensorboard(self, step: int) -> None:
-        import cv2
-
         with disk_errors(self.directory), tensorboard_writer(self.directory) as board:
             board.add_text("report", self.markdown(), step)
             for name, section in self.sections.items():
                 for key, number in section.scalars().items():
                     board.add_scalar(f"{name}/{key}", number.value, step)
                 for picture in section.pictures:
-                    bgr = cv2.imread(str(self.directory / f"{picture}.png"))
-                    board.add_image(f"{name}/{picture}", bgr[:, :, ::-1], step, dataformats="HWC")
+                    with Image.open(self.directory / f"{picture}.png") as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")

@@ -343,6 +343,7 @@ def distal_figure(images: Tensor, names: tuple[str, ...], n_each: int) -> Figure
     figure = Figure(figsize=(7, 0.7 * n_rows), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid)
-    axes.set_yticks([(i + 0.5) * len(grid) / n_rows for i in range(n_rows)], names[:n_rows])
+    middles = [(i + 0.5) * len(grid) / n_rows for i in range(n_rows)]
+    axes.set_yticks(middles, names[:n_rows], parse_math=False)
     axes.set(xticks=[], frame_on=False)
     return figure

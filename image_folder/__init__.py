@@ -10,11 +10,12 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,15 @@ def read_unlabelled(root: Path, image_size: int | None) -> Tensor:
     return _read_files(root, _listed(layouts.find_all, root), image_size, "all_")[0]
 
 
-def _listed(find, root: Path) -> Layout:
+def read_test_part(root: Path, image_size: int | None) -> Tensor:
+    """Every image of the test part below ``root``, or of all of it if it has no parts: uint8 (N, C, H, W).
+
+    Labels are not needed: the images may lie in class folders or not. Args and errors are those of ``read``.
+    """
+    return read_unlabelled(_listed(layouts.find_test_part, root), image_size)
+
+
+def _listed(find: Callable[[Path], Any], root: Path) -> Any:
     try:
         return find(root)
     except OSError as error:

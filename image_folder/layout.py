@@ -49,6 +49,12 @@ def find_all(root: Path) -> Layout:
     return layout
 
 
+def find_test_part(root: Path) -> Path:
+    """The folder that holds the images of the test part; ``root`` itself if it has no parts."""
+    _check_root(root, "name a folder of images")
+    return _find_parts(root, []).get("test", root)
+
+
 def find_classes(root: Path) -> Layout:
     """The classes, parts and files of a labelled folder.
 

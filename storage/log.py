@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from storage.writer import disk_errors
+from utils import UserError, printable
 
 
 def on_disk(method: Callable) -> Callable:
@@ -30,7 +31,12 @@ def tensorboard_writer(directory: Path, purge_step: int | None = None):
     from torch.utils.tensorboard import SummaryWriter
 
     threading.excepthook = print_thread_error
-    return SummaryWriter(str(directory), purge_step=purge_step)
+    try:
+        return SummaryWriter(str(directory), purge_step=purge_step)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"TensorBoard cannot write to {directory}, which is no UTF-8: rename it, or give --no_log"
+        ) from None
 
 
 def print_thread_error(args: threading.ExceptHookArgs) -> None:
@@ -103,10 +109,10 @@ class Log:
         if self.board:
             from torch.utils.tensorboard.summary import hparams
 
-            known = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in options.items()}
+            known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
             for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
                 self.board.file_writer.add_summary(summary)
-            rows = "\n".join(f"| {k} | {v} |" for k, v in options.items())
+            rows = "\n".join(f"| {k} | {v} |" for k, v in known.items())
             self.text(0, "options", f"| option | value |\n|---|---|\n{rows}")
 
     def position(self) -> int:

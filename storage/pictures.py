@@ -1,17 +1,24 @@
-"""Pictures: grids of images, PNG and GIF files, curves."""
+"""Pictures: grids of images, PNG and GIF files, text in them, curves."""
 
+import functools
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
-import imageio.v3 as imageio
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from storage.log import read_log
 from storage.writer import disk_errors, replace_file
+from utils import printable
+
+CAPTION_HEIGHT = 18  # pixels below each frame of a film
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -30,53 +37,90 @@ def image_grid(images: Tensor, columns: int = 8, tile: int = 64, padding: int = 
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
+@functools.cache
+def font(size: int = 11) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans: it comes with matplotlib and has letters of many scripts. ``size`` is its height in pixels."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def text_width(text: str) -> int:
+    """Pixels that a text needs in ``font()``."""
+    return round(font().getlength(printable(text, "utf-8")))
+
+
+def write_text(picture: Image.Image, x: int, y: int, text: str, width: int) -> None:
+    """Black text from the pixel column ``x`` on, its middle at the row ``y``; at more than ``width`` pixels it is cut.
+
+    Names of files can hold what no font can draw: that is escaped.
+    """
+    text = printable(text, "utf-8")
+    if text_width(text) > width:
+        while text and text_width(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    ImageDraw.Draw(picture).text((x, y), text, fill="black", font=font(), anchor="lm")
+
+
 def save_png(path: Path, picture: np.ndarray) -> bytes:
     """Write an RGB picture (H, W, 3) uint8; returns the file's bytes."""
-    ok, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    assert ok
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
     with disk_errors(path):
-        replace_file(path, encoded.tobytes())
-    return encoded.tobytes()
+        replace_file(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:
-    """Write RGB pictures (H, W, 3), all of one size, as a looping film, each with its caption below.
+    """Write RGB pictures (H, W, 3) uint8, all of one size, as a looping film, each with its caption below.
 
-    The first and the last frame stay for a second. Returns the file's bytes.
+    The first and the last frame stay for a second. The captions must differ: Pillow makes one frame of equal ones.
+    So a picture that is narrower than its caption gets a white margin. Returns the file's bytes.
     """
+    height, width = pictures[0].shape[:2]
+    full = max(width, *(text_width(caption) + 8 for caption in captions))
     film = []
     for picture, caption in zip(pictures, captions, strict=True):
-        picture = cv2.copyMakeBorder(picture, 0, 18, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-        cv2.putText(
-            picture, caption, (4, picture.shape[0] - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA
-        )
-        film.append(picture)
+        frame = Image.new("RGB", (full, height + CAPTION_HEIGHT), "white")
+        frame.paste(Image.fromarray(picture))
+        write_text(frame, 4, height + CAPTION_HEIGHT // 2, caption, full)
+        film.append(frame)
     durations = [1000, *[100] * (len(film) - 2), 1000][: len(film)]  # milliseconds
-    encoded = imageio.imwrite("<bytes>", np.stack(film), extension=".gif", duration=durations, loop=0)
+    encoded = io.BytesIO()
+    film[0].save(encoded, "GIF", save_all=True, append_images=film[1:], duration=durations, loop=0)
     with disk_errors(path):
-        replace_file(path, encoded)
-    return encoded
+        replace_file(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
-def plot_curves(path) -> None:
-    """test_accuracy.png and loss.png from metrics.jsonl."""
-    import matplotlib.pyplot as plt
+def plot_curves(path: Path) -> None:
+    """test_accuracy.png and loss.png from metrics.jsonl; where they cannot be drawn, a warning on stderr.
 
-    lines = read_log(path / "metrics.jsonl")
-    curves = {
-        "test_accuracy.png": ("accuracy", ["accuracy/train", "accuracy/valid", "accuracy/test"]),
-        "loss.png": ("nats", ["loss/total", "loss/classification", "loss/generative"]),
-    }
-    for name, (unit, keys) in curves.items():
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
-        axes.set(xlabel="training step", ylabel=unit)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        with disk_errors(path):
-            figure.savefig(path / name, dpi=120)
-        plt.close(figure)
+    They are a by-product: training goes on without them.
+    """
+    try:
+        lines = read_log(path / "metrics.jsonl")
+        curves = {
+            "test_accuracy.png": ("accuracy", ["accuracy/train", "accuracy/valid", "accuracy/test"]),
+            "loss.png": ("nats", ["loss/total", "loss/classification", "loss/generative"]),
+        }
+        for name, (unit, keys) in curves.items():
+            encoded = io.BytesIO()
+            curves_figure(lines, unit, keys).savefig(encoded, dpi=120)
+            replace_file(path / name, encoded.getvalue())
+    except (OSError, ValueError) as error:  # a full disk; a log that is missing or damaged
+        print(printable(f"Warning: the curves in {path} could not be drawn: {error}"), file=sys.stderr)
+
+
+def curves_figure(lines: list[dict], unit: str, keys: list[str]) -> Figure:
+    """A curve for each key that the log's ``lines`` hold, over the training step."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key in keys:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="training step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    return figure

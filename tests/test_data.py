@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import io
 import pickle
 import struct
 import tarfile
@@ -307,6 +308,32 @@ def test_missing_part_and_no_network(tmp_path, monkeypatch):
     refuses("test_32x32.mat there", "svhn", tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashion_mnist"])
+def test_a_damaged_download_is_named_and_not_called_missing(name, damage, tmp_path, monkeypatch):
+    """Only the archive is there, as a broken transfer leaves it."""
+    WRITERS[name](tmp_path / "source", monkeypatch) if name != "svhn" else write_svhn(tmp_path, monkeypatch)
+    cls = data.TORCHVISION[name][0]
+    place = {
+        "cifar10": "cifar-10-python.tar.gz",
+        "cifar100": "cifar-100-python.tar.gz",
+        "svhn": "test_32x32.mat",
+        "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+        "fashion_mnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
+    }[name]
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
+        tar.add(__file__, "something")
+    content = path.read_bytes() if name == "svhn" else whole.getvalue()
+    if name.startswith("cifar"):
+        monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(content).hexdigest())
+    path.write_bytes({"cut": content[:-20], "empty": b"", "nonsense": b"x" * 100}[damage])
+    message = refuses(f"{path} is damaged: remove it and", name, tmp_path)
+    assert "no network" not in message and path.exists()
+
+
 def test_damaged_cifar_is_noticed(tmp_path, monkeypatch):
     write_cifar10(tmp_path, monkeypatch)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -331,7 +358,7 @@ def test_damaged_gzip_is_noticed(tmp_path):
     write_idx(tmp_path, [], packed=True)
     file = tmp_path / "t10k-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-200])
-    refuses("cannot read fashion_mnist", "fashion_mnist", tmp_path)
+    refuses(f"{file} is damaged: remove it and", "fashion_mnist", tmp_path)
 
 
 def test_data_dir_that_is_a_file(tmp_path):

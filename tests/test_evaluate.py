@@ -1,14 +1,19 @@
 """Each metric against an independent computation, and the report of a real command line read back."""
 
+import errno
 import json
 import math
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -352,3 +357,188 @@ def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert sorted(run.rglob("*")) == before
+
+
+# ---------------------------------------------------------------------------------------------- packages, places, names
+
+
+SHORT = "--mode test --gpu cpu --max_images 20 --n_sample_steps 1 --no_log".split()
+
+
+def without(monkeypatch, package):
+    """As if it were not installed."""
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+def new_report(logdir_or_run, before):
+    (path,) = set(logdir_or_run.rglob("results.json")) - before
+    return json.loads(path.read_text()), path.parent
+
+
+@pytest.mark.parametrize(
+    ("package", "metric", "absent"),
+    [
+        ("torchmetrics", "calibration", "calibration"),
+        ("torchattacks", "robustness", "robustness"),
+        ("torch_fidelity", "quality", "FID, IS, KID"),
+        ("torchmetrics", "quality", "Fréchet distance in a classifier's features"),
+    ],
+)
+def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(package, metric, absent, run, monkeypatch, capsys):
+    without(monkeypatch, package)
+    before = set(run.rglob("results.json"))
+    command = [*SHORT, "--load_ckpt", str(run), "--feature_ckpt", str(run), "--eval", f"classification,{metric}"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert f"{absent}: absent, {package} is not installed: pip install -r requirements-eval.txt" in out
+    assert "Traceback" not in err
+    results, _ = new_report(run, before)
+    assert absent in results[metric]["absent"] and "accuracy" in results["classification"]["results"]
+
+
+def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
+    with pytest.raises(ModuleNotFoundError), evaluation.evaluation_packages():
+        import nowhere_to_be_found  # noqa: F401
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, "another user"])
+def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(code, run, tmp_path, monkeypatch, capsys):
+    mkdir = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if path.parent == run:
+            raise OSError(code, os.strerror(code))
+        return mkdir(path, *args, **kwargs)
+
+    if code == "another user":
+        monkeypatch.setattr("os.geteuid", lambda: run.stat().st_uid + 1)
+    else:
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    before = sorted(run.rglob("*"))
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "classification", "--logdir", str(tmp_path / "mine")]
+    assert main(command) == 0
+    assert sorted(run.rglob("*")) == before
+    results, place = new_report(tmp_path / "mine", set())
+    assert place.parent.name.endswith("_test") and "accuracy" in results["classification"]["results"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "the report goes to a new run in" in line)
+    assert str(run) in line and str(tmp_path / "mine") in line
+
+
+def test_a_full_disk_is_no_reason_for_another_place(run, tmp_path, monkeypatch, capsys):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main([*SHORT, "--load_ckpt", str(run), "--eval", "classification", "--logdir", str(tmp_path / "mine")]) == 2
+    assert f"cannot write to {run}: No space left" in capsys.readouterr().err
+
+
+def write_images(folder, n, value=None):
+    """``n`` pictures of 12x12, of one grey level or random."""
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(n)
+    for i in range(n):
+        pixels = rng.integers(256, size=(12, 12), dtype=np.uint8) if value is None else np.full((12, 12), value, "u1")
+        Image.fromarray(pixels).save(os.path.join(folder, f"{i:02d}.png"))
+
+
+def levels(images):
+    return sorted(images.flatten(1).float().mean(1).round().int().unique().tolist())
+
+
+def test_which_images_of_a_folder_are_taken(inputs, tmp_path):
+    test = inputs.data.test.images[:40]
+    write_images(tmp_path / "flat", 7)
+    write_images(tmp_path / "classes" / "a", 5, 10)
+    write_images(tmp_path / "classes" / "b", 6, 200)
+    for part, value in {"train": 10, "test": 200}.items():
+        write_images(tmp_path / "parts" / part / "a", 3, value)
+        write_images(tmp_path / "parts" / part / "b", 3, value)
+        write_images(tmp_path / "unlabelled" / part, 4, value)
+    found = {place.name: foreign_images(str(place), test, inputs) for place in sorted(tmp_path.iterdir())}
+    assert {name: len(images) for name, images in found.items()} == {
+        "flat": 7,
+        "classes": 11,
+        "parts": 6,
+        "unlabelled": 4,
+    }
+    assert all(images.shape[1:] == (1, 8, 8) and images.dtype == torch.uint8 for images in found.values())
+    assert (levels(found["classes"]), levels(found["parts"]), levels(found["unlabelled"])) == ([10, 200], [200], [200])
+    assert len(foreign_images(str(tmp_path / "classes"), test[:4], inputs)) == 4
+
+
+def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "cats, dogs,more", 3)
+    write_images(tmp_path / "cats", 5)
+    names = {
+        f"noise,{tmp_path}/cats, dogs,more,shuffled": ["noise", f"{tmp_path}/cats, dogs,more", "shuffled"],
+        "~/cats, ~/cats, dogs,more": ["~/cats", "~/cats, dogs,more"],
+        "~/cats,dogs": ["~/cats", "dogs"],
+    }
+    for option, expected in names.items():
+        assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
+    assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
+    ood.check_names(Config(mode="test", ood_datasets="~/cats, dogs,more,noise"))
+
+
+def test_histograms_show_every_name_as_it_is():
+    names = ["test images", "_hidden", "$a$b$", "plain"]
+    figure = ood.histograms({name: torch.randn(30, generator=seeded(i)) for i, name in enumerate(names)}, "score")
+    texts = figure.axes[0].get_legend().get_texts()
+    assert sorted(text.get_text() for text in texts) == sorted(names)
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypatch, capsys):
+    """Every place where the name of a class or a folder turns up, from training to the report."""
+    names = ["$x$ and $\\frac$", "_hidden", os.fsdecode(b"caf\xe9"), "two\nlines"]
+    data_dir = tmp_path / os.fsdecode(b"images\xff")
+    for name in names:
+        write_images(data_dir / name, 24)
+    folder = str(tmp_path / os.fsdecode(b"$o$\xff,"))
+    write_images(folder, 5)
+    options = (
+        "--dataset folder --image_size 8 --depth 10 --width 1 --batch_size 16 --buffer_size 32 --max_steps 2 "
+        "--sgld_step 1 --n_valid 8 --gpu cpu"
+    ).split()
+    options += ["--data_dir", str(data_dir), "--logdir", str(tmp_path / "runs")]
+    assert main(options) == 0
+    (trained,) = (tmp_path / "runs").iterdir()
+    for name, value in {"PGD_STEPS": 1, "RESTARTS": 1}.items():
+        monkeypatch.setattr(robustness, name, value)
+    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 1))
+    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", f"noise,{folder}", "--refine_steps", "0"]
+    assert main([*command, "--eval", "classification,robustness,ood"]) == 0
+    text = (trained / "eval" / "results.json").read_bytes().decode()
+    results = json.loads(text)
+    assert "\\udc" not in text.replace("\\\\udc", "")  # no lone surrogate, which strict readers refuse
+    printed = ["$x$ and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
+    assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
+    assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
+    assert (
+        list(results["robustness"]["absent"]) in ([], ["AutoAttack"]) and "distal" in results["robustness"]["pictures"]
+    )
+    assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
+    report = (trained / "eval" / "report.md").read_bytes().decode()
+    assert all(f"| {name} |" in report for name in printed)
+
+    sample = ["--mode", "sample", "--class_cond", "--n_sample_steps", "1", "--n_samples", "8", "--gpu", "cpu"]
+    assert main([*sample, "--load_ckpt", str(trained), "--logdir", str(tmp_path / "samples")]) == 0
+    assert len(list((tmp_path / "samples").glob("*/samples.png"))) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_few_images_make_a_warning_and_one_sample_a_reason(run, capsys):
+    before = set(run.rglob("results.json"))
+    command = [*SHORT, "--load_ckpt", str(run), "--feature_ckpt", str(run), "--eval", "quality"]
+    assert main([*command, "--n_samples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "absent, 1 image has no covariance" in out and "nan" not in out
+    results, place = new_report(run, before)
+    notes = results["quality"]["notes"]
+    (note,) = [note for note in notes if "test images" in note]
+    assert "means little" in note and "rests on 20 images but 64 features" in note
+    assert note in (place / "report.md").read_text()

@@ -16,6 +16,7 @@ from evaluation.quality import (
     most_confident,
     nearest,
 )
+from evaluation.report import Section
 from models import build_model
 from sgld import SGLD, reference_chain, uniform_images
 from starts import UniformStart
@@ -78,6 +79,25 @@ def test_inception_scores_of_a_tiny_network(images):
     k_xx, k_yy, k_xy = ((a @ b.T / 4 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     mmd = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_xx, k_yy)) - 2 * k_xy.mean()
     assert scores.kid[0] == pytest.approx(mmd.item(), rel=0.15)
+
+
+@pytest.mark.parametrize(("n", "n_real", "few"), [(63, 300, True), (64, 64, False), (300, 63, True)])
+def test_a_frechet_distance_of_fewer_images_than_features_is_called_so(n, n_real, few, tmp_path):
+    section = Section("quality", tmp_path)
+    quality.warn_of_few(section, "FID of a set", torch.zeros(n), torch.zeros(n_real), 64)
+    assert bool(section.notes) == few
+    if few:
+        assert "FID of a set means little" in section.markdown() and "63 images but 64 features" in section.markdown()
+
+
+def test_inceptions_scores_of_few_images_carry_a_warning_or_a_reason(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "inception", lambda _: lambda batch: (Tiny()(batch), Tiny()(batch)))
+    real, fake = images
+    section = Section("quality", tmp_path)
+    quality.add_inception_scores(section, {"many": (fake, "drawn"), "one": (fake[:1], "drawn")}, real)
+    assert list(section.tables["Inception scores"]) == ["many"]
+    assert section.absent == {"FID, IS, KID of one": "they need at least 20 images, not 1"}
+    assert len(section.notes) == 1 and "rests on 200 images but 2048 features" in section.notes[0]
 
 
 def test_without_inception_weights_one_line_says_where_to_get_them(network):

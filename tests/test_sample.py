@@ -3,16 +3,17 @@
 import json
 from pathlib import Path
 
-import cv2
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from sklearn.datasets import load_digits
 
 import main
 from models import build_model
+from sample import unknown_pixels
 from sgld import reference_chain, uniform_images
+from utils import UserError
 
 TRAIN = (
     "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
@@ -72,6 +73,18 @@ def network(weights: dict[str, torch.Tensor]):
     return model
 
 
+def pixels(path: Path) -> np.ndarray:
+    """A picture, RGB (H, W, 3) uint8."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def film_of(path: Path) -> np.ndarray:
+    """A GIF's frames, RGB (T, H, W, 3) uint8."""
+    with Image.open(path) as film:
+        return np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(film)])
+
+
 def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The 8x8 images (rows, columns, 8, 8) of a grid at the bottom right of a picture (H, W, 3)."""
     side, gap = 64, 2
@@ -105,11 +118,11 @@ def test_pictures_and_films_show_the_chains(jem, tmp_path):
     options = ["--n_samples", "20", "--batch_size", "7", "--n_sample_steps", "130", "--save_images"]
     run, content = sample(jem, tmp_path, *options, "--note", "try")
     assert run.name.endswith("_sample_try")
-    shown = tiles(cv2.imread(str(run / "samples.png")), 2, 10)
+    shown = tiles(pixels(run / "samples.png"), 2, 10)
     np.testing.assert_array_equal(shown.reshape(20, 8, 8), content["images"][..., 0])
-    singles = [cv2.imread(str(path)) for path in sorted((run / "samples").glob("*.png"))]
+    singles = [pixels(path) for path in sorted((run / "samples").glob("*.png"))]
     np.testing.assert_array_equal(np.stack(singles), content["images"].repeat(3, 3))
-    film = imageio.imread(run / "samples.gif")
+    film = film_of(run / "samples.gif")
     assert len(film) == 45  # every third step, the start and the end
     assert film[0].shape == film[-1].shape and (film[0] != film[-1]).any()
 
@@ -125,7 +138,7 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
     assert (gain.gather(1, own) > 0).all()
     others = (gain.sum(1, keepdim=True) - gain.gather(1, own)) / 9
     assert (gain.gather(1, own) > others).all()
-    shown = tiles(cv2.imread(str(run / "samples.png")), 10, 4)
+    shown = tiles(pixels(run / "samples.png"), 10, 4)
     for label in range(10):
         np.testing.assert_array_equal(shown[label], end["images"][end["labels"] == label][..., 0])
 
@@ -171,7 +184,7 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     unknown, name = MASKS[mask], mask
     if mask == "picture":
         name = str(tmp_path / "mask.png")
-        cv2.imwrite(name, unknown * np.uint8(255))
+        Image.fromarray(unknown * np.uint8(255)).save(name)
     options = ["--inpaint", name, "--n_samples", "5", "--n_sample_steps", "9"]
     run, content = sample(jem, tmp_path / "out", *options)
     assert digits_in(content["originals"])
@@ -180,11 +193,11 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     for x in (content["start"], content["x"]):
         np.testing.assert_array_equal(x[..., ~unknown], truth.numpy()[..., ~unknown])
     assert (content["start"] != content["x"])[..., unknown].all()
-    stages = tiles(cv2.imread(str(run / "inpaint.png")), 5, 7)
+    stages = tiles(pixels(run / "inpaint.png"), 5, 7)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
     np.testing.assert_array_equal(stages[:, :, ~unknown], stages[:, :1, ~unknown].repeat(7, 1))
-    assert len(imageio.imread(run / "inpaint.gif")) == 10
+    assert len(film_of(run / "inpaint.gif")) == 10
 
 
 def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
@@ -198,7 +211,7 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     label = {(image * 255 / 16).round().tobytes(): y for image, y in zip(images.images, images.target, strict=True)}
     truth = [label[image.astype(float).tobytes()] for image in content["originals"][..., 0]]
     np.testing.assert_array_equal(content["labels"], truth)
-    stages = tiles(cv2.imread(str(run / "denoise.png")), 100, 4)
+    stages = tiles(pixels(run / "denoise.png"), 100, 4)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
 
@@ -207,13 +220,36 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
 def test_no_step_leaves_the_start(start, jem, tmp_path):
     run, content = sample(jem, tmp_path, *start, "--n_samples", "3", "--n_sample_steps", "0")
     np.testing.assert_array_equal(content["x"], content["start"])
-    assert cv2.imread(str(next(run.glob("*.png")))) is not None
+    assert pixels(next(run.glob("*.png"))).std() > 5
 
 
 def test_a_small_buffer_gives_all_it_has(jem, tmp_path):
     _, content = sample(jem, tmp_path, "--from_buffer", "--n_sample_steps", "0")
     buffer = state_of(jem)["buffer"]["images"].numpy()
     assert sorted(x.tobytes() for x in content["x"]) == sorted(x.tobytes() for x in buffer)
+
+
+def test_what_is_transparent_in_a_mask_is_known(tmp_path):
+    white, alpha = np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)
+    alpha[:, :3] = 255
+    masks = {
+        "rgba": Image.merge("RGBA", [Image.fromarray(x) for x in (white, white, white, alpha)]),
+        "grey": Image.merge("LA", [Image.fromarray(white), Image.fromarray(alpha)]),
+    }
+    for name, mask in masks.items():
+        mask.save(tmp_path / f"{name}.png")
+    Image.fromarray(alpha).save(tmp_path / "one level.png", transparency=0)
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
+
+
+@pytest.mark.parametrize("limit", [10, 50])  # above twice the limit Pillow raises, below it warns
+def test_a_mask_of_too_many_pixels_is_one_line(limit, jem, tmp_path, monkeypatch, capfd):
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match="mask.png is too large, the images have 8x8 pixels: resize it"):
+        unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
+    assert capfd.readouterr().err == ""
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
@@ -240,8 +276,8 @@ BAD = {  # the checkpoint and other options, and what is said of them
 def test_bad_input_is_one_line_and_status_2(case, jem, baseline, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("torn.pt").write_bytes(b"PK")
-    cv2.imwrite("big.png", np.full((8, 9), 255, np.uint8))
-    cv2.imwrite("black.png", np.zeros((8, 8), np.uint8))
+    Image.new("L", (9, 8), 255).save("big.png")
+    Image.new("L", (8, 8)).save("black.png")
     options, message = BAD[case]
     if options:
         place = {"JEM": str(jem), "BASELINE": str(baseline)}.get(options[0], options[0])
