@@ -1,15 +1,18 @@
 """Every option of the program, once: its default, its help text, and what makes a value wrong."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from data import DATASETS
+from models.wide_resnet import ACTIVATIONS, NORMS
 from recipes import RECIPES
 from utils import UserError
 
 MODES = ("energy_train", "baseline_train", "test", "sample")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
-DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
@@ -29,11 +32,12 @@ def option(
     maximum: float = 2**31 - 1,
     above: float = -math.inf,
     flags: tuple = (),
+    path_but: tuple | None = None,
 ) -> Any:
     """A dataclass field that carries what the command line and the checks need to know of it.
 
     ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
-    only overflow somewhere.
+    only overflow somewhere. ``path_but``: a value is the path of a file or folder, unless it is one of these words.
     """
     return field(
         default=default,
@@ -45,6 +49,7 @@ def option(
             "maximum": maximum,
             "above": above,
             "flags": flags,
+            "path_but": path_but,
         },
     )
 
@@ -67,25 +72,27 @@ class Config:
     )
     gpu: str = option("0", "run", "index of the CUDA device, or cpu")
     seed: int = option(1, "run", "seed of every random generator", minimum=0)
-    logdir: str = option("runs", "run", "folder in which each run makes its own directory")
+    logdir: str = option("runs", "run", "folder in which each run makes its own directory", path_but=())
     note: str = option("", "run", "words added to the run directory's name")
     no_log: bool = option(False, "run", "write no TensorBoard events")
     load_ckpt: str = option(
-        "", "run", "start from the weights and the replay buffer of this checkpoint or run directory"
+        "", "run", "start from the weights and the replay buffer of this checkpoint or run directory", path_but=()
     )
     resume: str = option(
         "",
         "run",
         "continue a run directory or checkpoint exactly where it stopped, or auto: the "
-        "newest run in logdir with the same configuration (a new run if there is none)",
+        "newest run in logdir with the same configuration, images and note (a new run if there is none)",
+        path_but=("auto",),
     )
 
     dataset: str = option("cifar10", "data", "training and test images", DATASETS)
-    data_dir: str = option("data", "data", "where the data set's files are, or are downloaded to")
+    data_dir: str = option("data", "data", "where the data set's files are, or are downloaded to", path_but=())
     image_size: int | None = option(
         None,
         "data",
-        "side in pixels that the images of a folder are resized to (default: the images' own)",
+        "side in pixels that the images of a folder are resized to, whatever their aspect ratio "
+        "(default: the images' own)",
         minimum=8,
         maximum=2048,
     )
@@ -116,12 +123,12 @@ class Config:
 
     depth: int = option(28, "model", "layers of the Wide-ResNet, 6n + 4", minimum=10)
     width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
-    norm: str = option("none", "model", "normalisation layers", ("none", "batch", "instance", "group"))
+    norm: str = option("none", "model", "normalisation layers", tuple(NORMS))
     dropout_rate: float = option(0.0, "model", "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = option(
         False, "model", "log p(x) from a linear head of its own, not from the logits' logsumexp"
     )
-    activation: str = option("leaky_relu", "model", "nonlinearity", ("leaky_relu", "silu"))
+    activation: str = option("leaky_relu", "model", "nonlinearity", tuple(ACTIVATIONS))
 
     lr: float = option(1e-4, "optimisation", "peak learning rate", above=0, flags=("-l",))
     batch_size: int = option(128, "optimisation", "real images, and chains, of one step", minimum=1)
@@ -235,7 +242,7 @@ class Config:
         "auto",
         "test",
         "comma list of out-of-distribution sets: data sets (in --data_dir), "
-        "folders with a folder for each class, and interp, noise, constant, shuffled, which "
+        "folders of images, and interp, noise, constant, shuffled, which "
         "need no files; auto takes those four, for cifar10 svhn and cifar100 too",
     )
     max_images: int | None = option(
@@ -257,6 +264,7 @@ class Config:
         "",
         "test",
         "run directory or checkpoint of a classifier, in whose features samples are compared with training images",
+        path_but=(),
     )
 
     n_samples: int | None = option(
@@ -278,6 +286,7 @@ class Config:
         "sample",
         "fill in test images: left (their left half), center, or a picture of the "
         "images' size that is white where they are unknown",
+        path_but=("left", "center"),
     )
     denoise: float | None = option(
         None, "sample", "clean test images of Gaussian noise of this standard deviation, on the [-1, 1] scale", above=0
@@ -295,6 +304,8 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             check_value(f, getattr(self, f.name))
+        for name, path in absolute_paths(vars(self)).items():
+            object.__setattr__(self, name, path)
         if (self.depth - 4) % 6:
             raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {self.depth}")
         if self.gpu != "cpu" and not self.gpu.isdecimal():
@@ -385,6 +396,20 @@ class Config:
             return cls(**options)
         except UserError as error:
             raise UserError(f"{source} has an option this version refuses: {error}") from None
+
+
+def absolute_paths(options: dict[str, Any]) -> dict[str, str]:
+    """Those options that are paths, with ~ expanded and from the root: they mean the same wherever they are read."""
+    paths = {}
+    for f in fields(Config):
+        path, words = options.get(f.name, ""), f.metadata["path_but"]
+        if words is None or path in ("", *words):
+            continue
+        try:
+            paths[f.name] = os.path.abspath(Path(path).expanduser())
+        except RuntimeError as error:  # no such user
+            raise UserError(f"--{f.name} {path}: {error}") from None
+    return paths
 
 
 def check_value(f, value) -> None:

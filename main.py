@@ -19,7 +19,7 @@ import evaluation
 import sample
 import terminal
 import utils
-from config import CHANGEABLE, Config, add_options
+from config import CHANGEABLE, Config, absolute_paths, add_options
 from recipes import RECIPES
 from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
 from storage.run_dir import RunDir, read_config
@@ -84,12 +84,18 @@ def run(arguments: list[str]) -> int:
     for name in ("load_ckpt", "resume"):
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
+    given |= absolute_paths(given)
     for name in ("from_buffer", "inpaint", "denoise", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
     if given.get("mode") in ("sample", "test"):
         use = {"sample": sample.run, "test": evaluation.run}[given["mode"]]
-        return use(*trained(given))
+        cfg, path, content = trained(given)
+        try:
+            return use(cfg, path, content)
+        except UserError as error:
+            about_data = cfg.data_dir in str(error)
+            raise UserError(f"{error}{remembered(cfg, given) if about_data else ''}") from error
     return train(given)
 
 
@@ -102,7 +108,10 @@ def train(given: dict) -> int:
     cfg = resumed[0] if resumed else Config(**with_recipe(given))
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
-    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+    try:
+        images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+    except UserError as error:
+        raise UserError(f"{error}{remembered(cfg, given)}") from error
     if resume == "auto":
         newest = newest_run(cfg, images.description)
         if newest:
@@ -127,6 +136,13 @@ def train(given: dict) -> int:
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
         set_aside(path.with_name("last.pt"))
     return trainer.train(directory, content["log_position"])
+
+
+def remembered(cfg: Config, given: dict) -> str:
+    """What to add to an error about ``--data_dir`` that was not given, but comes from a checkpoint."""
+    if "data_dir" in given or not (given.get("resume", "auto") != "auto" or cfg.mode in ("test", "sample")):
+        return ""
+    return f" (--data_dir {cfg.data_dir} comes from the checkpoint; give --data_dir to name another)"
 
 
 def with_recipe(given: dict) -> dict:

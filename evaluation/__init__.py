@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import config
 import utils
 from config import Config
 from data import ImageData
@@ -23,14 +24,13 @@ from storage.run_dir import RunDir
 from storage.writer import disk_errors
 from utils import UserError
 
-METRICS: dict[str, Callable[[Inputs, Section], None]] = {
-    "classification": classification.measure,
-    "calibration": calibration.measure,
-    "ood": ood.measure,
-    "robustness": robustness.measure,
-    "quality": quality.measure,
-    "likelihood": likelihood.measure,
-}
+METRICS: dict[str, Callable[[Inputs, Section], None]] = dict(
+    zip(
+        config.METRICS,
+        [m.measure for m in (classification, calibration, ood, robustness, quality, likelihood)],
+        strict=True,
+    )
+)
 
 
 NEED_LABELS = ("classification", "calibration", "robustness")

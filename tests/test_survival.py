@@ -322,18 +322,18 @@ class TestResume:
 
     def test_a_file_system_without_locks(self, stopped, undisturbed, monkeypatch, capsys):
         def unsupported(*_):
-            raise OSError(errno.ENOSYS, "Function not implemented")
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
         monkeypatch.setattr("fcntl.flock", unsupported)
         assert main.main(["--resume", str(stopped)]) == 0
-        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+        assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
         assert_same_run(stopped, undisturbed)
 
     def test_a_run_in_use_is_refused(self, stopped, capsys):
         holder = RunDir.of(str(stopped))
         assert main.main(["--resume", str(stopped)]) == 2
         assert "in use by another running process" in capsys.readouterr().err
-        holder.lock.close()
+        holder.lock.release()
         assert main.main(["--resume", str(stopped), "--max_steps", "18"]) == 0
 
     @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])

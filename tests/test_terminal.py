@@ -1,0 +1,176 @@
+"""Terminals that break, signals at any moment, options with typing errors: real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import main
+from storage.checkpoint import load_checkpoint
+
+HERE = Path(main.__file__).parent
+TINY = (
+    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 5 "
+    "--warmup_steps 2 --precision fp32 --no_log"
+).split()
+
+
+def command(logdir, *options):
+    return [sys.executable, str(HERE / "main.py"), *TINY, "--logdir", str(logdir), *options]
+
+
+def finished(logdir):
+    (run,) = logdir.iterdir()
+    return load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "redirection", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}"]
+)
+def test_broken_streams_end_nothing(redirection, tmp_path):
+    words = " ".join(f"'{word}'" for word in command(tmp_path / "runs"))
+    done = subprocess.run(["bash", "-c", f"{words} {redirection}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
+    assert finished(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("latin-1", "狗"), ("utf-8", "caf\udce9")])
+def test_any_encoding(encoding, note, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    arguments = [os.fsencode(word) for word in command(tmp_path / "runs", "--note", note)]
+    done = subprocess.run(arguments, capture_output=True, env=environment)
+    if note.isprintable():
+        assert done.returncode == 0 and finished(tmp_path / "runs"), done.stderr
+        assert ascii(note)[1:-1].encode() in done.stdout
+    else:
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"--note" in done.stderr
+
+
+SLOW = """
+import os, sys, time
+import torch
+import main, terminal
+original = torch.save
+
+def slow(content, file):
+    if content["state"]["step"]:
+        file.write(b"half of it")
+        file.flush()
+        print("writing", flush=True)
+        time.sleep(60)
+    original(content, file)
+
+torch.save = slow
+terminal.protect()
+terminal.leave(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+class TestSignals:
+    def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, tmp_path):
+        """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""
+        arguments = [sys.executable, "-c", SLOW, *command(tmp_path / "runs", "--max_steps", "100000")[2:]]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, text=True)
+        for line in process.stdout:
+            if "steps will take about" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        for line in process.stdout:
+            if line == "writing\n":
+                break
+        time.sleep(0.2)
+        before = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130 and time.monotonic() - before < 20
+        assert "Traceback" not in err and "terminate" not in err
+        (run,) = (tmp_path / "runs").iterdir()
+        assert not list(run.rglob("*.tmp"))
+        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == 0
+        assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
+
+    @pytest.mark.parametrize("name, status", [("SIGHUP", 129), ("SIGTERM", 143)])
+    def test_a_stopped_process_has_saved(self, name, status, tmp_path):
+        process = subprocess.Popen(
+            command(tmp_path / "runs", "--max_steps", "100000"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if "steps will take about" in line:
+                break
+        process.send_signal(getattr(signal, name))
+        process.communicate(timeout=60)
+        (run,) = (tmp_path / "runs").iterdir()
+        assert process.returncode == status
+        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] >= 10
+
+    def test_sigusr1_is_harmless_while_the_program_starts(self, tmp_path):
+        process = subprocess.Popen(command(tmp_path / "runs"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not Path(f"/proc/{process.pid}/status").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # Python itself has started, torch is being imported
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        assert process.returncode == 0, process.stderr.read().decode()
+
+    def test_what_a_killed_process_left_is_removed(self, tmp_path):
+        assert main.main([*TINY, "--logdir", str(tmp_path)]) == 0
+        (run,) = tmp_path.iterdir()
+        (run / "ckpt" / "last.pt.tmp").write_bytes(b"half")
+        assert main.main(["--resume", str(run), "--max_steps", "6"]) == 0
+        assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [("--batch-size", "--batch_size"), ("--sgld_stpe", "--sgld_step"), ("--Lr", "--lr"), ("--xyzzy", None)],
+)
+def test_did_you_mean(typed, meant, capsys):
+    assert main.main([typed, "3"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"there is no option {typed}" in err
+    assert (f"did you mean {meant}?" in err) if meant else ("did you mean" not in err)
+
+
+class TestPaths:
+    def test_home_is_expanded_and_paths_are_remembered_from_the_root(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert main.main([*TINY, "--logdir", "~/runs", "--data_dir", "pictures"]) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        options = json.loads((run / "config.json").read_text())["options"]
+        assert options["data_dir"] == str(tmp_path / "pictures") and options["logdir"] == str(tmp_path / "runs")
+        tail = Path("~/runs") / run.name
+        assert main.main([*TINY, "--logdir", "other", "--load_ckpt", str(tail)]) == 0
+        assert main.main(["--resume", str(tail), "--max_steps", "6"]) == 0
+        sampling = ["--mode", "sample", "--gpu", "cpu", "--load_ckpt", str(tail), "--n_sample_steps", "1"]
+        assert main.main([*sampling, "--logdir", "~/samples"]) == 0
+        assert not (tmp_path / "~").exists() and len(list((tmp_path / "samples").iterdir())) == 1
+        assert main.main([*TINY, "--logdir", "~nobody_of_this_name/runs"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: --logdir ~nobody_of_this_name/runs")
+
+    def test_an_error_says_that_a_path_comes_from_the_checkpoint(self, tmp_path, monkeypatch, capsys):
+        for i in range(40):
+            path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 6 * i).save(path)
+        monkeypatch.chdir(tmp_path)
+        folder = ["--dataset", "folder", "--data_dir", "pictures"]
+        assert main.main([*TINY, *folder, "--logdir", "runs", "--n_valid", "4"]) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        (tmp_path / "pictures").rename(tmp_path / "moved")
+        for arguments in (["--resume", str(run), "--max_steps", "9"], ["--mode", "test", "--load_ckpt", str(run)]):
+            assert main.main([*arguments, "--gpu", "cpu"]) == 2
+            assert "comes from the checkpoint; give --data_dir" in capsys.readouterr().err
+        assert main.main(["--resume", str(run), "--max_steps", "9", "--data_dir", str(tmp_path / "moved")]) == 0
