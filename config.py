@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from adversarial import NORMS as ADVERSARIAL_NORMS
 from data import DATASETS
 from models.wide_resnet import ACTIVATIONS, NORMS
 from recipes import RECIPES
@@ -186,7 +187,24 @@ class Config:
         "SGLD",
         "where chains start: uniform noise, or samples of a Gaussian with the mean and covariance of the training "
         "images, of all or of each class",
-        ("uniform", "gaussian", "class_gaussian"),
+        ("uniform", "gaussian", "class_gaussian", "folder"),
+    )
+    start_dir: str = option("", "SGLD", "images of --start folder, whatever they show", path_but=())
+    sgld_normalize: bool = option(
+        False, "SGLD", "bring each image's gradient to length 1, so that --sgld_lr is how far a step goes"
+    )
+    sgld_step_max: int | None = option(
+        None,
+        "SGLD",
+        "let the training chains grow from --sgld_step to this many steps, by one whenever --sgld_step_auroc is passed",
+        minimum=1,
+    )
+    sgld_step_auroc: float = option(
+        0.7,
+        "SGLD",
+        "how well log p(x) tells real images from samples (AUROC, mean of 10 steps) when --sgld_step_max adds a step",
+        minimum=0,
+        maximum=1,
     )
     class_cond: bool = option(
         False,
@@ -199,6 +217,22 @@ class Config:
     p_x_weight: float = option(
         1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples", minimum=0
     )
+    generative: str = option(
+        "difference",
+        "objective",
+        "the generative term of log p(x): the difference of the two means, or the binary cross-entropy of telling "
+        "real images from samples by log p(x)",
+        ("difference", "logistic"),
+    )
+    adversarial_eps: float = option(
+        0.0,
+        "objective",
+        "train the classifier on adversarial images within this distance of the real ones, pixels in [0, 1] "
+        "(for instance L2 0.5, Linf 0.03); 0 is off",
+        minimum=0,
+    )
+    adversarial_norm: str = option("L2", "objective", "how --adversarial_eps measures distance", ADVERSARIAL_NORMS)
+    adversarial_steps: int = option(10, "objective", "gradient steps that make an adversarial image", minimum=1)
     p_y_x_weight: float = option(1.0, "objective", "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = option(
         0.0, "objective", "weight of the generative term of log p(x, y); needs --class_cond", minimum=0
@@ -328,6 +362,8 @@ class Config:
             raise UserError("--schedule step needs --decay_epochs, the epochs after which the learning rate falls")
         if self.decay_epochs and self.schedule != "step":
             raise UserError("--decay_epochs is for --schedule step")
+        if (self.start == "folder") != bool(self.start_dir):
+            raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
         if self.sam_adaptive and not self.sam_rho:
             raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
@@ -341,6 +377,8 @@ class Config:
             raise UserError("--note becomes part of a directory's name and takes no slashes or unprintable characters")
 
     def _check_energy_options(self) -> None:
+        if self.sgld_step_max is not None and self.sgld_step_max <= self.sgld_step:
+            raise UserError(f"--sgld_step_max {self.sgld_step_max} must be above --sgld_step {self.sgld_step}")
         if self.p_x_y_weight and not self.class_cond:
             raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
         if self.samples and self.class_cond and not self.p_x_y_weight and self.p_y_x_weight == 0:

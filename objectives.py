@@ -17,6 +17,7 @@ class Weights(NamedTuple):
     p_x_y_weight: float = 0.0
     energy_l2: float = 0.0
     mean_energy_l2: float = 0.0
+    logistic: bool = False  # the generative term of log p(x)
 
 
 def joint_loss(
@@ -29,7 +30,8 @@ def joint_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
-    Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y). The
+    Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
+    does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
     penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
     ``mean_energy_l2`` the squares of the two means (M-JEM, section 3).
 
@@ -55,9 +57,12 @@ def joint_loss(
     if logits_sampled is not None:
         sampled = log_density(logits_sampled)
         generative = sampled.mean() - real.mean()
-        loss = loss + weights.p_x_weight * generative
+        logistic = F.softplus(-real).mean() + F.softplus(sampled).mean()
+        loss = loss + weights.p_x_weight * (logistic if weights.logistic else generative)
         parts |= {
             "loss/generative": generative,
+            "loss/logistic": logistic,
+            "sgld/auroc": auroc(real, sampled),
             "log_density/sampled": sampled.mean(),
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": class_counts(logits_sampled),
@@ -74,6 +79,11 @@ def joint_loss(
     loss = loss + weights.energy_l2 * torch.cat(everything).square().mean()
     loss = loss + weights.mean_energy_l2 * torch.stack(means).square().sum()
     return loss, {"loss/total": loss, **parts}
+
+
+def auroc(real: Tensor, sampled: Tensor) -> Tensor:
+    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,); a tie counts half; 0-dim."""
+    return ((real[:, None] > sampled).float() + 0.5 * (real[:, None] == sampled).float()).mean()
 
 
 def class_counts(logits: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ RECIPES = {
         | {"sgld_step": 5, "start": "gaussian", "weight_decay": 5e-4}
         | {"mean_energy_l2": 0.5},
     ),
+    "dat": Recipe(
+        "DAT, ICLR 2026, arXiv 2510.13872",
+        "adversarial images for the classifier; growing chains of normalised steps, and telling real from sampled",
+        SGD
+        | EPOCHS
+        | {"norm": "batch", "batch_size": 128, "p_x_batch_size": 64, "p_x_no_augment": True, "weight_decay": 5e-4}
+        | {"sigma": 0.0, "sgld_std": 0.0, "sgld_clamp": True, "sgld_normalize": True, "sgld_lr": 0.2}
+        | {"sgld_step": 5, "sgld_step_max": 40, "reinit_freq": 1.0, "generative": "logistic"}
+        | {"adversarial_eps": 0.5, "adversarial_norm": "L2", "ema": 0.999},
+    ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
         "as m-jem with a Gaussian of each class and adaptive sharpness-aware minimisation",

@@ -21,7 +21,7 @@ import utils
 from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model
-from sgld import SGLD, normal_like, uniform_images
+from sgld import SGLD, chain_options, normal_like, uniform_images
 from starts import UniformStart, build_start
 from storage.pictures import image_grid, save_gif, save_png, text_width, to_uint8, write_text
 from storage.run_dir import RunDir
@@ -123,7 +123,7 @@ def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Genera
         return Start("buffer", images[torch.randperm(available, generator=rng, device=rng.device)[:n]], y)
     if cfg.start == "uniform":  # needs no training images
         return Start("uniform", UniformStart(content["data"]["shape"])(classes.tolist(), rng), y)
-    start = build_start(cfg.start, load_data(cfg, path, content, rng.device))
+    start = build_start(cfg.start, load_data(cfg, path, content, rng.device), cfg.start_dir)
     return Start(cfg.start, start(classes.tolist(), rng), y)
 
 
@@ -199,7 +199,7 @@ def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: 
 
     With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y).
     """
-    sgld = SGLD(model.log_density, cfg.sgld_grad_clamp, cfg.sgld_clamp, cfg.compile == "on")
+    sgld = SGLD(model.log_density, **chain_options(cfg), compile=cfg.compile == "on")
     shown = max(SHOWN, COLUMNS * model.class_output.out_features)
     ends, first_logits, last_logits, films = [], [], [], []
     # Of about equal size: with batch normalisation, images depend on how many there are in their batch.

@@ -61,6 +61,7 @@ def reference_chain(
     y: Tensor | None = None,
     grad_clamp: float | None = None,
     clamp: bool = False,
+    normalize: bool = False,
 ) -> Chain:
     """SGLD as one reads it in the papers: what ``SGLD`` must agree with, given the same generator state."""
     grad = torch.zeros_like(x)
@@ -68,6 +69,8 @@ def reference_chain(
         x = x.detach().requires_grad_()
         density = log_density(x) if y is None else log_density(x, y)
         (grad,) = torch.autograd.grad(density.sum(), x)
+        if normalize:
+            grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
         if grad_clamp is not None:
             grad = grad.clamp(-grad_clamp, grad_clamp)
         x = x.detach() + step_size * grad + noise_std * normal_like(x, generator)
@@ -79,18 +82,25 @@ def reference_chain(
 class SGLD:
     """The same chains, fast: the whole step compiled where asked, and replayed as a CUDA graph on a GPU.
 
-    ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1). A graph
-    reads the weights where they were when it was captured, so they must be updated in place. Nothing in a chain waits
-    for the device.
+    ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1);
+    ``normalize`` brings each image's gradient to length 1 (DAT). A graph reads the weights where they were when it was
+    captured, so they must be updated in place. Nothing in a chain waits for the device.
     """
 
     def __init__(
-        self, log_density: LogDensity, grad_clamp: float | None = None, clamp: bool = False, compile: bool = False
+        self,
+        log_density: LogDensity,
+        grad_clamp: float | None = None,
+        clamp: bool = False,
+        normalize: bool = False,
+        compile: bool = False,
     ):
         gradient = traceable_input_gradient if compile else input_gradient
 
         def step(x, y, noise, step_size, noise_std):  # JEM, equation 2
             grad = gradient(log_density, x, y)
+            if normalize:
+                grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
             if grad_clamp is not None:
                 grad = grad.clamp(-grad_clamp, grad_clamp)
             x = x + step_size * grad + noise_std * noise
@@ -123,6 +133,11 @@ class SGLD:
         if key not in self.graphs:
             self.graphs[key] = CapturedStep(self.step, x, y, torch.zeros_like(x), size, std)
         return self.graphs[key]
+
+
+def chain_options(cfg) -> dict[str, Any]:
+    """What a Config says of each step of a chain, as arguments of ``SGLD``."""
+    return {"grad_clamp": cfg.sgld_grad_clamp, "clamp": cfg.sgld_clamp, "normalize": cfg.sgld_normalize}
 
 
 class CapturedStep:

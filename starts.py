@@ -6,12 +6,16 @@ float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and n
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
+from torchvision.transforms.v2 import functional
 
+import image_folder
 from data import ImageData, Split, to_float
 from sgld import Start, uniform_images
+from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
 
@@ -20,13 +24,16 @@ NAMES = {  # for people
     "uniform": "uniform noise",
     "gaussian": "a Gaussian fitted to the training images",
     "class_gaussian": "a Gaussian fitted to each class's training images",
+    "folder": "images of another folder",
 }
 
 
-def build_start(name: str, images: ImageData) -> Start:
-    """The start that ``--start`` names, fitted to the training images."""
+def build_start(name: str, images: ImageData, folder: str = "") -> Start:
+    """The start that ``--start`` names, fitted to the training images or from the images of ``folder``."""
     if name == "uniform":
         return UniformStart(images.shape)
+    if name == "folder":
+        return FolderStart(image_folder.read_unlabelled(Path(folder), images.shape[1]), images)
     return GaussianStart(images.train, len(images.class_names) if name == "class_gaussian" else None)
 
 
@@ -38,6 +45,25 @@ class UniformStart:
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         return uniform_images(len(classes), self.shape, rng)
+
+
+class FolderStart:
+    """Random images of another set, uint8 (N, C, H, W), whatever the class, as DAT starts its chains.
+
+    Grey images become RGB where the training images are, and the reverse; they must have the size of these.
+    """
+
+    def __init__(self, images: Tensor, like: ImageData):
+        self.shape = like.shape
+        if images.shape[2:] != self.shape[1:]:
+            raise UserError(f"--start_dir needs square images like the training images, not {tuple(self.shape[1:])}")
+        if images.shape[1] != self.shape[0]:
+            images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
+        self.images = images.to(like.train.images.device)
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
+        return to_float(self.images[chosen]).contiguous(memory_format=torch.channels_last)
 
 
 class GaussianStart:

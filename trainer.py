@@ -17,6 +17,7 @@ import data
 import dumps
 import recovery
 import utils
+from adversarial import adversarial_images
 from config import Config
 from meter import Meter
 from models import copy_weights, frozen_statistics, sampling_copy
@@ -26,7 +27,7 @@ from objectives import Weights, joint_loss
 from optim import SAM, build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
 from progress import Progress, summary
 from recovery import Recovery, copy_tree, roomiest
-from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain
+from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
 from storage.checkpoint import find_checkpoint, save_checkpoint
 from storage.log import Log
@@ -92,21 +93,22 @@ class Trainer:
                 images.train, cfg.n_chains, flip, cfg.sigma, self.rng["p_x"], not cfg.p_x_no_augment
             )
         if cfg.samples:
-            rng, self.start = self.rng["sgld"], build_start(cfg.start, images)
+            rng, self.start = self.rng["sgld"], build_start(cfg.start, images, cfg.start_dir)
             if cfg.class_cond and cfg.buffer_size // n_classes < math.ceil(cfg.n_chains / n_classes):
                 raise UserError(
                     f"--buffer_size {cfg.buffer_size} has too few images of each of {n_classes} classes for "
                     f"{cfg.n_chains} chains of --class_cond"
                 )
             self.sampling_model = sampling_copy(self.model, self.dtype)
-            clamps = {"grad_clamp": cfg.sgld_grad_clamp, "clamp": cfg.sgld_clamp}
-            engine = SGLD(self.sampling_model.log_density, **clamps, compile=compile)
+            engine = SGLD(self.sampling_model.log_density, **chain_options(cfg), compile=compile)
             buffer = ReplayBuffer(cfg.buffer_size, n_classes, self.start, rng)
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
-            self.film = SGLD(self.sampling_model.log_density, **clamps)  # one in 500 steps: compiling would not pay
+            self.film = SGLD(
+                self.sampling_model.log_density, **chain_options(cfg)
+            )  # one in 500 steps: compiling would not pay
         self.recovery = Recovery(cfg)
         self.meter = Meter()
-        self.step, self.best = 0, 0.0
+        self.step, self.best, self.sgld_step = 0, 0.0, cfg.sgld_step
         self.alarm = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -192,7 +194,7 @@ class Trainer:
     def training_step(self) -> Tensor | None:
         """One update; returns the negative samples (N, C, H, W), or None. Never waits for the device."""
         cfg = self.cfg
-        inputs, measured = self.next_inputs(cfg.sgld_step * self.recovery.remedies["sgld_step_factor"])
+        inputs, measured = self.next_inputs(self.sgld_step * self.recovery.remedies["sgld_step_factor"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         parts = self.optimizer.step(lambda: self.backward(inputs))
@@ -208,12 +210,20 @@ class Trainer:
 
     def next_inputs(self, sgld_steps: int) -> tuple[Inputs, dict[str, Tensor]]:
         """The images of a step, and what the log says of the chains."""
+        cfg = self.cfg
         x, y = self.batches.next()
         x_real = self.real_batches.next()[0] if self.real_batches else None
+        if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
+            if self.sampler and x_real is None:
+                x_real = x  # log p(x) learns from the images themselves
+            self.model.eval()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
+                x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
         if not self.sampler:
             return Inputs(x, y, x_real, None, None), {}
         copy_weights(self.model, self.sampling_model)
-        samples, y_sampled, measured = self.sampler(self.cfg.n_chains, sgld_steps, self.cfg.class_cond)
+        samples, y_sampled, measured = self.sampler(cfg.n_chains, sgld_steps, cfg.class_cond)
         return Inputs(x, y, x_real, samples, y_sampled), measured
 
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -222,8 +232,9 @@ class Trainer:
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits, logits_real, logits_sampled = self.logits(x, x_real, samples)
-        weights = Weights(**{name: getattr(self.cfg, name) for name in Weights._fields})
-        weights = weights._replace(energy_l2=self.recovery.remedies["energy_l2"])
+        factors = {name: getattr(self.cfg, name) for name in Weights._fields if name != "logistic"}
+        factors |= {"energy_l2": self.recovery.remedies["energy_l2"], "logistic": self.cfg.generative == "logistic"}
+        weights = Weights(**factors)
         if x_real is None:
             logits_real = logits
         loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights)
@@ -278,7 +289,8 @@ class Trainer:
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        return {"step": self.step, "best": self.best, "cycle_ends": self.cycle_ends, "rng": rng} | state
+        state |= {"step": self.step, "best": self.best, "cycle_ends": self.cycle_ends, "sgld_step": self.sgld_step}
+        return state | {"rng": rng}
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -292,6 +304,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
         self.step, self.best, self.cycle_ends = state["step"], state["best"], list(state["cycle_ends"])
+        self.sgld_step = state["sgld_step"]
         for name, part in self.parts.items():
             part.load_state_dict(copy_tree(state[name], self.device))  # some of them keep the tensors they get
         rng = state["rng"]
@@ -381,6 +394,11 @@ class Trainer:
     def measurements(self) -> dict[str, float | list[int]]:
         """Means over the steps since the last call, and where training stands. Waits for the device."""
         values, speed = self.meter.read(), self.progress.speed(self.step)
+        if self.sampler:
+            values["sgld/steps"] = self.sgld_step * self.recovery.remedies["sgld_step_factor"]
+            longest = self.cfg.sgld_step_max or 0
+            if self.sgld_step < longest and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
+                self.sgld_step += 1  # samples lag behind: from the next step on
         shown = {"loss": "loss/total", "accuracy": "accuracy/train"}
         shown |= {"log p(real)": "log_density/real", "log p(sampled)": "log_density/sampled"} if self.sampler else {}
         self.progress.show(speed, {name: values[key] for name, key in shown.items()})

@@ -20,7 +20,7 @@ from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import images_per_batch, predict
 from sample import STEPS
-from sgld import SGLD, Start
+from sgld import SGLD, Start, chain_options
 from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, pick_dtype
@@ -203,13 +203,14 @@ def measure(inputs: Inputs, section: Section) -> None:
     sampler = sampling_copy(model, dtype)
     steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
-    sgld = SGLD(sampler.log_density, cfg.sgld_grad_clamp, cfg.sgld_clamp)
-    start, n_classes = build_start(cfg.start, inputs.data), len(inputs.data.class_names)
+    sgld = SGLD(sampler.log_density, **chain_options(cfg))
+    start, n_classes = build_start(cfg.start, inputs.data, cfg.start_dir), len(inputs.data.class_names)
     starts, fresh = fresh_samples(
         sgld, n, start, n_classes, steps, cfg.sgld_lr, cfg.sgld_std, inputs.rng(), cfg.class_cond
     )
     clamps = [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
     clamps += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
+    clamps += ["gradients of length 1"] if cfg.sgld_normalize else []
     sets = {
         "fresh": (
             fresh,

@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import main
 import optim
 import trainer
+from adversarial import adversarial_images
 from config import Config
 from recipes import RECIPES
 from storage.checkpoint import load_checkpoint
@@ -218,6 +221,60 @@ def test_mean_energy_l2():
     assert penalty.item() == pytest.approx(0.3 * means.item(), rel=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------ adversarial training
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_adversarial_images_of_a_linear_classifier(norm):
+    """There the best change within the ball is known: along the gradient, or its sign."""
+    torch.manual_seed(0)
+    w = torch.randn(2, 48)
+    x, y = torch.rand(5, 3, 4, 4) - 0.5, torch.tensor([0, 1, 0, 1, 1])  # far from the walls at -1 and 1
+    found = adversarial_images(lambda x: x.flatten(1) @ w.T, x, y, 0.2, norm, 10)
+    away = (w[1] - w[0]) * torch.where(y == 0, 1.0, -1.0)[:, None]
+    best = 0.2 * away / away.norm(dim=1, keepdim=True) if norm == "L2" else 0.2 * away.sign()
+    torch.testing.assert_close(found, x + best.view_as(x), rtol=0, atol=1e-5)
+    inside = adversarial_images(lambda x: x.flatten(1) @ w.T, torch.ones(1, 3, 4, 4), y[:1], 0.2, norm, 10)
+    assert inside.abs().max() <= 1
+
+
+def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others():
+    images = data.load("digits")
+    plain = trained(images, norm="batch").next_inputs(1)[0]
+    run = trained(images, norm="batch", adversarial_eps=0.1, adversarial_norm="Linf")
+    statistics = run.model.f.bn1.running_mean.clone()
+    inputs = run.next_inputs(1)[0]
+    assert torch.equal(run.model.f.bn1.running_mean, statistics)
+    assert torch.equal(inputs.x_real, plain.x) and torch.equal(inputs.y, plain.y)
+    assert 0.15 < (inputs.x - inputs.x_real).abs().max() <= 0.2 + inputs.x_real.abs().max() - 1 + 1e-5
+    run.model.eval()
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(run.model(x), inputs.y) for x in (inputs.x, inputs.x_real)]
+    assert losses[0] > losses[1] + 0.01
+
+
+def test_chains_grow_while_samples_are_told_apart(monkeypatch):
+    run = trained(sgld_step_max=4, sgld_step_auroc=0.6)
+    run.progress = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
+    seen = []
+    for told_apart in (0.7, 0.5, 0.9, 0.9, 0.9):
+        run.meter.reset()
+        run.training_step()
+        run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
+        seen.append(run.measurements()["sgld/steps"])
+    assert seen == [2, 3, 3, 4, 4] and run.sgld_step == 4
+    assert run.state_dict()["sgld_step"] == 4
+
+
+def test_chains_start_from_another_folder(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (20, 20), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    run = start(tmp_path / "runs", "--start", "folder", "--start_dir", str(tmp_path), "--reinit_freq", "0")
+    never_drawn = state(run)["buffer"]["images"][state(run)["buffer"]["age"] == 0]
+    assert never_drawn.shape[1:] == (1, 8, 8)
+    assert all((image == image[0, 0, 0]).all() for image in never_drawn) and never_drawn.unique().numel() > 3
+
+
 # ------------------------------------------------------------------------------------------------ optimisation
 
 
@@ -283,6 +340,8 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than --p_x_batch_size 101"),
         ("--class_cond --p_x_batch_size 95 --buffer_size 95", "too few images of each of 10 classes"),
         ("--start gauss", "--start takes one of"),
+        ("--start folder", "--start_dir"),
+        ("--sgld_step_max 2", "must be above --sgld_step 2"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
     ],
 )

@@ -198,42 +198,72 @@ def test_no_log_leaves_out_tensorboard_only(tmp_path):
 # ------------------------------------------------------------------------------- options change what they say
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--seed=2",
-        "--n_valid=90",
-        "--sigma=0.3",
-        "--norm=batch",
-        "--norm=group",
-        "--norm=instance",
-        "--depth=16",
-        "--width=2",
-        "--dropout_rate=0.5",
-        "--activation=silu",
-        "--lr=1e-2",
-        "--optimizer=sgd",
-        "--optimizer=rmsprop",
-        "--weight_decay=0.1",
-        "--warmup_steps=4",
-        "--reinit_freq=1",
-        "--sgld_step=3",
-        "--sgld_lr=50",
-        "--sgld_std=0.2",
-        "--buffer_size=32",
-        "--p_x_weight=0",
-        "--p_x_weight=0.5",
-        "--p_y_x_weight=0",
-        "--energy_l2=0.5",
-        "--batch_size=8",
-        "--precision=bf16",
-    ],
-)
-def test_options_that_change_the_training_do(option, tmp_path, short_run):
-    """Every option that shapes training leads to other weights after 6 steps."""
-    run = train(tmp_path, "--max_steps", "6", *option.split("="))
-    mine, base = weights(run), weights(short_run)
-    assert mine.keys() != base.keys() or not same(mine, base)
+def parts_of(run):
+    """The first step's inputs, and the loss and its parts with them."""
+    inputs = run.next_inputs(run.cfg.sgld_step)[0]
+    return inputs, run.backward(inputs)
+
+
+CHANGES = {  # option: what of a trainer it changes, and to what
+    "seed=2": (lambda run: run.rng["data"].initial_seed(), 4),
+    "n_valid=90": (lambda run: len(run.data.valid), 90),
+    "depth=16": (lambda run: sum(type(m).__name__ == "Block" for m in run.model.modules()), 6),
+    "width=2": (lambda run: run.model.f.n_features, 128),
+    "dropout_rate=0.5": (lambda run: {m.p for m in run.model.modules() if isinstance(m, torch.nn.Dropout)}, {0.5}),
+    "lr=1e-2": (lambda run: run.cfg.lr, 0.01),
+    "optimizer=sgd": (lambda run: type(run.optimizer), torch.optim.SGD),
+    "optimizer=rmsprop": (lambda run: type(run.optimizer), torch.optim.RMSprop),
+    "weight_decay=0.1": (lambda run: run.optimizer.param_groups[0]["weight_decay"], 0.1),
+    "buffer_size=32": (lambda run: len(run.sampler.buffer.images), 32),
+    "batch_size=8": (lambda run: [len(x) for x in (run.batches.next()[0], parts_of(run)[0].samples)], [8, 8]),
+    "precision=bf16": (lambda run: run.sampling_model.f.conv1.weight.dtype, torch.bfloat16),
+    "reinit_freq=1": (lambda run: (run.sampler(16, 1), run.sampler(16, 1), run.sampler.buffer.age.max().item())[-1], 1),
+}
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_options_change_what_they_say(option, digits_100):
+    name, value = option.split("=")
+    measure, expected = CHANGES[option]
+    base = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2}
+    base |= {"buffer_size": 64, "warmup_steps": 2, "precision": "fp32", "max_steps": 6}
+    field = config.Config.__dataclass_fields__[name].type
+    kind = field if isinstance(field, type) else int
+    images = data.load("digits", n_valid=90) if name == "n_valid" else digits_100
+    cpu = torch.device("cpu")
+    assert measure(Trainer(config.Config(**(base | {name: kind(value)})), images, cpu)) == expected
+    assert measure(Trainer(config.Config(**base), digits_100, cpu)) != expected
+
+
+def test_weights_of_the_objective(digits_100):
+    """Each factor multiplies its own term."""
+    base = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2}
+    base |= {"buffer_size": 64, "precision": "fp32"}
+    for weights in ({"p_x_weight": 0.5}, {"p_y_x_weight": 0.0}, {"energy_l2": 0.5}):
+        run = Trainer(config.Config(**base, **weights), digits_100, torch.device("cpu"))
+        inputs, parts = parts_of(run)
+        with torch.no_grad():
+            densities = torch.cat([run.model.log_density(inputs.x), run.model.log_density(inputs.samples)])
+        expected = weights.get("p_y_x_weight", 1) * parts["loss/classification"]
+        expected += weights.get("p_x_weight", 1) * parts["loss/generative"]
+        expected += weights.get("energy_l2", 0) * densities.square().mean()
+        assert parts["loss/total"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_sigma_is_the_noise_of_real_images(digits_100):
+    """On images of one grey value nothing but the noise is left."""
+    grey = data.Split(torch.full((64, 1, 8, 8), 128, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    x, _ = data.Batches(grey, 64, True, 0.3, torch.Generator().manual_seed(0)).next()
+    assert x.std().item() == pytest.approx(0.3, rel=0.05)
+    run = Trainer(
+        config.Config(dataset="digits", gpu="cpu", depth=10, width=1, sigma=0.3), digits_100, torch.device("cpu")
+    )
+    assert run.batches.sigma == 0.3
+
+
+@pytest.fixture(scope="module")
+def digits_100():
+    return data.load("digits", n_valid=100)
 
 
 @pytest.mark.parametrize(
@@ -484,8 +514,8 @@ def refused(capsys, *options):
         ("--width 0", "--width"),
         ("--dataset imagenet", "--dataset takes one of"),
         ("--dataset folder --data_dir nowhere", "nowhere"),
-        ("--load_ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
-        ("--resume nowhere", "no checkpoint at nowhere"),
+        ("--load_ckpt nowhere.pt", "nowhere.pt"),
+        ("--resume nowhere", "no checkpoint at"),
         ("--resume a --load_ckpt b", "give one of them"),
         ("--warmup_steps -1", "--warmup_steps"),
         ("--mode baseline_train --denoise 0.1", "--denoise is for --mode sample"),

@@ -70,15 +70,26 @@ def test_a_block_by_hand():
 
 
 @pytest.mark.parametrize("norm", ["none", "batch", "instance", "group"])
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_norm_and_activation_change_the_network(norm, activation):
-    model = tiny(norm=norm, activation=activation, depth=10)
-    kinds = {type(m).__name__ for m in model.modules()}
-    assert {"none": "Identity", "batch": "BatchNorm2d", "instance": "InstanceNorm2d", "group": "GroupNorm"}[
-        norm
-    ] in kinds
-    assert {"leaky_relu": "LeakyReLU", "silu": "SiLU"}[activation] in kinds
-    assert model(torch.rand(2, 1, 8, 8)).isfinite().all()
+def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
+    """Batch: each channel over the batch; instance: each channel of each image; group: each group of each image."""
+    model, seen = tiny(norm=norm).train(), {}
+    model.f.layer1[0].bn1.register_forward_hook(lambda module, inputs, out: seen.update(x=inputs[0], out=out))
+    model(torch.rand(6, 1, 8, 8) * 2 - 1)
+    dims = {"batch": (0, 2, 3), "instance": (2, 3), "group": (2, 3)}.get(norm)  # 16 channels: a group of 16 each
+    if norm == "none":
+        assert torch.equal(seen["out"], seen["x"])
+        return
+    out = seen["out"]
+    assert out.mean(dims).abs().max() < 1e-4
+    assert (out.var(dims, correction=0) - 1).abs().max() < 0.05  # eps, where a channel hardly varies
+    assert (seen["x"].mean(dims).abs().max() > 0.05) and not torch.equal(out, seen["x"])
+
+
+@pytest.mark.parametrize("name, value", [("leaky_relu", -0.2), ("silu", -1 / (1 + math.e))])
+def test_activation(name, value):
+    model = tiny(activation=name)
+    assert model.f.layer1[0].activation(torch.tensor([-1.0])).item() == pytest.approx(value, abs=1e-6)
+    assert model.f.activation(torch.tensor([-1.0])).item() == pytest.approx(value, abs=1e-6)
 
 
 def test_dropout_acts_in_training_only():
@@ -121,6 +132,12 @@ def test_joint_loss_against_a_direct_computation():
     assert loss.item() == pytest.approx(expected + 0.2 * (m_real**2 + m_sampled**2), rel=1e-5)
     assert parts["loss/classification"].item() == pytest.approx(cross_entropy, rel=1e-5)
     assert parts["loss/generative"].item() == pytest.approx(m_sampled - m_real, rel=1e-5)
+    logistic = sum(math.log1p(math.exp(-d)) for d in d_real) / 5 + sum(math.log1p(math.exp(d)) for d in d_sampled) / 6
+    assert parts["loss/logistic"].item() == pytest.approx(logistic, rel=1e-5)
+    swapped = joint_loss(labelled, y, real, sampled, y_sampled, Weights(0.0, 1.3, logistic=True))[0]
+    assert swapped.item() == pytest.approx(1.3 * logistic, rel=1e-5)
+    won = [(a > b) + 0.5 * (a == b) for a in d_real for b in d_sampled]
+    assert parts["sgld/auroc"].item() == pytest.approx(sum(won) / 30, abs=1e-6)
     assert parts["loss/joint"].item() == pytest.approx(joint, rel=1e-5)
     assert parts["log_density/real"].item() == pytest.approx(m_real, rel=1e-5)
     assert parts["log_density/sampled"].item() == pytest.approx(m_sampled, rel=1e-5)

@@ -18,7 +18,7 @@ def test_every_run_has_valid_options(name):
     config.add_options(parser)
     line = reproduce.command(name, False, ["--seed", "7"], "there")
     cfg = config.Config(**vars(parser.parse_args(line[2:])))
-    assert (cfg.note, cfg.seed, cfg.logdir) == (name, 7, "there")
+    assert (cfg.note, cfg.seed, Path(cfg.logdir).name) == (name, 7, "there")
     assert (cfg.mode == "baseline_train") == name.endswith("_baseline")
 
 

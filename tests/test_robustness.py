@@ -110,11 +110,17 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     ]
 
 
-def test_autoattack_runs_and_defeats_a_tiny_model(model, images):
+def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, images):
+    """A radius of a ten-thousandth fools nothing; elsewhere it fools at least what PGD does."""
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = survivors(classifier, auto_attack("Linf", 4, seed=0, steps=10), images, labels, [0.5], 1, 8, "")
-    assert alive[-1].sum() <= 1
+    epsilons = [1e-4, 0.05, 0.1]
+    alive = survivors(classifier, auto_attack("Linf", 4, seed=0, steps=10), images, labels, epsilons, 1, 8, "")
+    against_pgd = survivors(classifier, pgd("Linf", 10), images, labels, epsilons, 1, 8, "")
+    assert alive[1].all()
+    for ours, plain in zip(alive, against_pgd, strict=True):
+        assert ours.sum() <= plain.sum()
+    assert alive[-1].sum() < 8
 
 
 def test_the_differentiable_chain_is_the_reference_chain(model, images):

@@ -248,17 +248,21 @@ class TestSampler:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("grad_clamp, clamp", [(0.01, False), (None, True), (0.01, True)])
-def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, compile):
+@pytest.mark.parametrize(
+    "grad_clamp, clamp, normalize",
+    [(0.01, False, False), (None, True, False), (0.01, True, False), (None, False, True)],
+)
+def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, normalize, compile):
     torch.manual_seed(0)
     model = sampling_copy(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
     x = uniform_images(4, SHAPE, generator())
-    slow = reference_chain(model.log_density, x, 4, 3.0, 0.01, generator(1), None, grad_clamp, clamp)
-    fast = SGLD(model.log_density, grad_clamp, clamp, compile)(x, 4, 3.0, 0.01, generator(1))
+    slow = reference_chain(model.log_density, x, 4, 3.0, 0.01, generator(1), None, grad_clamp, clamp, normalize)
+    fast = SGLD(model.log_density, grad_clamp, clamp, normalize, compile)(x, 4, 3.0, 0.01, generator(1))
     torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-5)
     free = SGLD(model.log_density)(x, 4, 3.0, 0.01, generator(1)).x
     assert (free - fast.x).abs().max() > 0.02
     assert grad_clamp is None or fast.grad.abs().max() <= grad_clamp
+    assert not normalize or (fast.grad.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4
     assert not clamp or fast.x.abs().max() <= 1
 
 

@@ -1,0 +1,43 @@
+"""Adversarial examples for training: what a small change of an image makes the classifier most wrong."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORMS = ("L2", "Linf")
+
+
+def adversarial_images(
+    logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int
+) -> Tensor:
+    """Projected gradient ascent on the cross-entropy (Madry et al., ICLR 2018) from x itself.
+
+    Nothing waits for the device.
+
+    Args:
+        x, y: float32 (N, C, H, W) in [-1, 1] and int64 (N,).
+        radius: of the ball around each image, on the [-1, 1] scale; norm: "L2" or "Linf".
+
+    Returns:
+        Images like x, inside the ball and [-1, 1].
+    """
+    step_size, change = 2.5 * radius / steps, torch.zeros_like(x)
+    for _ in range(steps):
+        change.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits(x + change), y, reduction="sum"), change)
+        change = change.detach()
+        if norm == "L2":
+            change = change + step_size * gradient / lengths(gradient)
+            change = change * (radius / lengths(change)).clamp(max=1)
+        else:
+            change = (change + step_size * gradient.sign()).clamp(-radius, radius)
+        change = (x + change).clamp(-1, 1) - x
+    return x + change
+
+
+def lengths(x: Tensor) -> Tensor:
+    """The L2 norm of each image, (N, 1, 1, 1), and a little more than 0."""
+    return x.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12
