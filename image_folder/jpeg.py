@@ -1,4 +1,4 @@
-"""Decoding a JPEG file with a check that libjpeg has found nothing to mend in it.
+"""Decoding a JPEG file with a check that libjpeg has found nothing to repair in it.
 
 libjpeg fills what is missing with grey, skips what is left over and only prints a warning, which Pillow throws
 away. But its decoder can be fed in pieces, and how far it gets with each piece shows what it needed.
@@ -21,7 +21,7 @@ ARITHMETIC = re.compile(rb"\xff[\xc9\xca]\x00[\x08-\x40]\x08")  # frame headers;
 
 
 class Damaged(Exception):
-    """A JPEG file that libjpeg would mend."""
+    """A JPEG file that libjpeg would repair."""
 
 
 def open_jpeg(content: bytes) -> Image.Image:

@@ -535,12 +535,12 @@ class TestDivergence:
     def test_remedies_come_in_order_and_then_the_run_fails(self, tmp_path, monkeypatch, capsys):
         original = trainer.Trainer.training_step
 
-        def always_ill(self):
+        def always_diverging(self):
             samples = original(self)
             self.alarm.fill_(True)
             return samples
 
-        monkeypatch.setattr(trainer.Trainer, "training_step", always_ill)
+        monkeypatch.setattr(trainer.Trainer, "training_step", always_diverging)
         status, run = start(tmp_path, "--max_recoveries", "5")
         assert status == 1
         messages = [line["message"] for line in metrics(run) if "event" in line]
