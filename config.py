@@ -1,14 +1,12 @@
 """Every option of the program, once: its default, its help text, and what makes a value wrong."""
 
-import math
-import os
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from adversarial import NORMS as ADVERSARIAL_NORMS
 from data import DATASETS
 from models.wide_resnet import ACTIVATIONS, NORMS
+from options import absolute_paths, check_value, option
 from recipes import RECIPES
 from utils import UserError
 
@@ -22,37 +20,6 @@ CHANGEABLE = frozenset(
     "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
     "n_samples n_sample_steps from_buffer inpaint denoise save_images".split()
 )
-
-
-def option(
-    default: Any,
-    group: str,
-    text: str,
-    choices: tuple = (),
-    minimum: float = -math.inf,
-    maximum: float = 2**31 - 1,
-    above: float = -math.inf,
-    flags: tuple = (),
-    path_but: tuple | None = None,
-) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it.
-
-    ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
-    only overflow somewhere. ``path_but``: a value is the path of a file or folder, unless it is one of these words.
-    """
-    return field(
-        default=default,
-        metadata={
-            "group": group,
-            "help": text,
-            "choices": choices,
-            "minimum": minimum,
-            "maximum": maximum,
-            "above": above,
-            "flags": flags,
-            "path_but": path_but,
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -338,7 +305,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        for name, path in absolute_paths(vars(self)).items():
+        for name, path in absolute_paths(Config, vars(self)).items():
             object.__setattr__(self, name, path)
         if (self.depth - 4) % 6:
             raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {self.depth}")
@@ -434,61 +401,3 @@ class Config:
             return cls(**options)
         except UserError as error:
             raise UserError(f"{source} has an option this version refuses: {error}") from None
-
-
-def absolute_paths(options: dict[str, Any]) -> dict[str, str]:
-    """Those options that are paths, with ~ expanded and from the root: they mean the same wherever they are read."""
-    paths = {}
-    for f in fields(Config):
-        path, words = options.get(f.name, ""), f.metadata["path_but"]
-        if words is None or path in ("", *words):
-            continue
-        try:
-            paths[f.name] = os.path.abspath(Path(path).expanduser())
-        except RuntimeError as error:  # no such user
-            raise UserError(f"--{f.name} {path}: {error}") from None
-    return paths
-
-
-def check_value(f, value) -> None:
-    """Raise UserError unless ``value`` is one that option ``f`` allows."""
-    meta, name = f.metadata, f"--{f.name}"
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if value <= meta["above"]:
-        raise UserError(f"{name} must be above {meta['above']:g}, not {value}")
-    if value < meta["minimum"]:
-        raise UserError(f"{name} must be at least {meta['minimum']:g}, not {value}")
-    if value > meta["maximum"]:
-        raise UserError(f"{name} must be at most {meta['maximum']:.10g}, not {value}")
-
-
-def add_options(parser) -> None:
-    """Give an argparse parser every option of Config, in its groups.
-
-    Only options that were given appear in the parsed namespace, so that a resumed run can tell them from defaults.
-    """
-    import argparse
-
-    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
-    groups = {name: parser.add_argument_group(name) for name in names}
-    for f in fields(Config):
-        group, text = groups[f.metadata["group"]], f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
-        if f.default not in (None, ""):
-            text += f" (default: {f.default})"
-        group.add_argument(
-            f"--{f.name}",
-            *f.metadata["flags"],
-            type=kind,
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar="|".join(f.metadata["choices"]) or kind.__name__.upper(),
-        )

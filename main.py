@@ -19,7 +19,8 @@ import evaluation
 import sample
 import terminal
 import utils
-from config import CHANGEABLE, Config, absolute_paths, add_options
+from config import CHANGEABLE, Config
+from options import absolute_paths, add_options
 from recipes import RECIPES
 from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
 from storage.run_dir import RunDir, read_config
@@ -79,12 +80,12 @@ def run(arguments: list[str]) -> int:
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
-    add_options(parser)
+    add_options(parser, Config)
     given = vars(parser.parse_args(arguments))
     for name in ("load_ckpt", "resume"):
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
-    given |= absolute_paths(given)
+    given |= absolute_paths(Config, given)
     for name in ("from_buffer", "inpaint", "denoise", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")

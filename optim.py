@@ -1,8 +1,9 @@
 """Optimizers, the learning rate's schedule, and the average of the weights."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,22 +11,26 @@ from torch import Tensor, nn
 
 from config import Config
 from data import to_float
+from models import frozen_statistics
 from models.predict import images_per_batch
 
 FINAL_LR = 1e-6
 REFIT_IMAGES = 5000  # enough for means and variances of channels
 
 
-def build_optimizer(cfg: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """What ``--optimizer`` names, with momentum 0.9 for SGD."""
+def build_optimizer(cfg: Config, model: nn.Module) -> "torch.optim.Optimizer | SAM":
+    """What ``--optimizer`` names, with momentum 0.9 for SGD; inside SAM with ``--sam_rho``."""
     shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     match cfg.optimizer:
         case "adam":
-            return torch.optim.Adam(parameters, fused=True, **shared)
+            optimizer = torch.optim.Adam(model.parameters(), fused=True, **shared)
         case "sgd":
-            return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, fused=True, **shared)
+            optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, fused=True, **shared)
         case "rmsprop":
-            return torch.optim.RMSprop(parameters, **shared)
+            optimizer = torch.optim.RMSprop(model.parameters(), **shared)
+    if not cfg.sam_rho:
+        return optimizer
+    return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(frozen_statistics, model))
 
 
 class SAM:

@@ -3,9 +3,13 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
+
+from sgld import CompiledOrEager, Sampler
+from utils import device_name
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
 LONG = 48  # hours from which on a hint says what is faster
@@ -73,6 +77,40 @@ class Progress:
     def write(self, line: str) -> None:
         """A line above the bar."""
         self.bar.write(line)
+
+
+def compiled(forward: Callable, sampler: Sampler | None) -> str:
+    """What of a step runs compiled, in words."""
+    parts = {"network": forward, "chains": sampler.engine.step if sampler else None}
+    chosen = [name for name, part in parts.items() if isinstance(part, CompiledOrEager) and part.works]
+    return " and ".join(chosen) or "nothing"
+
+
+def announce(trainer, ran: dict[str, str]) -> None:
+    """Print what a Trainer is about to do."""
+    cfg, images, step = trainer.cfg, trainer.data, trainer.step
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
+    lines = {
+        "run": trainer.run.path,
+        "device": device_name(trainer.device),
+        "precision": f"{ran['precision']}, compiled: {ran['compiled']}",
+        "recipe": cfg.recipe,
+        "network": f"WRN-{cfg.depth}-{cfg.width}, {parameters:,} parameters",
+        "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
+        "steps": f"{trainer.total_steps}, {trainer.steps_per_epoch} an epoch",
+    }
+    if step:
+        lines["continuing"] = f"after step {step}"
+    if cfg.labels_per_class:
+        lines["labels"] = f"{len(trainer.batches.split)} of {len(images.train)} training images have one"
+    if len(trainer.cycle_ends) > 1 and cfg.schedule == "cosine":
+        start = trainer.cycle_ends[-2]
+        lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
+    if cfg.warmup_steps >= trainer.total_steps:
+        lines["note"] = f"--warmup_steps {cfg.warmup_steps} lasts longer than the run"
+    for name, text in lines.items():
+        print(f"{name:10} {text}", flush=True)
 
 
 def summary(run: Path, step: int, tensorboard: bool) -> None:

@@ -1,13 +1,9 @@
-"""The training loop, and what it dumps.
-
-Both modes run the same loop; ``baseline_train`` leaves out everything about samples.
-"""
+"""The training loop, and what it dumps; ``baseline_train`` leaves out everything about samples."""
 
 import copy
 import math
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +20,8 @@ from models import copy_weights, frozen_statistics, sampling_copy
 from models.load import build_for, load_weights
 from models.predict import accuracy
 from objectives import Weights, joint_loss
-from optim import SAM, build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
-from progress import Progress, summary
+from optim import build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
+from progress import Progress, announce, compiled, summary
 from recovery import Recovery, copy_tree, roomiest
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
@@ -82,9 +78,7 @@ class Trainer:
         self.model = build_for(cfg, images.shape[0], n_classes).to(device)
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
-        self.optimizer = build_optimizer(cfg, self.model.parameters())
-        if cfg.sam_rho:
-            self.optimizer = SAM(self.optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(frozen_statistics, self.model))
+        self.optimizer = build_optimizer(cfg, self.model)
         flip = images.flip and not cfg.no_flip
         self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng["data"])
         self.real_batches = None  # of log p(x), where these are not the labelled images
@@ -120,8 +114,9 @@ class Trainer:
         """
         self.run = run
         self.prove_compilation()
-        self.announce()
-        self.write_config()
+        ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
+        run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
+        announce(self, ran)
         log = Log(run.path, not self.cfg.no_log, log_position, self.step)
         progress = Progress(self.step, self.total_steps, self.cfg.batch_size)
         with run, closing(log) as self.log, Signals() as signals, Writer() as self.writer, progress as self.progress:
@@ -432,39 +427,3 @@ class Trainer:
             + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items())
         )
         return {"epoch": self.epoch} | values
-
-    def write_config(self) -> None:
-        ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": self.compiled}
-        self.run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
-
-    @property
-    def compiled(self) -> str:
-        """What of a step runs compiled."""
-        parts = {"network": self.forward, "chains": self.sampler.engine.step if self.sampler else None}
-        chosen = [name for name, f in parts.items() if isinstance(f, CompiledOrEager) and f.works]
-        return " and ".join(chosen) or "nothing"
-
-    def announce(self) -> None:
-        cfg, images = self.cfg, self.data
-        parameters = sum(p.numel() for p in self.model.parameters())
-        counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
-        lines = {
-            "run": self.run.path,
-            "device": utils.device_name(self.device),
-            "precision": f"{str(self.dtype).removeprefix('torch.')}, compiled: {self.compiled}",
-            "recipe": cfg.recipe,
-            "network": f"WRN-{cfg.depth}-{cfg.width}, {parameters:,} parameters",
-            "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
-            "steps": f"{self.total_steps}, {self.steps_per_epoch} an epoch",
-        }
-        if self.step:
-            lines["continuing"] = f"after step {self.step}"
-        if cfg.labels_per_class:
-            lines["labels"] = f"{len(self.batches.split)} of {len(images.train)} training images have one"
-        if len(self.cycle_ends) > 1 and cfg.schedule == "cosine":
-            start = self.cycle_ends[-2]
-            lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
-        if cfg.warmup_steps >= self.total_steps:
-            lines["note"] = f"--warmup_steps {cfg.warmup_steps} lasts longer than the run"
-        for name, text in lines.items():
-            print(f"{name:10} {text}", flush=True)

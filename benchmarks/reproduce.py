@@ -27,7 +27,9 @@ CIFAR = (
     "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 --ema 0.999"
 )
 TRAIN = {  # name: the options that train it
-    "digits": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
+    "digits": "--recipe sada-jem --dataset digits --depth 10 --width 2 --batch_size 64 --schedule cosine "
+    "--warmup_steps 60 --max_steps 601 --buffer_size 2000 --gif_every 300 --eval_every 5",
+    "digits_jem": f"--mode energy_train {DIGITS} --buffer_size 2000 --gif_every 300",
     "digits_baseline": f"--mode baseline_train {DIGITS}",
     "fashion_mnist": f"--mode energy_train {FASHION} --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",

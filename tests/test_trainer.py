@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import optim
+import progress
 import trainer
 from config import Config
 from models import build_model, copy_weights
@@ -160,10 +161,10 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(di
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args: Broken.apply(f(*args)))
     run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
-    assert run.compiled == "network"
+    assert progress.compiled(run.forward, run.sampler) == "network"
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
         run.prove_compilation()
-    assert run.compiled == "nothing"
+    assert progress.compiled(run.forward, run.sampler) == "nothing"
     eager = trainer.Trainer(config(mode="baseline_train"), digits, torch.device("cpu"))
     for trained in (run, eager):
         trained.step = 1
