@@ -420,19 +420,16 @@ class TestFullDisk:
         assert main.main(["--resume", str(run)]) == 0
         assert_same_run(run, undisturbed)
 
-    def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys):
+    def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys, undisturbed):
+        """Pictures are by-products: each that fails is a warning, and the run is the same."""
+
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        original = pictures.replace_file
-        monkeypatch.setattr(
-            pictures,
-            "replace_file",
-            lambda path, content: full(path, content) if path.suffix == ".png" else original(path, content),
-        )
+        monkeypatch.setattr(pictures, "replace_file", full)
         status, run = start(tmp_path)
-        assert status == 2 and "No space left" in capsys.readouterr().err
-        assert state(run)["step"] == 0
+        assert status == 0 and "Warning: " in capsys.readouterr().err
+        assert equal(state(run), state(undisturbed)) and not list(run.glob("samples/*.png"))
 
     @pytest.mark.parametrize("option", ["", "--no_log"])
     @pytest.mark.parametrize("room", [1000, 20_000])
