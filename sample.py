@@ -21,14 +21,13 @@ import utils
 from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model
-from sgld import SGLD, chain_options, normal_like, uniform_images
+from sgld import FRESH_STEPS, SGLD, chain_options, normal_like, uniform_images
 from starts import UniformStart, build_start
 from storage.pictures import image_grid, save_gif, save_png, text_width, to_uint8, write_text
 from storage.run_dir import RunDir
 from storage.writer import disk_errors, replace_file
 from utils import UserError
 
-STEPS = 200  # of a chain from noise: with a training chain's step size, when samples have settled
 COLUMNS = 10  # images in a row of a picture
 SHOWN = 100  # images in a picture or film; of a class, COLUMNS
 FRAMES = 60  # at most, in a film
@@ -68,7 +67,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     start = prepare(cfg, path, content, rng)
     steps = cfg.n_sample_steps
     if steps is None:
-        steps = cfg.sgld_step if cfg.denoise else STEPS
+        steps = cfg.sgld_step if cfg.denoise else FRESH_STEPS
     settings = {
         "checkpoint": str(path),
         "training_steps": content["state"]["step"],

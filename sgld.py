@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FRESH_STEPS = 200  # of a chain from a fresh start: with a training chain's step size, when samples have settled
+
 LogDensity = Callable[..., Tensor]
 Start = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
 

@@ -19,8 +19,7 @@ from evaluation.inputs import Inputs, evaluation_packages
 from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import images_per_batch, predict
-from sample import STEPS
-from sgld import SGLD, Start, chain_options
+from sgld import FRESH_STEPS, SGLD, Start, chain_options
 from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, pick_dtype
@@ -201,7 +200,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     cfg, model = inputs.cfg, inputs.model
     dtype = pick_dtype(cfg.precision, inputs.device)
     sampler = sampling_copy(model, dtype)
-    steps = STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
+    steps = FRESH_STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
     sgld = SGLD(sampler.log_density, **chain_options(cfg))
     start, n_classes = build_start(cfg.start, inputs.data, cfg.start_dir), len(inputs.data.class_names)
