@@ -8,6 +8,7 @@ if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):  # before the seconds 
 import argparse
 import difflib
 import os
+import re
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,10 +31,10 @@ from utils import TrainingFailed, UserError
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        unknown = re.findall(r"(?<!\S)--?[A-Za-z][^\s=]*", message)  # without the values of --name=value
         if message.startswith("unrecognized arguments") and unknown:
             known = [f"--{f.name}" for f in fields(Config)]
-            near = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, 1)
+            near = difflib.get_close_matches("--" + unknown[0].lstrip("-").replace("-", "_"), known, 1)
             message = f"there is no option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message}; see python main.py --help")
 

@@ -16,9 +16,9 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fi
 
 
 class UserError(Exception):
-    """Something the user can mend: a bad option, a missing or broken input, a full disk.
+    """Something the user can put right: a bad option, a missing or broken input, a full disk.
 
-    The message is one line that names the thing and says how to mend it. ``main.py`` prints it on stderr and
+    The message is one line that names the thing and says what to do. ``main.py`` prints it on stderr and
     exits with status 2; nothing has been overwritten when it is raised.
     """
 

@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, checked when they are read, never code to run."""
 
+import errno
 import os
 import sys
 import zipfile
@@ -13,6 +14,7 @@ from storage.writer import disk_errors
 from utils import UserError
 
 CHECKPOINT_FORMAT = 3
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # a directory; the last on Windows
 READABLE = (2, 3)  # to measure, to sample from and to start from; resumed is the newest only
 
 
@@ -31,7 +33,8 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             temporary.unlink(missing_ok=True)
-            raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
+            cause = error if isinstance(error, OSError) else error.__context__  # the disk's own error, if any
+            raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from None
         if keep and path.exists():
             os.replace(path, directory / keep)
         os.replace(temporary, path)
@@ -40,12 +43,15 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str
 
 def sync_directory(directory: Path) -> None:
     """Have renamed files on disk. Some file systems, and Windows, cannot do that: then they sync as they like."""
-    with suppress(OSError):
+    try:
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
 
 
 def set_aside(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import stat
 
 import pytest
+import torch
 
 from storage import checkpoint
 from storage.run_dir import RunDir
@@ -11,18 +13,42 @@ from storage.writer import disk_errors
 from utils import UserError
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_directories_that_cannot_be_synced(number, tmp_path, monkeypatch):
+def refuse_to_sync_directories(number, monkeypatch):
     sync = os.fsync
 
     def refusing(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES])
+def test_directories_that_cannot_be_synced(number, tmp_path, monkeypatch):
+    refuse_to_sync_directories(number, monkeypatch)
     checkpoint.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
     assert checkpoint.load_checkpoint(tmp_path / "ckpt" / "last.pt")["state"] == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="opens no directories")
+def test_a_failing_disk_is_no_directory_that_cannot_be_synced(tmp_path, monkeypatch):
+    refuse_to_sync_directories(errno.EIO, monkeypatch)
+    with pytest.raises(UserError, match=os.strerror(errno.EIO)):
+        checkpoint.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
+
+
+def test_a_checkpoint_without_room_names_the_cause(tmp_path):
+    """torch.save reports it as a position in the file that is not the expected one."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="File too large; free some space"):
+            checkpoint.save_checkpoint(tmp_path, "last.pt", {"state": {str(i): torch.zeros(20_000) for i in range(5)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
