@@ -120,7 +120,7 @@ def report_directory(cfg: Config, path: Path) -> Path:
     run = path.parent.parent
     if path.parent.name == "ckpt" and (run / "config.json").is_file():
         try:
-            if run.stat().st_uid != os.geteuid():
+            if hasattr(os, "geteuid") and run.stat().st_uid != os.geteuid():  # Windows has none
                 raise PermissionError(errno.EACCES, "it belongs to another user")
             return new_eval(run)
         except OSError as error:
