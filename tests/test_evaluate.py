@@ -220,6 +220,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
+@pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
     command = [
         "--mode",

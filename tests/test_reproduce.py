@@ -35,6 +35,7 @@ def test_a_baseline_differs_in_nothing_but_the_samples():
         assert differ <= {"mode", "note", "sgld_step", "buffer_size", "gif_every"}
 
 
+@pytest.mark.slow
 def test_train_and_measure(tmp_path):
     """A further option at the end wins; the exit status is the program's own."""
 

@@ -575,9 +575,10 @@ class TestDivergence:
         penalty = sums["loss/total"] - sums["loss/classification"] - sums["loss/generative"]
         assert penalty.item() == pytest.approx(0.1 * 2.3**2, rel=0.3)  # log-densities begin near log 10
 
+    @pytest.mark.slow
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
         """A high learning rate and chains of one step: lost without recovery, a usable model with it."""
-        harsh = [*HARSH, "--max_steps", "200", "--sample_every", "1000"]
+        harsh = [*HARSH, "--max_steps", "120", "--sample_every", "1000"]
         status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
         assert status == 1
         status, run = start(tmp_path / "with", *harsh)
@@ -660,6 +661,7 @@ class TestDivergence:
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], HARSH], ids=["stable", "diverging"])
 def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's.

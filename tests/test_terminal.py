@@ -132,6 +132,7 @@ class TestSignals:
         process.communicate(timeout=60)
         assert process.returncode == 143
 
+    @pytest.mark.slow
     def test_sigusr1_is_harmless_while_the_program_starts(self, tmp_path):
         process = subprocess.Popen(command(tmp_path / "runs"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(0.5)  # Python itself has started, torch is being imported
