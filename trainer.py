@@ -97,9 +97,8 @@ class Trainer:
             engine = SGLD(self.sampling_model.log_density, **chain_options(cfg), compile=compile)
             buffer = ReplayBuffer(cfg.buffer_size, n_classes, self.start, rng)
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
-            self.film = SGLD(
-                self.sampling_model.log_density, **chain_options(cfg)
-            )  # one in 500 steps: compiling would not pay
+            # Its own engine, not compiled, for one long chain in 500 steps.
+            self.film = SGLD(self.sampling_model.log_density, **chain_options(cfg))
         self.recovery = Recovery(cfg)
         self.meter = Meter()
         self.step, self.best, self.sgld_step = 0, 0.0, cfg.sgld_step
