@@ -45,7 +45,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mode=st.sampled_from(["energy_train", "baseline_train", "test", "sample", "fly"]),
     options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=3),

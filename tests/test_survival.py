@@ -32,7 +32,7 @@ from storage.writer import Writer
 from utils import TrainingFailed
 
 KILLS = int(os.environ.get("SURVIVAL_KILLS", 2))
-FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 12))
+FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 8))
 
 TINY = (  # 13 steps an epoch
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100 "
@@ -130,8 +130,10 @@ def at_step(monkeypatch, step, action):
 
 
 class TestSignals:
-    @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    @pytest.mark.parametrize("step", [1, 17, 26])
+    @pytest.mark.parametrize(
+        "number, status, step",
+        [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 17), (signal.SIGINT, 130, 26)],
+    )
     def test_stop_and_resume_is_bit_for_bit(self, number, status, step, tmp_path, monkeypatch, undisturbed):
         at_step(monkeypatch, step, lambda _: os.kill(os.getpid(), number))
         before = signal.getsignal(number)

@@ -42,7 +42,7 @@ def test_broken_streams_end_nothing(redirection, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="arguments are no bytes there")
-@pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("latin-1", "狗"), ("utf-8", "caf\udce9")])
+@pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("utf-8", "caf\udce9")])
 def test_any_encoding(encoding, note, tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     arguments = [os.fsencode(word) for word in command(tmp_path / "runs", "--note", note)]
