@@ -5,7 +5,7 @@ from typing import Any
 
 from adversarial import NORMS as ADVERSARIAL_NORMS
 from data import DATASETS
-from models.wide_resnet import ACTIVATIONS, NORMS
+from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
 from options import absolute_paths, check_value, option
 from recipes import RECIPES
 from utils import UserError
@@ -91,6 +91,15 @@ class Config:
 
     depth: int = option(28, "model", "layers of the Wide-ResNet, 6n + 4", minimum=10)
     width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
+    stages: int = option(
+        3, "model", "stages of the network; a fourth, of twice the channels, suits images of 64x64", minimum=3, maximum=4
+    )
+    backbone: str = option(
+        "jem",
+        "model",
+        "form of the Wide-ResNet: the JEM papers', or that of robust classifiers (no biases, normalised images)",
+        tuple(BACKBONES),
+    )
     norm: str = option("none", "model", "normalisation layers", tuple(NORMS))
     dropout_rate: float = option(0.0, "model", "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = option(

@@ -21,6 +21,7 @@ import sample
 import terminal
 import utils
 from config import CHANGEABLE, Config
+from models.foreign import open_checkpoint
 from options import absolute_paths, add_options
 from recipes import RECIPES
 from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
@@ -167,7 +168,7 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
         raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
     if "resume" in given:
         raise UserError(f"--resume continues training; --mode {given['mode']} takes --load_ckpt alone")
-    path, content = find_checkpoint(given["load_ckpt"])
+    path, content = open_checkpoint(given["load_ckpt"], given)
     own = asdict(Config.from_dict(content["config"], str(path)))
     kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
     if given.get("dataset", own["dataset"]) != own["dataset"]:  # these belong to the checkpoint's images

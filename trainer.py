@@ -17,6 +17,7 @@ from adversarial import adversarial_images
 from config import Config
 from meter import Meter
 from models import copy_weights, frozen_statistics, sampling_copy
+from models.foreign import open_checkpoint
 from models.load import build_for, load_weights
 from models.predict import accuracy
 from objectives import Weights, joint_loss
@@ -25,7 +26,7 @@ from progress import Progress, announce, compiled, summary
 from recovery import Recovery, copy_tree, roomiest
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
-from storage.checkpoint import find_checkpoint, save_checkpoint
+from storage.checkpoint import save_checkpoint
 from storage.log import Log
 from storage.pictures import image_grid, plot_curves, to_uint8
 from storage.run_dir import RunDir
@@ -335,12 +336,13 @@ class Trainer:
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer."""
-        path, content = find_checkpoint(path)
+        path, content = open_checkpoint(path, asdict(self.cfg))
         load_weights(self.model, self.cfg, path, content)
         if self.average:
             self.average.load_state_dict(self.model.state_dict())
         kind = "averaged weights" if "ema" in content["state"] else "weights"
-        print(f"Starting from the {kind} of {path}, step {content['state']['step']}.")
+        step = content["state"]["step"]
+        print(f"Starting from the {kind} of {path}" + (f", step {step}." if step is not None else "."))
         if self.sampler and "buffer" in content["state"]:
             stored = content["state"]["buffer"]
             if stored["images"].shape == self.sampler.buffer.images.shape:

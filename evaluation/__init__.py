@@ -18,8 +18,8 @@ from evaluation import calibration, classification, likelihood, ood, quality, ro
 from evaluation.inputs import Inputs, evaluation_packages
 from evaluation.report import Report, Section
 from models import JEM
+from models.foreign import open_checkpoint
 from models.load import load_data, load_model
-from storage.checkpoint import find_checkpoint
 from storage.run_dir import RunDir
 from storage.writer import disk_errors
 from utils import UserError
@@ -43,7 +43,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     model = frozen(cfg, path, content, device)
     images, state = load_data(cfg, path, content, device), content["state"]
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
-    feature_model = load_feature_model(cfg.feature_ckpt, images, device)
+    feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
     class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
     inputs = Inputs(cfg, model, replace(images, class_names=class_names), buffer, feature_model, device)
     ood.check_names(cfg)
@@ -52,7 +52,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {
         "checkpoint": f"{path}{chosen}",
-        "training steps": state["step"],
+        "training steps": "not in the file" if state["step"] is None else state["step"],
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
         "data set": cfg.dataset,
@@ -93,7 +93,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             section.skip(name, f"{type(error).__name__}: {error}")
         report.write()
     if not cfg.no_log:
-        report.to_tensorboard(state["step"])
+        report.to_tensorboard(state["step"] or 0)
     print(f"Look at {utils.printable(directory / 'report.md')}, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
@@ -104,13 +104,15 @@ def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.devic
     return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
 
 
-def load_feature_model(place: str, images: ImageData, device: torch.device) -> JEM | None:
+def load_feature_model(place: str, dataset: str, images: ImageData, device: torch.device) -> JEM | None:
     """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
     if not place:
         return None
-    path, content = find_checkpoint(place)
+    path, content = open_checkpoint(place, {"dataset": dataset})
     described = content["data"]
-    if described["shape"] != list(images.shape) or described["class_names"] != list(images.class_names):
+    names = described["class_names"]
+    same = len(names) == len(images.class_names) if content.get("foreign") else names == list(images.class_names)
+    if described["shape"] != list(images.shape) or not same:
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
     return frozen(Config.from_dict(content["config"], str(path)), path, content, device)
 

@@ -3,7 +3,7 @@
 import torch
 
 from models.jem import JEM, batch_norms, copy_weights, frozen_statistics, log_density, sampling_copy
-from models.wide_resnet import WideResNet
+from models.wide_resnet import BACKBONES, WideResNet
 
 __all__ = [
     "JEM",
@@ -26,7 +26,9 @@ def build_model(
     dropout_rate: float = 0.0,
     activation: str = "leaky_relu",
     separate_energy: bool = False,
+    stages: int = 3,
+    backbone: str = "jem",
 ) -> JEM:
     """A JEM on a Wide-ResNet, freshly initialised from PyTorch's global generator, in channels_last memory."""
-    backbone = WideResNet(channels, depth, width, norm, dropout_rate, activation)
-    return JEM(backbone, n_classes, separate_energy).to(memory_format=torch.channels_last)
+    f = BACKBONES[backbone](channels, depth, width, norm, dropout_rate, activation, stages)
+    return JEM(f, n_classes, separate_energy).to(memory_format=torch.channels_last)

@@ -12,14 +12,13 @@ from models import JEM, build_model
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
-NETWORK = ("depth", "width", "norm", "activation", "separate_energy")
+NETWORK = ("depth", "width", "stages", "backbone", "norm", "activation", "separate_energy")
 
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
     """The network of these options, freshly initialised."""
-    return build_model(
-        channels, n_classes, cfg.depth, cfg.width, cfg.norm, cfg.dropout_rate, cfg.activation, cfg.separate_energy
-    )
+    names = (*NETWORK, "dropout_rate")
+    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in names})
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
@@ -59,12 +58,15 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     shape, class_names = content["data"]["shape"], content["data"]["class_names"]
+    foreign = content.get("foreign", False)  # does not say which images it was trained on
+    if foreign and images.shape[0] == shape[0]:
+        shape = images.shape
     if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
         raise UserError(
             f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
             f"classes, and those of {cfg.dataset} are others: choose another --dataset or --image_size"
         )
-    if list(images.class_names) != list(class_names):
+    if not foreign and list(images.class_names) != list(class_names):
         print(
             f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
             "means nothing.",

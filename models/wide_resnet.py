@@ -5,14 +5,35 @@ Parameter names and shapes are those of the JEM authors' checkpoints.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = {"leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU}
+from utils import UserError
+
+CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
+CIFAR10_DEVIATION = (0.24703, 0.24349, 0.26159)
+
+
+class Affine(nn.Module):
+    """scale * (x + loc) with one of each per channel: what an activation normalisation is once it has started."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x + self.loc)
+
+
+ACTIVATIONS = {"leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "relu": nn.ReLU}
 NORMS = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "act": Affine,
 }
 
 
@@ -41,8 +62,12 @@ class WideResNet(nn.Module):
     """Images (N, C, H, W) to features (N, 64 * width), H and W multiples of 4.
 
     A 3x3 stem of 16 channels, three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels and
-    strides 1, 2, 2, a last activation and global average pooling.
+    strides 1, 2, 2, a last activation and global average pooling. A fourth stage (SADA-JEM, for images of 64x64 and
+    more) has 128 times ``width`` channels, which then are the features.
     """
+
+    block: type[nn.Module] = Block
+    stem_bias = True
 
     def __init__(
         self,
@@ -52,6 +77,7 @@ class WideResNet(nn.Module):
         norm: str = "none",
         dropout_rate: float = 0.0,
         activation: str = "leaky_relu",
+        stages: int = 3,
     ):
         super().__init__()
         if (depth - 4) % 6:
@@ -60,21 +86,71 @@ class WideResNet(nn.Module):
         def stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
             ins, strides = [channels_in, *[channels] * (n - 1)], [stride, *[1] * (n - 1)]
             return nn.Sequential(
-                *(Block(i, channels, s, norm, dropout_rate, activation) for i, s in zip(ins, strides, strict=True))
+                *(self.block(i, channels, s, norm, dropout_rate, activation) for i, s in zip(ins, strides, strict=True))
             )
 
         n = (depth - 4) // 6
-        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=self.stem_bias)
         self.layer1 = stage(16, 16 * width, 1)
         self.layer2 = stage(16 * width, 32 * width, 2)
         self.layer3 = stage(32 * width, 64 * width, 2)
-        self.bn1 = NORMS[norm](64 * width)
+        self.layer4 = stage(64 * width, 128 * width, 2) if stages == 4 else nn.Sequential()
+        self.n_features = (128 if stages == 4 else 64) * width
+        self.bn1 = NORMS[norm](self.n_features)
         self.activation = ACTIVATIONS[activation]()
-        self.n_features = 64 * width
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x.to(self.conv1.weight.dtype))  # (N, 16, H, W)
         h = self.layer1(h)  # (N, 16w, H, W)
         h = self.layer2(h)  # (N, 32w, H/2, W/2)
         h = self.layer3(h)  # (N, 64w, H/4, W/4)
-        return self.activation(self.bn1(h)).mean((2, 3))  # (N, 64w)
+        h = self.layer4(h)  # (N, 128w, H/8, W/8), where there is one
+        return self.activation(self.bn1(h)).mean((2, 3))  # (N, n_features)
+
+
+class RobustBlock(nn.Module):
+    """A pre-activation block without biases; its first convolution has the stride.
+
+    Where the number of channels changes, the shortcut takes the activated input.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: str, dropout_rate: float, activation: str):
+        super().__init__()
+        self.bn1 = NORMS[norm](channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = NORMS[norm](channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout_rate)
+        self.shortcut = None
+        if channels_in != channels:
+            self.shortcut = nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(self.bn1(x))
+        h = self.conv2(self.dropout(self.activation(self.bn2(self.conv1(activated)))))
+        return h + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class RobustWideResNet(WideResNet):
+    """The Wide-ResNet of robust classifiers and of DAT (Zagoruyko & Komodakis' own form), on normalised images.
+
+    Images (N, 3, H, W) in [-1, 1] are brought to [0, 1] and then to CIFAR-10's mean and deviation of each channel.
+    """
+
+    block = RobustBlock
+    stem_bias = False
+
+    def __init__(self, channels_in: int, *args, **options):
+        if channels_in != 3:
+            raise UserError(f"--backbone robust takes images of 3 channels, not of {channels_in}")
+        super().__init__(channels_in, *args, **options)
+        mean, deviation = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_DEVIATION)
+        self.register_buffer("mean", (2 * mean - 1).view(3, 1, 1), persistent=False)
+        self.register_buffer("deviation", (2 * deviation).view(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - self.mean) / self.deviation)
+
+
+BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}

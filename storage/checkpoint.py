@@ -4,10 +4,13 @@ import errno
 import os
 import sys
 import zipfile
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from storage.writer import disk_errors
@@ -15,6 +18,17 @@ from utils import UserError
 
 CHECKPOINT_FORMAT = 3
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # a directory; the last on Windows
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files of torch before 1.6 begin
+# Plain values that other programs keep beside their weights, and that torch does not take by itself.
+PLAIN = [
+    Namespace,
+    np.dtype,
+    np.ndarray,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+]
+Converter = Callable[[Path, Any], dict[str, Any]]
 READABLE = (2, 3)  # to measure, to sample from and to start from; resumed is the newest only
 
 
@@ -60,19 +74,36 @@ def set_aside(path: Path) -> None:
         path.replace(path.with_name(f"{path.stem}_set_aside.pt"))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, convert: Converter | None = None) -> dict[str, Any]:
     """Read one checkpoint file to the CPU. It may hold tensors and plain values, never code to run.
+
+    ``convert`` makes a checkpoint of what a file of another program holds; without, such a file is refused.
 
     Raises UserError for a file that is missing, torn, corrupted, not ours, or of another format version.
     """
+    state = _read(path)
+    if not isinstance(state, dict) or "format" not in state:
+        if convert is None:
+            raise UserError(f"{path} is not a checkpoint of this program")
+        return convert(path, state)
+    if state["format"] not in READABLE:
+        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {READABLE[-1]}")
+    return state
+
+
+def _read(path: Path) -> Any:
     try:
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}")
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # checks every record's CRC-32
-        if broken:
-            raise UserError(f"{path} is corrupted (record {broken}); use another checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            legacy = file.read(len(LEGACY)) == LEGACY
+        if not legacy:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()  # checks every record's CRC-32
+            if broken:
+                raise UserError(f"{path} is corrupted (record {broken}); use another checkpoint")
+        with torch.serialization.safe_globals(PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -83,22 +114,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         code = "weights_only" in str(error).lower()
         reason = "it holds more than tensors and plain values" if code else "it is broken"
         raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} is not a checkpoint of this program")
-    if state["format"] not in READABLE:
-        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {READABLE[-1]}")
-    return state
 
 
-def find_checkpoint(path: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
+def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole.
+
+    A file may be another program's where ``convert`` reads it.
+    """
     named = Path(path)
     try:
         is_run = named.is_dir()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not is_run:
-        return named, load_checkpoint(named)
+        return named, load_checkpoint(named, convert)
     candidates = [named / "ckpt" / name for name in ("last.pt", "previous.pt")]
     error = None
     for candidate in candidates:

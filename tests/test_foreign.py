@@ -1,0 +1,328 @@
+"""Checkpoints of other programs: each layout against a forward pass written out from the file's own tensors."""
+
+import pickle
+from argparse import Namespace
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from config import Config
+from main import main
+from models.foreign import open_checkpoint
+from models.load import load_model
+from utils import UserError
+
+MEAN, DEVIATION = torch.tensor([0.49140, 0.48216, 0.44653]), torch.tensor([0.24703, 0.24349, 0.26159])
+
+
+def conv(generator, name, channels_out, channels_in, kernel=3, bias=True):
+    weight = torch.randn(channels_out, channels_in, kernel, kernel, generator=generator)
+    made = {f"{name}.weight": weight / (channels_in * kernel**2) ** 0.5}
+    return made | ({f"{name}.bias": torch.randn(channels_out, generator=generator) / 9} if bias else {})
+
+
+def linear(generator, name, out, features):
+    return {
+        f"{name}.weight": torch.randn(out, features, generator=generator) / features**0.5,
+        f"{name}.bias": torch.randn(out, generator=generator),
+    }
+
+
+def normalisation(generator, name, norm, channels):
+    draw = lambda: torch.rand(channels, generator=generator) + 0.5  # noqa: E731
+    affine = {f"{name}.weight": draw(), f"{name}.bias": draw() - 1}
+    if norm == "act":
+        return {f"{name}.{key}": value.view(1, -1, 1, 1) for key, value in (("loc", draw() - 1), ("scale", draw()))}
+    if norm == "batch":
+        statistics = {f"{name}.running_mean": draw() - 1, f"{name}.running_var": draw()}
+        return affine | statistics | {f"{name}.num_batches_tracked": torch.tensor(7)}
+    return {} if norm == "none" else affine
+
+
+def authors_weights(norm="none", classes=10, channels=3, width=1, stages=3, blocks=1, extra=True):
+    """What a file of the JEM family holds: names and shapes, random values."""
+    g, w = torch.Generator().manual_seed(3), {}
+    w |= conv(g, "f.conv1", 16, channels)
+    before = 16
+    for stage in range(1, stages + 1):
+        for i in range(blocks):
+            now, name = 8 * 2**stage * width, f"f.layer{stage}.{i}"
+            w |= normalisation(g, f"{name}.bn1", norm, before) | conv(g, f"{name}.conv1", now, before)
+            w |= normalisation(g, f"{name}.bn2", norm, now) | conv(g, f"{name}.conv2", now, now)
+            if before != now or (stage > 1 and i == 0):
+                w |= conv(g, f"{name}.shortcut.0", now, before, 1)
+            before = now
+    w |= normalisation(g, "f.bn1", norm, before)
+    w |= linear(g, "class_output", classes, before) | linear(g, "energy_output", 1, before)
+    return w | (linear(g, "f.linear", classes, before) if extra else {})
+
+
+def robust_weights(classes=10, width=2):
+    g, w = torch.Generator().manual_seed(4), {}
+    w |= conv(g, "conv1", 16, 3, bias=False)
+    before = 16
+    for stage in (1, 2, 3):
+        for i in range(2):
+            now, name = 8 * 2**stage * width, f"block{stage}.layer.{i}"
+            w |= normalisation(g, f"{name}.bn1", "batch", before) | conv(g, f"{name}.conv1", now, before, bias=False)
+            w |= normalisation(g, f"{name}.bn2", "batch", now) | conv(g, f"{name}.conv2", now, now, bias=False)
+            if before != now:
+                w |= conv(g, f"{name}.convShortcut", now, before, 1, bias=False)
+            before = now
+    return w | normalisation(g, "bn1", "batch", before) | linear(g, "fc", classes, before)
+
+
+def normalise(w, name, x, norm):
+    if norm == "batch":
+        shape = (1, -1, 1, 1)
+        mean, variance = w[f"{name}.running_mean"].view(shape), w[f"{name}.running_var"].view(shape)
+        x = (x - mean) / torch.sqrt(variance + 1e-5)
+    elif norm in ("layer", "instance"):
+        axes = (1, 2, 3) if norm == "layer" else (2, 3)
+        x = (x - x.mean(axes, keepdim=True)) / torch.sqrt(x.var(axes, unbiased=False, keepdim=True) + 1e-5)
+    elif norm == "act":
+        return w[f"{name}.scale"] * (x + w[f"{name}.loc"])
+    else:
+        return x
+    return x * w[f"{name}.weight"].view(1, -1, 1, 1) + w[f"{name}.bias"].view(1, -1, 1, 1)
+
+
+def authors_features(w, x, norm):
+    act = lambda h: torch.where(h > 0, h, 0.2 * h)  # noqa: E731
+    h = F.conv2d(x, w["f.conv1.weight"], w["f.conv1.bias"], padding=1)
+    for stage in range(1, 5):
+        for i in range(9):
+            name, stride = f"f.layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
+            if f"{name}.conv1.weight" not in w:
+                break
+            c = lambda part, h, s=1, p=1, n=name: F.conv2d(h, w[f"{n}.{part}.weight"], w[f"{n}.{part}.bias"], s, p)  # noqa: E731
+            r = c("conv1", act(normalise(w, f"{name}.bn1", h, norm)))
+            r = c("conv2", act(normalise(w, f"{name}.bn2", r, norm)), stride)
+            h = r + (c("shortcut.0", h, stride, 0) if f"{name}.shortcut.0.weight" in w else h)
+    return act(normalise(w, "f.bn1", h, norm)).mean((2, 3))
+
+
+def authors_logits(w, x, norm):
+    return authors_features(w, x, norm) @ w["class_output.weight"].T + w["class_output.bias"]
+
+
+def robust_logits(w, x):
+    h = F.conv2d(((x + 1) / 2 - MEAN.view(3, 1, 1)) / DEVIATION.view(3, 1, 1), w["conv1.weight"], padding=1)
+    for stage in (1, 2, 3):
+        for i in range(2):
+            name, stride = f"block{stage}.layer.{i}", 2 if stage > 1 and i == 0 else 1
+            a = normalise(w, f"{name}.bn1", h, "batch").clamp(min=0)
+            r = F.conv2d(a, w[f"{name}.conv1.weight"], None, stride, 1)
+            r = F.conv2d(normalise(w, f"{name}.bn2", r, "batch").clamp(min=0), w[f"{name}.conv2.weight"], padding=1)
+            shortcut = w.get(f"{name}.convShortcut.weight")
+            h = r + (h if shortcut is None else F.conv2d(a, shortcut, None, stride))
+    return normalise(w, "bn1", h, "batch").clamp(min=0).mean((2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def resnet_and_linear(w):
+    made = {"resnet" + name[1:]: value for name, value in w.items() if name.startswith("f.")}
+    made |= {name.replace("class_output", "linear"): v for name, v in w.items() if name.startswith("class_output")}
+    second = {name.replace("resnet.", "main.0.").replace("linear.", "main.1."): v for name, v in made.items()}
+    return {"EnergyModel": made | {n: v for n, v in second.items() if "main.0.main.1" not in n}, "epoch": 3}
+
+
+def vera(w):
+    inside = {name.removeprefix("f."): v for name, v in w.items() if name.startswith("f.") and "f.linear" not in name}
+    inside |= {name.replace("class_output", "linear"): v for name, v in w.items() if name.startswith("class_output")}
+    inside |= normalisation(torch.Generator().manual_seed(0), "layer1.0.bn1", "batch", 16)
+    model = prefixed("logp_net.", inside) | {"generator.0.weight": torch.zeros(2, 2)}
+    return {"epoch": 5, "model": model, "args": Namespace(lr=np.float64(1e-4))}
+
+
+def second_names(w, copies):
+    other = {}
+    for name, value in w.items():
+        for pattern, new in (("f.conv1.", "f.layer_one."), ("f.bn1.", "f.other_layers.3.")):
+            if name.startswith(pattern):
+                other[name.replace(pattern, new)] = value.clone() if copies else value
+        if name.startswith("f.layer"):
+            stage = int(name[7])
+            other[f"f.other_layers.{stage - 1}{name[8:]}"] = value.clone() if copies else value
+    return w | other
+
+
+def opened(tmp_path, raw, **given):
+    torch.save(raw, tmp_path / "theirs.pt")
+    path, content = open_checkpoint(str(tmp_path / "theirs.pt"), given)
+    return load_model(Config.from_dict(content["config"], ""), path, content).eval(), content
+
+
+def assert_same(model, x, expected):
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer", "instance", "act"])
+@pytest.mark.parametrize("form", ["bare", "dict", "module"])
+def test_files_of_the_jem_family(tmp_path, norm, form):
+    w, x = authors_weights(norm), torch.rand(4, 3, 32, 32) * 2 - 1
+    raw = {"bare": w, "dict": {"model_state_dict": w, "epoch": 3}, "module": prefixed("module.", w)}[form]
+    model, content = opened(tmp_path, raw, norm=norm)
+    assert_same(model, x, authors_logits(w, x, norm))
+    assert (content["config"]["norm"], content["config"]["depth"], content["config"]["width"]) == (norm, 10, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"classes": 100}, {"channels": 1}, {"stages": 4, "norm": "batch"}, {"blocks": 2, "width": 2, "extra": False}],
+)
+def test_classes_channels_and_stages(tmp_path, options):
+    w = authors_weights(**options)
+    model, content = opened(tmp_path, w)
+    x = torch.rand(2, options.get("channels", 3), 64, 64) * 2 - 1
+    assert_same(model, x, authors_logits(w, x, options.get("norm", "none")))
+    dataset = {"classes": "cifar100", "channels": "mnist", "stages": "folder", "blocks": "cifar10"}[next(iter(options))]
+    assert content["config"]["dataset"] == dataset
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_second_names(tmp_path, copies, keep_first):
+    w, x = authors_weights("batch", extra=False), torch.rand(2, 3, 32, 32)
+    both = second_names(w, copies)
+    if not keep_first:  # only the second names are there
+        both = {name: v for name, v in both.items() if name not in w or not name.startswith("f.")}
+    model, _ = opened(tmp_path, both)
+    assert_same(model, x, authors_logits(w, x, "batch"))
+
+
+def test_second_names_that_differ_are_refused(tmp_path):
+    both = second_names(authors_weights("batch"), copies=True)
+    both["f.layer_one.bias"] += 1
+    with pytest.raises(UserError, match="two different values"):
+        opened(tmp_path, both)
+
+
+@pytest.mark.parametrize("form", [vera, resnet_and_linear])
+def test_vera_and_the_re_implementation(tmp_path, form):
+    w, x = authors_weights(), torch.rand(2, 3, 32, 32) * 2 - 1
+    model, content = opened(tmp_path, form(w))
+    assert_same(model, x, authors_logits(w, x, "none"))
+    assert content["config"]["dropout_rate"] == {vera: 0.3, resnet_and_linear: 0.25}[form]
+
+
+@pytest.mark.parametrize("form", ["bare", "module", "average", "both"])
+def test_robust_classifiers(tmp_path, form):
+    w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
+    other = {name: value + 1 for name, value in w.items()}
+    raw = {
+        "bare": w,
+        "module": prefixed("module.", w),
+        "average": prefixed("module.module.", w) | {"n_averaged": torch.tensor(4)},
+        "both": {"model_state_dict": other, "ema_state_dict": OrderedDict(w), "lr": np.float32(0.1)},
+    }[form]
+    model, content = opened(tmp_path, raw)
+    assert_same(model, x, robust_logits(w, x))
+    assert (content["config"]["recipe"], content["config"]["backbone"]) == ("dat", "robust")
+
+
+def test_the_energy_head_is_log_p_x_when_asked(tmp_path):
+    w, x = authors_weights("batch"), torch.rand(2, 3, 32, 32)
+    model, _ = opened(tmp_path, w, separate_energy=True, recipe="m-jem")
+    expected = authors_features(w, x, "batch") @ w["energy_output.weight"].T + w["energy_output.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_density(x), expected[:, 0], atol=1e-5, rtol=1e-5)
+        posterior = authors_logits(w, x, "batch").softmax(1)
+        torch.testing.assert_close(model(x).softmax(1), posterior, atol=1e-5, rtol=1e-5)
+
+
+def test_chains_run_as_their_authors_ran_them(tmp_path):
+    _, content = opened(tmp_path, authors_weights("batch"))
+    chosen = {name: content["config"][name] for name in ("start", "sgld_std", "sgld_clamp", "sgld_grad_clamp")}
+    assert chosen == {"start": "class_gaussian", "sgld_std": 0.0, "sgld_clamp": True, "sgld_grad_clamp": 1.0}
+    _, content = opened(tmp_path, authors_weights("batch"), recipe="m-jem")
+    assert content["config"]["start"] == "gaussian"
+    _, content = opened(tmp_path, authors_weights())
+    assert (content["config"]["start"], content["config"]["sgld_clamp"]) == ("uniform", False)
+
+
+def test_files_of_the_first_pytorch_versions(tmp_path):
+    w, x = authors_weights(), torch.rand(2, 3, 32, 32)
+    torch.save(w, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    path, content = open_checkpoint(str(tmp_path / "old.pt"), {})
+    assert_same(load_model(Config.from_dict(content["config"], ""), path, content), x, authors_logits(w, x, "none"))
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def damaged(directory, kind):
+    w, path = authors_weights(), directory / f"{kind}.pt"
+    if kind == "missing":
+        del w["f.layer2.0.conv2.bias"]
+    if kind == "extra":
+        w["f.layer2.0.conv3.bias"] = torch.zeros(3)
+    if kind == "shape":
+        w["f.layer2.0.conv2.bias"] = torch.zeros(3)
+    if kind == "no energy":
+        del w["energy_output.weight"]
+    raw = {"other": {"weight": torch.zeros(3)}, "list": [1, 2], "empty": {}, "code": {**w, "x": Code()}}.get(kind, w)
+    torch.save(raw, path, _use_new_zipfile_serialization=kind != "torn legacy")
+    if kind.startswith("torn"):
+        path.write_bytes(path.read_bytes()[:-2000])
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Code()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", "lacks f.layer2.0.conv2.bias"),
+        ("extra", "has f.layer2.0.conv3.bias"),
+        ("shape", "of the shape (3,), not (32,)"),
+        ("no energy", "has no energy_output"),
+        ("other", "looked for f.conv1.weight"),
+        ("list", "looked for f.conv1.weight"),
+        ("empty", "looked for f.conv1.weight"),
+        ("code", "more than tensors"),
+        ("torn", "torn"),
+        ("torn legacy", "refused: it is broken"),
+        ("pickle", "torn or no checkpoint"),
+    ],
+)
+def test_what_is_none_of_these_is_refused_in_one_line(tmp_path, capsys, kind, message):
+    options = ["--separate_energy"] if kind == "no energy" else []
+    path = damaged(tmp_path, kind)
+    assert main(["--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"), *options]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and err.startswith("error: ") and "run\n" not in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
+    for part, n in (("train", 12), ("test", 24)):
+        for label in ("a", "b"):
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / label / f"{i}.png")
+    w = authors_weights("batch", classes=2)
+    torch.save({"model_state_dict": w, "replay_buffer": 2 * torch.randn(16, 3, 32, 32)}, tmp_path / "theirs.pt")
+    common = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--n_valid", "4", "--gpu", "cpu"]
+    common += ["--logdir", str(tmp_path / "runs"), "--load_ckpt", str(tmp_path / "theirs.pt")]
+    assert main([*common, "--mode", "sample", "--n_samples", "4", "--n_sample_steps", "2"]) == 0
+    assert "JEM layout, --depth 10 --width 1 --norm batch; --recipe jem++ (assumed" in capsys.readouterr().err
+    assert main([*common, "--mode", "sample", "--n_samples", "4", "--n_sample_steps", "1", "--from_buffer"]) == 0
+    assert main([*common, "--mode", "test", "--eval", "classification"]) == 0
+    train = ["--recipe", "jem++", "--depth", "10", "--width", "1", "--batch_size", "4", "--p_x_batch_size", "4"]
+    train += ["--buffer_size", "16", "--max_steps", "2", "--warmup_steps", "0", "--decay_epochs", "1"]
+    assert main([*common, *train]) == 0
+    assert "Starting from the weights of" in capsys.readouterr().out
+    assert main([*common, *train, "--norm", "none"]) == 2
+    assert "holds another network, --norm batch" in capsys.readouterr().err
