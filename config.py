@@ -1,6 +1,7 @@
 """Every option of the program, once: its default, its help text, and what makes a value wrong."""
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from adversarial import NORMS as ADVERSARIAL_NORMS
@@ -10,7 +11,7 @@ from options import absolute_paths, check_value, option
 from recipes import RECIPES
 from utils import UserError
 
-MODES = ("energy_train", "baseline_train", "test", "sample")
+MODES = ("energy_train", "baseline_train", "test", "sample", "export")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
@@ -18,7 +19,7 @@ CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
     "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
-    "n_samples n_sample_steps from_buffer inpaint denoise save_images".split()
+    "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
 )
 
 
@@ -29,7 +30,8 @@ class Config:
     mode: str = option(
         "energy_train",
         "run",
-        "what to do: train a JEM, or the plain classifier; or measure --load_ckpt, or draw samples from it",
+        "what to do: train a JEM, or the plain classifier; or measure --load_ckpt, draw samples from it, or write its "
+        "network for other programs",
         MODES,
     )
     recipe: str = option(
@@ -92,7 +94,11 @@ class Config:
     depth: int = option(28, "model", "layers of the Wide-ResNet, 6n + 4", minimum=10)
     width: int = option(10, "model", "widening factor of the Wide-ResNet", minimum=1)
     stages: int = option(
-        3, "model", "stages of the network; a fourth, of twice the channels, suits images of 64x64", minimum=3, maximum=4
+        3,
+        "model",
+        "stages of the network; a fourth, of twice the channels, suits images of 64x64",
+        minimum=3,
+        maximum=4,
     )
     backbone: str = option(
         "jem",
@@ -303,6 +309,14 @@ class Config:
     )
     save_images: bool = option(False, "sample", "write each sample as a PNG of its own, too")
 
+    export: str = option(
+        "",
+        "export",
+        "new file for the network: NAME.pt as the JEM authors' programs name its parts, or NAME.safetensors with its "
+        "options, which --load_ckpt opens",
+        path_but=(),
+    )
+
     precision: str = option(
         "auto",
         "speed",
@@ -344,6 +358,10 @@ class Config:
             raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
         if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
             raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
+        if (self.mode == "export") != bool(self.export):
+            raise UserError("--mode export and --export, the file to write, go together: give both or neither")
+        if self.export and Path(self.export).suffix not in (".pt", ".safetensors"):
+            raise UserError(f"--export takes a name that ends in .pt or .safetensors, not {self.export}")
         for name in self.metrics:
             if name not in METRICS:
                 raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")

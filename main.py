@@ -17,6 +17,7 @@ import torch
 
 import data
 import evaluation
+import export
 import sample
 import terminal
 import utils
@@ -84,15 +85,15 @@ def run(arguments: list[str]) -> int:
     )
     add_options(parser, Config)
     given = vars(parser.parse_args(arguments))
-    for name in ("load_ckpt", "resume"):
+    for name in ("load_ckpt", "resume", "export"):
         if given.get(name) == "":  # a shell variable that is not set
-            raise UserError(f"--{name} is empty: name a run directory or a checkpoint")
+            raise UserError(f"--{name} is empty: give a path")
     given |= absolute_paths(Config, given)
     for name in ("from_buffer", "inpaint", "denoise", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
-    if given.get("mode") in ("sample", "test"):
-        use = {"sample": sample.run, "test": evaluation.run}[given["mode"]]
+    uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
+    if use := uses.get(given.get("mode")):
         cfg, path, content = trained(given)
         try:
             return use(cfg, path, content)

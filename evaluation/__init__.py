@@ -111,7 +111,7 @@ def load_feature_model(place: str, dataset: str, images: ImageData, device: torc
     path, content = open_checkpoint(place, {"dataset": dataset})
     described = content["data"]
     names = described["class_names"]
-    same = len(names) == len(images.class_names) if content.get("foreign") else names == list(images.class_names)
+    same = len(names) == len(images.class_names) if described.get("assumed") else names == list(images.class_names)
     if described["shape"] != list(images.shape) or not same:
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
     return frozen(Config.from_dict(content["config"], str(path)), path, content, device)

@@ -115,10 +115,33 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": CHECKPOINT_FORMAT,
         "config": options,
-        "data": {"shape": shape, "class_names": names},
-        "foreign": True,
+        "data": {"shape": shape, "class_names": names, "assumed": True},
         "state": state,
     }
+
+
+def authors_weights(weights: Weights, backbone: str) -> Weights:
+    """Weights under the names of the JEM authors' programs, or with the backbone robust of robust classifiers.
+
+    The heads that the JEM authors' programs insist on and do not use, ``f.linear`` and ``energy_output``, are zeros.
+    """
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    if backbone == "robust":
+        rules = (
+            (r"class_output\.", "fc."),
+            (r"f\.layer(\d)\.(\d+)\.shortcut\.", r"block\1.layer.\2.convShortcut."),
+            (r"f\.layer(\d)\.", r"block\1.layer."),
+            (r"f\.", ""),
+        )
+        return renamed(weights, rules)
+    head = weights["class_output.weight"]
+    unused = {
+        "f.linear.weight": torch.zeros_like(head),
+        "f.linear.bias": head.new_zeros(len(head)),
+        "energy_output.weight": torch.zeros_like(head[:1]),
+        "energy_output.bias": head.new_zeros(1),
+    }
+    return unused | weights
 
 
 def find_weights(raw: Any) -> tuple[str, Weights] | None:

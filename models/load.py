@@ -58,7 +58,7 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
     shape, class_names = content["data"]["shape"], content["data"]["class_names"]
-    foreign = content.get("foreign", False)  # does not say which images it was trained on
+    foreign = content["data"].get("assumed", False)  # does not say which images it was trained on
     if foreign and images.shape[0] == shape[0]:
         shape = images.shape
     if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):

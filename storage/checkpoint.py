@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, checked when they are read, never code to run."""
 
 import errno
+import json
 import os
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from storage.writer import disk_errors
 from utils import UserError
@@ -95,6 +97,8 @@ def _read(path: Path) -> Any:
     try:
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         with open(path, "rb") as file:
             legacy = file.read(len(LEGACY)) == LEGACY
         if not legacy:
@@ -114,6 +118,19 @@ def _read(path: Path) -> Any:
         code = "weights_only" in str(error).lower()
         reason = "it holds more than tensors and plain values" if code else "it is broken"
         raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program where the file names its options, else just its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is empty, torn or no safetensors file: {error}") from None
+    if not {"config", "data", "step"} <= about.keys():
+        return tensors
+    config, data, step = (json.loads(about[name]) for name in ("config", "data", "step"))
+    return {"format": CHECKPOINT_FORMAT, "config": config, "data": data, "state": {"step": step, "model": tensors}}
 
 
 def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import pickle
 from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,3 +327,49 @@ def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     assert "Starting from the weights of" in capsys.readouterr().out
     assert main([*common, *train, "--norm", "none"]) == 2
     assert "holds another network, --norm batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [lambda: authors_weights("batch"), lambda: authors_weights("act"), robust_weights])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_export_holds_the_same_weights_bit_for_bit(tmp_path, make, suffix):
+    w, there = make(), tmp_path / f"there.{suffix}"
+    torch.save(w, tmp_path / "theirs.pt")
+    assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "theirs.pt"), "--export", str(there)]) == 0
+    if suffix == "pt":  # their own names, zeros where they insist on heads that they do not use
+        back = torch.load(there, weights_only=True)["model_state_dict"]
+        assert back.keys() == w.keys()
+        for name, value in back.items():
+            unused = name.startswith(("f.linear", "energy_output"))
+            assert torch.equal(value, torch.zeros_like(w[name]) if unused else w[name]), name
+    contents = [open_checkpoint(str(path), {})[1] for path in (tmp_path / "theirs.pt", there)]
+    first, second = (content["state"]["model"] for content in contents)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert contents[0]["config"] == contents[1]["config"]
+
+
+def test_an_export_overwrites_nothing(tmp_path, capsys):
+    torch.save(authors_weights(), tmp_path / "theirs.pt")
+    (tmp_path / "there.pt").write_text("mine")
+    export = ["--mode", "export", "--load_ckpt", str(tmp_path / "theirs.pt"), "--export"]
+    for target, message in (("there.pt", "exists"), ("no/there.pt", "no folder"), ("there.zip", "ends in .pt")):
+        assert main([*export, str(tmp_path / target)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "there.pt").read_text() == "mine"
+    assert main(["--mode", "sample", "--load_ckpt", str(tmp_path / "theirs.pt"), *export[4:], "x.pt"]) == 2
+    assert main(export[:-1]) == 2
+    (tmp_path / "torn.safetensors").write_bytes(b"12345678901")
+    assert main([*export[:3], str(tmp_path / "torn.safetensors"), "--export", str(tmp_path / "x.pt")]) == 2
+    assert "no safetensors file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
+    old = str(Path(__file__).parent / "files" / "format_2.pt")  # digits, step 0, written by the first release
+    path, content = open_checkpoint(old, {})
+    model, x = load_model(Config.from_dict(content["config"], old), path, content), torch.rand(2, 1, 8, 8)
+    stored = torch.load(old, weights_only=True)["state"]["model"]
+    assert_same(model, x, authors_logits(stored, x, "none"))
+    sample = ["--mode", "sample", "--n_samples", "10", "--n_sample_steps", "2", "--gpu", "cpu"]
+    assert main([*sample, "--load_ckpt", old, "--logdir", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*/samples.npz"))
+    assert main(["--resume", old]) == 2
+    assert "can start a new run with --load_ckpt" in capsys.readouterr().err

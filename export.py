@@ -1,0 +1,40 @@
+"""--mode export: a checkpoint's network as a file that other programs open."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from config import Config
+from models.foreign import authors_weights
+from models.load import load_model
+from storage.writer import disk_errors, replace_file
+from utils import UserError, printable
+
+
+def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
+    """Write the network of ``content``, read from ``path``, to ``--export``; returns the exit status.
+
+    The averaged weights are written where there are any. Raises UserError for a file that is there already.
+    """
+    target = Path(cfg.export)
+    weights = load_model(cfg, path, content).state_dict()
+    if target.suffix == ".pt":
+        file = io.BytesIO()
+        torch.save({"model_state_dict": authors_weights(weights, cfg.backbone)}, file)
+        written = file.getvalue()
+    else:
+        about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
+        tensors = {name: value.contiguous() for name, value in weights.items()}
+        written = save(tensors, {name: json.dumps(value) for name, value in about.items()})
+    with disk_errors(target):
+        if target.exists():
+            raise UserError(f"--export {target} exists: name a new file")
+        if not target.parent.is_dir():
+            raise UserError(f"--export {target}: there is no folder {target.parent}")
+        replace_file(target, written)
+    print(f"Wrote {printable(target)} ({len(written) / 2**20:.1f} MiB)")
+    return 0
