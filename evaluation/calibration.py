@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import Inputs
-from evaluation.report import Section
+from evaluation.report import Interval, Section, bootstrap
 from models.predict import predict
 
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
@@ -36,7 +36,9 @@ def measure(inputs: Inputs, section: Section) -> None:
         ece, mce = calibration_errors(p, test.labels)
         protocol = f"test images, {inputs.noise_protocol}"
         bins = f"{protocol}; {BINS} equally wide bins of the largest probability, torchmetrics"
-        section.add("calibration", ece, len(test), bins, at=("expected calibration error", name))
+        interval = ece_interval(p, test.labels)
+        at = "expected calibration error", name
+        section.add("calibration", ece, len(test), f"{bins}; interval: bootstrap of 200, which is high", interval, at)
         section.add("calibration", mce, len(test), bins, at=("maximum calibration error", name))
         brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
         section.mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
@@ -55,6 +57,15 @@ def calibration_errors(p: Tensor, labels: Tensor) -> tuple[float, float]:
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     return tuple(multiclass_calibration_error(p, labels, p.shape[1], BINS, norm).item() for norm in ("l1", "max"))
+
+
+def ece_interval(p: Tensor, labels: Tensor) -> Interval:
+    """95 % interval of the expected calibration error: 200 bootstrap samples of the images."""
+
+    def error(drawn: Tensor) -> float:
+        return calibration_errors(p[drawn], labels[drawn])[0]
+
+    return bootstrap(error, torch.arange(len(p)), replicates=200)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

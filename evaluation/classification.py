@@ -14,9 +14,9 @@ from models.predict import predict
 def measure(inputs: Inputs, section: Section) -> None:
     test, train = inputs.subset(inputs.data.test), inputs.subset(inputs.data.train)
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
-    correct = (logits.argmax(1) == test.labels).double()
+    correct = logits.argmax(1) == test.labels
     protocol = f"test images, {inputs.noise_protocol}"
-    section.mean("accuracy", correct, protocol)
+    section.share("accuracy", correct, protocol)
     section.mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
 
     on_test, on_train = log_density(logits), log_density(predict(inputs.model, inputs.with_noise(train.images)))
@@ -35,7 +35,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     )
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
-            section.mean("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
+            section.share("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
     pairs = test.labels * len(names) + logits.argmax(1)
     counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1).cpu()
     section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))

@@ -1,5 +1,6 @@
 """What an evaluation is given."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,10 +50,12 @@ class Inputs:
         return split[order.to(split.labels.device)] if n < len(split) else split
 
     def with_noise(self, images: Tensor) -> Tensor:
-        """uint8 images as they are or, with the noise of ``--sigma_test``, as floats."""
+        """uint8 images as they are or, with the noise of ``--sigma_test``, as floats; the same ones always alike."""
         if not self.cfg.sigma_test:
             return images
-        noise = torch.randn(images.shape, generator=self.rng(), device=self.device)
+        seed = zlib.crc32(images.cpu().contiguous().numpy(), self.cfg.seed)  # others get other noise
+        rng = Generator(self.device).manual_seed(seed)
+        noise = torch.randn(images.shape, generator=rng, device=self.device)
         return to_float(images).add_(noise, alpha=self.cfg.sigma_test)
 
     @property

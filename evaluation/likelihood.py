@@ -101,7 +101,8 @@ def sandwich_log_z(inputs: Inputs, section: Section, beta: float, on_test: Tenso
             "test bits per dimension",
             bits,
             f"test images, uniformly dequantised from {levels} grey levels; "
-            f"the uniform density has {math.log2(levels):.4g} bits",
+            f"the uniform density has {math.log2(levels):.4g} bits; the interval covers the choice of test images, "
+            "not the error of AIS nor the choice of the temperature",
             (row, "bits"),
         )
     if "reverse" in runs:

@@ -303,7 +303,7 @@ def add_feature_distances(
             warn_of_few(section, f"Fréchet distance of {name}", images, real, feature_model.f.n_features)
             section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
         agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
-        section.mean(
+        section.share(
             table,
             agree,
             f"{protocol}; share of the samples that {feature_ckpt} puts into the class that the model itself does",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import binomtest
 from torch import Tensor
 
 from storage.log import tensorboard_writer
@@ -23,7 +24,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Number:
-    """A measurement; ``interval`` is the bootstrap's 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
+    """A measurement; ``interval`` is of 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
 
     value: float
     interval: Interval | None
@@ -79,6 +80,12 @@ class Section:
         """Record the mean of one value an image, (N,), with its bootstrap interval."""
         values = values.double().cpu()
         self.add(name, values.mean().item(), len(values), protocol, bootstrap(torch.mean, values), at)
+
+    def share(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
+        """Record the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
+        n = len(true)
+        low, high = binomtest(int(true.sum()), n).proportion_ci(method="wilson") if n else (math.nan, math.nan)
+        self.add(name, true.double().mean().item(), n, protocol, (float(low), float(high)), at)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -64,6 +64,15 @@ def test_auroc_counts_pairs():
     assert auroc(inside + 100, outside) == 1 and auroc(inside - 100, outside) == 0
 
 
+@pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
+def test_a_share_has_a_wilson_interval(tmp_path, right, low, high):
+    section = Section("robustness", tmp_path)
+    section.share("accuracy", torch.arange(100) < right, "of 100")
+    number = section.numbers["accuracy"]
+    assert (number.value, number.n) == (right / 100, 100)
+    assert number.interval == pytest.approx((low, high), abs=5e-4)
+
+
 def test_fpr_at_95_scans_every_threshold():
     inside, outside = tied_scores()
     rates = [((inside >= t).float().mean().item(), (outside >= t).float().mean().item()) for t in inside]
@@ -185,6 +194,9 @@ def test_noise_is_added_only_when_asked(inputs):
     noisy = replace(inputs, cfg=replace(inputs.cfg, sigma_test=0.5))
     assert (noisy.with_noise(images) - (images / 127.5 - 1)).std().item() == pytest.approx(0.5, rel=0.02)
     assert torch.equal(noisy.with_noise(images), noisy.with_noise(images))
+    others = inputs.data.valid.images[: len(images)]
+    noise = [noisy.with_noise(part) - (part / 127.5 - 1) for part in (images[: len(others)], others)]
+    assert abs(torch.corrcoef(torch.stack([part.flatten() for part in noise]))[0, 1]) < 0.1
 
 
 # ---------------------------------------------------------------------------------------------- the report

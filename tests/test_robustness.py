@@ -190,3 +190,15 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
     assert column["0"] == 1 and column["0.1"] == 1
     assert column["0.5 (check)"] == (1 if hidden else 0)
     assert len(section.notes) == notes
+
+
+def test_a_constant_classifier_hides_no_gradients(tmp_path):
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([0 * x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3)) + 1], 1)
+
+    section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
+    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), Sweep("PGD", Constant(), 8, 3, 1, 8, "")
+    add_sweep(section, norm, sweep, torch.rand(8, 1, 4, 4), labels, Figure().subplots())
+    assert section.tables["accuracy under Linf attack"]["0.5 (check)"]["PGD"].value == 0.5
+    assert not section.notes
