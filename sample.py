@@ -21,6 +21,7 @@ import utils
 from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model
+from models.predict import predict
 from sgld import FRESH_STEPS, SGLD, chain_options, normal_like, uniform_images
 from starts import UniformStart, build_start
 from storage.pictures import image_grid, save_gif, save_png, text_width, to_uint8, write_text
@@ -63,8 +64,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     dtype = utils.pick_dtype(cfg.precision, device)
     model = sampling_copy(load_model(cfg, path, content).to(device), dtype)
     rng = Generator(device).manual_seed(cfg.seed)
-    prepare = restoration_start if cfg.inpaint or cfg.denoise else sampling_start
-    start = prepare(cfg, path, content, rng)
+    if cfg.inpaint or cfg.denoise:
+        start = restoration_start(cfg, path, content, rng)
+    else:
+        start = sampling_start(model, cfg, path, content, rng)
     steps = cfg.n_sample_steps
     if steps is None:
         steps = cfg.sgld_step if cfg.denoise else FRESH_STEPS
@@ -103,8 +106,11 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------------------------------- starts
 
 
-def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
-    """Where the model's training started its chains, or random images of the replay buffer; classes in turn."""
+def sampling_start(model: JEM, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
+    """Where the model's training started its chains, or random images of the replay buffer; classes in turn.
+
+    A class's chains start from images of the buffer that the model puts into that class.
+    """
     n_classes, available = len(content["data"]["class_names"]), math.inf
     if cfg.from_buffer:
         if "buffer" not in content["state"]:
@@ -119,11 +125,31 @@ def sampling_start(cfg: Config, path: Path, content: dict[str, Any], rng: Genera
     classes = torch.arange(n, device=rng.device) % n_classes
     y = classes if cfg.class_cond else None
     if cfg.from_buffer:
-        return Start("buffer", images[torch.randperm(available, generator=rng, device=rng.device)[:n]], y)
+        order = torch.randperm(available, generator=rng, device=rng.device)
+        if cfg.class_cond:
+            order = by_class(predict(model, images[order]).argmax(1), n, content["data"]["class_names"], order)
+        return Start("buffer", images[order[:n]], y)
     if cfg.start == "uniform":  # needs no training images
         return Start("uniform", UniformStart(content["data"]["shape"])(classes.tolist(), rng), y)
     start = build_start(cfg.start, load_data(cfg, path, content, rng.device), cfg.start_dir)
     return Start(cfg.start, start(classes.tolist(), rng), y)
+
+
+def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> Tensor:
+    """Of places ``order`` (M,) with classes ``predicted`` (M,), n in all: the first of each class, classes in turn.
+
+    Raises UserError if a class has too few.
+    """
+    places = []
+    for k, name in enumerate(names):
+        found = order[predicted == k]
+        if len(found) < n // len(names):
+            raise UserError(
+                f"the model puts {len(found)} images of the replay buffer into the class {name}, and "
+                f"{n // len(names)} of each class are asked for: give a smaller --n_samples"
+            )
+        places.append(found[: n // len(names)])
+    return torch.stack(places, 1).flatten()
 
 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:

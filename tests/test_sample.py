@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import main
 from models import build_model
-from sample import unknown_pixels
+from sample import by_class, unknown_pixels
 from sgld import reference_chain, uniform_images
 from utils import UserError
 
@@ -156,6 +156,18 @@ def test_buffer_images_are_the_start(jem, tmp_path):
     buffer = state_of(jem)["buffer"]["images"].numpy()
     ordered = [images[np.lexsort(images.reshape(64, -1).T)] for images in (content["x"], buffer)]
     np.testing.assert_array_equal(ordered[0], ordered[1])
+
+
+def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
+    predicted, order = torch.tensor([2, 0, 1, 2, 0, 1, 1]), torch.tensor([6, 5, 4, 3, 2, 1, 0])
+    chosen = by_class(predicted, 6, ("a", "b", "c"), order)
+    assert chosen.tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
+    with pytest.raises(UserError, match="puts 2 images of the replay buffer into the class a, and 3"):
+        by_class(predicted, 9, ("a", "b", "c"), order)
+    options = ["--from_buffer", "--class_cond", "--n_samples", "60", "--n_sample_steps", "0", "--precision", "fp32"]
+    where = ["--mode", "sample", "--load_ckpt", str(jem), "--gpu", "cpu", "--logdir", str(tmp_path)]
+    assert main.main([*where, *options]) == 2  # after four steps of training the classes are far from even
+    assert "give a smaller --n_samples" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_averaged_weights_are_taken_where_they_are(tmp_path):
