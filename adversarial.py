@@ -1,4 +1,4 @@
-"""Adversarial examples for training: what a small change of an image makes the classifier most wrong."""
+"""Images changed a little, so that a function of them becomes as large as it can."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,18 @@ NORMS = ("L2", "Linf")
 def adversarial_images(
     logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int
 ) -> Tensor:
-    """Projected gradient ascent on the cross-entropy (Madry et al., ICLR 2018) from x itself.
+    """What makes the classifier most wrong: ``climb`` on the cross-entropy with the labels y, int64 (N,)."""
+    return climb(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
+
+
+def climb(function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int) -> Tensor:
+    """Projected gradient ascent (Madry et al., ICLR 2018) from x itself on the sum of a function of each image.
 
     Nothing waits for the device.
 
     Args:
-        x, y: float32 (N, C, H, W) in [-1, 1] and int64 (N,).
+        function: of images, with that sum as its value.
+        x: float32 (N, C, H, W) in [-1, 1].
         radius: of the ball around each image, on the [-1, 1] scale; norm: "L2" or "Linf".
 
     Returns:
@@ -27,7 +33,7 @@ def adversarial_images(
     for _ in range(steps):
         change.requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits(x + change), y, reduction="sum"), change)
+            (gradient,) = torch.autograd.grad(function(x + change), change)
         change = change.detach()
         if norm == "L2":
             change = change + step_size * gradient / lengths(gradient)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import data
 import image_folder
+from adversarial import climb
 from config import Config
 from evaluation.inputs import Inputs
 from evaluation.report import Section, bootstrap
@@ -22,6 +23,7 @@ from utils import UserError, printable
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
+MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-case detection
 BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
@@ -39,6 +41,14 @@ def measure(inputs: Inputs, section: Section) -> None:
             section.skip(printable(name, "utf-8"), str(error))
             continue
         outside[printable(name, "utf-8")] = scores(inputs.model, inputs.with_noise(images))
+        moved = moved_towards_data(inputs.model, images[:MOVED])
+        worst = auroc(inside["log p(x)"], scores(inputs.model, moved)["log p(x)"])
+        protocol = (
+            f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
+            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
+        )
+        n, at = len(test) + len(moved), (printable(name, "utf-8"), "log p(x)")
+        section.add("AUROC, worst case", worst, n, protocol, at=at)
     for name, measured in outside.items():
         for score, out in measured.items():
             within, n, at = inside[score], len(out) + len(test), (name, score)
@@ -130,6 +140,14 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
         "max logit": logits.amax(1),
         "-|grad log p(x)|": -slope,
     }
+
+
+def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
+    batches = images.split(images_per_batch(BATCH, images.shape[1:]))
+    return torch.cat(
+        [climb(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS) for x in batches]
+    )
 
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:

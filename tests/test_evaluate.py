@@ -64,6 +64,13 @@ def test_auroc_counts_pairs():
     assert auroc(inside + 100, outside) == 1 and auroc(inside - 100, outside) == 0
 
 
+def test_images_are_moved_up_log_p_x_within_their_ball(inputs):
+    images = torch.randint(256, (6, *inputs.data.shape), dtype=torch.uint8)
+    x, moved = images / 127.5 - 1, ood.moved_towards_data(inputs.model, images)
+    assert (inputs.model.log_density(moved) > inputs.model.log_density(x) + 0.01).all()
+    assert ((moved - x) / 2).flatten(1).norm(dim=1).max() <= 1 + 1e-4 and moved.abs().max() <= 1
+
+
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
 def test_a_share_has_a_wilson_interval(tmp_path, right, low, high):
     section = Section("robustness", tmp_path)
