@@ -92,7 +92,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
         )
     layout, weights = found
     network = recognise(path, layout, weights, given)
-    buffer = raw.get("replay_buffer") if isinstance(raw, dict) else None
+    buffer = raw.get("replay_buffer")
     if not (isinstance(buffer, Tensor) and buffer.ndim == 4 and buffer.shape[1] == network.channels):
         buffer = None
     options, shape = assumptions(layout, network, buffer, given)
@@ -102,6 +102,8 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
         f"--recipe {options['recipe']}" + ("" if "recipe" in given else " (assumed; give --recipe for another)"),
         f"--dataset {options['dataset']}" + ("" if "dataset" in given else " (assumed)"),
     ]
+    if "ema_state_dict" in raw:
+        told.append("its averaged weights")
     if network.ambiguous:
         told.append("norm assumed, since layer, instance and group have the same names: give --norm for another")
     if "energy_output.weight" in weights and not options["separate_energy"]:

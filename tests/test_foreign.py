@@ -216,7 +216,7 @@ def test_vera_and_the_re_implementation(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["bare", "module", "average", "both"])
-def test_robust_classifiers(tmp_path, form):
+def test_robust_classifiers(tmp_path, capsys, form):
     w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
     other = {name: value + 1 for name, value in w.items()}
     raw = {
@@ -228,6 +228,7 @@ def test_robust_classifiers(tmp_path, form):
     model, content = opened(tmp_path, raw)
     assert_same(model, x, robust_logits(w, x))
     assert (content["config"]["recipe"], content["config"]["backbone"]) == ("dat", "robust")
+    assert ("its averaged weights" in capsys.readouterr().err) == (form == "both")
 
 
 def test_the_energy_head_is_log_p_x_when_asked(tmp_path):

@@ -488,7 +488,7 @@ def refused(capsys, *options):
         ("--reinit_freq 1.5", "--reinit_freq must be at most 1"),
         ("--gpu one", "--gpu"),
         ("--gpu -1", "--gpu"),
-        ("--norm layer", "--norm takes one of"),
+        ("--norm weight", "--norm takes one of"),
         ("--optimizer lion", "--optimizer takes one of"),
         ("--epochs 0", "--epochs"),
         ("--max_steps 0", "--max_steps"),
