@@ -1,10 +1,10 @@
-"""Every option of the program, once: its default, its help text, and what makes a value wrong."""
+"""Every option of the program, once: its default, its help text, and which of its values are allowed."""
 
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from adversarial import NORMS as ADVERSARIAL_NORMS
+from checks import check_options
 from data import DATASETS
 from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
 from options import absolute_paths, check_value, option
@@ -330,53 +330,7 @@ class Config:
             check_value(f, getattr(self, f.name))
         for name, path in absolute_paths(Config, vars(self)).items():
             object.__setattr__(self, name, path)
-        if (self.depth - 4) % 6:
-            raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {self.depth}")
-        if self.gpu != "cpu" and not self.gpu.isdecimal():
-            raise UserError(f"--gpu takes the index of a CUDA device or cpu, not {self.gpu!r}")
-        if self.image_size is not None and self.dataset != "folder":
-            raise UserError(f"--image_size is for --dataset folder; {self.dataset} keeps its own size")
-        if self.image_size is not None and self.image_size % 4:
-            raise UserError(f"--image_size must be a multiple of 4, not {self.image_size}")
-        if self.mode in ("energy_train", "baseline_train") and not self.samples and self.p_y_x_weight == 0:
-            raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
-        if self.samples and self.buffer_size < self.n_chains:
-            name = "p_x_batch_size" if self.p_x_batch_size else "batch_size"
-            raise UserError(
-                f"--buffer_size {self.buffer_size} is smaller than --{name} {self.n_chains}: a step "
-                "draws that many different images from the buffer"
-            )
-        if self.mode == "energy_train":
-            self._check_energy_options()
-        if self.schedule == "step" and not self.decay_at:
-            raise UserError("--schedule step needs --decay_epochs, the epochs after which the learning rate falls")
-        if self.decay_epochs and self.schedule != "step":
-            raise UserError("--decay_epochs is for --schedule step")
-        if (self.start == "folder") != bool(self.start_dir):
-            raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
-        if self.sam_adaptive and not self.sam_rho:
-            raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
-        if bool(self.inpaint) + (self.denoise is not None) + self.from_buffer > 1:
-            raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
-        if (self.mode == "export") != bool(self.export):
-            raise UserError("--mode export and --export, the file to write, go together: give both or neither")
-        if self.export and Path(self.export).suffix not in (".pt", ".safetensors"):
-            raise UserError(f"--export takes a name that ends in .pt or .safetensors, not {self.export}")
-        for name in self.metrics:
-            if name not in METRICS:
-                raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
-        if self.mode == "test" and self.n_sample_steps == 0:
-            raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
-        if any(c in "/\\" or not c.isprintable() for c in self.note):
-            raise UserError("--note becomes part of a directory's name and takes no slashes or unprintable characters")
-
-    def _check_energy_options(self) -> None:
-        if self.sgld_step_max is not None and self.sgld_step_max <= self.sgld_step:
-            raise UserError(f"--sgld_step_max {self.sgld_step_max} must be above --sgld_step {self.sgld_step}")
-        if self.p_x_y_weight and not self.class_cond:
-            raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
-        if self.samples and self.class_cond and not self.p_x_y_weight and self.p_y_x_weight == 0:
-            raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
+        check_options(self)
 
     @property
     def decay_at(self) -> list[int]:
@@ -401,7 +355,11 @@ class Config:
     @property
     def metrics(self) -> list[str]:
         """The names in ``--eval``."""
-        return list(METRICS) if self.eval == "all" else [name.strip() for name in self.eval.split(",")]
+        names = list(METRICS) if self.eval == "all" else [name.strip() for name in self.eval.split(",")]
+        for name in names:
+            if name not in METRICS:
+                raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
+        return names
 
     @property
     def samples(self) -> bool:

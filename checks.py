@@ -1,0 +1,56 @@
+"""Which options go together."""
+
+from pathlib import Path
+
+from utils import UserError
+
+
+def check_options(cfg) -> None:
+    """Raise UserError for the first options of a Config that do not go together."""
+    if (cfg.depth - 4) % 6:
+        raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {cfg.depth}")
+    if cfg.gpu != "cpu" and not cfg.gpu.isdecimal():
+        raise UserError(f"--gpu takes the index of a CUDA device or cpu, not {cfg.gpu!r}")
+    if cfg.image_size is not None and cfg.dataset != "folder":
+        raise UserError(f"--image_size is for --dataset folder; {cfg.dataset} keeps its own size")
+    if cfg.image_size is not None and cfg.image_size % 4:
+        raise UserError(f"--image_size must be a multiple of 4, not {cfg.image_size}")
+    if cfg.mode in ("energy_train", "baseline_train") and not cfg.samples and cfg.p_y_x_weight == 0:
+        raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
+    if cfg.samples and cfg.buffer_size < cfg.n_chains:
+        name = "p_x_batch_size" if cfg.p_x_batch_size else "batch_size"
+        raise UserError(
+            f"--buffer_size {cfg.buffer_size} is smaller than --{name} {cfg.n_chains}: a step "
+            "draws that many different images from the buffer"
+        )
+    if cfg.mode == "energy_train":
+        check_energy_options(cfg)
+    if cfg.schedule == "step" and not cfg.decay_at:
+        raise UserError("--schedule step needs --decay_epochs, the epochs after which the learning rate falls")
+    if cfg.decay_epochs and cfg.schedule != "step":
+        raise UserError("--decay_epochs is for --schedule step")
+    if (cfg.start == "folder") != bool(cfg.start_dir):
+        raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
+    if cfg.sam_adaptive and not cfg.sam_rho:
+        raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
+    if bool(cfg.inpaint) + (cfg.denoise is not None) + cfg.from_buffer > 1:
+        raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
+    if (cfg.mode == "export") != bool(cfg.export):
+        raise UserError("--mode export and --export, the file to write, go together: give both or neither")
+    if cfg.export and Path(cfg.export).suffix not in (".pt", ".safetensors"):
+        raise UserError(f"--export takes a name that ends in .pt or .safetensors, not {cfg.export}")
+    _ = cfg.metrics, cfg.decay_at  # these refuse what they cannot read
+    if cfg.mode == "test" and cfg.n_sample_steps == 0:
+        raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
+    if any(c in "/\\" or not c.isprintable() for c in cfg.note):
+        raise UserError("--note becomes part of a directory's name and takes no slashes or unprintable characters")
+
+
+def check_energy_options(cfg) -> None:
+    """Those of ``--mode energy_train`` alone."""
+    if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
+        raise UserError(f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}")
+    if cfg.p_x_y_weight and not cfg.class_cond:
+        raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
+    if cfg.samples and cfg.class_cond and not cfg.p_x_y_weight and cfg.p_y_x_weight == 0:
+        raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
