@@ -86,13 +86,13 @@ def compiled(forward: Callable, sampler: Sampler | None) -> str:
     return " and ".join(chosen) or "nothing"
 
 
-def announce(trainer, ran: dict[str, str]) -> None:
+def announce(trainer, run: Path, ran: dict[str, str]) -> None:
     """Print what a Trainer is about to do."""
     cfg, images, step = trainer.cfg, trainer.data, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
     lines = {
-        "run": trainer.run.path,
+        "run": run,
         "device": device_name(trainer.device),
         "precision": f"{ran['precision']}, compiled: {ran['compiled']}",
         "recipe": cfg.recipe,

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import closing
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 import data
-import dumps
 import recovery
 import utils
 from adversarial import adversarial_images
@@ -22,15 +20,12 @@ from models.load import build_for, load_weights
 from models.predict import accuracy
 from objectives import Weights, joint_loss
 from optim import build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
-from progress import Progress, announce, compiled, summary
+from progress import announce, compiled
+from record import Record
 from recovery import Recovery, copy_tree, roomiest
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
-from storage.checkpoint import save_checkpoint
-from storage.log import Log
-from storage.pictures import image_grid, plot_curves, to_uint8
 from storage.run_dir import RunDir
-from storage.writer import Writer
 from utils import Signals, UserError
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
@@ -112,23 +107,18 @@ class Trainer:
 
         ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
         """
-        self.run = run
         self.prove_compilation()
         ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
         run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
-        announce(self, ran)
-        log = Log(run.path, not self.cfg.no_log, log_position, self.step)
-        progress = Progress(self.step, self.total_steps, self.cfg.batch_size)
-        with run, closing(log) as self.log, Signals() as signals, Writer() as self.writer, progress as self.progress:
+        announce(self, run.path, ran)
+        self.record = Record(run, self.cfg, self.step, self.total_steps, log_position)
+        with Signals() as signals, self.record:
             self.keep_state()
             if self.step == 0:
-                self.log.hyperparameters(asdict(self.cfg))
+                self.record.hyperparameters(asdict(self.cfg))
                 self.checkpoint("last.pt")
             status = self.loop(signals)
-        if status == 0:
-            summary(run.path, self.step, not self.cfg.no_log)
-        else:
-            print(f"Stopped after step {self.step}; --resume {run.path} goes on from there.")
+        self.record.end(self.step, status)
         return status
 
     def prove_compilation(self) -> None:
@@ -152,7 +142,7 @@ class Trainer:
             log = step % LOG_EVERY == 0 or last
             asked = signals.take()  # a signal that comes later is for the next step
             save = asked or step % save_every == 0 or step % cfg.ckpt_every == 0 or last
-            self.progress.advance()
+            self.record.advance()
 
             if (log or save) and self.alarm.item():  # waits for the device
                 self.recover()
@@ -172,7 +162,7 @@ class Trainer:
             if evaluates:
                 values |= self.evaluate()
             if values:
-                self.log.values(step, values)
+                self.record.values(step, values)
             better = values.get("accuracy/valid", 0) > self.best  # test accuracy has no say in this
             if better:
                 self.best = values["accuracy/valid"]
@@ -182,8 +172,8 @@ class Trainer:
                 if signals.status and not last:
                     return signals.status
             if evaluates:
-                self.writer.submit(plot_curves, self.run.path)
-            self.progress.start_clock(step)
+                self.record.curves()
+            self.record.start_clock(step)
         return 0
 
     def training_step(self) -> Tensor | None:
@@ -351,7 +341,6 @@ class Trainer:
                 print("The checkpoint's replay buffer has another size: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
-        """Have a checkpoint written by the writer's thread, after all that was dumped before."""
         state = self.state_on_host()
         if name == "best.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
@@ -359,13 +348,8 @@ class Trainer:
             "config": asdict(self.cfg),
             "data": self.data.description,
             "state": state,
-            "log_position": self.log.position(),
         }
-        self.writer.submit(self.write_checkpoint, name, content)
-
-    def write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
-        self.log.flush()
-        save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
+        self.record.checkpoint(name, content)
 
     def recover(self) -> None:
         """Training diverged: go back to the last proven state with new randomness and, perhaps, gentler settings."""
@@ -376,20 +360,18 @@ class Trainer:
         seed = self.cfg.seed + 1_000_003 * self.recovery.recoveries
         self.seed_generators(seed)
         torch.manual_seed(seed)
-        self.progress.go_back(self.step)
         message = (
             f"diverged at step {diverged_at}; back to step {self.step} with {change} "
             f"(recovery {self.recovery.recoveries} of {self.cfg.max_recoveries})"
         )
-        self.progress.write(message)
-        self.log.recovery(diverged_at, self.step, message)
+        self.record.recovery(diverged_at, self.step, message)
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
 
     # ------------------------------------------------------------------------------------------ what is dumped
 
     def measurements(self) -> dict[str, float | list[int]]:
         """Means over the steps since the last call, and where training stands. Waits for the device."""
-        values, speed = self.meter.read(), self.progress.speed(self.step)
+        values, speed = self.meter.read(), self.record.speed(self.step)
         if self.sampler:
             values["sgld/steps"] = self.sgld_step * self.recovery.remedies["sgld_step_factor"]
             longest = self.cfg.sgld_step_max or 0
@@ -397,14 +379,13 @@ class Trainer:
                 self.sgld_step += 1  # samples lag behind: from the next step on
         shown = {"loss": "loss/total", "accuracy": "accuracy/train"}
         shown |= {"log p(real)": "log_density/real", "log p(sampled)": "log_density/sampled"} if self.sampler else {}
-        self.progress.show(speed, {name: values[key] for name, key in shown.items()})
+        self.record.show(speed, {name: values[key] for name, key in shown.items()})
         return values | {"epoch": self.epoch, "lr": self.lr, "speed/images_per_second": speed}
 
     def dump_samples(self, samples: Tensor) -> None:
         """The first of this step's chains; a smaller batch is filled up from the replay buffer."""
         others = self.sampler.buffer.images[: max(0, SHOWN - len(samples))]
-        shown = to_uint8(torch.cat([samples, others])[:SHOWN]).cpu()
-        self.writer.submit(dumps.write_samples, self.run.path, self.log, self.step, image_grid(shown))
+        self.record.samples(self.step, torch.cat([samples, others])[:SHOWN])
 
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
@@ -412,9 +393,7 @@ class Trainer:
         copy_weights(self.measured_model, self.sampling_model)
         x = self.start([i % len(self.data.class_names) for i in range(16)], rng)
         frames = annealed_chain(self.film, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
-        shown = to_uint8(frames).cpu()
-        pictures = [image_grid(images, columns=4) for images in shown]
-        self.writer.submit(dumps.write_film, self.run.path, self.log, self.step, pictures, FRAME_EVERY)
+        self.record.film(self.step, frames, FRAME_EVERY)
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""
@@ -423,7 +402,7 @@ class Trainer:
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
         model = self.measured_model
         values = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
-        self.progress.write(
+        self.record.line(
             f"step {self.step}, epoch {self.epoch:.4g}: "
             + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items())
         )

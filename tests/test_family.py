@@ -255,7 +255,7 @@ def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others()
 
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
     run = trained(sgld_step_max=4, sgld_step_auroc=0.6)
-    run.progress = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
+    run.record = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
     seen = []
     for told_apart in (0.7, 0.5, 0.9, 0.9, 0.9):
         run.meter.reset()

@@ -22,6 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import record
 import recovery
 import trainer
 from storage import pictures
@@ -129,6 +130,17 @@ def at_step(monkeypatch, step, action):
     return done
 
 
+def recorded_checkpoints(monkeypatch):
+    """The names and steps of the checkpoints that are written from now on."""
+    saved, write = [], record.Record.write_checkpoint
+    monkeypatch.setattr(
+        record.Record,
+        "write_checkpoint",
+        lambda self, name, content: (saved.append((name, content["state"]["step"])), write(self, name, content)),
+    )
+    return saved
+
+
 class TestSignals:
     @pytest.mark.parametrize(
         "number, status, step",
@@ -144,16 +156,7 @@ class TestSignals:
         assert signal.getsignal(number) == before
 
     def test_sigusr1_saves_and_goes_on(self, tmp_path, monkeypatch, undisturbed):
-        saved = []
-        original = trainer.save_checkpoint
-        monkeypatch.setattr(
-            trainer,
-            "save_checkpoint",
-            lambda d, name, content, keep=None: (
-                saved.append((name, content["state"]["step"])),
-                original(d, name, content, keep),
-            ),
-        )
+        saved = recorded_checkpoints(monkeypatch)
         at_step(monkeypatch, 8, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
         status, run = start(tmp_path)
         assert status == 0 and ("last.pt", 8) in saved and ("last.pt", 7) not in saved
@@ -162,15 +165,7 @@ class TestSignals:
     @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
     def test_between_the_update_and_the_checkpoint(self, number, status, tmp_path, monkeypatch, undisturbed):
         """A signal while step 20 is logged, when it is too late for a checkpoint of that step."""
-        saved, write = [], trainer.Trainer.write_checkpoint
-        monkeypatch.setattr(
-            trainer.Trainer,
-            "write_checkpoint",
-            lambda self, name, content: (
-                saved.append((name, content["state"]["step"])),
-                write(self, name, content),
-            ),
-        )
+        saved = recorded_checkpoints(monkeypatch)
         measure = trainer.Trainer.measurements
 
         def interrupted(self):
