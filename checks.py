@@ -1,5 +1,6 @@
 """Which options go together."""
 
+import math
 from pathlib import Path
 
 from utils import UserError
@@ -9,7 +10,7 @@ def check_options(cfg) -> None:
     """Raise UserError for the first options of a Config that do not go together."""
     if (cfg.depth - 4) % 6:
         raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {cfg.depth}")
-    if cfg.gpu != "cpu" and not cfg.gpu.isdecimal():
+    if cfg.gpu != "cpu" and not all(index.isdecimal() for index in cfg.gpu.split(",")):
         raise UserError(f"--gpu takes the index of a CUDA device or cpu, not {cfg.gpu!r}")
     if cfg.image_size is not None and cfg.dataset != "folder":
         raise UserError(f"--image_size is for --dataset folder; {cfg.dataset} keeps its own size")
@@ -31,6 +32,8 @@ def check_options(cfg) -> None:
         raise UserError("--decay_epochs is for --schedule step")
     if (cfg.start == "folder") != bool(cfg.start_dir):
         raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
+    if cfg.sync_batch_norm and cfg.norm != "batch":
+        raise UserError("--sync_batch_norm needs --norm batch")
     if cfg.sam_adaptive and not cfg.sam_rho:
         raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
     if bool(cfg.inpaint) + (cfg.denoise is not None) + cfg.from_buffer > 1:
@@ -54,3 +57,31 @@ def check_energy_options(cfg) -> None:
         raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
     if cfg.samples and cfg.class_cond and not cfg.p_x_y_weight and cfg.p_y_x_weight == 0:
         raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
+
+
+def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int) -> None:
+    """Raise UserError where batches or the replay buffer do not suit the images, or cannot be divided among processes.
+
+    ``n_images``: how many training images each batch draws from, by the name of the option that is the batch's size.
+    """
+    sizes = {name: cfg.n_chains if name == "p_x_batch_size" else cfg.batch_size for name in n_images}
+    for name, n in n_images.items():
+        if sizes[name] > n:
+            raise UserError(f"--{name} {sizes[name]} is larger than the {n} training images that it draws from")
+    if cfg.samples:
+        sizes["buffer_size"] = cfg.buffer_size
+    for name, size in sizes.items():
+        if size % n_processes:
+            raise UserError(f"--{name} {size} cannot be divided evenly among {n_processes} processes")
+    if not (cfg.samples and cfg.class_cond):
+        return
+    if n_processes > 1 and cfg.buffer_size % (n_processes * n_classes):
+        raise UserError(
+            f"--buffer_size {cfg.buffer_size} cannot be divided evenly among {n_processes} processes and the "
+            f"{n_classes} classes of --class_cond"
+        )
+    if cfg.buffer_size // n_processes // n_classes < math.ceil(cfg.n_chains / n_processes / n_classes):
+        raise UserError(
+            f"--buffer_size {cfg.buffer_size} has too few images of each of {n_classes} classes for "
+            f"{cfg.n_chains} chains of --class_cond"
+        )

@@ -16,7 +16,7 @@ METRICS = ("classification", "calibration", "ood", "robustness", "quality", "lik
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
-    "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
+    "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
     "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
     "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
@@ -40,7 +40,9 @@ class Config:
         "set of options of a paper; options that are given besides replace its own",
         tuple(RECIPES),
     )
-    gpu: str = option("0", "run", "index of the CUDA device, or cpu")
+    gpu: str = option(
+        "0", "run", "index of the CUDA device, or cpu; under torchrun each process takes a device, by default of all"
+    )
     seed: int = option(1, "run", "seed of every random generator", minimum=0)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory", path_but=())
     note: str = option("", "run", "words added to the run directory's name")
@@ -78,6 +80,13 @@ class Config:
         "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
         minimum=1,
     )
+    data_device: str = option(
+        "auto",
+        "data",
+        "where training images wait: on the GPU, or on the host (cpu), from where each batch is sent ahead of its "
+        "step; auto takes the host for what would fill more than a fifth of the GPU's memory",
+        ("auto", "cpu", "gpu"),
+    )
     no_flip: bool = option(
         False,
         "data",
@@ -107,6 +116,9 @@ class Config:
         tuple(BACKBONES),
     )
     norm: str = option("none", "model", "normalisation layers", tuple(NORMS))
+    sync_batch_norm: bool = option(
+        False, "model", "batch statistics over the batches of all processes, not of each (torchrun)"
+    )
     dropout_rate: float = option(0.0, "model", "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = option(
         False, "model", "log p(x) from a linear head of its own, not from the logits' logsumexp"

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors that live on the training device, and batch augmentation there.
+"""Data sets as uint8 tensors on the training device, or beside it if they are too large, and batch augmentation there.
 
 ``load`` reads a data set by name and returns its train, validation and test parts. Splits are drawn with a
 seed of their own, so that runs with different seeds train and report on the same images.
@@ -21,11 +21,14 @@ from torchvision.datasets.utils import check_integrity
 
 import image_folder
 from image_folder.layout import describe
+from processes import Place
 from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
 FLIP_KEEPS_LABEL = ("cifar10", "cifar100", "fashion_mnist", "folder")
 SPLIT_SEED = 0
+LARGE = 0.2  # of a GPU's memory: training images that take more stay on the host
+ALONE, WHOLE = Place(), slice(None)
 
 SVHN_PARTS = ("train", "test")
 IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -51,6 +54,13 @@ class Split:
     def __getitem__(self, index: Tensor | slice) -> "Split":
         return Split(self.images[index], self.labels[index])
 
+    def to(self, device: torch.device) -> "Split":
+        """On ``device``; the host does not wait until what it sends to a GPU is there."""
+        if device.type == "cuda" and not self.images.is_cuda:
+            pinned = Split(self.images.pin_memory(), self.labels.pin_memory())
+            return Split(*(t.to(device, non_blocking=True) for t in (pinned.images, pinned.labels)))
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -66,6 +76,11 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.images.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is but, perhaps, the training images."""
+        return self.test.images.device
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -97,31 +112,52 @@ class Batches:
     """Endless batches of a split: each pass takes all its images once, in a new order.
 
     The last images of a pass that fill no batch are left out. Images are augmented unless ``augmented`` is False. All
-    randomness comes from ``rng``.
+    randomness comes from ``rng``, on whose device the batches are. Where several processes draw with equal ``rng``,
+    each takes its part of the same batches with the same augmentation. Images that lie on the host are sent to the
+    device one batch ahead.
     """
 
-    def __init__(self, split: Split, batch_size: int, flip: bool, sigma: float, rng: Generator, augmented: bool = True):
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        flip: bool,
+        sigma: float,
+        rng: Generator,
+        augmented: bool = True,
+        place: Place = ALONE,
+    ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
-        self.augmented = augmented
-        self.order = torch.empty(0, dtype=torch.int64, device=rng.device)  # of this pass
-        self.position = 0  # in the order
+        self.augmented, self.part = augmented, place.slice_of(batch_size)
+        self.elsewhere = split.images.device != rng.device
+        self.load_state_dict({"order": torch.empty(0, dtype=torch.int64, device=rng.device), "position": 0})
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``. Never waits for the device."""
+        """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``.
+
+        Never waits for the device, but at the start of a pass over images on the host.
+        """
         if self.position + self.batch_size > len(self.order):
-            self.order = torch.randperm(len(self.split), generator=self.rng, device=self.rng.device)
-            self.position = 0
-        batch = self.split[self.order[self.position : self.position + self.batch_size]]
+            order = torch.randperm(len(self.split), generator=self.rng, device=self.rng.device)
+            self.load_state_dict({"order": order, "position": 0})
+        batch = self.ahead or self.batch_at(self.position)
         self.position += self.batch_size
+        more = self.elsewhere and self.position + self.batch_size <= len(self.order)
+        self.ahead = self.batch_at(self.position) if more else None
         if self.augmented:
-            return augment(batch.images, self.flip, self.sigma, self.rng), batch.labels
+            return augment(batch.images, self.flip, self.sigma, self.rng, self.batch_size, self.part), batch.labels
         return to_float(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
+
+    def batch_at(self, position: int) -> Split:
+        return self.split[self.at_split[position : position + self.batch_size][self.part]].to(self.rng.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order, self.position = state["order"], state["position"]
+        self.at_split = self.order.to(self.split.images.device)  # the same order, where the images are
+        self.ahead: Split | None = None
 
 
 def load(
@@ -130,6 +166,7 @@ def load(
     image_size: int | None = None,
     n_valid: int | None = None,
     device: str | torch.device = "cpu",
+    data_device: str = "auto",
 ) -> ImageData:
     """Read the data set ``name``, one of ``DATASETS``, onto ``device``.
 
@@ -140,6 +177,8 @@ def load(
             val/<class>/* beside them, that is the validation part, and ``n_valid`` may not be given.
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
+        data_device: "cpu" leaves the training images on the host, "gpu" puts them on ``device`` with the others, "auto"
+            leaves them if they take more than a fifth of its memory.
 
     Raises:
         UserError: files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
@@ -169,8 +208,19 @@ def load(
         counts = zip(("train", "valid", "test"), (part.labels for part in parts), strict=True)
         per_class = {part: labels.bincount(minlength=len(class_names)).tolist() for part, labels in counts}
         print("data:", describe(class_names, per_class), flush=True)
-    on_device = (Split(part.images.to(device), part.labels.to(device)) for part in parts)
-    return ImageData(*on_device, tuple(class_names), flip=name in FLIP_KEEPS_LABEL)
+    device = torch.device(device)
+    train, *others = parts
+    if not stays_on_host(train.images.nbytes, device, data_device):
+        train = train.to(device)
+    others = (part.to(device) for part in others)
+    return ImageData(train, *others, tuple(class_names), flip=name in FLIP_KEEPS_LABEL)
+
+
+def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:
+    """Whether training images of that size stay on the host; see ``load``."""
+    if data_device != "auto" or device.type != "cuda":
+        return data_device == "cpu"
+    return n_bytes > LARGE * torch.cuda.get_device_properties(device).total_memory
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -198,27 +248,34 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
     return moved.view(images.shape).contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: Tensor, flip: bool, sigma: float, generator: Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    flip: bool,
+    sigma: float,
+    generator: Generator,
+    n: int | None = None,
+    part: slice = WHOLE,
+) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W); the ``part`` that is asked for of a batch of ``n`` images, by default all of it.
         flip: whether to mirror each image with probability 1/2.
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
-        generator: source of all randomness, on the images' device.
+        generator: source of all randomness, on the images' device; it is drawn from for the whole batch.
 
     Returns:
         float32 (N, C, H, W), channels_last in memory.
     """
-    n, channels, height, width = images.shape
+    n, (_, channels, height, width) = n or len(images), images.shape
     draw = {"generator": generator, "device": images.device}
     side = min(height, width)
     pad = min(4, side // 8) if side >= 16 else 0  # the usual 4 at 32x32; the 8x8 digits fill their frame
     top, left = torch.randint(2 * pad + 1, (2, n), **draw)
     mirrored = torch.rand(n, **draw) < (0.5 if flip else 0.0)
-    x = to_float(crop_and_flip(images, top, left, mirrored, pad))
+    x = to_float(crop_and_flip(images, top[part], left[part], mirrored[part], pad))
     # Drawn contiguous and permuted: filling a tensor of channels_last strides is ten times slower on a CPU.
-    noise = torch.randn(n, height, width, channels, **draw).permute(0, 3, 1, 2)
+    noise = torch.randn(n, height, width, channels, **draw)[part].permute(0, 3, 1, 2)
     return x.add_(noise, alpha=sigma)
 
 

@@ -18,6 +18,7 @@ import torch
 import data
 import evaluation
 import export
+import processes
 import sample
 import terminal
 import utils
@@ -44,24 +45,37 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
-        return run(arguments)
+        processes.connect()
+        with processes.only_first_prints():
+            return run(arguments)
     except UserError as error:
-        print("error:", one_line(error), file=sys.stderr)
+        complain("error", one_line(error))
         return 2
     except TrainingFailed as error:
-        print("failed:", one_line(error), file=sys.stderr)
+        complain("failed", one_line(error))
         return 1
     except (MemoryError, RuntimeError) as error:
+        if processes.lost_connection(error):
+            complain("failed", "a process of this run has ended, and all others with it")
+            return 1
         if not out_of_memory(error):
             raise
-        print(
-            "error: not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
+        complain(
+            "error",
+            "not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or "
             "--max_images needs less",
-            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        processes.disconnect()
+
+
+def complain(kind: str, message: str) -> None:
+    """One line on stderr, from one of several processes that have the same to say."""
+    if processes.first_to_say(message):
+        print(f"{kind}: {message}", file=sys.stderr)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -92,9 +106,11 @@ def run(arguments: list[str]) -> int:
     for name in ("from_buffer", "inpaint", "denoise", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
+    if given.get("mode") == "export" and processes.place().size > 1:
+        raise UserError("--mode export takes one process: start it without torchrun")
     uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
     if use := uses.get(given.get("mode")):
-        cfg, path, content = trained(given)
+        cfg, path, content = processes.from_first(lambda: trained(given))
         try:
             return use(cfg, path, content)
         except UserError as error:
@@ -105,29 +121,28 @@ def run(arguments: list[str]) -> int:
 
 def train(given: dict) -> int:
     """Start a run, or continue the one that ``--resume`` names."""
-    resume = given.get("resume", "")
+    resume = given.get("resume", "auto" if processes.restarted() else "")
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    resumed = continued(given, resume) if resume not in ("", "auto") else None
+    resumed = processes.from_first(lambda: continued(given, resume)) if resume not in ("", "auto") else None
     cfg = resumed[0] if resumed else Config(**with_recipe(given))
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
+    where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     try:
-        images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device)
+        images = processes.one_after_another(lambda: data.load(*where))
     except UserError as error:
         raise UserError(f"{error}{remembered(cfg, given)}") from error
+    if processes.from_first(lambda: images.description) != images.description:
+        raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
     if resume == "auto":
-        newest = newest_run(cfg, images.description)
-        if newest:
-            resumed = continued({k: v for k, v in with_recipe(given).items() if k != "load_ckpt"}, newest)
-            cfg = resumed[0]
-        else:
-            print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
-    trainer = Trainer(cfg, images, device)
+        resumed = processes.from_first(lambda: newest_continued(cfg, given, images.description))
+        cfg = resumed[0] if resumed else cfg
+    trainer = Trainer(cfg, images, device, processes.place())
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(cfg.load_ckpt)
-        return trainer.train(RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+        return trainer.train(processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed
     if content["data"] != images.description:
@@ -138,7 +153,7 @@ def train(given: dict) -> int:
         print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
         return 0
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
-        set_aside(path.with_name("last.pt"))
+        processes.from_first(lambda: set_aside(path.with_name("last.pt")))
     return trainer.train(directory, content["log_position"])
 
 
@@ -196,6 +211,15 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
             )
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
     return replace(cfg, **changes), directory, path, content
+
+
+def newest_continued(cfg: Config, given: dict, description: dict) -> tuple[Config, RunDir, Path, dict] | None:
+    """What ``continued`` says of the newest run that ``cfg`` on these images would repeat, if there is one."""
+    newest = newest_run(cfg, description)
+    if newest:
+        return continued({name: value for name, value in with_recipe(given).items() if name != "load_ckpt"}, newest)
+    print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
+    return None
 
 
 def newest_run(cfg: Config, description: dict) -> str | None:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import processes
+
 
 class Meter:
     """Means of numbers and totals of counts over steps; adding to them never waits for the device.
@@ -26,10 +28,13 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float | list[int]]:
-        """The mean of each number and the total of each count since the last call. Waits for the device."""
+        """The mean of each number and the total of each count since the last call, over all processes.
+
+        Waits for the device.
+        """
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
-        means = torch.stack([self.sums[name] for name in numbers]).div(self.steps).tolist()
-        counts = {name: value.tolist() for name, value in self.sums.items() if value.ndim}
+        means = processes.mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
+        counts = {name: processes.total(value).tolist() for name, value in self.sums.items() if value.ndim}
         self.reset()
         return dict(zip(numbers, means, strict=True)) | counts
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import processes
 from models import log_density
 
 
@@ -33,7 +34,7 @@ def joint_loss(
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
     penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
-    ``mean_energy_l2`` the squares of the two means (M-JEM, section 3).
+    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3).
 
     Args:
         logits, y: of the labelled images (N, K), (N,).
@@ -77,7 +78,7 @@ def joint_loss(
         means.append(sampled.mean())
         everything.append(sampled)
     loss = loss + weights.energy_l2 * torch.cat(everything).square().mean()
-    loss = loss + weights.mean_energy_l2 * torch.stack(means).square().sum()
+    loss = loss + weights.mean_energy_l2 * processes.mean(torch.stack(means)).square().sum()
     return loss, {"loss/total": loss, **parts}
 
 

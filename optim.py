@@ -115,9 +115,9 @@ def refit_statistics(model: nn.Module, images: Tensor, dtype: torch.dtype = torc
 
     A no-op without batch normalisation. Neither the model's mode nor any random generator changes.
     """
-    device = images.device
+    device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # dropout's
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            batches = images[:REFIT_IMAGES].split(images_per_batch(500, images.shape[1:]))
+            batches = images[:REFIT_IMAGES].to(device).split(images_per_batch(500, images.shape[1:]))
             torch.optim.swa_utils.update_bn(map(to_float, batches), model)

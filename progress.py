@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -86,14 +87,14 @@ def compiled(forward: Callable, sampler: Sampler | None) -> str:
     return " and ".join(chosen) or "nothing"
 
 
-def announce(trainer, run: Path, ran: dict[str, str]) -> None:
+def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
     """Print what a Trainer is about to do."""
     cfg, images, step = trainer.cfg, trainer.data, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
     lines = {
         "run": run,
-        "device": device_name(trainer.device),
+        "device": device_name(trainer.device) + (f", {ran['processes']} processes" if ran["processes"] > 1 else ""),
         "precision": f"{ran['precision']}, compiled: {ran['compiled']}",
         "recipe": cfg.recipe,
         "network": f"WRN-{cfg.depth}-{cfg.width}, {parameters:,} parameters",

@@ -79,6 +79,19 @@ class Record:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
 
 
+class NoRecord:
+    """In place of a ``Record`` where another process writes: whatever it is told, it does nothing."""
+
+    def __enter__(self) -> "NoRecord":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
 def by_product(write: Callable[..., None]) -> Callable[..., None]:
     """What cannot be written is a warning: training is worth more than its pictures."""
 

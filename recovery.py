@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from config import Config
+from state import copy_tree
 from utils import TrainingFailed
 
 STATE_EVERY = 200  # steps between states that training can go back to
@@ -68,35 +66,3 @@ class Recovery:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in copy_tree(state).items():
             setattr(self, name, value)
-
-
-def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
-    """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
-    match tree:
-        case Tensor():
-            return tree.detach().to(device or tree.device, copy=True)
-        case dict():
-            return {key: copy_tree(value, device) for key, value in tree.items()}
-        case list() | tuple():
-            return type(tree)(copy_tree(value, device) for value in tree)
-    return tree
-
-
-def roomiest(device: torch.device, state: dict[str, Any]) -> torch.device:
-    """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if free > 4 * size_of(state) else torch.device("cpu")
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
-    match tree:
-        case Tensor():
-            return tree.nbytes
-        case dict():
-            return sum(map(size_of, tree.values()))
-        case list() | tuple():
-            return sum(map(size_of, tree))
-    return 0

@@ -34,7 +34,8 @@ def build_start(name: str, images: ImageData, folder: str = "") -> Start:
         return UniformStart(images.shape)
     if name == "folder":
         return FolderStart(image_folder.read_unlabelled(Path(folder), images.shape[1]), images)
-    return GaussianStart(images.train, len(images.class_names) if name == "class_gaussian" else None)
+    n_classes = len(images.class_names) if name == "class_gaussian" else None
+    return GaussianStart(images.train, n_classes, images.device)
 
 
 class UniformStart:
@@ -59,7 +60,7 @@ class FolderStart:
             raise UserError(f"--start_dir needs square images like the training images, not {tuple(self.shape[1:])}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
-        self.images = images.to(like.train.images.device)
+        self.images = images.to(like.device)
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
@@ -77,10 +78,10 @@ class GaussianStart:
     factor is made of that many random images, and the covariance is that of these.
     """
 
-    def __init__(self, split: Split, n_classes: int | None):
+    def __init__(self, split: Split, n_classes: int | None, device: torch.device):
         self.shape = tuple(split.images.shape[1:])
         groups = [split.images] if n_classes is None else [split.images[split.labels == k] for k in range(n_classes)]
-        self.gaussians = [fit(group) for group in groups]
+        self.gaussians = [fit(group, device) for group in groups]
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         if len(self.gaussians) == 1:
@@ -100,17 +101,20 @@ class GaussianStart:
         return x.clamp(-1, 1)
 
 
-def fit(images: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean (D,), factor (R, D) and the standard deviation of the noise beside it, of images uint8 (N, C, H, W)."""
+def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Mean (D,), factor (R, D) and the standard deviation of the noise beside it, of images uint8 (N, C, H, W).
+
+    The images may be elsewhere than ``device``, where the Gaussian is.
+    """
     n, d = len(images), images[0].numel()
     if max(n, d) > MAX_ROWS and min(n, d) > MAX_ROWS:
         chosen = torch.randperm(n, generator=Generator().manual_seed(0))[:MAX_ROWS]
         images, n = images[chosen.to(images.device)], MAX_ROWS
-    mean = sum(to_float(part).flatten(1).sum(0) for part in images.split(1000)) / n
+    mean = sum(to_float(part.to(device)).flatten(1).sum(0) for part in images.split(1000)) / n
     if n <= d:
-        return mean, (to_float(images).flatten(1) - mean) / n**0.5, 1e-2
-    covariance = 1e-4 * torch.eye(d, device=images.device)
+        return mean, (to_float(images.to(device)).flatten(1) - mean) / n**0.5, 1e-2
+    covariance = 1e-4 * torch.eye(d, device=device)
     for part in images.split(1000):  # a few hundred megabytes less than all at once
-        x = to_float(part).flatten(1) - mean
+        x = to_float(part.to(device)).flatten(1) - mean
         covariance.addmm_(x.T, x, alpha=1 / n)
     return mean, torch.linalg.cholesky(covariance).T.contiguous(), 0.0

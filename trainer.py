@@ -9,29 +9,35 @@ import torch
 from torch import Tensor
 
 import data
+import processes
 import recovery
 import utils
 from adversarial import adversarial_images
+from checks import check_sizes
 from config import Config
 from meter import Meter
-from models import copy_weights, frozen_statistics, sampling_copy
+from models import StepLogits, copy_weights, sampling_copy
 from models.foreign import open_checkpoint
 from models.load import build_for, load_weights
+from models.normalisation import share_statistics, synced
 from models.predict import accuracy
 from objectives import Weights, joint_loss
 from optim import build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
+from processes import Place
 from progress import announce, compiled
-from record import Record
-from recovery import Recovery, copy_tree, roomiest
+from record import NoRecord, Record
+from recovery import Recovery
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
+from state import copy_tree, joined, own_part, own_state, roomiest
 from storage.run_dir import RunDir
-from utils import Signals, UserError
+from utils import Signals
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
 LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
+FAR = 2**41  # between the seeds of processes: no two streams of any seeds that people give are the same
 
 
 class Inputs(NamedTuple):
@@ -45,19 +51,21 @@ class Inputs(NamedTuple):
 
 
 class Trainer:
-    """One run: everything that changes from step to step, and the loop that changes it."""
+    """One run: everything that changes from step to step, and the loop that changes it.
 
-    def __init__(self, cfg: Config, images: data.ImageData, device: torch.device):
-        self.cfg, self.data, self.device = cfg, images, device
+    Of several processes, each has a part of every batch and of the replay buffer, and chains of its own. Weights,
+    optimizer, averaged weights and the order of the images are the same in all of them.
+    """
+
+    def __init__(self, cfg: Config, images: data.ImageData, device: torch.device, place: Place = data.ALONE):
+        self.cfg, self.data, self.device, self.place = cfg, images, device, place
         n_classes, labelled = len(images.class_names), images.train
         if cfg.labels_per_class:
             labelled = data.some_of_each_class(images.train, cfg.labels_per_class, n_classes)
         sizes = {"batch_size": (cfg.batch_size, labelled)}
         if cfg.separate_p_x:
             sizes["p_x_batch_size"] = (cfg.n_chains, images.train)
-        for name, (size, split) in sizes.items():
-            if size > len(split):
-                raise UserError(f"--{name} {size} is larger than the {len(split)} training images that it draws from")
+        check_sizes(cfg, {name: len(split) for name, (_, split) in sizes.items()}, n_classes, place.size)
         # An epoch is a pass over the labelled images; with few labels, over all images.
         size, split = sizes["p_x_batch_size" if cfg.labels_per_class and cfg.separate_p_x else "batch_size"]
         self.steps_per_epoch = len(split) // size
@@ -65,33 +73,33 @@ class Trainer:
         self.cycle_ends = [self.total_steps]  # see optim.learning_rate
         self.dtype = utils.pick_dtype(cfg.precision, device)
         long = device.type == "cuda" and self.total_steps >= 500  # compiling takes a minute or two
-        compile = cfg.compile == "on" or (cfg.compile == "auto" and long)
+        compile = (cfg.compile == "on" or (cfg.compile == "auto" and long)) and not cfg.sync_batch_norm
 
         torch.manual_seed(cfg.seed)
         self.sampler = None
         self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
         self.seed_generators(cfg.seed)
         self.model = build_for(cfg, images.shape[0], n_classes).to(device)
+        if cfg.sync_batch_norm:
+            synced(self.model)
+        if place.rank:
+            torch.manual_seed(cfg.seed + FAR * place.rank)  # the weights are the same in all processes, dropout is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
+        self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model)
         flip = images.flip and not cfg.no_flip
-        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng["data"])
+        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng["data"], place=place)
         self.real_batches = None  # of log p(x), where these are not the labelled images
         if cfg.separate_p_x:
             self.real_batches = data.Batches(
-                images.train, cfg.n_chains, flip, cfg.sigma, self.rng["p_x"], not cfg.p_x_no_augment
+                images.train, cfg.n_chains, flip, cfg.sigma, self.rng["p_x"], not cfg.p_x_no_augment, place
             )
         if cfg.samples:
             rng, self.start = self.rng["sgld"], build_start(cfg.start, images, cfg.start_dir)
-            if cfg.class_cond and cfg.buffer_size // n_classes < math.ceil(cfg.n_chains / n_classes):
-                raise UserError(
-                    f"--buffer_size {cfg.buffer_size} has too few images of each of {n_classes} classes for "
-                    f"{cfg.n_chains} chains of --class_cond"
-                )
             self.sampling_model = sampling_copy(self.model, self.dtype)
             engine = SGLD(self.sampling_model.log_density, **chain_options(cfg), compile=compile)
-            buffer = ReplayBuffer(cfg.buffer_size, n_classes, self.start, rng)
+            buffer = ReplayBuffer(cfg.buffer_size // place.size, n_classes, self.start, rng)
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
             # Its own engine, not compiled, for one long chain in 500 steps.
             self.film = SGLD(self.sampling_model.log_density, **chain_options(cfg))
@@ -105,19 +113,24 @@ class Trainer:
     def train(self, run: RunDir, log_position: int = 0) -> int:
         """Train to the end of the run; returns the exit status: 0, or 128 + its number when a signal stopped it.
 
-        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
+        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes. The process of rank 0 writes.
         """
         self.prove_compilation()
         ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
-        run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
+        ran |= {"processes": self.place.size}
         announce(self, run.path, ran)
-        self.record = Record(run, self.cfg, self.step, self.total_steps, log_position)
-        with Signals() as signals, self.record:
-            self.keep_state()
-            if self.step == 0:
-                self.record.hyperparameters(asdict(self.cfg))
-                self.checkpoint("last.pt")
-            status = self.loop(signals)
+        self.record = NoRecord()
+        if self.place.rank == 0:
+            run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
+            self.record = Record(run, self.cfg, self.step, self.total_steps, log_position)
+        with Signals() as signals:
+            with self.record:
+                self.keep_state()
+                if self.step == 0:
+                    self.record.hyperparameters(asdict(self.cfg))
+                    self.checkpoint("last.pt")
+                status = self.loop(signals)
+            processes.wait_for_all()  # whoever ends first has the others stopped by torchrun
         self.record.end(self.step, status)
         return status
 
@@ -140,14 +153,14 @@ class Trainer:
             samples = self.training_step()
             step, last = self.step, self.step == self.total_steps
             log = step % LOG_EVERY == 0 or last
-            asked = signals.take()  # a signal that comes later is for the next step
+            asked, status = processes.largest(*signals.take())  # a signal that comes later is for the next step
             save = asked or step % save_every == 0 or step % cfg.ckpt_every == 0 or last
             self.record.advance()
 
-            if (log or save) and self.alarm.item():  # waits for the device
+            if (log or save) and processes.total(self.alarm.int()).item():  # waits for the device
                 self.recover()
-                if signals.status:
-                    return signals.status
+                if status:
+                    return status
                 continue
             evaluates = step % eval_every == 0 or last
             if self.average and (evaluates or save):
@@ -169,8 +182,8 @@ class Trainer:
                 self.checkpoint("best.pt")
             if save:
                 self.checkpoint("last.pt")
-                if signals.status and not last:
-                    return signals.status
+                if status and not last:
+                    return status
             if evaluates:
                 self.record.curves()
             self.record.start_clock(step)
@@ -183,6 +196,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         parts = self.optimizer.step(lambda: self.backward(inputs))
+        if self.place.size > 1:
+            share_statistics(self.model)
         if self.average:
             update_average(self.average, self.model, cfg.ema, self.step)
 
@@ -208,7 +223,7 @@ class Trainer:
         if not self.sampler:
             return Inputs(x, y, x_real, None, None), {}
         copy_weights(self.model, self.sampling_model)
-        samples, y_sampled, measured = self.sampler(cfg.n_chains, sgld_steps, cfg.class_cond)
+        samples, y_sampled, measured = self.sampler(cfg.n_chains // self.place.size, sgld_steps, cfg.class_cond)
         return Inputs(x, y, x_real, samples, y_sampled), measured
 
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -216,7 +231,7 @@ class Trainer:
         x, y, x_real, samples, y_sampled = inputs
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits, logits_real, logits_sampled = self.logits(x, x_real, samples)
+            logits, logits_real, logits_sampled = self.step_logits(x, x_real, samples)
         factors = {name: getattr(self.cfg, name) for name in Weights._fields if name != "logistic"}
         factors |= {"energy_l2": self.recovery.remedies["energy_l2"], "logistic": self.cfg.generative == "logistic"}
         weights = Weights(**factors)
@@ -227,20 +242,6 @@ class Trainer:
         loss.backward()
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         return parts | {"gradient_norm": gradient_norm}
-
-    def logits(self, *views: Tensor | None) -> list[Tensor | None]:
-        """Logits (N, K) of real images and, in the last place, of samples, in one forward pass where that is the same.
-
-        Batch normalisation must not mix them, and keeps the running statistics of real images alone.
-        """
-        if self.cfg.norm == "batch":
-            *real, samples = views
-            logits = [None if x is None else self.forward(x) for x in real]
-            with frozen_statistics(self.model):
-                return [*logits, None if samples is None else self.forward(samples)]
-        given = [x for x in views if x is not None]
-        logits = iter(self.forward(torch.cat(given)).split([len(x) for x in given]))
-        return [None if x is None else next(logits) for x in views]
 
     @property
     def lr(self) -> float:
@@ -262,7 +263,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ state
 
     def seed_generators(self, seed: int) -> None:
-        for name, own in {"data": 2 * seed, "sgld": 2 * seed + 1, "p_x": 2**40 + seed}.items():
+        seeds = {"data": 2 * seed, "sgld": 2 * seed + 1 + FAR * self.place.rank, "p_x": 2**40 + seed}
+        for name, own in seeds.items():
             self.rng[name].manual_seed(own)
         if self.sampler:
             self.sampler.reseed()
@@ -305,8 +307,21 @@ class Trainer:
         self.alarm.fill_(False)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state. A run that was made longer gets another cycle of its learning rate."""
-        self.load_state_dict(state)
+        """Take up a checkpoint's state. A run that was made longer gets another cycle of its learning rate.
+
+        With another number of processes each gets another part of the replay buffer, and new randomness.
+        """
+        n_before = len(state.get("processes", [None]))
+        self.load_state_dict(own_state(state, self.place))
+        if n_before != self.place.size:
+            print(
+                f"The run had {n_before} processes and goes on with {self.place.size}: the replay buffer is "
+                "divided anew, and the chains have new randomness."
+            )
+            self.rng["sgld"].manual_seed(2 * (self.cfg.seed + self.step) + 1 + FAR * self.place.rank)
+            torch.manual_seed(self.cfg.seed + self.step + FAR * self.place.rank)
+            if self.sampler:
+                self.sampler.reseed()
         if self.total_steps > self.cycle_ends[-1]:
             self.cycle_ends.append(self.total_steps)
 
@@ -326,7 +341,7 @@ class Trainer:
 
     def load_weights(self, path: str) -> None:
         """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer."""
-        path, content = open_checkpoint(path, asdict(self.cfg))
+        path, content = processes.from_first(lambda: open_checkpoint(path, asdict(self.cfg)))
         load_weights(self.model, self.cfg, path, content)
         if self.average:
             self.average.load_state_dict(self.model.state_dict())
@@ -334,7 +349,7 @@ class Trainer:
         step = content["state"]["step"]
         print(f"Starting from the {kind} of {path}" + (f", step {step}." if step is not None else "."))
         if self.sampler and "buffer" in content["state"]:
-            stored = content["state"]["buffer"]
+            stored = own_part(content["state"]["buffer"], self.place)
             if stored["images"].shape == self.sampler.buffer.images.shape:
                 self.sampler.buffer.load_state_dict(stored)
             else:
@@ -344,6 +359,8 @@ class Trainer:
         state = self.state_on_host()
         if name == "best.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
+        elif self.place.size > 1:
+            state = joined(state)
         content = {
             "config": asdict(self.cfg),
             "data": self.data.description,
@@ -359,7 +376,7 @@ class Trainer:
         self.host_copy = None
         seed = self.cfg.seed + 1_000_003 * self.recovery.recoveries
         self.seed_generators(seed)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + FAR * self.place.rank)
         message = (
             f"diverged at step {diverged_at}; back to step {self.step} with {change} "
             f"(recovery {self.recovery.recoveries} of {self.cfg.max_recoveries})"
@@ -383,7 +400,7 @@ class Trainer:
         return values | {"epoch": self.epoch, "lr": self.lr, "speed/images_per_second": speed}
 
     def dump_samples(self, samples: Tensor) -> None:
-        """The first of this step's chains; a smaller batch is filled up from the replay buffer."""
+        """The first of this step's chains; a smaller batch is filled up from the (process's) replay buffer."""
         others = self.sampler.buffer.images[: max(0, SHOWN - len(samples))]
         self.record.samples(self.step, torch.cat([samples, others])[:SHOWN])
 

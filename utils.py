@@ -45,15 +45,32 @@ def _encodable(character: str, encoding: str) -> bool:
 
 
 def pick_device(gpu: str) -> torch.device:
-    """The device that ``--gpu`` names: an index or "cpu"; without CUDA, the CPU and a line that says so."""
+    """The device that ``--gpu`` names: an index or "cpu"; without CUDA, the CPU and a line that says so.
+
+    Each of torchrun's processes on a machine takes a device of its own: of a list, the one in its place, else the one
+    of its local rank.
+    """
+    listed, n_local = gpu.split(","), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if len(listed) > 1 and n_local == 1:
+        raise UserError(
+            f"--gpu {gpu} names {len(listed)} GPUs for one process; torchrun --nproc_per_node={len(listed)} main.py "
+            "and the same options start one for each"
+        )
     if gpu == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        print(f"No CUDA device: running on the CPU instead of GPU {gpu}.", file=sys.stderr)
+        if local_rank == 0:
+            print(f"No CUDA device: running on the CPU instead of GPU {gpu}.", file=sys.stderr)
         return torch.device("cpu")
-    if int(gpu) >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu} does not exist: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    return torch.device("cuda", int(gpu))
+    if n_local > 1 and len(listed) == 1:
+        listed = [str(i) for i in range(torch.cuda.device_count())]
+    if n_local > len(listed):
+        raise UserError(f"{n_local} processes on this machine need a GPU each, and there are {len(listed)}")
+    chosen = int(listed[local_rank])
+    if chosen >= torch.cuda.device_count():
+        raise UserError(f"--gpu {chosen} does not exist: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", chosen)
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -153,18 +170,18 @@ class Signals:
                 self.before[number] = signal.signal(number, self._note)
         return self
 
-    def take(self) -> bool:
-        """Whether one has come since the last call."""
+    def take(self) -> tuple[bool, int]:
+        """Whether one has come since the last call, and the status."""
         if not self.received:
-            return False
+            return False, self.status
         self.received = False  # first of all: one that comes from now on is for the next call
-        return True
+        return True, self.status
 
     def _note(self, number, frame):
         if number != getattr(signal, "SIGUSR1", None):
             self.status = 128 + number
         self.received = True  # after the status, which who takes it reads
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats the terminal's
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_):

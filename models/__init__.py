@@ -2,11 +2,13 @@
 
 import torch
 
-from models.jem import JEM, batch_norms, copy_weights, frozen_statistics, log_density, sampling_copy
+from models.jem import JEM, StepLogits, copy_weights, log_density, sampling_copy
+from models.normalisation import batch_norms, frozen_statistics
 from models.wide_resnet import BACKBONES, WideResNet
 
 __all__ = [
     "JEM",
+    "StepLogits",
     "WideResNet",
     "batch_norms",
     "build_model",

@@ -1,12 +1,12 @@
 """JEM: a classifier read as an energy-based model (Grathwohl et al., ICLR 2020)."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from models.normalisation import batch_norms, frozen_statistics
 from models.wide_resnet import WideResNet
 
 
@@ -47,6 +47,29 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
     return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
 
 
+class StepLogits(nn.Module):
+    """The logits of all images of a training step in one call, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: JEM, logits: Callable[[Tensor], Tensor]):
+        """``logits``: ``model.logits``, or the same compiled."""
+        super().__init__()
+        self.model, self.one = model, logits
+
+    def forward(self, x: Tensor, x_real: Tensor | None, samples: Tensor | None) -> list[Tensor | None]:
+        """Logits (N, K) of labelled images, other real ones and samples, in one forward pass where that is the same.
+
+        Batch normalisation must not mix them, and keeps the running statistics of real images alone.
+        """
+        if batch_norms(self.model):
+            logits = [None if view is None else self.one(view) for view in (x, x_real)]
+            with frozen_statistics(self.model):
+                return [*logits, None if samples is None else self.one(samples)]
+        views = (x, x_real, samples)
+        given = [view for view in views if view is not None]
+        logits = iter(self.one(torch.cat(given)).split([len(view) for view in given]))
+        return [None if view is None else next(logits) for view in views]
+
+
 def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
     """A frozen copy that sees images as the loss does, whose backbone computes in ``dtype`` and its head in float32.
 
@@ -61,22 +84,6 @@ def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
         module.float().train()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
         module.track_running_stats = False
     return frozen
-
-
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
-    for module in batch_norms(model):
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in batch_norms(model):
-            module.track_running_stats = True
 
 
 @torch.no_grad()

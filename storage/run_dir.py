@@ -29,6 +29,9 @@ class RunDir:
             reason = getattr(error, "strerror", None) or "its file system has no locks"
             print(f"Warning: {path} cannot be locked ({reason}): make sure that one process uses it.", file=sys.stderr)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # a copy in another process does not hold it
+
     @classmethod
     def create(cls, logdir: str, mode: str, note: str) -> "RunDir":
         """Make ``<logdir>/<time>_<mode>[_<note>]``, with a number behind it if it is there already."""

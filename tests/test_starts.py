@@ -34,7 +34,7 @@ def assert_same_statistics(samples, images, noise=0.01):
 def test_few_and_many_images_give_their_mean_and_covariance(n):
     """With 10 images of 16 pixels by the images themselves, with 400 by a Cholesky factor."""
     images = grey_images(n)
-    start = GaussianStart(data.Split(images, torch.zeros(n, dtype=torch.int64)), None)
+    start = GaussianStart(data.Split(images, torch.zeros(n, dtype=torch.int64)), None, images.device)
     assert start.gaussians[0][1].shape == (min(n, 16), 16)
     assert_same_statistics(start([0] * 20_000, generator()), images)
 
@@ -42,7 +42,7 @@ def test_few_and_many_images_give_their_mean_and_covariance(n):
 def test_each_class_has_its_own_gaussian():
     images = torch.cat([grey_images(300, seed=1) // 2 + 60, grey_images(200, seed=2)])
     labels = torch.tensor([0] * 300 + [1] * 200)
-    start = GaussianStart(data.Split(images, labels), 2)
+    start = GaussianStart(data.Split(images, labels), 2, images.device)
     classes = [1, 0, 0] * 10_000
     samples = start(classes, generator())
     for k in (0, 1):
@@ -52,9 +52,9 @@ def test_each_class_has_its_own_gaussian():
 def test_too_many_large_images_are_represented_by_some(monkeypatch):
     monkeypatch.setattr(starts, "MAX_ROWS", 12)
     images = grey_images(500)
-    mean, factor, noise = starts.fit(images)
+    mean, factor, noise = starts.fit(images, images.device)
     assert factor.shape == (12, 16) and noise == 0.01
-    assert torch.equal(starts.fit(images)[1], factor)  # the same ones in a resumed run
+    assert torch.equal(starts.fit(images, images.device)[1], factor)  # the same ones in a resumed run
 
 
 @pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])

@@ -99,7 +99,7 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
     """Two forward passes with batch normalisation, one without."""
     for norm, sizes in (("batch", [16, 16]), ("group", [32])):
         run, seen = trainer.Trainer(config(norm=norm), digits, torch.device("cpu")), []
-        run.forward = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
+        run.step_logits.one = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
         run.step = 1
         run.training_step()
         assert seen == sizes

@@ -1,0 +1,68 @@
+"""Batch normalisation: which statistics it uses and keeps, and one that several processes share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import processes
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
+    for module in batch_norms(model):
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in batch_norms(model):
+            module.track_running_stats = True
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module) -> None:
+    """Give every process the mean of all processes' running statistics."""
+    kept = [buffer for module in batch_norms(model) for buffer in (module.running_mean, module.running_var)]
+    if kept:
+        together = processes.mean(torch.cat(kept))
+        torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes' batches together, which have one size.
+
+    ``torch.nn.SyncBatchNorm`` is the same for GPUs alone; this one runs on CPUs too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
+        if not self.training:
+            return super().forward(x)
+        n = processes.place().size * x.numel() // x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.float()
+            variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+            mean, square = processes.mean(torch.stack([mean, variance + mean.square()]))
+            variance = square - mean.square()
+            if self.track_running_stats:
+                self.num_batches_tracked += 1
+                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, share)
+                    self.running_var.lerp_(variance * n / (n - 1), share)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            h = h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return h.to(x.dtype)
+
+
+def synced(model: nn.Module) -> nn.Module:
+    """The model itself, its batch normalisation by all processes' batches together."""
+    for module in batch_norms(model):
+        module.__class__ = SyncedBatchNorm  # the same parameters and buffers, by the same names
+    return model
