@@ -51,10 +51,18 @@ def local_rank() -> int:
 
 
 def connect() -> None:
-    """Join the other processes that torchrun started, if it did."""
+    """Join the other processes that torchrun started, if it did.
+
+    torchrun keeps one store for all its attempts, where processes that start again would find the addresses of those
+    that are gone: each attempt has a part of the store to itself. How often as many have joined tells attempts apart
+    that differ in nothing else, as when a machine leaves and comes back.
+    """
     global store
     if launched() and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
+        shared, rank, size = next(dist.rendezvous("env://"))
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
+        turn = (shared.add(attempt, 1) - 1) // size
+        store = dist.PrefixStore(f"{attempt}, {turn}", shared)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
@@ -73,7 +81,7 @@ def first_to_say(message: str) -> bool:
     if store is None:
         return True
     try:
-        return store.add(f"said/{restarted()}/{message}", 1) == 1
+        return store.add(f"said/{message}", 1) == 1
     except RuntimeError:  # the store has gone with torchrun
         return True
 

@@ -86,7 +86,8 @@ class SGLD:
 
     ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1);
     ``normalize`` brings each image's gradient to length 1 (DAT). A graph reads the weights where they were when it was
-    captured, so they must be updated in place. Nothing in a chain waits for the device.
+    captured, so they must be updated in place; ``capture`` False does without graphs, as a network needs that waits for
+    other processes. Nothing in a chain waits for the device.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class SGLD:
         clamp: bool = False,
         normalize: bool = False,
         compile: bool = False,
+        capture: bool = True,
     ):
         gradient = traceable_input_gradient if compile else input_gradient
 
@@ -108,7 +110,7 @@ class SGLD:
             x = x + step_size * grad + noise_std * noise
             return x.clamp(-1, 1) if clamp else x, grad
 
-        self.step = CompiledOrEager(step) if compile else step
+        self.step, self.capture = CompiledOrEager(step) if compile else step, capture
         self.graphs: dict[tuple, CapturedStep] = {}
 
     @torch.no_grad()
@@ -124,11 +126,12 @@ class SGLD:
         """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = (torch.full((), value, device=x.device) for value in (step_size, noise_std))
-        step = self.captured(x, y, size, std) if x.is_cuda else self.step
+        capture = self.capture and x.is_cuda
+        step = self.captured(x, y, size, std) if capture else self.step
         no_noise = torch.zeros_like(x) if noise_std == 0 else None
         for _ in range(steps):
             x, grad = step(x, y, normal_like(x, generator) if no_noise is None else no_noise, size, std)
-        return Chain(x.clone(), grad.clone()) if x.is_cuda else Chain(x, grad)  # the next replay overwrites a graph's
+        return Chain(x.clone(), grad.clone()) if capture else Chain(x, grad)  # the next replay overwrites a graph's
 
     def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> "CapturedStep":
         key = (x.shape, y is None)

@@ -37,7 +37,7 @@ MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and
 LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
-FAR = 2**41  # between the seeds of processes: no two streams of any seeds that people give are the same
+FAR = 2**18  # between the seeds of processes; of a seed, a generator on the CPU takes the last 32 bits alone
 
 
 class Inputs(NamedTuple):
@@ -98,11 +98,12 @@ class Trainer:
         if cfg.samples:
             rng, self.start = self.rng["sgld"], build_start(cfg.start, images, cfg.start_dir)
             self.sampling_model = sampling_copy(self.model, self.dtype)
-            engine = SGLD(self.sampling_model.log_density, **chain_options(cfg), compile=compile)
+            options = chain_options(cfg) | {"capture": not cfg.sync_batch_norm}
+            engine = SGLD(self.sampling_model.log_density, **options, compile=compile)
             buffer = ReplayBuffer(cfg.buffer_size // place.size, n_classes, self.start, rng)
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
             # Its own engine, not compiled, for one long chain in 500 steps.
-            self.film = SGLD(self.sampling_model.log_density, **chain_options(cfg))
+            self.film = SGLD(self.sampling_model.log_density, **options)
         self.recovery = Recovery(cfg)
         self.meter = Meter()
         self.step, self.best, self.sgld_step = 0, 0.0, cfg.sgld_step
@@ -196,8 +197,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         parts = self.optimizer.step(lambda: self.backward(inputs))
-        if self.place.size > 1:
-            share_statistics(self.model)
         if self.average:
             update_average(self.average, self.model, cfg.ema, self.step)
 
@@ -240,6 +239,8 @@ class Trainer:
         loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.place.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0
+            share_statistics(self.model)
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         return parts | {"gradient_norm": gradient_norm}
 
@@ -263,7 +264,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ state
 
     def seed_generators(self, seed: int) -> None:
-        seeds = {"data": 2 * seed, "sgld": 2 * seed + 1 + FAR * self.place.rank, "p_x": 2**40 + seed}
+        seeds = {"data": 2 * seed, "sgld": 2 * seed + 1 + FAR * self.place.rank, "p_x": 2**31 + seed}
         for name, own in seeds.items():
             self.rng[name].manual_seed(own)
         if self.sampler:

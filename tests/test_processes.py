@@ -1,0 +1,303 @@
+"""Several processes as torchrun starts them, against one process and against threads that exchange by hand."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from under_torchrun import COMMON, CONFIGS, gradient, run_of, train
+
+import data
+import main
+import processes
+import trainer
+import utils
+from checks import check_sizes
+from config import Config
+from processes import Place
+from state import own_state
+from storage.checkpoint import load_checkpoint
+from storage.log import read_log
+from utils import UserError
+
+HERE = Path(__file__).parent
+SMALL = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --n_valid 100 --buffer_size 100 --sgld_step 2"
+SMALL = [*SMALL.split(), "--precision", "fp32", "--warmup_steps", "2"]
+
+
+def torchrun(script: Path, *options: str, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"--max_restarts={restarts}", str(script), *options]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def state(folder: Path) -> dict:
+    (path,) = folder.glob("*/ckpt/last.pt")
+    return load_checkpoint(path)["state"]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", n_valid=COMMON["n_valid"])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes did, by configuration, of each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    status, out, err = end(torchrun(HERE / "under_torchrun.py", "steps", str(folder)))
+    assert status == 0, err
+    both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return {name: [of_rank[name] for of_rank in both] for name in CONFIGS}
+
+
+class Twins:
+    """Two runs in one process, each in a thread, that wait for each other where processes would."""
+
+    def __init__(self, monkeypatch):
+        self.rank, self.barrier, self.given = threading.local(), threading.Barrier(2, timeout=60), {}
+        monkeypatch.setattr(processes, "mean", self.mean)
+        monkeypatch.setattr(processes, "place", lambda: Place(self.rank.value, 2))
+
+    def exchanged(self, x):
+        self.given[self.rank.value] = x.detach().clone()
+        self.barrier.wait()
+        result = (self.given[0] + self.given[1]) / 2
+        self.barrier.wait()
+        return result
+
+    def mean(self, x):
+        exchanged = self.exchanged
+
+        class Mean(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return exchanged(x)
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return exchanged(gradient)
+
+        return Mean.apply(x)
+
+    def train(self, name, images):
+        results = {}
+
+        def one(rank, run):
+            self.rank.value = rank
+            backward = run.backward
+
+            def averaged(inputs):
+                parts = backward(inputs)
+                for p in run.model.parameters():
+                    p.grad = self.exchanged(p.grad)
+                return parts
+
+            run.backward = averaged
+            results[rank] = train(run)
+
+        runs = [run_of(name, images, Place(rank, 2)) for rank in (0, 1)]
+        threads = [threading.Thread(target=one, args=pair) for pair in enumerate(runs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [results[rank] for rank in (0, 1)]
+
+
+def joined(both):
+    """The images of a step of two processes, as one process has them."""
+    pairs = zip(both[0]["inputs"], both[1]["inputs"], strict=True)
+    return trainer.Inputs(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_equal_two_shards_in_one_process_bit_for_bit(self, name, ranks, digits, monkeypatch):
+        for process, twin in zip(ranks[name], Twins(monkeypatch).train(name, digits), strict=True):
+            assert process.keys() == twin.keys()
+            for part in process.keys() - {"inputs"}:
+                assert torch.equal(process[part], twin[part]), part
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_keep_the_same_weights_and_chains_of_their_own(self, name, ranks):
+        one, other = ranks[name]
+        for part in one.keys() - {"inputs", "buffer", "age"}:
+            assert torch.equal(one[part], other[part]), part
+        assert not (one["buffer"] == other["buffer"]).flatten(1).all(1).any()
+        assert len(one["buffer"]) == len(other["buffer"]) == (COMMON | CONFIGS[name])["buffer_size"] // 2
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_share_the_batches_of_one_process(self, name, ranks, digits):
+        whole = run_of(name, digits).next_inputs(sgld_steps=1)[0]
+        for part, expected in zip(joined(ranks[name]), whole, strict=True):
+            if part is not None and part.shape[1:] == whole.x.shape[1:] and expected is not whole.samples:
+                assert torch.equal(part, expected)
+        assert torch.equal(joined(ranks[name]).y, whole.y)
+
+    @pytest.mark.parametrize("name", ["plain", "synced"])
+    def test_have_the_gradient_of_one_process(self, name, ranks, digits, monkeypatch):
+        monkeypatch.setitem(CONFIGS[name], "sync_batch_norm", False)  # torch's batch normalisation
+        run = run_of(name, digits)
+        run.backward(joined(ranks[name]))
+        expected = gradient(run)
+        for process in ranks[name]:
+            assert (process["gradient"] - expected).norm() < 1e-6 * expected.norm()
+
+    def test_synced_batch_norm_is_not_that_of_each(self, ranks, digits, monkeypatch):
+        """The check of the gradient above can fail."""
+        monkeypatch.setitem(CONFIGS["synced"], "sync_batch_norm", False)
+        run, (one, _) = run_of("synced", digits), ranks["synced"]
+        run.backward(one["inputs"])
+        own = gradient(run)
+        assert (one["gradient"] - own).norm() > 0.1 * own.norm()
+
+
+class TestCommandLine:
+    def test_a_killed_process_changes_nothing(self, tmp_path, capsys):
+        """torchrun starts all processes anew, which resume by themselves and end where an undisturbed run ends.
+
+        One process then goes on from the checkpoint of two.
+        """
+        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split()]
+        whole = torchrun(HERE.parent / "main.py", *options, str(tmp_path / "whole"))
+        killed = torchrun(HERE / "under_torchrun.py", "dies", *options, str(tmp_path / "killed"), restarts=1)
+        (whole_status, _, whole_err), (killed_status, _, killed_err) = end(whole), end(killed)
+        assert whole_status == 0, whole_err
+        assert killed_status == 0 and "a process of this run has ended" in killed_err, killed_err
+        expected, found = state(tmp_path / "whole"), state(tmp_path / "killed")
+        assert expected["step"] == 20 and len(expected["processes"]) == 2
+        assert str(expected) == str(found)  # the host's random state and what else is no tensor
+        for part in ("model", "buffer"):
+            assert all(torch.equal(expected[part][name], found[part][name]) for name in expected[part])
+        assert len(read_log(next((tmp_path / "killed").glob("*/metrics.jsonl")))) == 2
+
+        (run,) = (tmp_path / "whole").iterdir()
+        assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
+        assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
+        assert state(tmp_path / "whole")["step"] == 22 and "processes" not in state(tmp_path / "whole")
+
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+    def test_signals_to_one_process_are_for_all(self, tmp_path):
+        """SIGUSR1 saves one checkpoint, SIGTERM too and ends all; an impossible option is said once."""
+        options = [*SMALL, "--max_steps", "100000", "--logdir", str(tmp_path / "runs")]
+        process = torchrun(HERE.parent / "main.py", *options)
+        status, _, err = end(torchrun(HERE.parent / "main.py", *SMALL, "--batch_size", "15", "--logdir", str(tmp_path)))
+        assert status != 0 and err.count("error: --batch_size 15 cannot be divided evenly among 2 processes") == 1
+        assert "Traceback (most recent call last):\n  File" not in err.partition("torch/distributed")[0]
+
+        def started():
+            return any(len(path.read_text().splitlines()) > 1 for path in tmp_path.glob("runs/*/metrics.jsonl"))
+
+        wait_for(started, process)
+        (checkpoint,) = tmp_path.glob("runs/*/ckpt/last.pt")
+        first = load_checkpoint(checkpoint)["state"]["step"]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        one = next(int(p) for p in children if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+        before = checkpoint.stat().st_mtime_ns
+        os.kill(one, 10)  # SIGUSR1
+        wait_for(lambda: checkpoint.stat().st_mtime_ns > before, process)
+        saved = load_checkpoint(checkpoint)["state"]["step"]
+        os.kill(one, 15)
+        status, out, err = end(process)
+        assert status != 0 and err.count("exitcode  : 143") == 2, err
+        last = load_checkpoint(checkpoint)
+        assert first <= saved < last["state"]["step"]
+        assert out.count("Stopped") == 1 and not err.count('Traceback (most recent call last):\n  File "main.py"')
+        assert len(last["state"]["processes"]) == 2
+
+
+# ------------------------------------------------------------------------------------------ without torchrun
+
+
+class TestPlace:
+    def test_a_state_of_other_processes_is_divided_anew(self):
+        buffer = {"images": torch.arange(12)}
+        three = {"step": 5, "processes": [{"rng": rank} for rank in range(3)], "buffer": buffer}
+        assert [own_state(three, Place(rank, 3))["rng"] for rank in range(3)] == [0, 1, 2]
+        parts = [own_state(three, Place(rank, 2)) for rank in range(2)]
+        assert [part["rng"] for part in parts] == [0, 0]
+        assert sorted(torch.cat([part["buffer"]["images"] for part in parts]).tolist()) == list(range(12))
+        assert own_state(three, Place())["buffer"]["images"].tolist() == list(range(12))
+
+    @pytest.mark.parametrize(
+        "changes, words",
+        [
+            ({"batch_size": 15}, "--batch_size 15 cannot be divided evenly among 2 processes"),
+            ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
+            ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
+            ({"class_cond": True, "buffer_size": 110}, "among 2 processes and the 10 classes of --class_cond"),
+        ],
+    )
+    def test_what_cannot_be_divided(self, changes, words):
+        cfg = Config(**({"batch_size": 20, "buffer_size": 100} | changes))
+        n_images = {"batch_size": 1000} | ({"p_x_batch_size": 1000} if cfg.separate_p_x else {})
+        check_sizes(cfg, n_images, 10, 1)
+        with pytest.raises(UserError, match=words):
+            check_sizes(cfg, n_images, 10, 2)
+
+    def test_devices(self, monkeypatch):
+        with pytest.raises(UserError, match="torchrun --nproc_per_node=2 main.py"):
+            utils.pick_device("0,1")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        assert utils.pick_device("3") == torch.device("cuda", 3)
+        for name, value in {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert utils.pick_device("0") == torch.device("cuda", 1)
+        assert utils.pick_device("2,3") == torch.device("cuda", 3)
+        with pytest.raises(UserError, match="2 processes on this machine need a GPU each"):
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+            utils.pick_device("0")
+
+
+class TestImagesOnTheHost:
+    def test_which_stay_there(self, monkeypatch):
+        class Card:
+            total_memory = 10_000
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+        gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+        assert [data.stays_on_host(n, gpu, "auto") for n in (2000, 2001)] == [False, True]
+        assert [data.stays_on_host(5000, gpu, where) for where in ("cpu", "gpu")] == [True, False]
+        assert not data.stays_on_host(5000, cpu, "auto")
+
+    def test_batches_are_the_same_also_after_a_resume(self, digits):
+        """A batch that is on its way when the state is taken is not lost."""
+
+        def batches(elsewhere):
+            made = data.Batches(digits.train, 200, True, 0.1, torch.Generator().manual_seed(1))
+            made.elsewhere = elsewhere
+            return made
+
+        here, there = batches(False), batches(True)
+        for step in range(20):  # 7 batches in a pass
+            if step in (3, 7):
+                kept, rng = there.state_dict(), there.rng.get_state()
+                there = batches(True)
+                there.load_state_dict(kept)
+                there.rng.set_state(rng)
+            for one, other in zip(here.next(), there.next(), strict=True):
+                assert torch.equal(one, other)
+            assert (there.ahead is None) == (there.position + 200 > len(there.order))

@@ -1,0 +1,83 @@
+"""What tests/test_processes.py has torchrun start: ``steps FOLDER`` or ``dies OPTIONS OF main.py``."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+import main
+import processes
+import trainer
+from config import Config
+
+STEPS = 3
+COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
+COMMON |= {"n_valid": 100, "buffer_size": 60, "sgld_step": 2, "warmup_steps": 0, "max_steps": 50, "lr": 1e-2}
+BATCH_NORM = {"norm": "batch", "optimizer": "sgd", "p_x_batch_size": 10, "mean_energy_l2": 0.5, "ema": 0.9}
+CONFIGS = {
+    "plain": {"sigma": 0.03, "energy_l2": 0.1},
+    "separate": BATCH_NORM | {"separate_energy": True, "start": "gaussian", "p_x_no_augment": True},
+    "synced": BATCH_NORM | {"sync_batch_norm": True, "class_cond": True, "buffer_size": 80, "p_x_batch_size": 20},
+    "sam": {"norm": "batch", "optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "start": "class_gaussian"},
+}
+
+
+def run_of(name: str, images: data.ImageData, place: processes.Place = data.ALONE) -> trainer.Trainer:
+    return trainer.Trainer(Config(**(COMMON | CONFIGS[name])), images, torch.device("cpu"), place)
+
+
+def tensors(run: trainer.Trainer) -> dict[str, torch.Tensor]:
+    """Whatever a run's steps change."""
+    parts = {"model": run.model, "average": run.average}
+    named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.state_dict().items()}
+    return named | {"buffer": run.sampler.buffer.images, "age": run.sampler.buffer.age}
+
+
+def gradient(run: trainer.Trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+def train(run: trainer.Trainer) -> dict[str, torch.Tensor]:
+    """Three steps; what the first one saw, its gradient, and what all have made."""
+    seen, backward = {}, run.backward
+
+    def recorded(inputs):
+        parts = backward(inputs)
+        seen.setdefault("inputs", inputs)
+        seen.setdefault("gradient", gradient(run))
+        return parts
+
+    run.backward = recorded
+    for _ in range(STEPS):
+        run.step += 1
+        run.training_step()
+    return seen | tensors(run)
+
+
+def steps(folder: str) -> None:
+    """Each process writes what its runs did to FOLDER/<rank>.pt."""
+    processes.connect()
+    images, place = data.load("digits", n_valid=COMMON["n_valid"]), processes.place()
+    torch.save({name: train(run_of(name, images, place)) for name in CONFIGS}, Path(folder) / f"{place.rank}.pt")
+    processes.disconnect()
+
+
+def dies(options: list[str]) -> int:
+    """main.py, whose process of rank 1 is killed in step 15 unless torchrun has started it anew."""
+    training_step = trainer.Trainer.training_step
+
+    def deadly(self):
+        if self.step == 15 and processes.place().rank == 1 and not processes.restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self)
+
+    trainer.Trainer.training_step = deadly
+    return main.main(options)
+
+
+if __name__ == "__main__":
+    task, *rest = sys.argv[1:]
+    sys.exit(dies(rest) if task == "dies" else steps(*rest))
