@@ -7,15 +7,8 @@ from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluation import quality
-from evaluation.quality import (
-    Features,
-    frechet_distance,
-    fresh_samples,
-    inception,
-    inception_scorer,
-    most_confident,
-    nearest,
-)
+from evaluation.distances import Features, as_rgb, frechet_distance, inception, inception_scorer, nearest
+from evaluation.quality import fresh_samples, most_confident
 from evaluation.report import Section
 from models import build_model
 from sgld import SGLD, reference_chain, uniform_images
@@ -130,7 +123,7 @@ def test_inception_takes_small_uint8_images_and_resizes_as_tensorflow_does(monke
 
 def test_grey_images_become_rgb():
     grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
-    assert torch.equal(quality.as_rgb(grey), grey.repeat(1, 3, 1, 1))
+    assert torch.equal(as_rgb(grey), grey.repeat(1, 3, 1, 1))
 
 
 def test_features_are_the_backbones():
