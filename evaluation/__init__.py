@@ -45,7 +45,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
     feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
     class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
-    inputs = Inputs(cfg, model, replace(images, class_names=class_names), buffer, feature_model, device)
+    trained = Config.from_dict(content["config"], str(path))
+    images = replace(images, class_names=class_names)
+    inputs = Inputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
     ood.check_names(cfg)
 
     directory = report_directory(cfg, path)
@@ -59,7 +61,6 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "network": f"WRN-{cfg.depth}-{cfg.width}",
         "seed": cfg.seed,
     }
-    trained = Config.from_dict(content["config"], str(path))
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":

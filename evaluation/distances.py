@@ -19,44 +19,103 @@ from models.predict import images_per_batch
 from utils import UserError
 
 BATCH = 250  # images of 3x32x32
+CHUNK = 1000  # rows of a matrix of distances, or of features in float64
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = 3  # of precision and recall
 
 
 class Features(nn.Module):
-    """A JEM's features (N, D) of uint8 images, as torchmetrics wants a feature network."""
+    """A JEM's features (N, D) of images, uint8 or float in [-1, 1]."""
 
     def __init__(self, model: JEM):
         super().__init__()
-        self.model, self.num_features = model, model.f.n_features
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.f(to_float(images)).float()
 
 
-def frechet_distance(feature: nn.Module, real: Tensor) -> Callable[[Tensor], float]:
-    """The Fréchet distance of images to ``real`` as a function of those images.
+@dataclass(frozen=True)
+class Distances:
+    """How far features lie from real ones.
 
-    ``feature``: a module from images to (N, D), with D as its ``num_features``.
+    ``kid`` is the mean and the standard deviation over ``KID_SUBSETS`` subsets of ``subset_size`` images.
     """
+
+    frechet: float
+    kid: tuple[float, float]
+    subset_size: int
+    precision: float
+    recall: float
+
+
+def distances_to(real: Tensor) -> Callable[[Tensor], Distances]:
+    """The distances of features (N, D) to ``real``, (M, D), as a function of those features; N and M above 3.
+
+    Fréchet distance (Heusel et al. 2017), kernel distance (KID, Binkowski et al. 2018), and improved precision and
+    recall (Kynkäänniemi et al. 2019). KID draws its subsets with torch's global generator.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    frechet, radii = frechet_distance(real), neighbour_distance(real)
+    kid = KernelInceptionDistance(
+        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False
+    ).to(real.device)
+    kid.update(real, real=True)
+
+    def distances(features: Tensor) -> Distances:
+        kid.reset()
+        kid.subset_size = min(KID_SUBSET_SIZE, len(features) - 1, len(real) - 1)
+        kid.update(features, real=False)
+        mean, std = (value.item() for value in kid.compute())
+        precision = share_within(features, real, radii)
+        recall = share_within(real, features, neighbour_distance(features))
+        return Distances(frechet(features), (mean, std), kid.subset_size, precision, recall)
+
+    return distances
+
+
+def frechet_distance(real: Tensor) -> Callable[[Tensor], float]:
+    """The Fréchet distance of features (N, D) to ``real``, (M, D), as a function of those features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature, reset_real_features=False).to(real.device)
-    feed(lambda batch: metric.update(batch, real=True), real, "features of training images")
+    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False).to(real.device)
+    for part in real.split(CHUNK):  # it works in float64
+        metric.update(part, real=True)
 
-    def distance(images: Tensor) -> float:
+    def distance(features: Tensor) -> float:
         metric.reset()
-        feed(lambda batch: metric.update(batch, real=False), images, "features of samples")
+        for part in features.split(CHUNK):
+            metric.update(part, real=False)
         return metric.compute().item()
 
     return distance
 
 
-@dataclass(frozen=True)
-class InceptionScores:
-    """FID; IS, mean and standard deviation over 10 splits; KID, mean and standard deviation over 100 subsets."""
+def neighbour_distance(points: Tensor) -> Tensor:
+    """Distance (N,) from each of the points (N, D) to its ``NEIGHBOURS``-th nearest other one."""
+    k = NEIGHBOURS + 1  # each point is its own nearest one
+    found = [torch.cdist(part, points).topk(k, largest=False).values[:, -1] for part in points.split(CHUNK)]
+    return torch.cat(found)
 
-    fid: float
-    inception_score: tuple[float, float]
-    kid: tuple[float, float]
+
+def share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """Share of the points (N, D) that lie in the ball of at least one of the centres (M, D), of radii (M,)."""
+    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(CHUNK)]
+    return torch.cat(inside).float().mean().item()
+
+
+def inception_score(logits: Tensor) -> tuple[float, float]:
+    """IS (Salimans et al. 2016) from Inception's logits (N, K): mean and standard deviation over 10 splits.
+
+    torch's global generator draws the splits.
+    """
+    from torchmetrics.image.inception import InceptionScore
+
+    metric = InceptionScore(PrecomputedFeatures(logits.shape[1])).to(logits.device)
+    metric.update(logits)
+    mean, std = metric.compute()
+    return mean.item(), std.item()
 
 
 class PrecomputedFeatures(nn.Identity):
@@ -83,40 +142,17 @@ def inception(device: torch.device) -> nn.Module:
     return network.to(device).eval()
 
 
-def inception_scorer(
-    network: Callable[[Tensor], tuple[Tensor, Tensor]], real: Tensor
-) -> Callable[[Tensor], InceptionScores]:
-    """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and KID (Binkowski et al. 2018) against ``real``.
-
-    ``network``: ``inception``, or another map of uint8 RGB images to features (N, D) and logits (N, K).
-    """
-    from torchmetrics.image.inception import InceptionScore
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    def outputs(images: Tensor, title: str) -> tuple[Tensor, Tensor]:
-        parts = []
-        feed(lambda batch: parts.append(network(as_rgb(batch))), images, title)
-        pool, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-        return pool, logits
-
-    pool, _ = outputs(real, "Inception's features of training images")
-    precomputed = PrecomputedFeatures(pool.shape[1])
-    fid = frechet_distance(precomputed, pool)
-    kid = KernelInceptionDistance(precomputed, reset_real_features=False).to(real.device)
-    kid.update(pool, real=True)
-    inception_score = InceptionScore(precomputed).to(real.device)
-
-    def scores(images: Tensor) -> InceptionScores:
-        pool, logits = outputs(images, "Inception's features of samples")
-        inception_score.reset()
-        inception_score.update(logits)
-        kid.reset()
-        kid.subset_size = min(1000, len(images) - 1, len(real) - 1)
-        kid.update(pool, real=False)
-        mean_and_std = (tuple(v.item() for v in metric.compute()) for metric in (inception_score, kid))
-        return InceptionScores(fid(pool), *mean_and_std)
-
-    return scores
+def inception_outputs(
+    network: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, title: str
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and logits (N, K) of uint8 images, grey or RGB; ``title`` stands at the progress bar."""
+    parts = []
+    batches = images.split(images_per_batch(BATCH, images.shape[1:]))
+    with torch.no_grad():
+        for batch in tqdm(batches, desc=title, unit="batch", leave=False):
+            parts.append(network(as_rgb(batch)))
+    features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+    return features, logits
 
 
 def inception_help(error: Exception) -> str:
@@ -126,14 +162,6 @@ def inception_help(error: Exception) -> str:
         f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
         f"into {torch.hub.get_dir()}/checkpoints"
     )
-
-
-def feed(update: Callable[[Tensor], None], images: Tensor, title: str) -> None:
-    with torch.no_grad():
-        for batch in tqdm(
-            images.split(images_per_batch(BATCH, images.shape[1:])), desc=title, unit="batch", leave=False
-        ):
-            update(batch)
 
 
 def as_rgb(images: Tensor) -> Tensor:
