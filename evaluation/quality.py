@@ -220,8 +220,8 @@ def add_distances(
     ``network``: from uint8 images to features (N, D) and logits (N, K), from which IS is computed, or None. ``frechet``
     is the name of the Fréchet distance.
     """
-    images, what = real
-    real_features, _ = network(images)
+    real_images, what = real
+    real_features, _ = network(real_images)
     distances, few = None, []
     for name, (images, protocol) in sets.items():
         n = min(len(images), len(real_features))
@@ -231,6 +231,9 @@ def add_distances(
         distances = distances or distances_to(real_features)
         features, logits = network(images)
         torch.manual_seed(seed)  # so that a row is the same whichever others there are
+        score = {}
+        if logits is not None:
+            score["IS"], score["IS, standard deviation"] = inception_score(logits)
         found = distances(features)
         columns = {
             frechet: found.frechet,
@@ -238,9 +241,7 @@ def add_distances(
             "KID, standard deviation": found.kid[1],
             "precision": found.precision,
             "recall": found.recall,
-        }
-        if logits is not None:
-            columns["IS"], columns["IS, standard deviation"] = inception_score(logits)
+        } | score
         against = (
             f"{protocol}; {space}, against {what}; KID of {KID_SUBSETS} subsets of {found.subset_size} images, "
             f"precision and recall with {NEIGHBOURS} nearest neighbours"
