@@ -16,6 +16,7 @@ from config import Config
 from data import ImageData
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
 from evaluation.inputs import Inputs, evaluation_packages
+from evaluation.output import to_tensorboard, write_files
 from evaluation.report import Report, Section
 from models import JEM
 from models.foreign import open_checkpoint
@@ -82,7 +83,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
         if name in NEED_LABELS and not trained.classifies:
             section.skip(name, "the model was trained without labels")
-            report.write()
+            write_files(report)
             continue
         try:
             with evaluation_packages():
@@ -92,9 +93,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         except Exception as error:  # one metric's failure is not to cost the others, hours later
             traceback.print_exc()
             section.skip(name, f"{type(error).__name__}: {error}")
-        report.write()
+        write_files(report)
     if not cfg.no_log:
-        report.to_tensorboard(state["step"] or 0)
+        to_tensorboard(report, state["step"] or 0)
     print(f"Look at {utils.printable(directory / 'report.md')}, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")

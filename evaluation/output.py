@@ -1,0 +1,32 @@
+"""The files of a report: results.json, report.md, and the same for TensorBoard."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from evaluation.content import document
+from evaluation.markdown import markdown
+from evaluation.report import Report
+from storage.log import tensorboard_writer
+from storage.writer import disk_errors, replace_file
+
+
+def write_files(report: Report) -> None:
+    """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
+    with disk_errors(report.directory):
+        results = json.dumps(report.as_dict(), indent=2) + "\n"
+        replace_file(report.directory / "results.json", results.encode())
+        replace_file(report.directory / "report.md", markdown(document(report)).encode())
+
+
+def to_tensorboard(report: Report, step: int) -> None:
+    with disk_errors(report.directory), tensorboard_writer(report.directory) as board:
+        board.add_text("report", markdown(document(report)), step)
+        for name, section in report.sections.items():
+            for key, number in section.scalars().items():
+                board.add_scalar(f"{name}/{key}", number.value, step)
+            for picture in section.pictures:
+                with Image.open(report.directory / f"{picture}.png") as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
