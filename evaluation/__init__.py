@@ -96,7 +96,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         write_files(report)
     if not cfg.no_log:
         to_tensorboard(report, state["step"] or 0)
-    print(f"Look at {utils.printable(directory / 'report.md')}, results.json and the pictures beside it.")
+    print(f"Look at {utils.printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0

@@ -62,8 +62,15 @@ class Document(NamedTuple):
 
 def document(report: Report) -> Document:
     """The report so far; all of its texts are printable."""
-    facts = Table("", ("", ""), [(name, str(value)) for name, value in report.header["about"].items()])
-    return readable(Document("Evaluation", [facts], [chapter(section) for section in report.sections.values()]))
+    table = Table("", ("", ""), list(facts(report).items()))
+    return readable(Document("Evaluation", [table], [chapter(section) for section in report.sections.values()]))
+
+
+def facts(report: Report) -> dict[str, str]:
+    """What was measured, and with which program."""
+    names = {"device": "device", "git_commit": "version of the program (git commit)", "command": "command"}
+    environment = report.header["environment"]
+    return report.header["about"] | {text: str(environment[name]) for name, text in names.items()}
 
 
 def chapter(section: Section) -> Chapter:

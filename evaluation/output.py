@@ -1,4 +1,4 @@
-"""The files of a report: results.json, report.md, and the same for TensorBoard."""
+"""The files of a report: results.json, report.md, report.html, and the same for TensorBoard."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation.content import document
+from evaluation.html import html
 from evaluation.markdown import markdown
 from evaluation.report import Report
 from storage.log import tensorboard_writer
@@ -15,9 +16,14 @@ from storage.writer import disk_errors, replace_file
 def write_files(report: Report) -> None:
     """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
     with disk_errors(report.directory):
-        results = json.dumps(report.as_dict(), indent=2) + "\n"
-        replace_file(report.directory / "results.json", results.encode())
-        replace_file(report.directory / "report.md", markdown(document(report)).encode())
+        content = document(report)
+        texts = {
+            "results.json": json.dumps(report.as_dict(), indent=2) + "\n",
+            "report.md": markdown(content),
+            "report.html": html(content, report.directory),
+        }
+        for name, text in texts.items():
+            replace_file(report.directory / name, text.encode())
 
 
 def to_tensorboard(report: Report, step: int) -> None:
