@@ -18,7 +18,7 @@ METRICS = ("classification", "calibration", "ood", "robustness", "quality", "lik
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
-    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference "
+    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference compare "
     "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
 )
 
@@ -288,6 +288,12 @@ class Config:
         "real images that FID, KID, precision and recall compare samples with: all training images (those held out for "
         "validation too), or the test images as well, as SADA-JEM does",
         ("train", "train+test"),
+    )
+    compare: str = option(
+        "",
+        "test",
+        "run directory whose eval folder, or eval folder whose results.json, the report shows beside this one",
+        path_but=(),
     )
 
     n_samples: int | None = option(

@@ -15,8 +15,9 @@ import utils
 from config import Config
 from data import ImageData
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
+from evaluation.compare import read_report
 from evaluation.inputs import Inputs, evaluation_packages
-from evaluation.output import to_tensorboard, write_files
+from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
 from models import JEM
 from models.foreign import open_checkpoint
@@ -39,6 +40,7 @@ NEED_LABELS = ("classification", "calibration", "robustness")
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
+    other = read_report(cfg.compare) if cfg.compare else None
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
@@ -76,7 +78,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             "options": vars(cfg),
             "environment": utils.environment(device),
         },
+        other,
     )
+    if other:
+        copy_pictures(report, cfg.metrics)
     for name in cfg.metrics:
         print(f"{name} ...", flush=True)
         section = report.section(name)

@@ -1,12 +1,18 @@
 """What a report says, in the order in which it says it: ``markdown.py`` and ``html.py`` only write it down."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+from config import Config
 from evaluation.report import Number, Report, Section
 from utils import printable
 
 Rows = dict[str, dict[str, Number]]  # numbers by row and column
+
+RUNS = ("this run", "other run")  # the second is that of --compare
+DIFFERS = "≠"
+OTHER_FILE = "other_"  # how the names of the other run's pictures begin
 
 
 class Table(NamedTuple):
@@ -44,7 +50,13 @@ class Picture(NamedTuple):
     caption: str
 
 
-Block = Table | Items | Remark | Absent | Picture
+class Pictures(NamedTuple):
+    """Pictures side by side: one, or that of each run."""
+
+    pictures: list[Picture]
+
+
+Block = Table | Items | Remark | Absent | Pictures
 
 
 class Chapter(NamedTuple):
@@ -62,42 +74,118 @@ class Document(NamedTuple):
 
 def document(report: Report) -> Document:
     """The report so far; all of its texts are printable."""
-    table = Table("", ("", ""), list(facts(report).items()))
-    return readable(Document("Evaluation", [table], [chapter(section) for section in report.sections.values()]))
+    runs = [report, *([report.other] if report.other else [])]
+    blocks: list[Block] = [Table("", ("", *RUNS) if report.other else ("", ""), facts(runs))]
+    if report.other:
+        blocks += differences(report, report.other)
+    alike = same_images(runs)
+    chapters = [
+        chapter(name, [run.sections.get(name, Section(name, run.directory)) for run in runs], alike)
+        for name in report.sections
+    ]
+    return readable(Document("Evaluation", blocks, chapters))
 
 
-def facts(report: Report) -> dict[str, str]:
-    """What was measured, and with which program."""
+def facts(runs: list[Report]) -> list[tuple[str, ...]]:
+    """What was measured and with which program: a row for each fact, a column for each run."""
     names = {"device": "device", "git_commit": "version of the program (git commit)", "command": "command"}
-    environment = report.header["environment"]
-    return report.header["about"] | {text: str(environment[name]) for name, text in names.items()}
+    columns = [
+        run.header["about"] | {text: run.header["environment"].get(name, "unknown") for name, text in names.items()}
+        for run in runs
+    ]
+    return [(name, *(str(column.get(name, "")) for column in columns)) for name in union(columns)]
 
 
-def chapter(section: Section) -> Chapter:
-    protocols = dict.fromkeys(number.protocol for number in section.scalars().values())
+def differences(report: Report, other: Report) -> list[Block]:
+    """The options that the two runs were measured with and that differ, and what a marked number means."""
+    mine, others = report.header["options"], other.header["options"]
+    names = [
+        f.name
+        for f in fields(Config)
+        if f.metadata["group"] != "run" and f.name != "compare" and f.name in mine.keys() & others.keys()
+    ]
+    rows = [(f"--{name}", str(mine[name]), str(others[name])) for name in names if mine[name] != others[name]]
+    blocks: list[Block] = [Table("options that differ", ("option", *RUNS), rows)] if rows else []
+    blocks.append(
+        Remark(
+            f"{DIFFERS} marks a number of the other run that was measured in another way: on other images, on another "
+            "number of them, or under another protocol. Where the columns n and protocol differ, they name this run's "
+            "first."
+        )
+    )
+    if missing := [name for name in other.sections if name not in report.sections]:
+        blocks.append(Remark(f"Measured in the other run only: {', '.join(missing)}."))
+    return blocks
+
+
+def same_images(runs: list[Report]) -> bool:
+    """Whether all runs were measured on the same data set, as far as their options say."""
+    options = [run.header["options"] for run in runs]
+    names = ("dataset", "image_size", *(["data_dir"] if options[0].get("dataset") == "folder" else []))
+    return all(option.get(name) == options[0].get(name) for option in options for name in names)
+
+
+def chapter(name: str, runs: list[Section], alike: bool) -> Chapter:
+    """One metric: the section of this run and, where it is compared, that of the other run.
+
+    alike: whether both were measured on the same images.
+    """
+    protocols = union([number.protocol for number in run.scalars().values()] for run in runs)
     signs = {protocol: f"({i})" for i, protocol in enumerate(protocols, 1)}
     blocks: list[Block] = []
-    if section.numbers:
-        numbers = {name: {"value [95 % interval]": number} for name, number in section.numbers.items()}
-        blocks.append(grid("", "measure", numbers, signs))
-    blocks += [grid(name, "", rows, signs) for name, rows in section.tables.items()]
+    single = [{name: {"value [95 % interval]": number} for name, number in run.numbers.items()} for run in runs]
+    if any(single):
+        blocks.append(grid("", "measure", single, signs, alike))
+    for title in union(run.tables for run in runs):
+        blocks.append(grid(title, "", [run.tables.get(title, {}) for run in runs], signs, alike))
     if signs:
         blocks.append(Items([f"{sign} {protocol}" for protocol, sign in signs.items()]))
-    blocks += [Remark(text) for text in section.notes]
-    blocks += [Absent(what, reason) for what, reason in section.absent.items()]
-    blocks += [Picture(f"{name}.png", name, f"{caption}.") for name, caption in section.pictures.items()]
-    return Chapter(section.name, blocks)
+    for run, whose in zip(runs, ("", "Other run: "), strict=False):
+        blocks += [Remark(whose + text) for text in run.notes]
+        blocks += [Absent(whose + what, reason) for what, reason in run.absent.items()]
+    if not all(run.numbers or run.tables or run.absent for run in runs[1:]):
+        blocks.append(Remark("The other run was not measured in this."))
+    blocks += [Pictures(side_by_side(name, runs)) for name in union(run.pictures for run in runs)]
+    return Chapter(name, blocks)
 
 
-def grid(title: str, corner: str, rows: Rows, signs: dict[str, str]) -> Table:
-    """Numbers as a table; behind them how many images each row rests on, and the signs of its protocols."""
-    columns = union(rows.values())
-    lines = []
-    for row, numbers in rows.items():
-        n = ", ".join(dict.fromkeys(str(x.n) for x in numbers.values()))
-        protocol = " ".join(dict.fromkeys(signs[x.protocol] for x in numbers.values()))
-        lines.append((row, *(str(numbers.get(column, "")) for column in columns), n, protocol))
-    return Table(title, (corner, *columns, "n", "protocol"), lines)
+def grid(title: str, corner: str, runs: list[Rows], signs: dict[str, str], alike: bool) -> Table:
+    """Numbers as a table, those of the runs in neighbouring columns.
+
+    Behind them how many images each row rests on, and the signs of its protocols.
+    """
+    columns = union(line for run in runs for line in run.values())
+    names = [f"{column}, {run}" for column in columns for run in RUNS] if len(runs) > 1 else columns
+    rows = []
+    for row in union(runs):
+        lines = [run.get(row, {}) for run in runs]
+        numbers = [shown(line.get(column), lines[0].get(column), alike) for column in columns for line in lines]
+        n = [", ".join(union([str(x.n)] for x in line.values())) for line in lines]
+        protocol = [" ".join(union([signs[x.protocol]] for x in line.values())) for line in lines]
+        rows.append((row, *numbers, both(n), both(protocol)))
+    return Table(title, (corner, *names, "n", "protocol"), rows)
+
+
+def shown(number: Number | None, mine: Number | None, alike: bool) -> str:
+    """A number; marked if this run's number ``mine``, to be compared with it, was measured in another way."""
+    if number is None:
+        return ""
+    same = alike and mine is not None and (number.n, number.protocol) == (mine.n, mine.protocol)
+    return str(number) if number is mine or mine is None or same else f"{number} {DIFFERS}"
+
+
+def both(texts: list[str]) -> str:
+    """One text where all are the same, else all of them."""
+    return texts[0] if len(set(texts)) == 1 else " / ".join(text or "–" for text in texts)
+
+
+def side_by_side(name: str, runs: list[Section]) -> list[Picture]:
+    prefixes = (("", ""), (OTHER_FILE, "Other run: "))
+    return [
+        Picture(f"{file}{name}.png", name, f"{whose}{run.pictures[name]}.")
+        for run, (file, whose) in zip(runs, prefixes, strict=False)
+        if name in run.pictures
+    ]
 
 
 def union(keys: Iterable[Iterable[str]]) -> list[str]:

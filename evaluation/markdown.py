@@ -1,6 +1,6 @@
 """A report as Markdown, which also reads well as plain text."""
 
-from evaluation.content import Absent, Block, Document, Items, Picture, Remark, Table
+from evaluation.content import Absent, Block, Document, Items, Picture, Pictures, Remark, Table
 
 
 def markdown(document: Document) -> str:
@@ -21,8 +21,14 @@ def text_of(block: Block) -> str:
             return escaped(block.text)
         case Absent():
             return f"*Absent: {escaped(block.what)}* — {escaped(block.reason)}"
-        case Picture():
-            return f"![{escaped(block.name)}]({block.file})\n\n{escaped(block.caption)}"
+        case Pictures([picture]):
+            return f"{image(picture)}\n\n{escaped(picture.caption)}"
+        case Pictures(pictures):
+            return table(Table("", tuple(map(image, pictures)), [tuple(picture.caption for picture in pictures)]))
+
+
+def image(picture: Picture) -> str:
+    return f"![{escaped(picture.name)}]({picture.file})"
 
 
 def table(block: Table) -> str:

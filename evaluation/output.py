@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from evaluation.content import document
+from evaluation.content import OTHER_FILE, document
 from evaluation.html import html
 from evaluation.markdown import markdown
 from evaluation.report import Report
@@ -24,6 +24,16 @@ def write_files(report: Report) -> None:
         }
         for name, text in texts.items():
             replace_file(report.directory / name, text.encode())
+
+
+def copy_pictures(report: Report, names: list[str]) -> None:
+    """Put the other run's pictures of these sections beside this run's, so that the report stays whole by itself."""
+    with disk_errors(report.directory):
+        for name in names:
+            section = report.other.sections.get(name)
+            for picture in section.pictures if section else ():
+                content = (section.directory / f"{picture}.png").read_bytes()
+                replace_file(report.directory / f"{OTHER_FILE}{picture}.png", content)
 
 
 def to_tensorboard(report: Report, step: int) -> None:

@@ -131,10 +131,13 @@ def all_printable(value: Any) -> Any:
 
 
 class Report:
-    """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``."""
+    """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
-    def __init__(self, directory: Path, header: dict[str, Any]):
-        self.directory, self.header = directory, header
+    ``other``: the report of another run, to be shown beside this one.
+    """
+
+    def __init__(self, directory: Path, header: dict[str, Any], other: "Report | None" = None):
+        self.directory, self.header, self.other = directory, header, other
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
