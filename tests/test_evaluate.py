@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -519,7 +520,7 @@ def test_histograms_show_every_name_as_it_is():
 
 def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypatch, capsys):
     """Every place where the name of a class or a folder turns up, from training to the report."""
-    names = ["$x$ and $\\frac$", "_hidden", os.fsdecode(b"caf\xe9"), "two\nlines"]
+    names = ["$x$ <b>and $\\frac$", "_hidden", os.fsdecode(b"caf\xe9"), "two\nlines"]
     data_dir = tmp_path / os.fsdecode(b"images\xff")
     for name in names:
         write_images(data_dir / name, 24)
@@ -540,15 +541,16 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)
     assert "\\udc" not in text.replace("\\\\udc", "")  # no lone surrogate, which strict readers refuse
-    printed = ["$x$ and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
+    printed = ["$x$ <b>and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
     assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
     assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
     assert (
         list(results["robustness"]["absent"]) in ([], ["AutoAttack"]) and "distal" in results["robustness"]["pictures"]
     )
     assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
-    report = (trained / "eval" / "report.md").read_bytes().decode()
-    assert all(f"| {name} |" in report for name in printed)
+    report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))
+    assert all(f"| {name} |" in unescape(report) and f">{name}<" in unescape(page) for name in printed)
+    assert "<b>" not in report + page
 
     sample = ["--mode", "sample", "--class_cond", "--n_sample_steps", "1", "--n_samples", "8", "--gpu", "cpu"]
     assert main([*sample, "--load_ckpt", str(trained), "--logdir", str(tmp_path / "samples")]) == 0
