@@ -292,7 +292,8 @@ class Config:
     compare: str = option(
         "",
         "test",
-        "run directory whose eval folder, or eval folder whose results.json, the report shows beside this one",
+        "run that was measured before, to show beside this one in the report: its directory, of which eval is taken, "
+        "or one of its eval folders (default: none)",
         path_but=(),
     )
 
