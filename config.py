@@ -18,7 +18,7 @@ METRICS = ("classification", "calibration", "ood", "robustness", "quality", "lik
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
-    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt "
+    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference compare "
     "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
 )
 
@@ -292,6 +292,20 @@ class Config:
         "",
         "test",
         "run directory or checkpoint of a classifier, in whose features samples are compared with training images",
+        path_but=(),
+    )
+    fid_reference: str = option(
+        "train",
+        "test",
+        "real images that FID, KID, precision and recall compare samples with: all training images (those held out for "
+        "validation too), or the test images as well, as SADA-JEM does",
+        ("train", "train+test"),
+    )
+    compare: str = option(
+        "",
+        "test",
+        "run that was measured before, to show beside this one in the report: its directory, of which eval is taken, "
+        "or one of its eval folders (default: none)",
         path_but=(),
     )
 

@@ -31,6 +31,8 @@ from storage.run_dir import RunDir, read_config
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
+ONLY_FOR = dict.fromkeys(("from_buffer", "inpaint", "denoise", "save_images"), "sample") | {"compare": "test"}
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -99,13 +101,13 @@ def run(arguments: list[str]) -> int:
     )
     add_options(parser, Config)
     given = vars(parser.parse_args(arguments))
-    for name in ("load_ckpt", "resume", "export"):
+    for name in ("load_ckpt", "resume", "export", "compare"):
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: give a path")
     given |= absolute_paths(Config, given)
-    for name in ("from_buffer", "inpaint", "denoise", "save_images"):
-        if name in given and given.get("mode") != "sample":
-            raise UserError(f"--{name} is for --mode sample")
+    for name, mode in ONLY_FOR.items():
+        if name in given and given.get("mode") != mode:
+            raise UserError(f"--{name} is for --mode {mode}")
     if given.get("mode") == "export" and processes.place().size > 1:
         raise UserError("--mode export takes one process: start it without torchrun")
     uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}

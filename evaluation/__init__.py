@@ -15,7 +15,9 @@ import utils
 from config import Config
 from data import ImageData
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
+from evaluation.compare import read_report
 from evaluation.inputs import Inputs, evaluation_packages
+from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
 from models import JEM
 from models.foreign import open_checkpoint
@@ -38,6 +40,7 @@ NEED_LABELS = ("classification", "calibration", "robustness")
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
+    other = read_report(cfg.compare) if cfg.compare else None
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
@@ -45,7 +48,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
     feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
     class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
-    inputs = Inputs(cfg, model, replace(images, class_names=class_names), buffer, feature_model, device)
+    trained = Config.from_dict(content["config"], str(path))
+    images = replace(images, class_names=class_names)
+    inputs = Inputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
     ood.check_names(cfg)
 
     directory = report_directory(cfg, path)
@@ -59,7 +64,6 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "network": f"WRN-{cfg.depth}-{cfg.width}",
         "seed": cfg.seed,
     }
-    trained = Config.from_dict(content["config"], str(path))
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":
@@ -74,14 +78,17 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             "options": vars(cfg),
             "environment": utils.environment(device),
         },
+        other,
     )
+    if other:
+        copy_pictures(report, cfg.metrics)
     for name in cfg.metrics:
         print(f"{name} ...", flush=True)
         section = report.section(name)
         torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
         if name in NEED_LABELS and not trained.classifies:
             section.skip(name, "the model was trained without labels")
-            report.write()
+            write_files(report)
             continue
         try:
             with evaluation_packages():
@@ -91,10 +98,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         except Exception as error:  # one metric's failure is not to cost the others, hours later
             traceback.print_exc()
             section.skip(name, f"{type(error).__name__}: {error}")
-        report.write()
+        write_files(report)
     if not cfg.no_log:
-        report.to_tensorboard(state["step"] or 0)
-    print(f"Look at {utils.printable(directory / 'report.md')}, results.json and the pictures beside it.")
+        to_tensorboard(report, state["step"] or 0)
+    print(f"Look at {utils.printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0

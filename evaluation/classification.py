@@ -30,7 +30,7 @@ def measure(inputs: Inputs, section: Section) -> None:
         "log p(x), training minus test (nats)",
         on_train.mean() - on_test.mean(),
         len(on_test) + len(on_train),
-        "difference of the two means above; well above 0 shows memorisation",
+        f"difference of the two means above, {inputs.noise_protocol}; well above 0 shows memorisation",
         bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
     )
     for k, name in enumerate(names):

@@ -38,6 +38,7 @@ class Inputs:
     buffer: Tensor | None  # float32 (M, C, H, W)
     feature_model: JEM | None  # the classifier of --feature_ckpt
     device: torch.device
+    classifies: bool = True  # whether labels had a part in the training
 
     def rng(self) -> Generator:
         """A generator that starts the same for each metric, whichever others run."""

@@ -1,20 +1,28 @@
-"""How good samples are: Inception scores, distances in a classifier's features, nearest training images.
+"""How good samples are: distances to real images in a network's features, and nearest training images.
 
 Images are uint8 (N, C, H, W).
 """
 
-import contextlib
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
-from pickle import UnpicklingError
 
 import torch
 from matplotlib.figure import Figure
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from tqdm import tqdm
 
-from data import to_float
+from config import Config
+from data import Split, to_float
+from evaluation.distances import (
+    BATCH,
+    KID_SUBSETS,
+    NEIGHBOURS,
+    Features,
+    distances_to,
+    inception,
+    inception_outputs,
+    inception_score,
+    nearest,
+)
 from evaluation.inputs import Inputs, evaluation_packages
 from evaluation.report import Section
 from models import JEM, sampling_copy
@@ -24,8 +32,7 @@ from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, pick_dtype
 
-BATCH = 250  # images of 3x32x32
-INCEPTION_FEATURES = 2048
+FEWEST = 20  # images that a row of distances needs
 
 
 def fresh_samples(
@@ -64,251 +71,213 @@ def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
     return torch.cat(kept)
 
 
-class Features(nn.Module):
-    """A JEM's features (N, D) of uint8 images, as torchmetrics wants a feature network."""
-
-    def __init__(self, model: JEM):
-        super().__init__()
-        self.model, self.num_features = model, model.f.n_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.f(to_float(images)).float()
-
-
-def frechet_distance(feature: nn.Module, real: Tensor) -> Callable[[Tensor], float]:
-    """The Fréchet distance of images to ``real`` as a function of those images.
-
-    ``feature``: a module from images to (N, D), with D as its ``num_features``.
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature, reset_real_features=False).to(real.device)
-    feed(lambda batch: metric.update(batch, real=True), real, "features of training images")
-
-    def distance(images: Tensor) -> float:
-        metric.reset()
-        feed(lambda batch: metric.update(batch, real=False), images, "features of samples")
-        return metric.compute().item()
-
-    return distance
-
-
-@dataclass(frozen=True)
-class InceptionScores:
-    """FID; IS, mean and standard deviation over 10 splits; KID, mean and standard deviation over 100 subsets."""
-
-    fid: float
-    inception_score: tuple[float, float]
-    kid: tuple[float, float]
-
-
-class PrecomputedFeatures(nn.Identity):
-    """The feature network of features (N, ``num_features``) that are there already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-
-def inception(device: torch.device) -> nn.Module:
-    """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
-
-    It maps uint8 (N, 3, H, W) to the pool layer (N, 2048) and the logits without their bias (N, 1008). torchmetrics'
-    own variant of it resizes otherwise, which moves every score. Raises UserError where the weights cannot be had.
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
-        raise UserError(inception_help(error)) from None
-    return network.to(device).eval()
-
-
-def inception_scorer(
-    network: Callable[[Tensor], tuple[Tensor, Tensor]], real: Tensor
-) -> Callable[[Tensor], InceptionScores]:
-    """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and KID (Binkowski et al. 2018) against ``real``.
-
-    ``network``: ``inception``, or another map of uint8 RGB images to features (N, D) and logits (N, K).
-    """
-    from torchmetrics.image.inception import InceptionScore
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    def outputs(images: Tensor, title: str) -> tuple[Tensor, Tensor]:
-        parts = []
-        feed(lambda batch: parts.append(network(as_rgb(batch))), images, title)
-        pool, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-        return pool, logits
-
-    pool, _ = outputs(real, "Inception's features of training images")
-    precomputed = PrecomputedFeatures(pool.shape[1])
-    fid = frechet_distance(precomputed, pool)
-    kid = KernelInceptionDistance(precomputed, reset_real_features=False).to(real.device)
-    kid.update(pool, real=True)
-    inception_score = InceptionScore(precomputed).to(real.device)
-
-    def scores(images: Tensor) -> InceptionScores:
-        pool, logits = outputs(images, "Inception's features of samples")
-        inception_score.reset()
-        inception_score.update(logits)
-        kid.reset()
-        kid.subset_size = min(1000, len(images) - 1, len(real) - 1)
-        kid.update(pool, real=False)
-        mean_and_std = (tuple(v.item() for v in metric.compute()) for metric in (inception_score, kid))
-        return InceptionScores(fid(pool), *mean_and_std)
-
-    return scores
-
-
-def inception_help(error: Exception) -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return (
-        f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
-        f"into {torch.hub.get_dir()}/checkpoints"
-    )
-
-
-def feed(update: Callable[[Tensor], None], images: Tensor, title: str) -> None:
-    with torch.no_grad():
-        for batch in tqdm(
-            images.split(images_per_batch(BATCH, images.shape[1:])), desc=title, unit="batch", leave=False
-        ):
-            update(batch)
-
-
-def as_rgb(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (N,) to each point's nearest reference, and that one's index; (N, ...), (M, ...)."""
-    found = []
-    references = references.flatten(1)
-    for batch in points.flatten(1).split(100):  # a distance matrix of 100 x 50,000
-        found.append(torch.cdist(batch.float(), references.float(), compute_mode="donot_use_mm_for_euclid_dist").min(1))
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-
 # ---------------------------------------------------------------------------------------------- the metric
 
 
 def measure(inputs: Inputs, section: Section) -> None:
-    """Scores and pictures of the model's samples, from noise and from the replay buffer."""
-    cfg, model = inputs.cfg, inputs.model
-    dtype = pick_dtype(cfg.precision, inputs.device)
-    sampler = sampling_copy(model, dtype)
-    steps = FRESH_STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
-    n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
-    sgld = SGLD(sampler.log_density, **chain_options(cfg))
-    start, n_classes = build_start(cfg.start, inputs.data, cfg.start_dir), len(inputs.data.class_names)
-    starts, fresh = fresh_samples(
-        sgld, n, start, n_classes, steps, cfg.sgld_lr, cfg.sgld_std, inputs.rng(), cfg.class_cond
-    )
-    clamps = [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
-    clamps += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
-    clamps += ["gradients of length 1"] if cfg.sgld_normalize else []
-    sets = {
-        "fresh": (
-            fresh,
-            f"chains of {steps} SGLD steps on {'log p(x|y)' if cfg.class_cond else 'log p(x)'} from "
-            f"{NAMES[cfg.start]}, step size {cfg.sgld_lr:g}, noise {cfg.sgld_std:g}, {', '.join([*clamps, ''])}"
-            f"network in {str(dtype).removeprefix('torch.')}, unfiltered",
-        ),
-        "chain starts": (starts, f"what these chains start from: {NAMES[cfg.start]}"),
-    }
-    if inputs.buffer is None:
-        section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
-    else:
-        held = to_uint8(inputs.buffer[inputs.buffer.isfinite().all(dim=(1, 2, 3))])[:n]
-        sets["buffer"] = (held, "replay buffer, unfiltered")
-        kept = most_confident(predict(model, held)).sort().values
-        sets["buffer, filtered"] = (
-            held[kept],
-            "replay buffer, the 90 % most confident of each predicted class (the "
-            "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)",
-        )
-    train = inputs.subset(inputs.data.train)
-
+    """Scores and pictures of the model's samples, fresh ones and those of the replay buffer, beside real images."""
+    cfg, model, feature_model = inputs.cfg, inputs.model, inputs.feature_model
+    sets = compared(inputs, section)
+    real = reference(inputs)
+    test = inputs.subset(inputs.data.test, samples_wanted(cfg)).images
+    floor = "test images" + (", which are part of the reference" if cfg.fid_reference == "train+test" else "")
+    scored = {"test images": (test, floor)} | sets
     try:
         with evaluation_packages():
-            add_inception_scores(section, sets, train.images)
+            add_inception_scores(section, scored, real, cfg.seed)
     except UserError as error:
         section.skip("FID, IS, KID", str(error))
-    feature_model, test = inputs.feature_model, inputs.subset(inputs.data.test).images
     try:
         if not feature_model:
             raise UserError("no --feature_ckpt names one")
         with evaluation_packages():
-            add_feature_distances(section, sets, train.images, test, model, feature_model, cfg.feature_ckpt)
+            add_feature_distances(section, scored, real, feature_model, cfg)
     except UserError as error:
         section.skip("Fréchet distance in a classifier's features", str(error))
+    if feature_model and inputs.classifies:
+        add_agreement(section, scored, model, feature_model, cfg.feature_ckpt)
 
     sets.pop("buffer, filtered", None)
     for name, (images, protocol) in sets.items():
-        section.picture(f"samples_{name.replace(' ', '_')}", f"Samples: {protocol}", image_grid(images[:100], 10))
+        section.picture(f"samples_{as_file(name)}", f"Samples: {protocol}", image_grid(images[:100], 10))
     sets["test images"] = (inputs.subset(inputs.data.test, 1000).images, "test images")
+    train = inputs.subset(inputs.data.train)
     add_nearest(section, sets, train.images, Features(feature_model or model))
 
 
-def add_inception_scores(section: Section, sets: dict[str, tuple[Tensor, str]], real: Tensor) -> None:
-    scorer = inception_scorer(inception(real.device), real)
-    for name, (images, protocol) in sets.items():
-        if len(images) < 20:
-            section.skip(f"FID, IS, KID of {name}", f"they need at least 20 images, not {len(images)}")
-            continue
-        warn_of_few(section, f"FID of {name}", images, real, INCEPTION_FEATURES)
-        scores, n = scorer(images), len(images)
-        against = f"{protocol}; Inception-v3 of torch-fidelity, against {len(real)} training images"
-        table = "Inception scores"
-        section.add(table, scores.fid, n, against, at=(name, "FID"))
-        for key, (mean, std) in {"IS": scores.inception_score, "KID": scores.kid}.items():
-            section.add(table, mean, n, against, at=(name, key))
-            section.add(table, std, n, against, at=(name, f"{key}, standard deviation"))
+def samples_wanted(cfg: Config) -> int:
+    return cfg.n_samples or min(10_000, cfg.max_images or 10_000)
 
 
-def warn_of_few(section: Section, what: str, images: Tensor, real: Tensor, n_features: int) -> None:
-    """Note that a Fréchet distance means little if it rests on fewer images than features."""
-    n = min(len(images), len(real))
-    if n < n_features:
-        section.note(
-            f"**{what} means little:** it rests on {n} images but {n_features} features, whose covariance that many "
-            "images do not determine. Distances are comparable only between equal numbers of images."
+def reference(inputs: Inputs) -> tuple[Tensor, str]:
+    """The real images of ``--fid_reference``, uint8 (N, C, H, W), and what they are."""
+    data, with_test = inputs.data, inputs.cfg.fid_reference == "train+test"
+    parts = [data.train, data.valid, *([data.test] if with_test else [])]
+    together = Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    images = inputs.subset(together).images
+    return images, f"{len(images)} {'training, validation and test' if with_test else 'training and validation'} images"
+
+
+def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
+    """The sets of samples, uint8 (N, C, H, W), by name, each with its protocol; those that cannot be are skipped."""
+    cfg, n, no_labels = inputs.cfg, samples_wanted(inputs.cfg), "the model was trained without labels"
+    sets = chains(inputs, n)
+    if not inputs.classifies:
+        section.skip("fresh, class-conditional", no_labels)
+    if inputs.buffer is None:
+        section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
+        return sets
+    finite = inputs.buffer.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
+    order = torch.randperm(len(finite), generator=Generator().manual_seed(cfg.seed))  # it may be laid out by class
+    held = to_uint8(inputs.buffer[finite[order[:n].to(finite.device)]])
+    sets["buffer"] = (held, "replay buffer, unfiltered")
+    if not inputs.classifies:
+        section.skip("buffer, filtered", no_labels)
+        return sets
+    kept = most_confident(predict(inputs.model, held)).sort().values
+    sets["buffer, filtered"] = (
+        held[kept],
+        "replay buffer, the 90 % most confident of each predicted class (the "
+        "protocol of SADA-JEM's FID: not comparable with unfiltered numbers)",
+    )
+    return sets
+
+
+def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
+    """n fresh samples of log p(x) and, of a model that classifies, as many of log p(x|y), and what both start from."""
+    cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
+    steps = FRESH_STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
+    n_classes = len(inputs.data.class_names)
+    sgld = SGLD(sampling_copy(inputs.model, dtype).log_density, **chain_options(cfg))
+    start = build_start(cfg.start, inputs.data, cfg.start_dir)
+    targets = {"fresh": "log p(x)"}
+    if inputs.classifies:
+        targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
+    clamps = [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
+    clamps += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
+    clamps += ["gradients of length 1"] if cfg.sgld_normalize else []
+    print(f"  samples: {len(targets)} times {n} chains of {steps} SGLD steps", flush=True)
+    sets = {}
+    for name, target in targets.items():
+        starts, ends = fresh_samples(  # both from the same starts
+            sgld,
+            n,
+            start,
+            n_classes,
+            steps,
+            cfg.sgld_lr,
+            cfg.sgld_std,
+            inputs.rng(),
+            class_cond=name != "fresh",
         )
+        sets["chain starts"] = (starts, f"what these chains start from: {NAMES[cfg.start]}")
+        sets[name] = (
+            ends,
+            f"chains of {steps} SGLD steps on {target} from {NAMES[cfg.start]}, step size {cfg.sgld_lr:g}, "
+            f"noise {cfg.sgld_std:g}, {', '.join([*clamps, ''])}"
+            f"network in {str(dtype).removeprefix('torch.')}, unfiltered",
+        )
+    return sets
+
+
+def add_inception_scores(
+    section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], seed: int
+) -> None:
+    """The table of FID, KID, precision, recall and IS."""
+    network = inception(real[0].device)
+
+    def outputs(images: Tensor) -> tuple[Tensor, Tensor]:
+        return inception_outputs(network, images, "Inception's features")
+
+    add_distances(section, "Inception scores", "FID", sets, real, outputs, "Inception-v3 of torch-fidelity", seed)
 
 
 def add_feature_distances(
-    section: Section,
-    sets: dict[str, tuple[Tensor, str]],
-    real: Tensor,
-    test: Tensor,
-    model: JEM,
-    feature_model: JEM,
-    feature_ckpt: str,
+    section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], feature_model: JEM, cfg: Config
 ) -> None:
-    """Fréchet distances in a classifier's features, with that of test images as the best to hope for, and agreement."""
+    """The same table, but for IS, in a classifier's features."""
+    features = Features(feature_model)
+
+    def outputs(images: Tensor) -> tuple[Tensor, None]:
+        return predict(features, images), None
+
     table = "in a classifier's features"
-    distance, features = (
-        frechet_distance(Features(feature_model), real),
-        f"features of {feature_ckpt}, {len(real)} training images",
-    )
-    warn_of_few(section, "Fréchet distance of test images", test, real, feature_model.f.n_features)
-    section.add(table, distance(test), len(test), f"test images; {features}", at=("test images", "Fréchet distance"))
+    add_distances(section, table, "Fréchet distance", sets, real, outputs, f"features of {cfg.feature_ckpt}", cfg.seed)
+
+
+def add_distances(
+    section: Section,
+    table: str,
+    frechet: str,
+    sets: dict[str, tuple[Tensor, str]],
+    real: tuple[Tensor, str],
+    network: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    space: str,
+    seed: int,
+) -> None:
+    """A row for each set: its distances to the real images in the ``space`` of a network's features.
+
+    ``network``: from uint8 images to features (N, D) and logits (N, K), from which IS is computed, or None. ``frechet``
+    is the name of the Fréchet distance.
+    """
+    real_images, what = real
+    real_features, _ = network(real_images)
+    distances, few = None, []
     for name, (images, protocol) in sets.items():
-        if len(images) < 2:
-            section.skip(f"Fréchet distance of {name}", f"{len(images)} image has no covariance")
-        else:
-            warn_of_few(section, f"Fréchet distance of {name}", images, real, feature_model.f.n_features)
-            section.add(table, distance(images), len(images), f"{protocol}; {features}", at=(name, "Fréchet distance"))
+        n = min(len(images), len(real_features))
+        if n < FEWEST:
+            section.skip(f"{table}, {name}", f"needs at least {FEWEST} samples and real images, not {n}")
+            continue
+        distances = distances or distances_to(real_features)
+        features, logits = network(images)
+        torch.manual_seed(seed)  # so that a row is the same whichever others there are
+        score = {}
+        if logits is not None:
+            score["IS"], score["IS, standard deviation"] = inception_score(logits)
+        found = distances(features)
+        columns = {
+            frechet: found.frechet,
+            "KID": found.kid[0],
+            "KID, standard deviation": found.kid[1],
+            "precision": found.precision,
+            "recall": found.recall,
+        } | score
+        against = (
+            f"{protocol}; {space}, against {what}; KID of {KID_SUBSETS} subsets of {found.subset_size} images, "
+            f"precision and recall with {NEIGHBOURS} nearest neighbours"
+        )
+        for column, value in columns.items():
+            section.add(table, value, len(images), against, at=(name, column))
+        if n < features.shape[1]:
+            few.append(name)
+    if few:
+        warn_of_few(section, frechet, few, real_features.shape[1])
+
+
+def warn_of_few(section: Section, frechet: str, names: list[str], n_features: int) -> None:
+    """Note that a Fréchet distance means little if it rests on fewer images than features."""
+    section.note(
+        f"**{frechet} means little here** ({', '.join(names)}): it rests on fewer images than the {n_features} "
+        "features, whose covariance that many images do not determine. Compare it only between equal numbers of images."
+    )
+
+
+def add_agreement(
+    section: Section, sets: dict[str, tuple[Tensor, str]], model: JEM, feature_model: JEM, feature_ckpt: str
+) -> None:
+    """How often another classifier sees the class in an image that the model itself does."""
+    for name, (images, protocol) in sets.items():
         agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
         section.share(
-            table,
+            "in a classifier's features",
             agree,
-            f"{protocol}; share of the samples that {feature_ckpt} puts into the class that the model itself does",
+            f"{protocol}; share of the images that {feature_ckpt} puts into the class that the model itself does",
             (name, "accuracy"),
         )
+
+
+def as_file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "_")
 
 
 def add_nearest(section: Section, sets: dict[str, tuple[Tensor, str]], train: Tensor, features: Features) -> None:
@@ -330,7 +299,7 @@ def add_nearest(section: Section, sets: dict[str, tuple[Tensor, str]], train: Te
             "nearest in features": (train[alike], by_features),
         }
         section.picture(
-            f"nearest_{name.replace(' ', '_')}",
+            f"nearest_{as_file(name)}",
             f"Images ({name}) and the training image nearest to each, with its L2 distance",
             nearest_figure(rows),
         )

@@ -1,6 +1,5 @@
-"""What ``--mode test`` leaves behind: numbers that carry their protocol, as Markdown, JSON, PNG and TensorBoard."""
+"""What ``--mode test`` has measured: numbers that carry their protocol, remarks and pictures, in sections."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,13 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 
-from storage.log import tensorboard_writer
 from storage.pictures import save_png
-from storage.writer import disk_errors, replace_file
+from storage.writer import disk_errors
 from utils import printable
 
 Interval = tuple[float, float]
@@ -123,39 +120,6 @@ class Section:
         }
         return {"results": numbers | tables, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
 
-    def markdown(self) -> str:
-        protocols = list(dict.fromkeys(number.protocol for number in self.scalars().values()))
-        numbers_of = {protocol: f"({i})" for i, protocol in enumerate(protocols, 1)}
-        parts = [f"## {self.name}"]
-        if self.numbers:
-            lines = [(name, str(x), str(x.n), numbers_of[x.protocol]) for name, x in self.numbers.items()]
-            parts.append(table(("measure", "value [95 % interval]", "n", "protocol"), lines))
-        for name, rows in self.tables.items():
-            columns = list(dict.fromkeys(column for line in rows.values() for column in line))
-            parts.append(f"**{name}**")
-            lines = [
-                (
-                    row,
-                    *(str(line[c]) if c in line else "" for c in columns),
-                    ", ".join(dict.fromkeys(str(x.n) for x in line.values())),
-                    " ".join(dict.fromkeys(numbers_of[x.protocol] for x in line.values())),
-                )
-                for row, line in rows.items()
-            ]
-            parts.append(table(("", *columns, "n", "protocol"), lines))
-        if protocols:
-            parts.append("\n".join(f"- {number} {protocol}" for protocol, number in numbers_of.items()))
-        parts += self.notes
-        parts += [f"*Absent: {what}* — {reason}" for what, reason in self.absent.items()]
-        parts += [f"![{name}]({name}.png)\n\n{caption}." for name, caption in self.pictures.items()]
-        return "\n\n".join(parts)
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
 
 def all_printable(value: Any) -> Any:
     """The same dicts and lists with every text in them printable: a path or an error may hold what is no UTF-8."""
@@ -167,36 +131,19 @@ def all_printable(value: Any) -> Any:
 
 
 class Report:
-    """The sections so far; ``write`` brings the files up to date, so that an interrupted evaluation leaves its part."""
+    """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
-    def __init__(self, directory: Path, header: dict[str, Any]):
-        self.directory, self.header = directory, header
+    ``other``: the report of another run, to be shown beside this one.
+    """
+
+    def __init__(self, directory: Path, header: dict[str, Any], other: "Report | None" = None):
+        self.directory, self.header, self.other = directory, header, other
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
         self.sections[name] = Section(name, self.directory)
         return self.sections[name]
 
-    def write(self) -> None:
-        results = self.header | {name: section.as_dict() for name, section in self.sections.items()}
-        with disk_errors(self.directory):
-            text = json.dumps(all_printable(results), indent=2) + "\n"
-            replace_file(self.directory / "results.json", text.encode())
-            replace_file(self.directory / "report.md", self.markdown().encode())
-
-    def markdown(self) -> str:
-        facts = [(name, str(value)) for name, value in self.header["about"].items()]
-        parts = ["# Evaluation", table(("", ""), facts), *(section.markdown() for section in self.sections.values())]
-        lines = "\n\n".join(parts).split("\n")
-        return "".join(f"{printable(line, 'utf-8')}\n" for line in lines)
-
-    def to_tensorboard(self, step: int) -> None:
-        with disk_errors(self.directory), tensorboard_writer(self.directory) as board:
-            board.add_text("report", self.markdown(), step)
-            for name, section in self.sections.items():
-                for key, number in section.scalars().items():
-                    board.add_scalar(f"{name}/{key}", number.value, step)
-                for picture in section.pictures:
-                    with Image.open(self.directory / f"{picture}.png") as image:
-                        pixels = np.asarray(image.convert("RGB"))
-                    board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
+    def as_dict(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return all_printable(self.header | {name: section.as_dict() for name, section in self.sections.items()})

@@ -1,22 +1,30 @@
 """Distances and scores of samples against closed forms, and the choice of images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_prc import prc_features_to_metric
 
-from evaluation import quality
-from evaluation.quality import (
+from config import Config
+from data import load
+from evaluation import distances, quality
+from evaluation.distances import (
     Features,
+    as_rgb,
+    distances_to,
     frechet_distance,
-    fresh_samples,
     inception,
-    inception_scorer,
-    most_confident,
+    inception_score,
     nearest,
 )
+from evaluation.inputs import Inputs
+from evaluation.quality import fresh_samples, most_confident
 from evaluation.report import Section
+from main import main
 from models import build_model
 from sgld import SGLD, reference_chain, uniform_images
 from starts import UniformStart
@@ -30,8 +38,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 class Tiny(torch.nn.Module):
     """uint8 RGB images to (N, 4): a fixed random projection."""
-
-    num_features = 4
 
     def __init__(self):
         super().__init__()
@@ -56,48 +62,67 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_frechet_distance_is_the_closed_form(images):
     real, fake = images
-    distance = frechet_distance(Tiny(), real)
+    distance = frechet_distance(Tiny()(real))
     for other in (fake, real[:150], fake):  # the second use starts afresh
         expected = closed_form(Tiny()(real).double().numpy(), Tiny()(other).double().numpy())
-        assert distance(other) == pytest.approx(expected, rel=1e-3)
+        assert distance(Tiny()(other)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_inception_scores_of_a_tiny_network(images):
+def test_distances_and_inception_score_of_a_tiny_network(images):
     real, fake = images
     torch.manual_seed(0)
-    scorer = inception_scorer(lambda batch: (Tiny()(batch), Tiny()(batch)), real)
-    scorer(real[:150])  # what was scored before leaves no trace
+    distances = distances_to(Tiny()(real))
+    distances(Tiny()(real[:150]))  # what was measured before leaves no trace
     torch.manual_seed(0)
-    scores = scorer(fake)
+    found = distances(Tiny()(fake))
     x, y = Tiny()(real).double(), Tiny()(fake).double()
-    assert scores.fid == pytest.approx(closed_form(x.numpy(), y.numpy()), rel=1e-3)
+    assert found.frechet == pytest.approx(closed_form(x.numpy(), y.numpy()), rel=1e-3)
     # on all images at once, where the metric takes the mean over ten parts of them
     log_p = y.log_softmax(1)
     divergence = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
-    assert scores.inception_score[0] == pytest.approx(divergence.mean().exp().item(), rel=0.1)
+    assert inception_score(Tiny()(fake))[0] == pytest.approx(divergence.mean().exp().item(), rel=0.1)
     # the unbiased squared MMD with the kernel (x.y / 4 + 1)^3, on all images instead of subsets
     k_xx, k_yy, k_xy = ((a @ b.T / 4 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     mmd = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_xx, k_yy)) - 2 * k_xy.mean()
-    assert scores.kid[0] == pytest.approx(mmd.item(), rel=0.15)
+    assert found.kid[0] == pytest.approx(mmd.item(), rel=0.15)
+    assert found.subset_size == 199
 
 
-@pytest.mark.parametrize(("n", "n_real", "few"), [(63, 300, True), (64, 64, False), (300, 63, True)])
-def test_a_frechet_distance_of_fewer_images_than_features_is_called_so(n, n_real, few, tmp_path):
-    section = Section("quality", tmp_path)
-    quality.warn_of_few(section, "FID of a set", torch.zeros(n), torch.zeros(n_real), 64)
-    assert bool(section.notes) == few
-    if few:
-        assert "FID of a set means little" in section.markdown() and "63 images but 64 features" in section.markdown()
+def within(point, others):
+    """Whether a point lies no farther from one of the others than the third nearest of the rest lies from that one."""
+    for i, other in enumerate(others):
+        rest = sorted(np.linalg.norm(other - p) for k, p in enumerate(others) if k != i)
+        if np.linalg.norm(point - other) <= rest[2]:
+            return True
+    return False
 
 
-def test_inceptions_scores_of_few_images_carry_a_warning_or_a_reason(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "inception", lambda _: lambda batch: (Tiny()(batch), Tiny()(batch)))
+def test_precision_and_recall_are_the_slow_loop_and_those_of_torch_fidelity(monkeypatch):
+    monkeypatch.setattr(distances, "CHUNK", 7)
+    real, fake = torch.randn(25, 3, generator=seeded(1)), 1.5 * torch.randn(32, 3, generator=seeded(2)) + 0.7
+    found = distances_to(real)(fake)
+    precision = np.mean([within(point, real.numpy()) for point in fake.numpy()])
+    recall = np.mean([within(point, fake.numpy()) for point in real.numpy()])
+    assert (found.precision, found.recall) == pytest.approx((precision, recall)) and precision != recall
+    theirs = prc_features_to_metric(fake, real, verbose=False)
+    assert (found.precision, found.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
+
+
+def test_distances_of_few_images_carry_a_warning_or_a_reason(images, tmp_path):
     real, fake = images
-    section = Section("quality", tmp_path)
-    quality.add_inception_scores(section, {"many": (fake, "drawn"), "one": (fake[:1], "drawn")}, real)
-    assert list(section.tables["Inception scores"]) == ["many"]
-    assert section.absent == {"FID, IS, KID of one": "they need at least 20 images, not 1"}
-    assert len(section.notes) == 1 and "rests on 200 images but 2048 features" in section.notes[0]
+    section, sets = Section("quality", tmp_path), {"some": (fake[:70], "drawn"), "one": (fake[:1], "drawn")}
+
+    def network(images):
+        return images.flatten(1).float() / 255, None
+
+    for n_real in (300, 47):  # 48 features
+        quality.add_distances(section, "t", "FID", sets, (real[:n_real], "real ones"), network, "pixels", 1)
+    assert section.absent == {"t, one": "needs at least 20 samples and real images, not 1"}
+    (note,) = section.notes
+    assert note.startswith("**FID means little here** (some)") and "fewer images than the 48 features" in note
+    assert set(section.tables["t"]) == {"some"}
+    protocol = section.tables["t"]["some"]["KID"].protocol
+    assert protocol.startswith("drawn; pixels, against real ones; KID of 100 subsets of 46 images, precision")
 
 
 def test_without_inception_weights_one_line_says_where_to_get_them(network):
@@ -130,7 +155,7 @@ def test_inception_takes_small_uint8_images_and_resizes_as_tensorflow_does(monke
 
 def test_grey_images_become_rgb():
     grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
-    assert torch.equal(quality.as_rgb(grey), grey.repeat(1, 3, 1, 1))
+    assert torch.equal(as_rgb(grey), grey.repeat(1, 3, 1, 1))
 
 
 def test_features_are_the_backbones():
@@ -139,7 +164,7 @@ def test_features_are_the_backbones():
     network = Features(model)
     torch.testing.assert_close(network(grey), model.f(grey / 127.5 - 1))
     torch.testing.assert_close(model.class_output(network(grey)), model(grey / 127.5 - 1))
-    assert network.num_features == network(grey).shape[1]
+    torch.testing.assert_close(network(grey), network(grey / 127.5 - 1))
 
 
 def test_the_most_confident_of_each_class_are_kept():
@@ -180,3 +205,128 @@ def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
         last.append(reference_chain(log_density, first[-1], 3, 0.1, 0.01, rng, y).x)
     assert torch.equal(starts, to_uint8(torch.cat(first))[:6])
     assert ends.shape == (6, *shape) and torch.equal(ends, to_uint8(torch.cat(last))[:6])
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+
+
+def inputs_with(buffer=None, **options):
+    torch.manual_seed(0)
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
+    return Inputs(cfg, build_model(1, 10, depth=10, width=1).eval(), load("digits"), buffer, None, torch.device("cpu"))
+
+
+def rows(images):
+    return sorted(map(bytes, images.flatten(1).numpy()))
+
+
+def test_the_reference_is_all_training_images_or_test_images_too():
+    inputs, more = inputs_with(), inputs_with(fid_reference="train+test")
+    data = inputs.data
+    images, what = quality.reference(inputs)
+    assert what == "1437 training and validation images"
+    assert rows(images) == rows(torch.cat([data.train.images, data.valid.images]))
+    images, what = quality.reference(more)
+    assert what == "1797 training, validation and test images"
+    assert rows(images) == rows(torch.cat([data.train.images, data.valid.images, data.test.images]))
+    assert len(quality.reference(inputs_with(max_images=40))[0]) == 40
+
+
+def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_path):
+    levels = torch.linspace(-1, 1, 256)  # image i is grey of level i
+    buffer = levels[:, None, None, None].expand(256, 1, 8, 8).clone()
+    buffer[200:, 0, 0, 0] = torch.nan
+    found = []
+    for seed in (1, 1, 2):
+        sets = quality.compared(inputs_with(buffer, seed=seed), Section("quality", tmp_path))
+        found.append(sets["buffer"][0][:, 0, 0, 0].tolist())
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0])) == 30 and max(found[0]) in range(150, 200) and min(found[0]) < 50
+    assert sorted(found[0]) != found[0]
+    assert len(sets["buffer, filtered"][0]) == pytest.approx(27, abs=3)
+
+
+TINY = "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 40 --max_steps 2 --sgld_step 1".split()
+TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu --no_log".split()
+
+
+def trained(logdir, *options):
+    assert main([*TINY, "--gpu", "cpu", "--no_log", "--logdir", str(logdir), *options]) == 0
+    return next(logdir.iterdir())
+
+
+def measured(run, *options):
+    before = set(run.glob("eval*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "nearest_figure", lambda rows: np.zeros((1, 1, 3), np.uint8))  # it takes its time
+        assert main([*TEST, "--load_ckpt", str(run), "--feature_ckpt", str(run), *options]) == 0
+    (report,) = set(run.glob("eval*")) - before
+    return json.loads((report / "results.json").read_text())["quality"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Results by reference, and the classes of all chains; Inception is a random projection of the images."""
+    run, classes = trained(tmp_path_factory.mktemp("runs")), []
+    chain = SGLD.__call__
+
+    def spy(self, x, steps, step_size, noise_std, generator, y=None):
+        classes.append(y)
+        return chain(self, x, steps, step_size, noise_std, generator, y)
+
+    weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SGLD, "__call__", spy)
+        patch.setattr(quality, "inception", lambda _: lambda x: (x.flatten(1).float() @ weight,) * 2)
+        return {name: measured(run, "--fid_reference", name) for name in ("train", "train+test")}, classes
+
+
+ROWS = ["test images", "chain starts", "fresh", "fresh, class-conditional", "buffer", "buffer, filtered"]
+DISTANCES = ["KID", "KID, standard deviation", "precision", "recall"]
+
+
+def test_one_row_a_protocol_and_one_column_a_measure(reports):
+    results = reports[0]["train"]["results"]
+    inception_table, table = results["Inception scores"], results["in a classifier's features"]
+    assert list(inception_table) == list(table) == ROWS
+    for name in ROWS:
+        assert list(inception_table[name]) == ["FID", *DISTANCES, "IS", "IS, standard deviation"]
+        assert list(table[name]) == ["Fréchet distance", *DISTANCES, "accuracy"]
+    assert [table[name]["recall"]["n"] for name in ROWS[:5]] == [30] * 5 and table[ROWS[5]]["recall"]["n"] < 30
+    assert len({table[name]["Fréchet distance"]["value"] for name in ROWS}) == len(ROWS)
+    assert "log p(x)" in table["fresh"]["KID"]["protocol"] and "log p(x|y)" in table[ROWS[3]]["KID"]["protocol"]
+    assert "against 1437 training and validation images; KID of 100 subsets of 29" in table["fresh"]["KID"]["protocol"]
+
+
+def test_the_test_images_change_only_what_is_measured_against_them(reports):
+    before, after = (reports[0][name]["results"] for name in ("train", "train+test"))
+    changed = {"FID", "Fréchet distance", "KID", "KID, standard deviation"}
+    for table in before:
+        for row in before[table]:
+            for column, number in before[table][row].items():
+                other = after[table][row][column]
+                if column in changed:
+                    assert other["value"] != number["value"]
+                elif column not in ("precision", "recall"):
+                    assert other["value"] == number["value"]
+                if column in [*changed, "precision", "recall"]:
+                    assert "against 1797 training, validation and test images" in other["protocol"]
+    assert after["in a classifier's features"]["test images"]["precision"]["value"] == 1
+
+
+def test_conditional_chains_are_as_many_of_each_class_and_the_others_of_none(reports):
+    for y in reports[1][::2]:
+        assert y is None
+    for y in reports[1][1::2]:
+        assert y.bincount().tolist() == [3] * 10
+    assert len(reports[1]) == 4
+
+
+def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
+    run = trained(tmp_path, "--p_y_x_weight", "0")
+    result = measured(run)
+    reason = "the model was trained without labels"
+    assert {result["absent"][name] for name in ("fresh, class-conditional", "buffer, filtered")} == {reason}
+    table = result["results"]["in a classifier's features"]
+    assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "accuracy" not in table["fresh"]
+    assert "samples: 1 times 30 chains of 2 SGLD steps" in capsys.readouterr().out
