@@ -89,9 +89,11 @@ def run(arguments: list[str]) -> int:
         if given.get(name) == "":  # a shell variable that is not set
             raise UserError(f"--{name} is empty: give a path")
     given |= absolute_paths(Config, given)
-    for name in ("from_buffer", "inpaint", "denoise", "save_images"):
+    for name in ("from_buffer", "inpaint", "denoise", "counterfactual", "counterfactual_eps", "save_images"):
         if name in given and given.get("mode") != "sample":
             raise UserError(f"--{name} is for --mode sample")
+    if "counterfactual" in given and "class_cond" in given:  # given: a checkpoint may have it
+        raise UserError("--counterfactual names the class itself: leave --class_cond out")
     uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
     if use := uses.get(given.get("mode")):
         cfg, path, content = trained(given)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+import counterfactual
 import data
 import utils
 from config import Config
@@ -56,6 +57,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     Raises UserError for input that does not fit, before anything is written.
     """
+    if cfg.counterfactual is not None:
+        return counterfactual.run(cfg, path, content)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     dtype = utils.pick_dtype(cfg.precision, device)
