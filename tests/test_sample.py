@@ -300,24 +300,24 @@ def counterfactual_tiles(picture: np.ndarray, columns: int) -> np.ndarray:
 
 def test_counterfactuals_climb_to_the_class_inside_their_ball(jem, tmp_path, capsys):
     options = ["--n_samples", "6", "--n_sample_steps", "15", "--counterfactual_eps", "1.5", "--batch_size", "4"]
-    run, content = sample(jem, tmp_path, "--counterfactual", "3", *options, "--save_images")
-    assert (content["labels"] == 3).all() and digits_in(content["originals"])
+    run, content = sample(jem, tmp_path, "--counterfactual", "7", *options, "--save_images")
+    assert (content["labels"] == 7).all() and digits_in(content["originals"])
     np.testing.assert_array_equal(content["original_labels"], true_labels(content["originals"]))
-    assert 3 not in content["original_labels"]
+    assert 7 not in content["original_labels"]
     before, after = moved_images(content)
     distance = (after - before).flatten(1).norm(dim=1) / 2
     assert (distance < 1.5 + 1e-5).all() and (distance > 1).all() and after.abs().max() <= 1
     model = network(state_of(jem)["model"])
     logits = model(torch.cat([before, after]))
-    for log_p in (logits[:, 3], logits.log_softmax(1)[:, 3]):  # log p(x, y) and log p(y|x)
+    for log_p in (logits[:, 7], logits.log_softmax(1)[:, 7]):  # log p(x, y) and log p(y|x)
         assert (log_p[6:] > log_p[:6]).all()
     for name, part in (("probabilities_start", logits[:6]), ("probabilities", logits[6:])):
         np.testing.assert_allclose(content[name], part.softmax(1), atol=1e-5)
-    np.testing.assert_allclose(content["log_p_x_y"], logits[6:, 3], atol=1e-4)
-    expected = by_hand(model, content["originals"][4], 3, 1.5, 15)
+    np.testing.assert_allclose(content["log_p_x_y"], logits[6:, 7], atol=1e-4)
+    expected = by_hand(model, content["originals"][4], 7, 1.5, 15)
     np.testing.assert_allclose((after[4:5] + 1) / 2, expected, atol=1e-4)
-    counts = [(part.argmax(1) == 3).sum().item() for part in (logits[:6], logits[6:])]
-    means = [f"{part.softmax(1)[:, 3].mean():.3f}" for part in (logits[:6], logits[6:])]
+    counts = [(part.argmax(1) == 7).sum().item() for part in (logits[:6], logits[6:])]
+    means = [f"{part.softmax(1)[:, 7].mean():.3f}" for part in (logits[:6], logits[6:])]
     line = f"in {counts[0]} images before and {counts[1]} after, mean p(y|x) {means[0]} -> {means[1]}"
     assert line in capsys.readouterr().out
     shown = counterfactual_tiles(pixels(run / "counterfactual.png"), 3)
