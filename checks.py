@@ -36,8 +36,14 @@ def check_options(cfg) -> None:
         raise UserError("--sync_batch_norm needs --norm batch")
     if cfg.sam_adaptive and not cfg.sam_rho:
         raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
-    if bool(cfg.inpaint) + (cfg.denoise is not None) + cfg.from_buffer > 1:
-        raise UserError("--inpaint, --denoise and --from_buffer are different starts of a chain: give one of them")
+    if bool(cfg.inpaint) + (cfg.denoise is not None) + cfg.from_buffer + (cfg.counterfactual is not None) > 1:
+        raise UserError(
+            "--inpaint, --denoise, --counterfactual and --from_buffer start from different images: give one of them"
+        )
+    if cfg.counterfactual_eps is not None and cfg.counterfactual is None:
+        raise UserError("--counterfactual_eps is for --counterfactual, the class to change images to")
+    if cfg.counterfactual is not None and cfg.n_sample_steps == 0:
+        raise UserError("--n_sample_steps 0 leaves --counterfactual nothing to change: give at least 1")
     if (cfg.mode == "export") != bool(cfg.export):
         raise UserError("--mode export and --export, the file to write, go together: give both or neither")
     if cfg.export and Path(cfg.export).suffix not in (".pt", ".safetensors"):

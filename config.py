@@ -18,8 +18,8 @@ METRICS = ("classification", "calibration", "ood", "robustness", "quality", "lik
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
-    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference compare "
-    "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
+    "eval ood_datasets max_images attacks refine_steps sigma_test feature_ckpt fid_reference compare n_samples "
+    "n_sample_steps from_buffer inpaint denoise counterfactual counterfactual_eps save_images export".split()
 )
 
 
@@ -313,13 +313,14 @@ class Config:
         None,
         "sample",
         "images to draw (default: 100; with --class_cond 10 a class), "
-        "or test images for --inpaint and --denoise (default: 10); --mode test: 10000",
+        "or test images for --inpaint, --denoise and --counterfactual (default: 10); --mode test: 10000",
         minimum=1,
     )
     n_sample_steps: int | None = option(
         None,
         "sample",
-        "SGLD steps of a chain (default: 200; for --denoise the checkpoint's --sgld_step); 0 leaves its start",
+        "SGLD steps of a chain (default: 200; for --denoise the checkpoint's --sgld_step); 0 leaves its start; "
+        "gradient steps of --counterfactual (default: 200)",
         minimum=0,
     )
     from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from uniform noise")
@@ -332,6 +333,18 @@ class Config:
     )
     denoise: float | None = option(
         None, "sample", "clean test images of Gaussian noise of this standard deviation, on the [-1, 1] scale", above=0
+    )
+    counterfactual: str | None = option(
+        None,
+        "sample",
+        "change test images of other classes a little, up log p(x|y) of this class, a name or a number from 0 on; "
+        "all: each image to every class",
+    )
+    counterfactual_eps: float | None = option(
+        None,
+        "sample",
+        "how far --counterfactual may move an image, L2, pixels in [0, 1] (default: 2.5)",
+        above=0,
     )
     save_images: bool = option(False, "sample", "write each sample as a PNG of its own, too")
 

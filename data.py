@@ -108,6 +108,13 @@ def some_of_each_class(split: Split, n: int, n_classes: int) -> Split:
     return split[torch.cat(chosen).sort().values]
 
 
+def evenly_spaced(split: Split, n: int, kind: str) -> Split:
+    """``n`` images, evenly spaced in a split, in its order. Raises UserError, which says ``kind``, if it has fewer."""
+    if n > len(split):
+        raise UserError(f"--n_samples {n} is more than the {len(split)} {kind}")
+    return split[torch.arange(n, device=split.labels.device) * len(split) // n]
+
+
 class Batches:
     """Endless batches of a split: each pass takes all its images once, in a new order.
 

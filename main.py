@@ -31,7 +31,8 @@ from storage.run_dir import RunDir, read_config
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-ONLY_FOR = dict.fromkeys(("from_buffer", "inpaint", "denoise", "save_images"), "sample") | {"compare": "test"}
+OF_SAMPLE = "from_buffer inpaint denoise counterfactual counterfactual_eps save_images".split()
+ONLY_FOR = dict.fromkeys(OF_SAMPLE, "sample") | {"compare": "test"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +111,8 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{name} is for --mode {mode}")
     if given.get("mode") == "export" and processes.place().size > 1:
         raise UserError("--mode export takes one process: start it without torchrun")
+    if "counterfactual" in given and "class_cond" in given:  # given: a checkpoint may have it
+        raise UserError("--counterfactual names the class itself: leave --class_cond out")
     uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
     if use := uses.get(given.get("mode")):
         cfg, path, content = processes.from_first(lambda: trained(given))

@@ -1,7 +1,5 @@
 """--mode sample: images drawn from a trained model, and test images filled in or cleaned by it."""
 
-import io
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -16,23 +14,23 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+import counterfactual
 import data
 import utils
 from config import Config
 from models import JEM, log_density, sampling_copy
-from models.load import load_data, load_model
+from models.load import load_data, load_model, origin
 from models.predict import predict
 from sgld import FRESH_STEPS, SGLD, chain_options, normal_like, uniform_images
 from starts import UniformStart, build_start
-from storage.pictures import image_grid, save_gif, save_png, text_width, to_uint8, write_text
+from storage.pictures import captioned, image_grid, save_each, save_gif, save_png, to_uint8
 from storage.run_dir import RunDir
-from storage.writer import disk_errors, replace_file
+from storage.writer import save_arrays
 from utils import UserError
 
 COLUMNS = 10  # images in a row of a picture
 SHOWN = 100  # images in a picture or film; of a class, COLUMNS
 FRAMES = 60  # at most, in a film
-NAME_WIDTH = 160  # pixels that the name of a class may take beside its row
 
 
 class Start(NamedTuple):
@@ -59,6 +57,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     Raises UserError for input that does not fit, before anything is written.
     """
+    if cfg.counterfactual is not None:
+        return counterfactual.run(cfg, path, content)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     dtype = utils.pick_dtype(cfg.precision, device)
@@ -72,9 +72,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     if steps is None:
         steps = cfg.sgld_step if cfg.denoise else FRESH_STEPS
     settings = {
-        "checkpoint": str(path),
-        "training_steps": content["state"]["step"],
-        "weights": "ema" if "ema" in content["state"] else "last",
+        **origin(path, content),
         "precision": str(dtype).removeprefix("torch."),
         "start": start.name,
         "target": "log p(x|y)" if cfg.class_cond else "log p(x)",
@@ -95,9 +93,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     write_pictures(directory.path, name, start, result, recorded, content["data"]["class_names"])
     save_archive(directory.path / f"{name}.npz", start, result, settings)
     if cfg.save_images:
-        for i, image in enumerate(tqdm(to_uint8(result.x), desc="PNGs", unit="image", leave=False)):
-            picture = image_grid(image[None], tile=1)
-            save_png(directory.path / "samples" / f"{name}_{i:05d}.png", picture)
+        save_each(directory.path / "samples", name, to_uint8(result.x))
     summarise(start, result, settings)
     print(f"Done. Look at {utils.printable(directory.path)}")
     return 0
@@ -157,10 +153,8 @@ def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Gen
     shape = content["data"]["shape"]
     known = None if cfg.denoise else ~unknown_pixels(cfg.inpaint, *shape[1:]).to(rng.device)
     images = load_data(cfg, path, content, rng.device)
-    n, available = cfg.n_samples or COLUMNS, len(images.test)
-    if n > available:
-        raise UserError(f"--n_samples {n} is more than the {available} test images of {cfg.dataset}")
-    test = images.test[torch.arange(n, device=rng.device) * available // n]
+    n = cfg.n_samples or COLUMNS
+    test = data.evenly_spaced(images.test, n, f"test images of {cfg.dataset}")
     x = data.to_float(test.images)
     y = test.labels if cfg.class_cond else None
     if cfg.denoise:
@@ -273,23 +267,6 @@ def write_pictures(
         save_gif(directory / f"{name}.gif", pictures, captions)
 
 
-def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:
-    """An RGB picture (H, W, 3) uint8 with a name to the left of each of its equal rows and above each column.
-
-    A name that is wider than NAME_WIDTH pixels, or than its column, is shortened.
-    """
-    height, width = grid.shape[:2]
-    left = min(NAME_WIDTH, max((text_width(name) for name in rows), default=-8)) + 8
-    top = 16 if columns else 0
-    picture = Image.new("RGB", (left + width, top + height), "white")
-    picture.paste(Image.fromarray(grid), (left, top))
-    for i, name in enumerate(rows):
-        write_text(picture, 4, top + round((i + 0.5) * height / len(rows)), name, NAME_WIDTH)
-    for i, name in enumerate(columns):
-        write_text(picture, left + 4 + round(i * width / len(columns)), top // 2, name, width // len(columns) - 4)
-    return np.asarray(picture)
-
-
 def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
     """A row for each test image: itself, the chain's start, some of its steps (most of them early), its end.
 
@@ -323,14 +300,7 @@ def save_archive(path: Path, start: Start, result: Result, settings: dict[str, A
         arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": start.x}
     if start.known is not None:
         arrays["known"] = start.known
-    archive = io.BytesIO()
-    np.savez_compressed(
-        archive,
-        settings=json.dumps(settings),
-        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()},
-    )
-    with disk_errors(path):
-        replace_file(path, archive.getvalue())
+    save_arrays(path, arrays, settings)
 
 
 def summarise(start: Start, result: Result, settings: dict[str, Any]) -> None:

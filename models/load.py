@@ -73,3 +73,13 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
             file=sys.stderr,
         )
     return images
+
+
+def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Which weights ``load_model`` takes, for the record of what they are used for."""
+    state = content["state"]
+    return {
+        "checkpoint": str(path),
+        "training_steps": state["step"],
+        "weights": "ema" if "ema" in state else "last",
+    }

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from storage.log import read_log
 from storage.writer import disk_errors, replace_file
 from utils import printable
 
 CAPTION_HEIGHT = 18  # pixels below each frame of a film
+NAME_WIDTH = 160  # pixels that the name of a class may take beside its row
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -59,6 +61,29 @@ def write_text(picture: Image.Image, x: int, y: int, text: str, width: int) -> N
             text = text[:-1]
         text += "…"
     ImageDraw.Draw(picture).text((x, y), text, fill="black", font=font(), anchor="lm")
+
+
+def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> np.ndarray:
+    """An RGB picture (H, W, 3) uint8 with a name to the left of each of its equal rows and above each column.
+
+    A name that is wider than NAME_WIDTH pixels, or than its column, is shortened.
+    """
+    height, width = grid.shape[:2]
+    left = min(NAME_WIDTH, max((text_width(name) for name in rows), default=-8)) + 8
+    top = 16 if columns else 0
+    picture = Image.new("RGB", (left + width, top + height), "white")
+    picture.paste(Image.fromarray(grid), (left, top))
+    for i, name in enumerate(rows):
+        write_text(picture, 4, top + round((i + 0.5) * height / len(rows)), name, NAME_WIDTH)
+    for i, name in enumerate(columns):
+        write_text(picture, left + 4 + round(i * width / len(columns)), top // 2, name, width // len(columns) - 4)
+    return np.asarray(picture)
+
+
+def save_each(folder: Path, name: str, images: Tensor) -> None:
+    """Write uint8 images (N, C, H, W), each as a PNG of its own, in their own size: ``name``_00000.png and so on."""
+    for i, image in enumerate(tqdm(images, desc="PNGs", unit="image", leave=False)):
+        save_png(folder / f"{name}_{i:05d}.png", image_grid(image[None], tile=1))
 
 
 def save_png(path: Path, picture: np.ndarray) -> bytes:

@@ -1,6 +1,8 @@
 """Files that are written whole or not at all, in the calling thread or behind it."""
 
 import errno
+import io
+import json
 import os
 import queue
 import threading
@@ -8,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from utils import UserError
 
@@ -39,6 +44,18 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save_arrays(path: Path, arrays: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write tensors, and settings as JSON text, as a compressed NumPy archive; equal ones give equal bytes."""
+    archive = io.BytesIO()
+    np.savez_compressed(
+        archive,
+        settings=json.dumps(settings),
+        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()},
+    )
+    with disk_errors(path):
+        replace_file(path, archive.getvalue())
 
 
 class Writer:

@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from sample import NAME_WIDTH, captioned
-from storage.pictures import CAPTION_HEIGHT, image_grid, plot_curves, save_gif, save_png
+from storage.pictures import CAPTION_HEIGHT, NAME_WIDTH, captioned, image_grid, plot_curves, save_gif, save_png
 from utils import printable
 
 RNG = np.random.default_rng(0)

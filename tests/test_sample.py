@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 from sklearn.datasets import load_digits
 
 import main
+from counterfactual import target_classes
 from models import build_model
 from sample import by_class, unknown_pixels
 from sgld import reference_chain, uniform_images
@@ -179,6 +180,12 @@ def test_averaged_weights_are_taken_where_they_are(tmp_path):
     assert (expected - network(state["model"]).log_density(x)).abs().max() > 1e-3
 
 
+def true_labels(originals: np.ndarray) -> list[int]:
+    images = load_digits()
+    label = {(image * 255 / 16).round().tobytes(): y for image, y in zip(images.images, images.target, strict=True)}
+    return [label[image.astype(float).tobytes()] for image in originals[..., 0]]
+
+
 def digits_in(originals: np.ndarray) -> bool:
     known = {image.astype(int).tobytes() for image in load_digits().images}
     return all(np.rint(image / 255 * 16).astype(int).tobytes() in known for image in originals[..., 0])
@@ -219,10 +226,7 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
     settings = json.loads(str(content["settings"]))
     assert settings["steps"] == 2  # the checkpoint's sgld_step
-    images = load_digits()
-    label = {(image * 255 / 16).round().tobytes(): y for image, y in zip(images.images, images.target, strict=True)}
-    truth = [label[image.astype(float).tobytes()] for image in content["originals"][..., 0]]
-    np.testing.assert_array_equal(content["labels"], truth)
+    np.testing.assert_array_equal(content["labels"], true_labels(content["originals"]))
     stages = tiles(pixels(run / "denoise.png"), 100, 4)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
@@ -264,6 +268,118 @@ def test_a_mask_of_too_many_pixels_is_one_line(limit, jem, tmp_path, monkeypatch
     assert capfd.readouterr().err == ""
 
 
+def by_hand(model, image: np.ndarray, y: int, radius: float, steps: int) -> torch.Tensor:
+    """One image, uint8 (8, 8, 1), moved up f(x)[y] by projected gradient steps, all of it on the [0, 1] scale."""
+    start = torch.from_numpy(image[None, ..., 0] / 255)[None].float()
+    x = start
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        model(2 * x - 1)[0, y].backward()
+        change = x.detach() + 2.5 * radius / steps * x.grad / x.grad.norm() - start
+        if change.norm() > radius:
+            change *= radius / change.norm()
+        x = (start + change).clamp(0, 1)
+    return x
+
+
+def moved_images(content: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images before and after, float (N, 1, 8, 8) in [-1, 1]."""
+    before = torch.from_numpy(content["originals"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return before, torch.from_numpy(content["x"])
+
+
+def counterfactual_tiles(picture: np.ndarray, columns: int) -> np.ndarray:
+    """The 8x8 images (rows, columns, 8, 8) of a picture: a heading, then rows of two lines of text and an image."""
+    side, gap, line = 96, 2, 16
+    rows = [strip[2 * line :] for strip in np.split(picture[line:], len(picture) // (2 * line + side + 2 * gap))]
+    pixels = side // 16 + np.arange(8) * 12
+    return np.stack(
+        [[row[np.ix_(gap + pixels, gap + c * (side + gap) + pixels)][..., 0] for c in range(columns)] for row in rows]
+    )
+
+
+def test_counterfactuals_climb_to_the_class_inside_their_ball(jem, tmp_path, capsys):
+    options = ["--n_samples", "6", "--n_sample_steps", "15", "--counterfactual_eps", "1.5", "--batch_size", "4"]
+    run, content = sample(jem, tmp_path, "--counterfactual", "7", *options, "--save_images")
+    assert (content["labels"] == 7).all() and digits_in(content["originals"])
+    np.testing.assert_array_equal(content["original_labels"], true_labels(content["originals"]))
+    assert 7 not in content["original_labels"]
+    before, after = moved_images(content)
+    distance = (after - before).flatten(1).norm(dim=1) / 2
+    assert (distance < 1.5 + 1e-5).all() and (distance > 1).all() and after.abs().max() <= 1
+    model = network(state_of(jem)["model"])
+    logits = model(torch.cat([before, after]))
+    for log_p in (logits[:, 7], logits.log_softmax(1)[:, 7]):  # log p(x, y) and log p(y|x)
+        assert (log_p[6:] > log_p[:6]).all()
+    for name, part in (("probabilities_start", logits[:6]), ("probabilities", logits[6:])):
+        np.testing.assert_allclose(content[name], part.softmax(1), atol=1e-5)
+    np.testing.assert_allclose(content["log_p_x_y"], logits[6:, 7], atol=1e-4)
+    expected = by_hand(model, content["originals"][4], 7, 1.5, 15)
+    np.testing.assert_allclose((after[4:5] + 1) / 2, expected, atol=1e-4)
+    counts = [(part.argmax(1) == 7).sum().item() for part in (logits[:6], logits[6:])]
+    means = [f"{part.softmax(1)[:, 7].mean():.3f}" for part in (logits[:6], logits[6:])]
+    line = f"in {counts[0]} images before and {counts[1]} after, mean p(y|x) {means[0]} -> {means[1]}"
+    assert line in capsys.readouterr().out
+    shown = counterfactual_tiles(pixels(run / "counterfactual.png"), 3)
+    np.testing.assert_array_equal(shown[:, 0], content["originals"][..., 0])
+    np.testing.assert_array_equal(shown[:, 1], content["images"][..., 0])
+    for image, change in zip(shown[:, 2].astype(int), (after - before)[:, 0].numpy(), strict=True):
+        np.testing.assert_allclose(image, 127.5 + 127.5 * change / np.abs(change).max(), atol=1)
+    singles = [pixels(path) for path in sorted((run / "samples").glob("counterfactual_*.png"))]
+    np.testing.assert_array_equal(np.stack(singles), content["images"].repeat(3, 3))
+
+
+def test_counterfactuals_of_all_classes_have_a_column_each(jem, tmp_path, capsys):
+    options = ["--n_samples", "3", "--n_sample_steps", "20", "--counterfactual_eps", "9"]
+    run, content = sample(jem, tmp_path, "--counterfactual", "all", *options)
+    np.testing.assert_array_equal(content["labels"], np.tile(np.arange(10), 3))
+    before, after = moved_images(content)
+    assert (before.view(3, 10, -1) == before.view(3, 10, -1)[:, :1]).all() and (before[0] != before[10]).any()
+    model, own = network(state_of(jem)["model"]), torch.from_numpy(content["labels"])
+    assert (model.log_density(after, own) > model.log_density(before, own)).all()
+    shown = counterfactual_tiles(pixels(run / "counterfactual.png"), 11)
+    np.testing.assert_array_equal(shown[:, 0], content["originals"].reshape(3, 10, 8, 8)[:, 0])
+    np.testing.assert_array_equal(shown[:, 1:], content["images"].reshape(3, 10, 8, 8))
+    other = content["labels"] != content["original_labels"]
+    hits = (content["probabilities"].argmax(1) == content["labels"])[other].sum()
+    out = capsys.readouterr().out
+    assert hits > 0 and other.sum() == 27 and "27 changes to another class" in out and f"and {hits} after" in out
+
+
+def test_a_counterfactual_does_not_depend_on_the_images_beside_it(tmp_path):
+    """Batch normalisation would make it so with the statistics of the batch."""
+    checkpoint = train(tmp_path / "train", "--norm", "batch")
+    options = ["--counterfactual", "7", "--n_samples", "4", "--n_sample_steps", "5", "--batch_size"]
+    (_, together), (_, alone) = (sample(checkpoint, tmp_path, *options, size) for size in ("4", "1"))
+    np.testing.assert_allclose(together["x"], alone["x"], atol=1e-4)
+
+
+def test_a_class_is_named_or_else_numbered():
+    names = ["2", "cat", "0"]
+    assert [target_classes(asked, names) for asked in ("cat", "2", "0", "1")] == [[1], [0], [2], [1]]
+    assert target_classes("all", names) == [0, 1, 2]
+    for wrong in ("3", "-1", "", "Cat", "1.0"):
+        with pytest.raises(UserError, match="name of a class .2, cat, 0. or a number from 0 to 2, not"):
+            target_classes(wrong, names)
+
+
+def changed_checkpoint(run: Path, path: Path, **options) -> Path:
+    """A copy of a run's checkpoint that says it was trained with other options."""
+    content = torch.load(run / "ckpt" / "last.pt", weights_only=True)
+    content["config"] |= options
+    torch.save(content, path)
+    return path
+
+
+def test_a_checkpoint_of_class_conditional_chains_has_counterfactuals(jem, tmp_path):
+    checkpoint = changed_checkpoint(jem, tmp_path / "conditional.pt", class_cond=True)
+    _, content = sample(checkpoint, tmp_path, "--counterfactual", "0", "--n_samples", "2", "--n_sample_steps", "1")
+    assert (content["labels"] == 0).all()
+    before, after = moved_images(content)
+    assert json.loads(str(content["settings"]))["counterfactual_eps"] == 2.5
+    assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
+
+
 BAD = {  # the checkpoint and other options, and what is said of them
     "no checkpoint": ([], "needs --load_ckpt"),
     "missing": (["nowhere.pt"], "no checkpoint at"),
@@ -280,6 +396,18 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
+    "no class": (["JEM", "--counterfactual", "ten"], "the name of a class (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) or a number"),
+    "empty class": (["JEM", "--counterfactual", ""], "not ''"),
+    "trained without labels": (["UNLABELLED", "--counterfactual", "3"], "was trained without labels"),
+    "counterfactual of the buffer": (["JEM", "--counterfactual", "3", "--from_buffer"], "give one of them"),
+    "counterfactual filled in": (["JEM", "--counterfactual", "3", "--inpaint", "left"], "give one of them"),
+    "counterfactual of noise": (["JEM", "--counterfactual", "3", "--denoise", "1"], "give one of them"),
+    "two classes": (["JEM", "--counterfactual", "3", "--class_cond"], "leave --class_cond out"),
+    "no counterfactual": (["JEM", "--counterfactual_eps", "1"], "--counterfactual_eps is for --counterfactual"),
+    "no distance": (["JEM", "--counterfactual", "3", "--counterfactual_eps", "0"], "must be above 0"),
+    "no change": (["JEM", "--counterfactual", "3", "--n_sample_steps", "0"], "give at least 1"),
+    "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
+    "counterfactuals in a test": (["JEM", "--counterfactual", "3", "--mode", "test"], "is for --mode sample"),
     "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
 }
 
@@ -293,6 +421,8 @@ def test_bad_input_is_one_line_and_status_2(case, jem, baseline, tmp_path, monke
     options, message = BAD[case]
     if options:
         place = {"JEM": str(jem), "BASELINE": str(baseline)}.get(options[0], options[0])
+        if place == "UNLABELLED":
+            place = str(changed_checkpoint(jem, tmp_path / "unlabelled.pt", p_y_x_weight=0.0))
         options = ["--load_ckpt", place, *options[1:]]
     capfd.readouterr()
     assert main.main(["--mode", "sample", "--gpu", "cpu", "--logdir", "out", *options]) == 2
