@@ -13,12 +13,13 @@ from utils import UserError
 
 MODES = ("energy_train", "baseline_train", "test", "sample", "export")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
+ATTACKS = ("pgd", "refined", "autoattack", "distal")
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every ckpt_every "
-    "eval ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference "
+    "eval attacks ood_datasets max_images refine_steps sigma_test feature_ckpt fid_reference "
     "n_samples n_sample_steps from_buffer inpaint denoise save_images export".split()
 )
 
@@ -264,6 +265,12 @@ class Config:
     max_images: int | None = option(
         None, "test", "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
     )
+    attacks: str = option(
+        "all",
+        "test",
+        "attacks of --eval robustness, a comma list: pgd; refined (PGD through --refine_steps); autoattack; distal "
+        "(noise that becomes a class)",
+    )
     refine_steps: int = option(
         10,
         "test",
@@ -362,10 +369,20 @@ class Config:
     @property
     def metrics(self) -> list[str]:
         """The names in ``--eval``."""
-        names = list(METRICS) if self.eval == "all" else [name.strip() for name in self.eval.split(",")]
+        return self._names("eval", METRICS)
+
+    @property
+    def chosen_attacks(self) -> list[str]:
+        """The names in ``--attacks``."""
+        return self._names("attacks", ATTACKS)
+
+    def _names(self, option_name: str, known: tuple[str, ...]) -> list[str]:
+        """The names in an option that takes all or a comma list."""
+        text = getattr(self, option_name)
+        names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
         for name in names:
-            if name not in METRICS:
-                raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
+            if name not in known:
+                raise UserError(f"--{option_name} takes all or a comma list of {', '.join(known)}, not {name!r}")
         return names
 
     @property
