@@ -166,8 +166,8 @@ def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
     for parameter, values in zip(unmoved[1].parameters(), (torch.zeros(()), torch.eye(n_classes)[0]), strict=True):
         parameter.copy_(values)
     square = standard_version(unmoved, "L2", 0.5, 3, 0, torch.device("cpu")).square
-    square.n_queries = 1000
-    try:  # it draws squares and stripes that do not fit into images of every size
+    square.n_queries = 1
+    try:  # it starts from tiles that do not fit into images of every size
         square.perturb(torch.zeros(1, *shape), torch.tensor([0]))
     except RuntimeError:
         return f"its Square attack does not work on images of {shape[1]}x{shape[2]}"
@@ -197,19 +197,23 @@ def survivors(
     alive = is_correct(classifier, x, y, batch_size)
     results = [alive.clone()]
     total = len(x) * len(epsilons) * sum(attack.passes for attack in attacks)
-    with tqdm(total=total, bar_format=BAR, mininterval=patience(), leave=False) as bar, counted(classifier, bar):
+    with progress_bar(title, total) as bar, counted(classifier, bar):
         done = 0
         for epsilon in epsilons:
             for attack in attacks:
                 bar.set_description(f"{title} {epsilon:.3g}, {attack.name}", refresh=False)
                 perturb = attack.on(classifier, epsilon)
                 for part in alive.nonzero().flatten().split(batch_size) if alive.any() else ():
-                    bar.set_postfix_str(f"{alive.sum()} of {len(x)} images not fooled")
+                    bar.set_postfix_str(f"{alive.sum()} of {len(x)} images not fooled", refresh=False)
                     alive[part] = is_correct(classifier, perturb(x[part], y[part]), y[part], batch_size)
                 done += len(x) * attack.passes
                 bar.update(done - bar.n)  # fallen images need no more passes
             results.append(alive.clone())
     return results
+
+
+def progress_bar(title: str, total: int) -> tqdm:
+    return tqdm(desc=f"{title}: ", total=total, bar_format=BAR, mininterval=patience(), leave=False)
 
 
 @contextmanager
@@ -300,8 +304,7 @@ def distal_adversarials(
     starts = uniform_images(n_each, shape, generator)
     batches = torch.arange(n_classes, device=starts.device).split(max(1, images_per_batch(BATCH, shape) // n_each))
     parts = []
-    bar = tqdm(desc="distal adversarials", total=len(batches) * (max_steps + 1), bar_format=BAR, leave=False)
-    with bar:
+    with progress_bar("distal adversarials", len(batches) * (max_steps + 1)) as bar:
         for i, classes in enumerate(batches, 1):
             x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
             for step in range(max_steps + 1):
