@@ -40,9 +40,9 @@ def check_options(cfg) -> None:
     if cfg.export and Path(cfg.export).suffix not in (".pt", ".safetensors"):
         raise UserError(f"--export takes a name that ends in .pt or .safetensors, not {cfg.export}")
     _ = cfg.metrics, cfg.chosen_attacks, cfg.decay_at  # these refuse what they cannot read
-    if cfg.attacks != "all" and (cfg.mode != "test" or "robustness" not in cfg.metrics):
+    if cfg.attacks is not None and (cfg.mode != "test" or "robustness" not in cfg.metrics):
         raise UserError("--attacks is for --mode test with robustness in --eval")
-    if cfg.attacks != "all" and "refined" in cfg.chosen_attacks and not cfg.refine_steps:
+    if cfg.attacks not in ("all", None) and "refined" in cfg.chosen_attacks and not cfg.refine_steps:
         raise UserError("--attacks refined needs --refine_steps above 0: leave out one of them")
     if cfg.mode == "test" and cfg.n_sample_steps == 0:
         raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")

@@ -265,11 +265,11 @@ class Config:
     max_images: int | None = option(
         None, "test", "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
     )
-    attacks: str = option(
-        "all",
+    attacks: str | None = option(
+        None,
         "test",
         "attacks of --eval robustness, a comma list: pgd; refined (PGD through --refine_steps); autoattack; distal "
-        "(noise that becomes a class)",
+        "(noise that becomes a class) (default: all)",
     )
     refine_steps: int = option(
         10,
@@ -376,14 +376,14 @@ class Config:
         """The names in ``--attacks``."""
         return self._names("attacks", ATTACKS)
 
-    def _names(self, option_name: str, known: tuple[str, ...]) -> list[str]:
+    def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
         """The names in an option that takes all or a comma list."""
-        text = getattr(self, option_name)
-        names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in known:
-                raise UserError(f"--{option_name} takes all or a comma list of {', '.join(known)}, not {name!r}")
-        return names
+        text = getattr(self, name)
+        words = list(known) if text in ("all", None) else [word.strip() for word in text.split(",")]
+        for word in words:
+            if word not in known:
+                raise UserError(f"--{name} takes all or a comma list of {', '.join(known)}, not {word!r}")
+        return words
 
     @property
     def samples(self) -> bool:

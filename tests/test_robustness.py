@@ -209,7 +209,7 @@ def test_the_bar_says_which_attack_runs_and_moves_with_each_pass(monkeypatch):
     assert shown == [(n, *one) for n in (2, 4, 6, 8, 10, 12, 14, 16, 20)] + [(n, *two) for n in (22, 24, 26, 28, 30)]
 
 
-def test_the_time_of_a_pass_and_of_all_passes():
+def test_the_time_of_a_pass_and_of_all_passes(monkeypatch):
     device, now, calls = torch.device("cpu"), [0.0], []
 
     def takes(*durations):
@@ -219,6 +219,13 @@ def test_the_time_of_a_pass_and_of_all_passes():
 
     assert takes(0.5, 0.25, 0.375, 9) == 0.25 and calls == [9]  # the fastest of three
     assert takes(2, 9) == 2 and calls == [9]  # a slow one only once
+    classifier = Sure()
+    monkeypatch.setattr(
+        attacks, "seconds", lambda call, device: (call(), 8.0 if len(classifier.passes) == 1 else 4.0)[1]
+    )
+    speed = attacks.measure_speed(classifier, torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64))
+    assert classifier.passes == [True, False] and speed == Speed(gradient=2, forward=1)
+
     two = [Attack("one", None, 10, 2), Attack("two", None, 0, 50)]
     assert Speed(gradient=3, forward=0.5).of(two, 7, 2) == 7 * 2 * (10 * 3 + 52 * 0.5)
     line = estimate({"PGD": 72, "PGD through refinement": 114, "AutoAttack": 654}, 100)
