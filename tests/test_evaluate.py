@@ -420,6 +420,7 @@ def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
     without(monkeypatch, package)
     before = set(run.rglob("results.json"))
     command = [*SHORT, "--load_ckpt", str(run), "--feature_ckpt", str(run), "--eval", f"classification,{metric}"]
+    command += ["--attacks", "distal,autoattack"] if metric == "robustness" else []
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert f"{absent}: absent, {package} is not installed: pip install -r requirements-eval.txt" in out
