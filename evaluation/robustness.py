@@ -77,6 +77,8 @@ TITLES = dict(zip(ATTACKS, ("PGD", "PGD through refinement", "AutoAttack", "dist
 def measure(inputs: Inputs, section: Section) -> None:
     """Robust accuracies, with and without refinement, and distal adversarials."""
     chosen = choose(inputs, section)
+    if not chosen:
+        return
     test = inputs.subset(inputs.data.test, IMAGES)
     x, y = test.images.float() / 255, test.labels
     sweeps = {name: sweep for name, sweep in pgd_sweeps(inputs, len(x)).items() if name in chosen}

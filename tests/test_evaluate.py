@@ -496,6 +496,15 @@ def test_attacks_that_cannot_be_chosen_are_one_line(options, message, run, capsy
     assert line.startswith("error: ") and message in line and set(run.iterdir()) == before
 
 
+def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "no_auto_attack", lambda *_: "it needs at least 4 classes, not 3")
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--attacks", "autoattack"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out and "at most about" not in out
+    assert err.count("\n") == 1 and "nothing could be measured" in err
+
+
 def test_attacks_are_for_mode_test(tmp_path, capsys):
     assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
     assert "--attacks is for --mode test with robustness in --eval" in capsys.readouterr().err
