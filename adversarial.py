@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 NORMS = ("L2", "Linf")
 
@@ -16,8 +16,10 @@ def adversarial_images(
     return climb(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
 
 
-def climb(function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int) -> Tensor:
-    """Projected gradient ascent (Madry et al., ICLR 2018) from x itself on the sum of a function of each image.
+def climb(
+    function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int, start: Tensor | None = None
+) -> Tensor:
+    """Projected gradient ascent (Madry et al., ICLR 2018) on the sum of a function of each image.
 
     Nothing waits for the device.
 
@@ -25,11 +27,13 @@ def climb(function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: 
         function: of images, with that sum as its value.
         x: float32 (N, C, H, W) in [-1, 1].
         radius: of the ball around each image, on the [-1, 1] scale; norm: "L2" or "Linf".
+        start: what is added to x at first, inside the ball (default: nothing).
 
     Returns:
         Images like x, inside the ball and [-1, 1].
     """
-    step_size, change = 2.5 * radius / steps, torch.zeros_like(x)
+    step_size = 2.5 * radius / steps
+    change = torch.zeros_like(x) if start is None else (x + start).clamp(-1, 1) - x
     for _ in range(steps):
         change.requires_grad_()
         with torch.enable_grad():
@@ -42,6 +46,16 @@ def climb(function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: 
             change = (change + step_size * gradient.sign()).clamp(-radius, radius)
         change = (x + change).clamp(-1, 1) - x
     return x + change
+
+
+def random_change(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
+    """A random start inside the ball for images x (N, C, H, W): uniform in it for "Linf"; for "L2" in a uniform
+    direction, at a uniform distance."""
+    if norm == "Linf":
+        return radius * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
+    direction = torch.randn(x.shape, generator=generator, device=x.device)
+    distance = radius * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    return distance * direction / lengths(direction)
 
 
 def lengths(x: Tensor) -> Tensor:

@@ -48,7 +48,11 @@ def check_options(cfg) -> None:
         raise UserError("--mode export and --export, the file to write, go together: give both or neither")
     if cfg.export and Path(cfg.export).suffix not in (".pt", ".safetensors"):
         raise UserError(f"--export takes a name that ends in .pt or .safetensors, not {cfg.export}")
-    _ = cfg.metrics, cfg.decay_at  # these refuse what they cannot read
+    _ = cfg.metrics, cfg.chosen_attacks, cfg.decay_at  # these refuse what they cannot read
+    if cfg.attacks is not None and (cfg.mode != "test" or "robustness" not in cfg.metrics):
+        raise UserError("--attacks is for --mode test with robustness in --eval")
+    if cfg.attacks not in ("all", None) and "refined" in cfg.chosen_attacks and not cfg.refine_steps:
+        raise UserError("--attacks refined needs --refine_steps above 0: leave out one of them")
     if cfg.mode == "test" and cfg.n_sample_steps == 0:
         raise UserError("--n_sample_steps 0 leaves --mode test nothing but noise to measure: give at least 1")
     if any(c in "/\\" or not c.isprintable() for c in cfg.note):

@@ -13,6 +13,7 @@ from utils import UserError
 
 MODES = ("energy_train", "baseline_train", "test", "sample", "export")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
+ATTACKS = ("pgd", "refined", "autoattack", "distal")
 
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
@@ -276,6 +277,12 @@ class Config:
     max_images: int | None = option(
         None, "test", "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
     )
+    attacks: str | None = option(
+        None,
+        "test",
+        "attacks of --eval robustness, a comma list: pgd; refined (PGD through --refine_steps); autoattack; distal "
+        "(noise that becomes a class) (default: all)",
+    )
     refine_steps: int = option(
         10,
         "test",
@@ -394,11 +401,21 @@ class Config:
     @property
     def metrics(self) -> list[str]:
         """The names in ``--eval``."""
-        names = list(METRICS) if self.eval == "all" else [name.strip() for name in self.eval.split(",")]
-        for name in names:
-            if name not in METRICS:
-                raise UserError(f"--eval takes all or a comma list of {', '.join(METRICS)}, not {name!r}")
-        return names
+        return self._names("eval", METRICS)
+
+    @property
+    def chosen_attacks(self) -> list[str]:
+        """The names in ``--attacks``."""
+        return self._names("attacks", ATTACKS)
+
+    def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
+        """The names in an option that takes all or a comma list."""
+        text = getattr(self, name)
+        words = list(known) if text in ("all", None) else [word.strip() for word in text.split(",")]
+        for word in words:
+            if word not in known:
+                raise UserError(f"--{name} takes all or a comma list of {', '.join(known)}, not {word!r}")
+        return words
 
     @property
     def samples(self) -> bool:

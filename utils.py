@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "torchattacks")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "pyautoattack")
 
 
 class UserError(Exception):

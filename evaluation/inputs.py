@@ -13,7 +13,7 @@ from data import ImageData, Split, to_float
 from models import JEM
 from utils import UserError
 
-PACKAGES = ("torchmetrics", "torch_fidelity", "torchattacks")  # of requirements-eval.txt, imported where needed
+PACKAGES = ("torchmetrics", "torch_fidelity", "pyautoattack")  # of requirements-eval.txt, imported where needed
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import evaluation
 from config import Config
 from data import Split, load
 from evaluation import likelihood, ood, robustness
+from evaluation.attacks import Speed
 from evaluation.calibration import calibration_errors, fit_temperature
 from evaluation.inputs import Inputs
 from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
@@ -234,7 +236,8 @@ def quick(monkeypatch):
     """Shorter attacks and annealing; what they compute is tested elsewhere."""
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 2))
+    monkeypatch.setattr(robustness, "distal_adversarials", partial(robustness.distal_adversarials, max_steps=3))
+    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 2, seeded(), "AutoAttack")])
     for name, value in {"AIS_TEMPERATURES": 3, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}.items():
         monkeypatch.setattr(likelihood, name, value)
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
@@ -407,21 +410,106 @@ def new_report(logdir_or_run, before):
     ("package", "metric", "absent"),
     [
         ("torchmetrics", "calibration", "calibration"),
-        ("torchattacks", "robustness", "robustness"),
+        ("pyautoattack", "robustness", "AutoAttack"),
         ("torch_fidelity", "quality", "FID, IS, KID"),
         ("torchmetrics", "quality", "Fréchet distance in a classifier's features"),
     ],
 )
-def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(package, metric, absent, run, monkeypatch, capsys):
+def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
+    package, metric, absent, run, quick, monkeypatch, capsys
+):
     without(monkeypatch, package)
     before = set(run.rglob("results.json"))
     command = [*SHORT, "--load_ckpt", str(run), "--feature_ckpt", str(run), "--eval", f"classification,{metric}"]
+    command += ["--attacks", "distal,autoattack"] if metric == "robustness" else []
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert f"{absent}: absent, {package} is not installed: pip install -r requirements-eval.txt" in out
     assert "Traceback" not in err
     results, _ = new_report(run, before)
     assert absent in results[metric]["absent"] and "accuracy" in results["classification"]["results"]
+
+
+def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
+    """It gives the numbers that it gives among the others, and no others; the line before names it and its time."""
+    monkeypatch.setattr(robustness, "measure_speed", lambda *_: Speed(gradient=0.12, forward=0.06))
+    titles = {
+        "pgd": "PGD",
+        "refined": "PGD through refinement",
+        "autoattack": "AutoAttack",
+        "distal": "distal adversarials",
+    }
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1"]
+
+    def measured(*options):
+        before = set(run.rglob("results.json"))
+        assert main([*command, *options]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("robustness: ")]
+        section = new_report(run, before)[0]["robustness"]
+        numbers = {
+            (place, row, column): number
+            for place, table in section["results"].items()
+            for row, columns in (table.items() if "value" not in table else ())
+            for column, number in columns.items()
+        }
+        numbers |= {("", "", name): n for name, n in section["results"].items() if "value" in n}
+        return numbers, section, line
+
+    everything, section, line = measured()
+    assert section["absent"] == {} and set(section["pictures"]) == {"robustness", "distal"}
+    seconds = (
+        20 * (6 + 5) * (2 * 0.12 + 0.06),  # 2 steps and a check at each epsilon of both norms
+        20 * (6 + 5) * (0.12 + 0.06),
+        20 * 2 * (2 * 0.12 + 0.06),  # of what takes AutoAttack's place here
+        100 * 501 * 0.12,
+    )
+    minutes = (f"{s / 60:.{0 if s > 600 else 1}f}" for s in seconds)
+    parts = ", ".join(f"{title} {m}" for title, m in zip(titles.values(), minutes, strict=True))
+    assert line == f"robustness: at most about 102 minutes for 20 images ({parts})"
+    found = {}
+    for name, title in titles.items():
+        numbers, section, line = measured("--attacks", name)
+        assert set(section["absent"]) == set(titles.values()) - {title}
+        assert set(section["absent"].values()) == {"left out by --attacks"}
+        assert set(section["pictures"]) == ({"distal"} if name == "distal" else {"robustness"})
+        assert {column.removeprefix("p(y|x) of ") for _, _, column in numbers} == {title}
+        assert line.split("(")[1].rsplit(" ", 1)[0] == title
+        found |= numbers
+    assert found == everything
+
+    _, section, _ = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
+    assert set(section["absent"]) == {"PGD", "PGD through refinement"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--attacks pgd,fgsm", "--attacks takes all or a comma list of pgd, refined, autoattack, distal, not 'fgsm'"),
+        ("--attacks pgd --eval ood,quality", "--attacks is for --mode test with robustness in --eval"),
+        ("--attacks all --eval ood", "--attacks is for --mode test with robustness in --eval"),
+        ("--attacks refined,pgd --refine_steps 0", "--attacks refined needs --refine_steps above 0"),
+    ],
+)
+def test_attacks_that_cannot_be_chosen_are_one_line(options, message, run, capsys):
+    before = set(run.iterdir())
+    assert main([*SHORT, "--load_ckpt", str(run), *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line and set(run.iterdir()) == before
+
+
+def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "no_auto_attack", lambda *_: "it needs at least 4 classes, not 3")
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--attacks", "autoattack"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out and "at most about" not in out
+    assert err.count("\n") == 1 and "nothing could be measured" in err
+
+
+def test_attacks_are_for_mode_test(tmp_path, capsys):
+    assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
+    assert "--attacks is for --mode test with robustness in --eval" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
@@ -535,7 +623,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     (trained,) = (tmp_path / "runs").iterdir()
     for name, value in {"PGD_STEPS": 1, "RESTARTS": 1}.items():
         monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: robustness.pgd(norm, 1))
+    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 1, seeded())])
     command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", f"noise,{folder}", "--refine_steps", "0"]
     assert main([*command, "--eval", "classification,robustness,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
@@ -545,7 +633,8 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
     assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
     assert (
-        list(results["robustness"]["absent"]) in ([], ["AutoAttack"]) and "distal" in results["robustness"]["pictures"]
+        set(results["robustness"]["absent"]) <= {"AutoAttack", "PGD through refinement"}
+        and "distal" in results["robustness"]["pictures"]
     )
     assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
     report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.modules.update(dict.fromkeys(["torchmetrics", "torch_fidelity", "torchattacks"]))
+sys.modules.update(dict.fromkeys(["torchmetrics", "torch_fidelity", "pyautoattack"]))
 import main
 tiny = "--gpu cpu --logdir runs --dataset digits --depth 10 --width 1".split()
 train = "--batch_size 16 --sgld_step 1 --buffer_size 32 --max_steps 2".split()
@@ -40,6 +40,6 @@ def test_training_and_sampling_need_no_evaluation_package_and_no_pyplot(tmp_path
 def test_each_package_is_listed_once():
     train, test, dev = (listed(f"requirements{part}.txt") for part in ("", "-eval", "-dev"))
     assert {"torch", "torchvision", "pillow", "matplotlib", "tensorboard"} <= train
-    assert {"torchmetrics", "torch-fidelity", "torchattacks"} == test
+    assert {"torchmetrics", "torch-fidelity", "pyautoattack"} == test
     assert {"pytest", "ruff"} <= dev and not train & test and not (train | test) & dev
     assert (ROOT / "requirements-dev.txt").read_text().count("-r requirements") == 2

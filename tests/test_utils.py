@@ -37,6 +37,6 @@ def test_a_copy_inside_another_repository_has_no_commit(repository, tmp_path_fac
 
 def test_versions_are_those_of_the_installed_packages():
     found = utils.environment(torch.device("cpu"))
-    for name in ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "torchattacks"):
+    for name in ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "pyautoattack"):
         assert found[name] == version(name)
     assert utils.installed("no-such-package") == "not installed"
