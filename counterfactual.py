@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
+import processes
 import utils
 from adversarial import climb
 from config import Config
@@ -66,9 +66,11 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "batch_size": cfg.batch_size,
     }
 
-    directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
-    directory.write_config(asdict(cfg), utils.environment(device))
+    directory = processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     change = changed(model, test, targets, radius, steps, cfg.batch_size)
+    if processes.place().rank:
+        return 0
+    directory.write_config(asdict(cfg), utils.environment(device))
     save_png(directory.path / "counterfactual.png", picture(change, len(targets), class_names))
     save_archive(directory.path / "counterfactual.npz", change, settings)
     if cfg.save_images:
@@ -112,8 +114,11 @@ def changed(model: JEM, test: Split, targets: list[int], radius: float, steps: i
     original = test[torch.arange(len(test), device=test.labels.device).repeat_interleave(len(targets))]
     target = torch.tensor(targets, device=test.labels.device).repeat(len(test))
     batches = list(zip(original.images.split(batch_size), target.split(batch_size), strict=True))
-    bar = tqdm(batches, desc="counterfactuals", unit="batch", leave=False)
-    x = torch.cat([moved(model, data.to_float(images), y, radius, steps) for images, y in bar])
+
+    def work(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return moved(model, data.to_float(batch[0]), batch[1], radius, steps)
+
+    x = torch.cat(processes.divided(batches, work, target.device, title="counterfactuals"))
     return Change(original, target, x, predict(model, original.images), predict(model, x))
 
 

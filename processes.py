@@ -5,19 +5,19 @@ Where there is one process, nothing is sent and every function gives back what i
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from utils import UserError
+from utils import UserError, copy_tree
 
-T = TypeVar("T")
-Value = TypeVar("Value")
+T, Item, Value = TypeVar("T"), TypeVar("Item"), TypeVar("Value")
 
 
 class Place(NamedTuple):
@@ -88,11 +88,11 @@ def first_to_say(message: str) -> bool:
 
 @contextmanager
 def only_first_prints() -> Iterator[None]:
-    """Inside, stdout of all processes but the first goes nowhere."""
+    """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
     if place().rank == 0:
         yield
     else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
 
 
@@ -170,6 +170,53 @@ def gather(value: Value) -> list[Value]:
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values or []
+
+
+def divided(
+    items: Sequence[Item],
+    work: Callable[[Item], T],
+    device: torch.device | str,
+    rng: Generator | None = None,
+    title: str | None = None,
+) -> list[T]:
+    """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
+
+    The results are those of one process: what ``work`` draws from ``rng``, which is seeded for each item, depends on
+    that item alone.
+
+    Args:
+        device: where the tensors are that ``work`` returns, alone or in tuples.
+        title: what stands at a progress bar, if there is to be one.
+
+    Raises:
+        What ``work`` raises in this process. Where it fails in another one, a UserError if it was one, or else a
+        RuntimeError.
+    """
+    seeds = [] if rng is None else torch.randint(2**31, (len(items) + 1,), generator=rng, device=rng.device).tolist()
+    own = range(len(items))[place().rank :: place().size]
+    done, failure = [], None
+    try:
+        for i in tqdm(own, desc=title, unit="batch", leave=False, disable=title is None):
+            if rng is not None:
+                rng.manual_seed(seeds[i])
+            done.append(work(items[i]))
+    except Exception as error:
+        failure = error  # after the others have heard of it, who wait
+    if rng is not None:
+        rng.manual_seed(seeds[-1])
+    if not dist.is_initialized():
+        if failure:
+            raise failure
+        return done
+    everyone: list[Any] = [None] * place().size
+    heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
+    dist.all_gather_object(everyone, (copy_tree(done, torch.device("cpu")), heard))
+    if failure:
+        raise failure
+    for _, heard in everyone:
+        if heard:
+            raise (UserError if heard[0] else RuntimeError)(heard[1])
+    return [copy_tree(everyone[i % len(everyone)][0][i // len(everyone)], device) for i in range(len(items))]
 
 
 def one_after_another(load: Callable[[], T]) -> T:

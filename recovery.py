@@ -3,8 +3,7 @@
 from typing import Any
 
 from config import Config
-from state import copy_tree
-from utils import TrainingFailed
+from utils import TrainingFailed, copy_tree
 
 STATE_EVERY = 200  # steps between states that training can go back to
 

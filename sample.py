@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import counterfactual
 import data
+import processes
 import utils
 from config import Config
 from models import JEM, log_density, sampling_copy
@@ -85,10 +86,12 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "seed": cfg.seed,
     }
 
-    directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
-    directory.write_config(asdict(cfg), utils.environment(device))
+    directory = processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     recorded = recorded_steps(steps)
     result = run_chains(model, start, recorded, cfg, rng)
+    if processes.place().rank:
+        return 0
+    directory.write_config(asdict(cfg), utils.environment(device))
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
     write_pictures(directory.path, name, start, result, recorded, content["data"]["class_names"])
     save_archive(directory.path / f"{name}.npz", start, result, settings)
@@ -220,27 +223,28 @@ def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: 
     """
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=cfg.compile == "on")
     shown = max(SHOWN, COLUMNS * model.class_output.out_features)
-    ends, first_logits, last_logits, films = [], [], [], []
     # Of about equal size: with batch normalisation, images depend on how many there are in their batch.
     batches = torch.arange(len(start.x), device=rng.device).chunk(math.ceil(len(start.x) / cfg.batch_size))
-    with tqdm(total=len(batches) * recorded[-1], desc="SGLD", unit="step") as bar:
-        for number, batch in enumerate(batches):
-            x, y = start.x[batch], None if start.y is None else start.y[batch]
-            held = x
-            filmed = max(0, shown - number * len(batches[0]))
-            first_logits.append(model.logits(x).cpu())
-            film = [to_uint8(x[:filmed]).cpu()]
-            for before, after in pairwise(recorded):
-                for _ in range(after - before):
-                    x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
-                    if start.known is not None:
-                        x = torch.where(start.known, held, x)
-                film.append(to_uint8(x[:filmed]).cpu())
-                bar.update(after - before)
-            films.append(torch.stack(film))
-            ends.append(x.cpu())
-            last_logits.append(model.logits(x).cpu())
-    return Result(torch.cat(ends), torch.cat(first_logits), torch.cat(last_logits), torch.cat(films, 1))
+
+    def run_batch(batch: Tensor) -> Result:
+        x, y = start.x[batch], None if start.y is None else start.y[batch]
+        held, logits_start = x, model.logits(x)
+        filmed = max(0, shown - batch[0].item())
+        film = [to_uint8(x[:filmed]).cpu()]
+        for before, after in pairwise(recorded):
+            for _ in range(after - before):
+                x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
+                if start.known is not None:
+                    x = torch.where(start.known, held, x)
+            film.append(to_uint8(x[:filmed]).cpu())
+            bar.update(after - before)
+        return Result(x.cpu(), logits_start.cpu(), model.logits(x).cpu(), torch.stack(film))
+
+    n_steps = math.ceil(len(batches) / processes.place().size) * recorded[-1]
+    with tqdm(total=n_steps, desc="SGLD", unit="step") as bar:
+        results = processes.divided(batches, run_batch, "cpu", rng)
+    *parts, films = zip(*results, strict=True)
+    return Result(*map(torch.cat, parts), torch.cat(films, 1))
 
 
 # ------------------------------------------------------------------------------------------ what is written

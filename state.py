@@ -11,18 +11,6 @@ from processes import Place
 OWN = ("rng", "sampler", "meter")  # of a process's state: what is not the same in all of them, besides the buffer
 
 
-def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
-    """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
-    match tree:
-        case Tensor():
-            return tree.detach().to(device or tree.device, copy=True)
-        case dict():
-            return {key: copy_tree(value, device) for key, value in tree.items()}
-        case list() | tuple():
-            return type(tree)(copy_tree(value, device) for value in tree)
-    return tree
-
-
 def roomiest(device: torch.device, state: dict[str, Any]) -> torch.device:
     """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
     if device.type != "cuda":

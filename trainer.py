@@ -29,9 +29,9 @@ from record import NoRecord, Record
 from recovery import Recovery
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
-from state import copy_tree, joined, own_part, own_state, roomiest
+from state import joined, own_part, own_state, roomiest
 from storage.run_dir import RunDir
-from utils import Signals
+from utils import Signals, copy_tree
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
 LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "pyautoattack")
 
@@ -187,3 +188,17 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
+    """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
+    match tree:
+        case Tensor():
+            return tree.detach().to(device or tree.device, copy=True)
+        case dict():
+            return {key: copy_tree(value, device) for key, value in tree.items()}
+        case tuple() if hasattr(tree, "_fields"):
+            return type(tree)(*(copy_tree(value, device) for value in tree))
+        case list() | tuple():
+            return type(tree)(copy_tree(value, device) for value in tree)
+    return tree

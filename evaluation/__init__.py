@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import config
+import processes
 import utils
 from config import Config
 from data import ImageData
@@ -53,7 +54,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     inputs = Inputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
     ood.check_names(cfg)
 
-    directory = report_directory(cfg, path)
+    directory, writes = processes.from_first(lambda: report_directory(cfg, path)), processes.place().rank == 0
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {
         "checkpoint": f"{path}{chosen}",
@@ -79,8 +80,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             "environment": utils.environment(device),
         },
         other,
+        writes,
     )
-    if other:
+    if other and writes:
         copy_pictures(report, cfg.metrics)
     for name in cfg.metrics:
         print(f"{name} ...", flush=True)
@@ -88,23 +90,30 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
         if name in NEED_LABELS and not trained.classifies:
             section.skip(name, "the model was trained without labels")
+        else:
+            measure(METRICS[name], inputs, section)
+        if writes:
             write_files(report)
-            continue
-        try:
-            with evaluation_packages():
-                METRICS[name](inputs, section)
-        except UserError as error:
-            section.skip(name, str(error))
-        except Exception as error:  # one metric's failure is not to cost the others, hours later
-            traceback.print_exc()
-            section.skip(name, f"{type(error).__name__}: {error}")
-        write_files(report)
-    if not cfg.no_log:
+    if writes and not cfg.no_log:
         to_tensorboard(report, state["step"] or 0)
     print(f"Look at {utils.printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.scalars() for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0
+
+
+def measure(metric: Callable[[Inputs, Section], None], inputs: Inputs, section: Section) -> None:
+    """One metric, whose failure is not to cost the others, hours later; the section then says why it is absent."""
+    try:
+        with evaluation_packages():
+            metric(inputs, section)
+    except UserError as error:
+        section.skip(section.name, str(error))
+    except Exception as error:
+        if processes.lost_connection(error):
+            raise
+        traceback.print_exc()
+        section.skip(section.name, f"{type(error).__name__}: {error}")
 
 
 def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import processes
 from adversarial import climb, random_change
 from models import JEM
 from models.predict import images_per_batch
@@ -175,9 +176,10 @@ def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
 
 
 @torch.no_grad()
-def is_correct(classifier: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return torch.cat([classifier(images).argmax(1) == labels for images, labels in batches])
+def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator | None = None) -> Tensor:
+    """The classes (N,) of images (N, C, H, W) in [0, 1]; ``rng`` is what the classifier draws from, if it does."""
+    batches = x.split(batch_size)
+    return torch.cat(processes.divided(batches, lambda x: classifier(x).argmax(1), x.device, rng))
 
 
 def survivors(
@@ -188,13 +190,15 @@ def survivors(
     epsilons: list[float],
     batch_size: int,
     title: str = "",
+    rng: Generator | None = None,
 ) -> list[Tensor]:
     """Which images are still classified correctly, bool (N,): first without attack, then for each epsilon.
 
     x: (N, C, H, W) in [0, 1]; y: (N,); epsilons ascending, on the [0, 1] scale. At each epsilon the attacks follow one
     another. An image that has fallen stays fallen, for what fooled the model lies within any larger epsilon too.
+    ``rng``: what classifier and attacks draw from, if they do.
     """
-    alive = is_correct(classifier, x, y, batch_size)
+    alive = predicted(classifier, x, batch_size, rng) == y
     results = [alive.clone()]
     total = len(x) * len(epsilons) * sum(attack.passes for attack in attacks)
     with progress_bar(title, total) as bar, counted(classifier, bar):
@@ -202,10 +206,17 @@ def survivors(
         for epsilon in epsilons:
             for attack in attacks:
                 bar.set_description(f"{title} {epsilon:.3g}, {attack.name}", refresh=False)
+                bar.set_postfix_str(f"{alive.sum()} of {len(x)} images not fooled", refresh=False)
                 perturb = attack.on(classifier, epsilon)
-                for part in alive.nonzero().flatten().split(batch_size) if alive.any() else ():
-                    bar.set_postfix_str(f"{alive.sum()} of {len(x)} images not fooled", refresh=False)
-                    alive[part] = is_correct(classifier, perturb(x[part], y[part]), y[part], batch_size)
+
+                def withstand(part: Tensor, perturb=perturb) -> Tensor:
+                    moved = perturb(x[part], y[part])
+                    with torch.no_grad():
+                        return classifier(moved).argmax(1) == y[part]
+
+                parts = alive.nonzero().flatten().split(batch_size) if alive.any() else ()
+                for part, kept in zip(parts, processes.divided(parts, withstand, x.device, rng), strict=True):
+                    alive[part] = kept
                 done += len(x) * attack.passes
                 bar.update(done - bar.n)  # fallen images need no more passes
             results.append(alive.clone())
@@ -303,22 +314,25 @@ def distal_adversarials(
     """
     starts = uniform_images(n_each, shape, generator)
     batches = torch.arange(n_classes, device=starts.device).split(max(1, images_per_batch(BATCH, shape) // n_each))
-    parts = []
-    with progress_bar("distal adversarials", len(batches) * (max_steps + 1)) as bar:
-        for i, classes in enumerate(batches, 1):
-            x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
-            for step in range(max_steps + 1):
-                x.requires_grad_()
-                loss = F.cross_entropy(model(x), y, reduction="none")
-                (grad,) = torch.autograd.grad(-loss.sum(), x)
-                bar.update()
-                going = loss.detach() > -math.log(confidence)
-                if step == max_steps or not going.any():
-                    break
-                length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
-                move = step_size * math.sqrt(math.prod(shape)) * going / length  # (N,)
-                x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
-            parts.append((x.detach(), (-loss.detach()).exp()))
-            bar.update(i * (max_steps + 1) - bar.n)
+
+    def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
+        for step in range(max_steps + 1):
+            x.requires_grad_()
+            loss = F.cross_entropy(model(x), y, reduction="none")
+            (grad,) = torch.autograd.grad(-loss.sum(), x)
+            bar.update()
+            going = loss.detach() > -math.log(confidence)
+            if step == max_steps or not going.any():
+                break
+            length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
+            move = step_size * math.sqrt(math.prod(shape)) * going / length  # (N,)
+            x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
+        bar.update(max_steps - step)
+        return x.detach(), (-loss.detach()).exp()
+
+    n_own = math.ceil(len(batches) / processes.place().size)
+    with progress_bar("distal adversarials", n_own * (max_steps + 1)) as bar:
+        parts = processes.divided(batches, climb_to, starts.device)
     x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, reached

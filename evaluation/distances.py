@@ -11,8 +11,8 @@ from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+import processes
 from data import to_float
 from models import JEM
 from models.predict import images_per_batch
@@ -22,6 +22,7 @@ BATCH = 250  # images of 3x32x32
 CHUNK = 1000  # rows of a matrix of distances, or of features in float64
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
+EACH = {"sync_on_compute": False}  # every process has all features, which torchmetrics would count once for each
 
 
 class Features(nn.Module):
@@ -59,7 +60,7 @@ def distances_to(real: Tensor) -> Callable[[Tensor], Distances]:
 
     frechet, radii = frechet_distance(real), neighbour_distance(real)
     kid = KernelInceptionDistance(
-        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False
+        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **EACH
     ).to(real.device)
     kid.update(real, real=True)
 
@@ -79,7 +80,9 @@ def frechet_distance(real: Tensor) -> Callable[[Tensor], float]:
     """The Fréchet distance of features (N, D) to ``real``, (M, D), as a function of those features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False).to(real.device)
+    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **EACH).to(
+        real.device
+    )
     for part in real.split(CHUNK):  # it works in float64
         metric.update(part, real=True)
 
@@ -112,7 +115,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     """
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(PrecomputedFeatures(logits.shape[1])).to(logits.device)
+    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **EACH).to(logits.device)
     metric.update(logits)
     mean, std = metric.compute()
     return mean.item(), std.item()
@@ -146,11 +149,9 @@ def inception_outputs(
     network: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, title: str
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) and logits (N, K) of uint8 images, grey or RGB; ``title`` stands at the progress bar."""
-    parts = []
     batches = images.split(images_per_batch(BATCH, images.shape[1:]))
     with torch.no_grad():
-        for batch in tqdm(batches, desc=title, unit="batch", leave=False):
-            parts.append(network(as_rgb(batch)))
+        parts = processes.divided(batches, lambda batch: network(as_rgb(batch)), images.device, title=title)
     features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
     return features, logits
 

@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 import data
 import image_folder
+import processes
 from adversarial import climb
 from config import Config
 from evaluation.inputs import Inputs
@@ -131,8 +131,8 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
-    batches = tqdm(x.split(images_per_batch(BATCH, x.shape[1:])), desc="scores", unit="batch", leave=False)
-    parts = [logits_and_slope(model, data.to_float(batch)) for batch in batches]
+    batches = x.split(images_per_batch(BATCH, x.shape[1:]))
+    parts = processes.divided(batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores")
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
@@ -145,9 +145,11 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
     batches = images.split(images_per_batch(BATCH, images.shape[1:]))
-    return torch.cat(
-        [climb(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS) for x in batches]
-    )
+
+    def moved(x: Tensor) -> Tensor:
+        return climb(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
+
+    return torch.cat(processes.divided(batches, moved, images.device))
 
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:

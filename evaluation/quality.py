@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
-from tqdm import tqdm
 
+import processes
 from config import Config
 from data import Split, to_float
 from evaluation.distances import (
@@ -47,17 +47,19 @@ def fresh_samples(
     class_cond: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The starts of n chains, of each class in turn, and their ends after ``steps`` SGLD steps, uint8 (n, C, H, W)."""
-    starts, ends, y = [], [], None
     batch = min(n, images_per_batch(BATCH, start.shape))
-    for first in tqdm(range(0, n, batch), desc="fresh samples", unit="batch", leave=False):
+
+    def samples(first: int) -> tuple[Tensor, Tensor]:
         # Always whole batches: a chain's CUDA graph has a fixed shape, and batch normalisation sees them all.
         classes = [i % n_classes for i in range(first, first + batch)]
-        if class_cond:
-            y = torch.tensor(classes, device=generator.device)
+        y = torch.tensor(classes, device=generator.device) if class_cond else None
         x = start(classes, generator)
-        starts.append(to_uint8(x[: n - first]))
-        ends.append(to_uint8(sgld(x, steps, sgld_lr, sgld_std, generator, y).x[: n - first]))
-    return torch.cat(starts), torch.cat(ends)
+        ends = sgld(x, steps, sgld_lr, sgld_std, generator, y).x
+        return to_uint8(x[: n - first]), to_uint8(ends[: n - first])
+
+    parts = processes.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
+    starts, ends = (torch.cat(part) for part in zip(*parts, strict=True))
+    return starts, ends
 
 
 def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 from torch import Tensor
 
 from storage.pictures import save_png
@@ -47,8 +46,8 @@ def bootstrap(statistic: Callable[..., Any], *groups: Tensor, seed: int = 0, rep
 class Section:
     """One metric's numbers, remarks and pictures. Rows and columns, where given, become a table of their own."""
 
-    def __init__(self, name: str, directory: Path):
-        self.name, self.directory = name, directory
+    def __init__(self, name: str, directory: Path, writes: bool = True):
+        self.name, self.directory, self.writes = name, directory, writes
         self.numbers: dict[str, Number] = {}
         self.tables: dict[str, dict[str, dict[str, Number]]] = {}
         self.notes: list[str] = []
@@ -80,6 +79,8 @@ class Section:
 
     def share(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
         """Record the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
+        from scipy.stats import binomtest  # slow to import
+
         n = len(true)
         low, high = binomtest(int(true.sum()), n).proportion_ci(method="wilson") if n else (math.nan, math.nan)
         self.add(name, true.double().mean().item(), n, protocol, (float(low), float(high)), at)
@@ -94,13 +95,15 @@ class Section:
 
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
+        self.pictures[name] = caption
+        if not self.writes:
+            return
         path = self.directory / f"{name}.png"
         with disk_errors(self.directory):
             if isinstance(content, Figure):
                 content.savefig(path, dpi=120)
             else:
                 save_png(path, content)
-        self.pictures[name] = caption
 
     def scalars(self) -> dict[str, Number]:
         """Every number under one name: ``measure``, or ``measure/row/column``."""
@@ -133,15 +136,16 @@ def all_printable(value: Any) -> Any:
 class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
-    ``other``: the report of another run, to be shown beside this one.
+    ``other``: the report of another run, to be shown beside this one. ``writes``: whether this process, if there are
+    several, saves pictures.
     """
 
-    def __init__(self, directory: Path, header: dict[str, Any], other: "Report | None" = None):
-        self.directory, self.header, self.other = directory, header, other
+    def __init__(self, directory: Path, header: dict[str, Any], other: "Report | None" = None, writes: bool = True):
+        self.directory, self.header, self.other, self.writes = directory, header, other, writes
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
-        self.sections[name] = Section(name, self.directory)
+        self.sections[name] = Section(name, self.directory, self.writes)
         return self.sections[name]
 
     def as_dict(self) -> dict[str, Any]:

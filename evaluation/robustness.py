@@ -1,10 +1,8 @@
 """Adversarial robustness: accuracy under attack, with JEM's refinement too, and distal adversarials."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
@@ -23,6 +21,7 @@ from evaluation.attacks import (
     measure_speed,
     no_auto_attack,
     pgd,
+    predicted,
     survivors,
 )
 from evaluation.inputs import Inputs, evaluation_packages
@@ -55,12 +54,11 @@ class Sweep(NamedTuple):
     restarts: int
     batch_size: int
     protocol: str
-    rng: Callable[[], Generator]  # the same for each norm, whichever attacks ran before
+    rng: Generator  # of the attack's starts and of the classifier
 
     def attacks(self, norm: str) -> list[Attack]:
-        rng = self.rng()
         names = [f"{self.name}, start {i}" for i in range(1, self.restarts + 1)] if self.restarts > 1 else [self.name]
-        return [pgd(norm, self.steps, rng, name) for name in names]
+        return [pgd(norm, self.steps, self.rng, name) for name in names]
 
 
 NORMS = (
@@ -88,7 +86,7 @@ def measure(inputs: Inputs, section: Section) -> None:
         figure = Figure(figsize=(9, 4), layout="constrained")
         for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
             for sweep in sweeps.values():
-                add_sweep(section, norm, sweep, x, y, axes)
+                add_sweep(section, norm, sweep, x, y, axes, inputs.cfg.seed)
             if "autoattack" in chosen:
                 add_auto_attack(section, norm, inputs, x, y, axes)
             unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
@@ -121,15 +119,16 @@ def choose(inputs: Inputs, section: Section) -> list[str]:
 def pgd_sweeps(inputs: Inputs, n: int) -> dict[str, Sweep]:
     """PGD on n images, and on fewer through the refinement, by their names in ``--attacks``."""
     cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(BATCH, inputs.data.shape)
-    refined = RefinedClassifier(model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, inputs.rng())
+    rng, rng_refined = inputs.rng(), inputs.rng()
+    refined = RefinedClassifier(model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, rng_refined)
     protocol = (
         f"; classified after {cfg.refine_steps} SGLD steps, probabilities averaged over {CHAINS} chains, "
         "attacked through these chains"
     )
     few, small = min(REFINED_IMAGES, n), max(1, batch // (4 * CHAINS))
     return {
-        "pgd": Sweep(TITLES["pgd"], Classifier(model), n, PGD_STEPS, RESTARTS, batch, "", inputs.rng),
-        "refined": Sweep(TITLES["refined"], refined, few, REFINED_PGD_STEPS, 1, small, protocol, inputs.rng),
+        "pgd": Sweep(TITLES["pgd"], Classifier(model), n, PGD_STEPS, RESTARTS, batch, "", rng),
+        "refined": Sweep(TITLES["refined"], refined, few, REFINED_PGD_STEPS, 1, small, protocol, rng_refined),
     }
 
 
@@ -166,9 +165,10 @@ def add_auto_attack(section: Section, norm: Norm, inputs: Inputs, x: Tensor, y: 
     axes.plot(epsilon / norm.unit, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 
-def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes: Axes) -> None:
+def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes: Axes, seed: int) -> None:
     grey = norm.grey_epsilon(math.prod(x.shape[1:]))
     epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
+    sweep.rng.manual_seed(seed)  # the same for each norm, whichever attacks ran before
     alive = survivors(
         sweep.classifier,
         sweep.attacks(norm.name),
@@ -177,6 +177,7 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         list(epsilons.values()),
         sweep.batch_size,
         norm.name,
+        sweep.rng,
     )
     protocol = (
         f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
@@ -188,7 +189,8 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         section.share(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
     shares = [kept.double().mean().item() for kept in alive]
     axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
-    constant = most_frequent_share(sweep.classifier, x[: sweep.n], sweep.batch_size)
+    answers = predicted(sweep.classifier, x[: sweep.n], sweep.batch_size, sweep.rng)
+    constant = answers.bincount().max().item() / sweep.n  # the share of the class that is predicted most often
     if shares[-1] > constant + MASKED:
         section.note(
             f"**Masked gradients?** At {norm.name} epsilon {grey:.3g}, where any image can become plain grey, "
@@ -196,13 +198,6 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
             "(the share of the class that is predicted most often): it is the attack that fails there, and the "
             "accuracies of this column are too high."
         )
-
-
-@torch.no_grad()
-def most_frequent_share(classifier: nn.Module, x: Tensor, batch_size: int) -> float:
-    """The share of images (N, C, H, W) in the class that is predicted most often."""
-    predicted = torch.cat([classifier(images).argmax(1) for images in x.split(batch_size)])
-    return predicted.bincount().max().item() / len(x)
 
 
 def add_distal_adversarials(inputs: Inputs, section: Section, n_each: int = N_DISTAL) -> None:

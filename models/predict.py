@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import processes
 from data import Split, to_float
 from models.jem import JEM
 
@@ -19,13 +20,14 @@ def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
 def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Outputs (N, ...) of images (N, C, H, W), uint8 or float in [-1, 1]; of a JEM, its logits float32 (N, K).
 
-    A module is in evaluation mode meanwhile and computes in ``dtype`` (autocast).
+    A module is in evaluation mode meanwhile and computes in ``dtype`` (autocast). All processes must predict together.
     """
     training = isinstance(network, nn.Module) and network.training
     if training:
         network.eval()
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        outputs = [network(to_float(batch)) for batch in images.split(images_per_batch(500, images.shape[1:]))]
+        batches = images.split(images_per_batch(500, images.shape[1:]))
+        outputs = processes.divided(batches, lambda batch: network(to_float(batch)), images.device)
     if training:
         network.train()
     return torch.cat(outputs)

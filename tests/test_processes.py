@@ -1,5 +1,6 @@
 """Several processes as torchrun starts them, against one process and against threads that exchange by hand."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from under_torchrun import COMMON, CONFIGS, gradient, run_of, train
+from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, train
 
 import data
 import main
@@ -69,7 +70,7 @@ def ranks(tmp_path_factory):
     status, out, err = end(torchrun(HERE / "under_torchrun.py", "steps", str(folder)))
     assert status == 0, err
     both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return {name: [of_rank[name] for of_rank in both] for name in CONFIGS}
+    return {name: [of_rank[name] for of_rank in both] for name in both[0]}
 
 
 class Twins:
@@ -173,6 +174,14 @@ class TestTwoProcesses:
         own = gradient(run)
         assert (one["gradient"] - own).norm() > 0.1 * own.norm()
 
+    def test_divide_work_as_one_process_does_it(self, ranks):
+        """An error in one of them is an error in all."""
+        results, after, kind, message = divided_work()
+        assert kind == "ValueError" and len(results) == 5
+        for rank, found in enumerate(ranks["divided"]):
+            assert str(found[0]) == str(results) and found[1] == after
+            assert found[2:] == [["RuntimeError", "ValueError"][rank], message]
+
 
 class TestCommandLine:
     def test_a_killed_process_changes_nothing(self, tmp_path, capsys):
@@ -197,6 +206,26 @@ class TestCommandLine:
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(tmp_path / "whole")["step"] == 22 and "processes" not in state(tmp_path / "whole")
+
+        test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
+        test = [
+            *test.split(),
+            "--n_sample_steps",
+            "2",
+            "--gpu",
+            "cpu",
+            "--feature_ckpt",
+            str(run),
+            "--load_ckpt",
+            str(run),
+        ]
+        together = torchrun(HERE.parent / "main.py", *test)
+        status, _, err = end(together)
+        assert status == 0 and main.main(test) == 0, err
+        two, one = (json.loads((run / name / "results.json").read_text()) for name in ("eval", "eval-2"))
+        assert all(two[name]["results"] == one[name]["results"] != {} for name in one["options"]["eval"].split(","))
+        pictures = [{path.name for path in (run / name).glob("*.png")} for name in ("eval", "eval-2")]
+        assert pictures[0] == pictures[1] and len(pictures[0]) > 3 and not (run / "eval-3").exists()
 
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
     def test_signals_to_one_process_are_for_all(self, tmp_path):

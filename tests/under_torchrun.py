@@ -57,11 +57,22 @@ def train(run: trainer.Trainer) -> dict[str, torch.Tensor]:
     return seen | tensors(run)
 
 
+def divided_work() -> list:
+    """What comes of items, what the next number of their generator is, and of what one process alone fails."""
+    rng = torch.Generator().manual_seed(1)
+    results = processes.divided(range(5), lambda i: (i, i + torch.rand(2, generator=rng)), "cpu", rng)
+    try:
+        processes.divided(range(2), lambda i: int(["1", "ten"][i]), "cpu")
+    except Exception as error:
+        return [results, torch.rand((), generator=rng), type(error).__name__, str(error)]
+
+
 def steps(folder: str) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     processes.connect()
     images, place = data.load("digits", n_valid=COMMON["n_valid"]), processes.place()
-    torch.save({name: train(run_of(name, images, place)) for name in CONFIGS}, Path(folder) / f"{place.rank}.pt")
+    done = {name: train(run_of(name, images, place)) for name in CONFIGS} | {"divided": divided_work()}
+    torch.save(done, Path(folder) / f"{place.rank}.pt")
     processes.disconnect()
 
 
