@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import throughput
+from models import build_model
 
 HERE = Path(__file__).parent.parent
 SMALL = "--depth 10 --width 1 --batch_size 8 --sgld_step 2 --device cpu --precision fp32 --compile off".split()
@@ -31,6 +35,32 @@ def test_throughput(tmp_path):
     assert 1 < rows["training step"]["flops"] / rows["sampler"]["flops"] < 4
 
 
+def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
+    seconds = iter([1.0, 0.5, 4.0, 1e-3])
+    monkeypatch.setattr(throughput, "measure", lambda functions, device, repeats: {"rate": [9.0, next(seconds)]})
+    network = build_model(3, 10, 10, 1)
+    rate, what = throughput.ceiling(network, torch.zeros(2, 3, 32, 32))
+    assert what == "a 3x3 convolution of 16 to 16 channels at 32x32"
+    assert rate == 2 * 2 * 32 * 32 * 16 * 16 * 9 / 1e-3
+
+
+def test_a_share_above_the_ceiling_is_not_shown_as_one():
+    assert throughput.share_of(2.0, 4.0) == "50 % of the ceiling"
+    assert "the ceiling is too low" in throughput.share_of(5.0, 4.0)
+
+
 def test_profile():
     out = run("profile_step.py")
     assert "convolution" in out
+
+
+def test_scaling(tmp_path):
+    """Two processes have twice the images of a step, and its gradients are exchanged."""
+    script, file = HERE / "benchmarks" / "scaling.py", tmp_path / "numbers.json"
+    small = "--depth 10 --width 1 --batch_size 4 --image_size 8 --steps 2 --recipe m-jem --device cpu --processes 2"
+    done = subprocess.run([sys.executable, script, *small.split(), "--json", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (two,) = json.loads(file.read_text())["rows"]
+    assert (two["processes"], two["batch_size"], two["efficiency"]) == (2, 8, None)
+    assert two["images_per_second"] == pytest.approx(8 / two["step"])
+    assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
