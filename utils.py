@@ -6,6 +6,8 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EVALUATION_PACKAGES = (
+    "torchmetrics",
+    "torch_fidelity",
+    "pyautoattack",
+)  # of requirements-eval.txt, imported where needed
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "pyautoattack")
 
 
@@ -202,3 +209,15 @@ def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
         case list() | tuple():
             return type(tree)(copy_tree(value, device) for value in tree)
     return tree
+
+
+@contextmanager
+def evaluation_packages() -> Iterator[None]:
+    """Inside, an evaluation package that is not installed is a UserError, which skips what needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EVALUATION_PACKAGES:
+            raise
+        raise UserError(f"{package} is not installed: pip install -r requirements-eval.txt") from None

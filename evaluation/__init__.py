@@ -14,18 +14,15 @@ import config
 import processes
 import utils
 from config import Config
-from data import ImageData
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
 from evaluation.compare import read_report
-from evaluation.inputs import Inputs, evaluation_packages
+from evaluation.inputs import Inputs
 from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
-from models import JEM
-from models.foreign import open_checkpoint
-from models.load import load_data, load_model
+from models.load import frozen, load_data, load_feature_model
 from storage.run_dir import RunDir
 from storage.writer import disk_errors
-from utils import UserError
+from utils import UserError, evaluation_packages
 
 METRICS: dict[str, Callable[[Inputs, Section], None]] = dict(
     zip(
@@ -114,23 +111,6 @@ def measure(metric: Callable[[Inputs, Section], None], inputs: Inputs, section: 
             raise
         traceback.print_exc()
         section.skip(section.name, f"{type(error).__name__}: {error}")
-
-
-def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
-    return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
-
-
-def load_feature_model(place: str, dataset: str, images: ImageData, device: torch.device) -> JEM | None:
-    """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
-    if not place:
-        return None
-    path, content = open_checkpoint(place, {"dataset": dataset})
-    described = content["data"]
-    names = described["class_names"]
-    same = len(names) == len(images.class_names) if described.get("assumed") else names == list(images.class_names)
-    if described["shape"] != list(images.shape) or not same:
-        raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
-    return frozen(Config.from_dict(content["config"], str(path)), path, content, device)
 
 
 def report_directory(cfg: Config, path: Path) -> Path:

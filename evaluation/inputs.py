@@ -1,8 +1,6 @@
 """What an evaluation is given."""
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +9,6 @@ from torch import Generator, Tensor
 from config import Config
 from data import ImageData, Split, to_float
 from models import JEM
-from utils import UserError
-
-PACKAGES = ("torchmetrics", "torch_fidelity", "pyautoattack")  # of requirements-eval.txt, imported where needed
-
-
-@contextmanager
-def evaluation_packages() -> Iterator[None]:
-    """Inside, an evaluation package that is not installed is a UserError, which skips what needs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
-            raise
-        raise UserError(f"{package} is not installed: pip install -r requirements-eval.txt") from None
 
 
 @dataclass(frozen=True)

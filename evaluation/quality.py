@@ -9,11 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
-import processes
 from config import Config
 from data import Split, to_float
-from evaluation.distances import (
-    BATCH,
+from distances import (
     KID_SUBSETS,
     NEIGHBOURS,
     Features,
@@ -23,43 +21,17 @@ from evaluation.distances import (
     inception_score,
     nearest,
 )
-from evaluation.inputs import Inputs, evaluation_packages
+from evaluation.inputs import Inputs
 from evaluation.report import Section
 from models import JEM, sampling_copy
-from models.predict import images_per_batch, predict
-from sgld import FRESH_STEPS, SGLD, Start, chain_options
+from models.predict import predict
+from sample_quality import fresh_samples
+from sgld import FRESH_STEPS, SGLD, chain_options
 from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
-from utils import UserError, pick_dtype
+from utils import UserError, evaluation_packages, pick_dtype
 
 FEWEST = 20  # images that a row of distances needs
-
-
-def fresh_samples(
-    sgld: SGLD,
-    n: int,
-    start: Start,
-    n_classes: int,
-    steps: int,
-    sgld_lr: float,
-    sgld_std: float,
-    generator: Generator,
-    class_cond: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The starts of n chains, of each class in turn, and their ends after ``steps`` SGLD steps, uint8 (n, C, H, W)."""
-    batch = min(n, images_per_batch(BATCH, start.shape))
-
-    def samples(first: int) -> tuple[Tensor, Tensor]:
-        # Always whole batches: a chain's CUDA graph has a fixed shape, and batch normalisation sees them all.
-        classes = [i % n_classes for i in range(first, first + batch)]
-        y = torch.tensor(classes, device=generator.device) if class_cond else None
-        x = start(classes, generator)
-        ends = sgld(x, steps, sgld_lr, sgld_std, generator, y).x
-        return to_uint8(x[: n - first]), to_uint8(ends[: n - first])
-
-    parts = processes.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
-    starts, ends = (torch.cat(part) for part in zip(*parts, strict=True))
-    return starts, ends
 
 
 def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:

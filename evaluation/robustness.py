@@ -24,11 +24,11 @@ from evaluation.attacks import (
     predicted,
     survivors,
 )
-from evaluation.inputs import Inputs, evaluation_packages
+from evaluation.inputs import Inputs
 from evaluation.report import Section
 from models.predict import images_per_batch
 from storage.pictures import image_grid, to_uint8
-from utils import UserError
+from utils import UserError, evaluation_packages
 
 
 class Norm(NamedTuple):

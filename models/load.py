@@ -9,6 +9,7 @@ import torch
 import data
 from config import Config
 from models import JEM, build_model
+from models.foreign import open_checkpoint
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
@@ -83,3 +84,23 @@ def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         "training_steps": state["step"],
         "weights": "ema" if "ema" in state else "last",
     }
+
+
+def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
+    return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
+
+
+def load_feature_model(place: str, dataset: str, images: data.ImageData, device: torch.device) -> JEM | None:
+    """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
+    if not place:
+        return None
+    path, content = open_checkpoint(place, {"dataset": dataset})
+    described = content["data"]
+    if described.get("assumed"):  # it does not say which images it was trained on
+        known = described["shape"][0], len(described["class_names"])
+        same = known == (images.shape[0], len(images.class_names))
+    else:
+        same = described["shape"] == list(images.shape) and described["class_names"] == list(images.class_names)
+    if not same:
+        raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
+    return frozen(Config.from_dict(content["config"], str(path)), path, content, device)

@@ -20,6 +20,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import evaluation
+import utils
 from config import Config
 from data import Split, load
 from evaluation import likelihood, ood, robustness
@@ -513,7 +514,7 @@ def test_attacks_are_for_mode_test(tmp_path, capsys):
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
-    with pytest.raises(ModuleNotFoundError), evaluation.evaluation_packages():
+    with pytest.raises(ModuleNotFoundError), utils.evaluation_packages():
         import nowhere_to_be_found  # noqa: F401
 
 

@@ -9,10 +9,11 @@ from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+import distances
+import sample_quality
 from config import Config
 from data import load
-from evaluation import distances, quality
-from evaluation.distances import (
+from distances import (
     Features,
     as_rgb,
     distances_to,
@@ -21,11 +22,13 @@ from evaluation.distances import (
     inception_score,
     nearest,
 )
+from evaluation import quality
 from evaluation.inputs import Inputs
-from evaluation.quality import fresh_samples, most_confident
+from evaluation.quality import most_confident
 from evaluation.report import Section
 from main import main
 from models import build_model
+from sample_quality import fresh_samples
 from sgld import SGLD, reference_chain, uniform_images
 from starts import UniformStart
 from storage.pictures import to_uint8
@@ -190,7 +193,7 @@ def test_nearest_is_the_slow_loop():
 
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
-    monkeypatch.setattr(quality, "images_per_batch", lambda *_: 4)
+    monkeypatch.setattr(sample_quality, "images_per_batch", lambda *_: 4)
 
     def log_density(x, y=None):
         goal = 0 if y is None else y[:, None] / 10
@@ -199,7 +202,9 @@ def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
     shape, rng = (1, 4, 4), seeded(3)
     starts, ends = fresh_samples(SGLD(log_density), 6, UniformStart(shape), 3, 3, 0.1, 0.01, seeded(3), class_cond)
     first, last = [], []
-    for classes in ([0, 1, 2, 0], [1, 2, 0, 1]):
+    seeds = torch.randint(2**31, (3,), generator=rng).tolist()  # each batch has randomness of its own
+    for classes, seed in zip(([0, 1, 2, 0], [1, 2, 0, 1]), seeds, strict=False):
+        rng.manual_seed(seed)
         first.append(uniform_images(4, shape, rng))
         y = torch.tensor(classes) if class_cond else None
         last.append(reference_chain(log_density, first[-1], 3, 0.1, 0.01, rng, y).x)
