@@ -312,8 +312,8 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section = Section("robustness", tmp_path)
     norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1", 1)
-    sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "", seeded)
-    add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots())
+    sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "", seeded())
+    add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots(), 0)
     column = {row: line["PGD"].value for row, line in section.tables["accuracy under Linf attack"].items()}
     assert column["0"] == 1 and column["0.1"] == 1
     assert column["0.5 (check)"] == (1 if hidden else 0)
@@ -326,7 +326,7 @@ def test_a_constant_classifier_hides_no_gradients(tmp_path):
             return torch.stack([0 * x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3)) + 1], 1)
 
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), Sweep("PGD", Constant(), 8, 3, 1, 8, "", seeded)
-    add_sweep(section, norm, sweep, torch.rand(8, 1, 4, 4), labels, Figure().subplots())
+    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), Sweep("PGD", Constant(), 8, 3, 1, 8, "", seeded())
+    add_sweep(section, norm, sweep, torch.rand(8, 1, 4, 4), labels, Figure().subplots(), 0)
     assert section.tables["accuracy under Linf attack"]["0.5 (check)"]["PGD"].value == 0.5
     assert not section.notes

@@ -101,6 +101,7 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     run, content = sample(jem, tmp_path, "--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02")
     model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(1)
     start = uniform_images(12, (1, 8, 8), rng)
+    rng.manual_seed(torch.randint(2**31, (2,), generator=rng)[0].item())  # each batch has randomness of its own
     x = reference_chain(model.log_density, start, 5, 1.0, 0.02, rng).x
     torch.testing.assert_close(torch.from_numpy(content["x"]), x)
     logits = model(x).numpy()
