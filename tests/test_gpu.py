@@ -135,3 +135,16 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch):
     one, two = (load_checkpoint(path / "ckpt" / "last.pt")["state"] for path in (run, whole))
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
     assert torch.equal(one["buffer"]["images"], two["buffer"]["images"])
+
+
+def test_batches_from_the_host_are_those_on_the_device(digits):
+    """Sent ahead of their step, in the same order and with the same augmentation."""
+
+    def batches(split):
+        return data.Batches(split, 200, True, 0.1, torch.Generator("cuda").manual_seed(1))
+
+    host = data.Split(digits.train.images.cpu(), digits.train.labels.cpu())
+    here, there = batches(host.to(torch.device("cuda"))), batches(host)
+    for _ in range(20):  # three passes
+        for one, other in zip(here.next(), there.next(), strict=True):
+            assert other.is_cuda and torch.equal(one, other)
