@@ -34,6 +34,10 @@ def check_options(cfg) -> None:
         raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
     if cfg.sync_batch_norm and cfg.norm != "batch":
         raise UserError("--sync_batch_norm needs --norm batch")
+    if cfg.quality_every and cfg.mode in ("energy_train", "baseline_train") and not cfg.samples:
+        raise UserError("--quality_every measures samples, and this training draws none")
+    if cfg.quality_every and cfg.sync_batch_norm:
+        raise UserError("--quality_every draws other samples in each process, which --sync_batch_norm would mix")
     if cfg.sam_adaptive and not cfg.sam_rho:
         raise UserError("--sam_adaptive needs --sam_rho, for instance 2")
     if bool(cfg.inpaint) + (cfg.denoise is not None) + cfg.from_buffer + (cfg.counterfactual is not None) > 1:

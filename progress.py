@@ -14,6 +14,12 @@ from utils import device_name
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
 LONG = 48  # hours from which on a hint says what is faster
+BESIDE_BAR = {
+    "loss": "loss/total",
+    "accuracy": "accuracy/train",
+    "log p(real)": "log_density/real",
+    "log p(sampled)": "log_density/sampled",
+}
 OUTPUTS = (
     "samples",
     "SGLD_process_demo.gif",
@@ -72,8 +78,9 @@ class Progress:
         self.write(f"The remaining {steps} steps will take about {duration}{hint}.")
 
     def show(self, speed: float, values: dict[str, float]) -> None:
-        """Numbers behind the bar, when it is drawn next."""
-        self.bar.set_postfix({"images/s": f"{speed:.0f}"} | {k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+        """Some of the log's numbers behind the bar, when it is drawn next."""
+        shown = {name: f"{values[key]:.3g}" for name, key in BESIDE_BAR.items() if key in values}
+        self.bar.set_postfix({"images/s": f"{speed:.0f}"} | shown, refresh=False)
 
     def go_back(self, step: int) -> None:
         self.bar.n, self.clock = step, (time.perf_counter(), step)
@@ -116,6 +123,17 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
         lines["note"] = f"--warmup_steps {cfg.warmup_steps} lasts longer than the run"
     for name, text in lines.items():
         print(f"{name:10} {text}", flush=True)
+
+
+def evaluation_line(step: int, epoch: float, values: dict[str, float]) -> str:
+    """What an evaluation has found, accuracies and distances of samples."""
+    parts = []
+    for name, value in values.items():
+        group, what = name.split("/")
+        accuracy = f"{what} accuracy {100 * value:.2f} %"
+        distance = f"Fréchet distance of {what.replace('_', ' ')} {value:.4g}"
+        parts.append(accuracy if group == "accuracy" else distance)
+    return f"step {step}, epoch {epoch:.4g}: {', '.join(parts)}"
 
 
 def summary(run: Path, step: int, tensorboard: bool) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from config import Config
-from progress import Progress, summary
+from progress import Progress, evaluation_line, summary
 from storage.checkpoint import save_checkpoint
 from storage.log import Log
 from storage.pictures import image_grid, plot_curves, save_gif, save_png, to_uint8
@@ -70,6 +70,9 @@ class Record:
         self.progress.go_back(back_to)
         self.line(message)
         self.log.recovery(step, back_to, message)
+
+    def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        self.line(evaluation_line(step, epoch, values))
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on."""

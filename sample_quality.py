@@ -4,10 +4,16 @@ import torch
 from torch import Generator, Tensor
 
 import processes
-from distances import BATCH
-from models.predict import images_per_batch
-from sgld import SGLD, Start
+from config import Config
+from data import ImageData
+from distances import BATCH, Features, frechet_distance, inception, inception_outputs
+from models.load import load_feature_model
+from models.predict import images_per_batch, predict
+from sgld import FRESH_STEPS, SGLD, Start
 from storage.pictures import to_uint8
+from utils import UserError, evaluation_packages
+
+IMAGES, REFERENCE = 2000, 10_000  # samples, unless --n_samples says another number; training images
 
 
 def fresh_samples(
@@ -35,3 +41,41 @@ def fresh_samples(
     parts = processes.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
     starts, ends = (torch.cat(part) for part in zip(*parts, strict=True))
     return starts, ends
+
+
+class SampleQuality:
+    """Fréchet distances of a run's samples to its training images, for ``--quality_every``.
+
+    In the features of the classifier ``--feature_ckpt`` or, without, of Inception. The same training images serve each
+    time. Raises UserError if there is no such network.
+    """
+
+    def __init__(self, cfg: Config, images: ImageData, start: Start, device: torch.device):
+        self.cfg, self.start, self.n_classes, self.device = cfg, start, len(images.class_names), device
+        self.n = cfg.n_samples or IMAGES
+        with evaluation_packages():
+            if cfg.feature_ckpt:
+                model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
+                self.features = lambda images: predict(Features(model), images)
+            else:
+                network = self.inception()
+                self.features = lambda images: inception_outputs(network, images, "Inception's features")[0]
+            order = torch.randperm(len(images.train), generator=Generator().manual_seed(0))[:REFERENCE]
+            real = images.train.images[order.to(images.train.images.device)].to(device)
+            self.distance = frechet_distance(self.features(real))
+
+    def inception(self) -> torch.nn.Module:
+        try:
+            return inception(self.device)
+        except UserError as error:
+            raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
+
+    def __call__(self, sgld: SGLD, buffer: Tensor, rng: Generator) -> dict[str, float]:
+        """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W)."""
+        cfg, steps = self.cfg, FRESH_STEPS if self.cfg.n_sample_steps is None else self.cfg.n_sample_steps
+        sizes = cfg.sgld_lr, cfg.sgld_std
+        starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, steps, *sizes, rng)
+        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: self.n]
+        held = processes.from_first(lambda: to_uint8(buffer[chosen].nan_to_num(0)).cpu()).to(self.device)
+        sets = {"quality/fresh_samples": fresh, "quality/chain_starts": starts, "quality/buffer": held}
+        return {name: self.distance(self.features(images)) for name, images in sets.items()}

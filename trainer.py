@@ -27,6 +27,7 @@ from processes import Place
 from progress import announce, compiled
 from record import NoRecord, Record
 from recovery import Recovery
+from sample_quality import SampleQuality
 from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
 from state import joined, own_part, own_state, roomiest
@@ -37,6 +38,7 @@ MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and
 LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
+BEST = {"best.pt": ("accuracy/valid", 1), "best_quality.pt": ("quality/fresh_samples", -1)}  # not by test accuracy
 FAR = 2**18  # between the seeds of processes; of a seed, a generator on the CPU takes the last 32 bits alone
 
 
@@ -78,12 +80,10 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.sampler = None
         self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
-        self.seed_generators(cfg.seed)
         self.model = build_for(cfg, images.shape[0], n_classes).to(device)
         if cfg.sync_batch_norm:
             synced(self.model)
-        if place.rank:
-            torch.manual_seed(cfg.seed + FAR * place.rank)  # the weights are the same in all processes, dropout is not
+        self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
@@ -92,9 +92,8 @@ class Trainer:
         self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng["data"], place=place)
         self.real_batches = None  # of log p(x), where these are not the labelled images
         if cfg.separate_p_x:
-            self.real_batches = data.Batches(
-                images.train, cfg.n_chains, flip, cfg.sigma, self.rng["p_x"], not cfg.p_x_no_augment, place
-            )
+            rng, augmented = self.rng["p_x"], not cfg.p_x_no_augment
+            self.real_batches = data.Batches(images.train, cfg.n_chains, flip, cfg.sigma, rng, augmented, place)
         if cfg.samples:
             rng, self.start = self.rng["sgld"], build_start(cfg.start, images, cfg.start_dir)
             self.sampling_model = sampling_copy(self.model, self.dtype)
@@ -104,9 +103,10 @@ class Trainer:
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
             # Its own engine, not compiled, for one long chain in 500 steps.
             self.film = SGLD(self.sampling_model.log_density, **options)
+        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
         self.recovery = Recovery(cfg)
         self.meter = Meter()
-        self.step, self.best, self.sgld_step = 0, 0.0, cfg.sgld_step
+        self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
         self.alarm = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -147,7 +147,9 @@ class Trainer:
     def loop(self, signals: Signals) -> int:
         cfg = self.cfg
         save_every = self.steps_per_epoch * math.ceil(MIN_EPOCH / self.steps_per_epoch)
-        eval_every = max(save_every, cfg.eval_every * self.steps_per_epoch)
+        eval_every, quality_every = (
+            max(save_every, n_epochs * self.steps_per_epoch) for n_epochs in (cfg.eval_every, cfg.quality_every)
+        )
         while self.step < self.total_steps:
             self.step += 1
             self.host_copy = None
@@ -164,7 +166,8 @@ class Trainer:
                     return status
                 continue
             evaluates = step % eval_every == 0 or last
-            if self.average and (evaluates or save):
+            measures = self.quality and (step % quality_every == 0 or last)
+            if self.average and (evaluates or measures or save):
                 refit_statistics(self.average, self.data.train.images, self.dtype)
             values = self.measurements() if log else {}
             if step % recovery.STATE_EVERY == 0:
@@ -173,14 +176,17 @@ class Trainer:
                 self.dump_samples(samples)
             if self.sampler and step > 1 and (step - 1) % cfg.gif_every == 0:
                 self.dump_gif()
-            if evaluates:
-                values |= self.evaluate()
+            found = (self.evaluate() if evaluates else {}) | (self.measure_quality() if measures else {})
+            if found:
+                self.record.evaluated(step, self.epoch, found)
+                values |= {"epoch": self.epoch} | found
             if values:
                 self.record.values(step, values)
-            better = values.get("accuracy/valid", 0) > self.best  # test accuracy has no say in this
-            if better:
-                self.best = values["accuracy/valid"]
-                self.checkpoint("best.pt")
+            for name, (measured, sign) in BEST.items():
+                value = sign * values.get(measured, -sign * math.inf)
+                if value > self.best.get(name, -math.inf):
+                    self.best[name] = value
+                    self.checkpoint(name)
             if save:
                 self.checkpoint("last.pt")
                 if status and not last:
@@ -263,10 +269,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
 
-    def seed_generators(self, seed: int) -> None:
-        seeds = {"data": 2 * seed, "sgld": 2 * seed + 1 + FAR * self.place.rank, "p_x": 2**31 + seed}
-        for name, own in seeds.items():
-            self.rng[name].manual_seed(own)
+    def seed_generators(self, seed: int, own_alone: bool = False) -> None:
+        """``own_alone``: those alone that differ between processes."""
+        seeds = {"sgld": 2 * seed + 1 + FAR * self.place.rank}
+        seeds |= {} if own_alone else {"data": 2 * seed, "p_x": 2**31 + seed}
+        for name, value in seeds.items():
+            self.rng[name].manual_seed(value)
+        torch.manual_seed(seed + FAR * self.place.rank)  # dropout's
         if self.sampler:
             self.sampler.reseed()
 
@@ -291,7 +300,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
-        self.step, self.best, self.cycle_ends = state["step"], state["best"], list(state["cycle_ends"])
+        self.step, self.best, self.cycle_ends = state["step"], dict(state["best"]), list(state["cycle_ends"])
         self.sgld_step = state["sgld_step"]
         for name, part in self.parts.items():
             part.load_state_dict(copy_tree(state[name], self.device))  # some of them keep the tensors they get
@@ -319,10 +328,7 @@ class Trainer:
                 f"The run had {n_before} processes and goes on with {self.place.size}: the replay buffer is "
                 "divided anew, and the chains have new randomness."
             )
-            self.rng["sgld"].manual_seed(2 * (self.cfg.seed + self.step) + 1 + FAR * self.place.rank)
-            torch.manual_seed(self.cfg.seed + self.step + FAR * self.place.rank)
-            if self.sampler:
-                self.sampler.reseed()
+            self.seed_generators(self.cfg.seed + self.step, own_alone=True)
         if self.total_steps > self.cycle_ends[-1]:
             self.cycle_ends.append(self.total_steps)
 
@@ -330,7 +336,7 @@ class Trainer:
         """A copy of the state on the CPU, made once a step."""
         if self.host_copy is None:
             self.host_copy = copy_tree(self.state_dict(), torch.device("cpu"))
-        return self.host_copy | {"best": self.best}
+        return self.host_copy | {"best": dict(self.best)}
 
     host_copy: dict[str, Any] | None = None
 
@@ -358,7 +364,7 @@ class Trainer:
 
     def checkpoint(self, name: str) -> None:
         state = self.state_on_host()
-        if name == "best.pt":  # to measure and to sample from; training is resumed from last.pt
+        if name != "last.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
         elif self.place.size > 1:
             state = joined(state)
@@ -375,9 +381,7 @@ class Trainer:
         state, change = self.recovery.go_back(diverged_at)
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
         self.host_copy = None
-        seed = self.cfg.seed + 1_000_003 * self.recovery.recoveries
-        self.seed_generators(seed)
-        torch.manual_seed(seed + FAR * self.place.rank)
+        self.seed_generators(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
         message = (
             f"diverged at step {diverged_at}; back to step {self.step} with {change} "
             f"(recovery {self.recovery.recoveries} of {self.cfg.max_recoveries})"
@@ -395,9 +399,7 @@ class Trainer:
             longest = self.cfg.sgld_step_max or 0
             if self.sgld_step < longest and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on
-        shown = {"loss": "loss/total", "accuracy": "accuracy/train"}
-        shown |= {"log p(real)": "log_density/real", "log p(sampled)": "log_density/sampled"} if self.sampler else {}
-        self.record.show(speed, {name: values[key] for name, key in shown.items()})
+        self.record.show(speed, values)
         return values | {"epoch": self.epoch, "lr": self.lr, "speed/images_per_second": speed}
 
     def dump_samples(self, samples: Tensor) -> None:
@@ -413,15 +415,16 @@ class Trainer:
         frames = annealed_chain(self.film, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
         self.record.film(self.step, frames, FRAME_EVERY)
 
+    def measure_quality(self) -> dict[str, float]:
+        """How far samples are from training images; their randomness is their own and leaves training alone."""
+        rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
+        copy_weights(self.measured_model, self.sampling_model)
+        return self.quality(self.film, self.sampler.buffer.images, rng)
+
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""
         if not self.cfg.classifies:
             return {}
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
         model = self.measured_model
-        values = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
-        self.record.line(
-            f"step {self.step}, epoch {self.epoch:.4g}: "
-            + ", ".join(f"{name.split('/')[1]} accuracy {100 * v:.2f} %" for name, v in values.items())
-        )
-        return {"epoch": self.epoch} | values
+        return {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import config
 import processes
 import utils
 from config import Config
@@ -20,19 +19,13 @@ from evaluation.inputs import Inputs
 from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
 from models.load import frozen, load_data, load_feature_model
+from option_list import METRICS as METRIC_NAMES
 from storage.run_dir import RunDir
 from storage.writer import disk_errors
 from utils import UserError, evaluation_packages
 
-METRICS: dict[str, Callable[[Inputs, Section], None]] = dict(
-    zip(
-        config.METRICS,
-        [m.measure for m in (classification, calibration, ood, robustness, quality, likelihood)],
-        strict=True,
-    )
-)
-
-
+MEASURES = [m.measure for m in (classification, calibration, ood, robustness, quality, likelihood)]
+METRICS: dict[str, Callable[[Inputs, Section], None]] = dict(zip(METRIC_NAMES, MEASURES, strict=True))
 NEED_LABELS = ("classification", "calibration", "robustness")
 
 

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
-from config import ATTACKS
 from evaluation.attacks import (
     AUTO_TARGETS,
     BATCH,
@@ -27,6 +26,7 @@ from evaluation.attacks import (
 from evaluation.inputs import Inputs
 from evaluation.report import Section
 from models.predict import images_per_batch
+from option_list import ATTACKS
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages
 

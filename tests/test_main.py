@@ -161,7 +161,7 @@ class TestEnergyTrain:
         last = load_checkpoint(jem / "ckpt" / "last.pt")
         assert last["state"]["step"] == 84
         valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
-        assert last["state"]["best"] == max(valid)
+        assert last["state"]["best"] == {"best.pt": max(valid)}
 
     def test_what_it_says(self, tmp_path, capfd):
         run = train(tmp_path, "--max_steps", "12")

@@ -11,6 +11,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 import distances
 import sample_quality
+import trainer
 from config import Config
 from data import load
 from distances import (
@@ -31,6 +32,8 @@ from models import build_model
 from sample_quality import fresh_samples
 from sgld import SGLD, reference_chain, uniform_images
 from starts import UniformStart
+from storage.checkpoint import load_checkpoint
+from storage.log import read_log
 from storage.pictures import to_uint8
 from utils import UserError
 
@@ -335,3 +338,57 @@ def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
     table = result["results"]["in a classifier's features"]
     assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "accuracy" not in table["fresh"]
     assert "samples: 1 times 30 chains of 2 SGLD steps" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- while training
+
+TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
+TINY = [*TINY.split(), *"--precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39".split()]  # 13 steps an epoch
+
+
+def test_quality_while_training(tmp_path, monkeypatch):
+    """The distances are those of a slow computation, the best step's weights are kept, training is as without."""
+    monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
+    monkeypatch.setattr(sample_quality, "REFERENCE", 500)
+
+    def train(folder, *options):
+        assert main([*TINY, "--logdir", str(tmp_path / folder), *options]) == 0
+        (run,) = (tmp_path / folder).iterdir()
+        return run, load_checkpoint(run / "ckpt" / "last.pt")["state"]
+
+    features, _ = train("features", "--mode", "baseline_train", "--max_steps", "2")
+    measured = ["--quality_every", "2", "--n_samples", "150", "--n_sample_steps", "3", "--feature_ckpt", str(features)]
+    run, state = train("measured", *measured)
+    _, plain = train("plain")
+    assert all(torch.equal(plain["model"][name], value) for name, value in state["model"].items())
+
+    lines = {line["step"]: line for line in read_log(run / "metrics.jsonl") if "quality/buffer" in line}
+    assert list(lines) == [26, 39]
+    best = min(lines, key=lambda step: lines[step]["quality/fresh_samples"])
+    assert load_checkpoint(run / "ckpt" / "best_quality.pt")["state"]["step"] == best
+
+    model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
+    model.load_state_dict(state["model"])
+    network.load_state_dict(load_checkpoint(features / "ckpt" / "best.pt")["state"]["model"])
+    rng = seeded(1 + 39)
+    rng.manual_seed(torch.randint(2**31, (2,), generator=rng)[0].item())
+    starts = uniform_images(150, (1, 8, 8), rng)
+    fresh = reference_chain(model.log_density, starts, 3, 1.0, 0.01, rng).x
+    of = lambda images: Features(network.eval())(images).double().detach().numpy()  # noqa: E731
+    real = of(images.train.images[torch.randperm(1337, generator=seeded())[:500]])
+    for name, samples in {"fresh_samples": fresh, "chain_starts": starts}.items():
+        expected = closed_form(of(to_uint8(samples)), real)
+        assert lines[39][f"quality/{name}"] == pytest.approx(expected, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--quality_every 1", "--quality_every needs --feature_ckpt, a classifier, or Inception"),
+        ("--quality_every 1 --mode baseline_train", "this training draws none"),
+        ("--quality_every 1 --norm batch --sync_batch_norm", "--sync_batch_norm would mix"),
+    ],
+)
+def test_quality_while_training_that_cannot_be(options, words, tmp_path, capsys):
+    assert main([*TINY, *options.split(), "--logdir", str(tmp_path / "runs")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -626,7 +626,7 @@ class TestDivergence:
         assert (
             state(run)["recovery"]["recoveries"] == 1
             and state(run, "best.pt")["step"] == 13
-            and state(run)["best"] == 0.9
+            and state(run)["best"] == {"best.pt": 0.9}
         )
 
     def test_what_a_run_leaves_on_disk(self, undisturbed):
