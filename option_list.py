@@ -155,7 +155,7 @@ class Options:
     )
 
     reinit_freq: float = option(
-        0.05, "SGLD", "probability that a chain starts from uniform noise", minimum=0, maximum=1
+        0.05, "SGLD", "probability that a chain starts afresh, from --start", minimum=0, maximum=1
     )
     sgld_step: int = option(20, "SGLD", "Langevin steps of a training chain", minimum=1)
     sgld_lr: float = option(1.0, "SGLD", "step size: the factor of the gradient of log p(x)", minimum=1e-12)
@@ -326,7 +326,7 @@ class Options:
         "gradient steps of --counterfactual (default: 200)",
         minimum=0,
     )
-    from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from uniform noise")
+    from_buffer: bool = option(False, "sample", "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = option(
         "",
         "sample",

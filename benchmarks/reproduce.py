@@ -24,6 +24,10 @@ FASHION = (
     "--sigma 0.1 --ema 0.999"
 )
 CIFAR = (
+    "--recipe m-jem --dataset folder --depth 16 --width 2 --schedule cosine --warmup_steps 400 --max_steps 8500 "
+    "--ema 0.999"
+)
+CIFAR_JEM = (
     "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 --ema 0.999"
 )
 TRAIN = {  # name: the options that train it
@@ -33,8 +37,11 @@ TRAIN = {  # name: the options that train it
     "digits_baseline": f"--mode baseline_train {DIGITS}",
     "fashion_mnist": f"--mode energy_train {FASHION} --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
-    "cifar10_cpu": f"--mode energy_train {CIFAR} --sgld_step 10 --buffer_size 5000",
-    "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
+    "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
+    "--buffer_size 5000",
+    "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR} --mean_energy_l2 0",
+    "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
+    "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",
     "cifar10": "--mode energy_train",  # the method's own settings, which are the defaults
     "cifar10_baseline": "--mode baseline_train",
 }

@@ -199,8 +199,8 @@ def renamed(weights: Weights, rules: tuple) -> Weights:
 
 def recognise(path: Path, layout: str, weights: Weights, given: dict[str, Any]) -> Network:
     """Read depth, width, norm and heads off names and shapes, and check that every weight fits."""
-    weights = dict(weights)
-    if layout != "robust classifier" and "f.layer1.1.bn1.weight" not in weights:
+    robust = layout == "robust classifier"
+    if not robust and "f.layer1.1.bn1.weight" not in weights:
         # an unused one of the first block alone (VERA); where a layer has one block only, that of the stage after
         if not any(re.match(r"f\.layer[2-9]\.0\.bn1\.", name) for name in weights):
             weights = {name: v for name, v in weights.items() if not name.startswith("f.layer1.0.bn1.")}
@@ -208,9 +208,7 @@ def recognise(path: Path, layout: str, weights: Weights, given: dict[str, Any]) 
     conv = weights.get("f.layer1.0.conv2.weight")
     if stem.ndim != 4 or head.ndim != 2 or conv is None or conv.ndim != 4 or conv.shape[0] % 16:
         raise UserError(f"{path} has {layout} names, but not the shapes of a Wide-ResNet's convolutions")
-    places = [re.match(r"f\.layer(\d+)\.(\d+)\.", name) for name in weights]
-    stages = max(int(place[1]) for place in places if place)
-    blocks = 1 + max(int(place[2]) for place in places if place)
+    places = [place for name in weights if (place := re.match(r"f\.layer(\d+)\.(\d+)\.", name))]
     norm, ambiguous = norm_of(weights, given)
     separate = bool(given.get("separate_energy"))
     if separate and "energy_output.weight" not in weights:
@@ -218,32 +216,38 @@ def recognise(path: Path, layout: str, weights: Weights, given: dict[str, Any]) 
     if not separate:
         weights = {name: value for name, value in weights.items() if not name.startswith("energy_output.")}
     options = {
-        "depth": 6 * blocks + 4,
+        "depth": 10 + 6 * max(int(place[2]) for place in places),
         "width": conv.shape[0] // 16,
-        "stages": stages,
-        "backbone": "robust" if layout == "robust classifier" else "jem",
+        "stages": max(int(place[1]) for place in places),
+        "backbone": "robust" if robust else "jem",
         "norm": norm,
-        "activation": "relu" if layout == "robust classifier" else "leaky_relu",
+        "activation": "relu" if robust else "leaky_relu",
         "separate_energy": separate,
     }
     with torch.device("meta"):
         expected = build_model(stem.shape[1], head.shape[0], **options).state_dict()
+    size = f"depth {options['depth']}, width {options['width']}, {options['stages']} stages, norm {norm}"
+    weights = fitted(weights, expected, path, f"a Wide-ResNet ({layout} layout, {size})")
+    return Network(weights, stem.shape[1], head.shape[0], options, ambiguous)
+
+
+def fitted(weights: Weights, expected: Weights, path: Path, what: str) -> Weights:
+    """The weights in the types of a network's own, ``expected``. Raises UserError if they do not fit into it."""
+    weights = dict(weights)
     for name in expected.keys() - weights.keys():
         if name.endswith("num_batches_tracked"):  # files of the first PyTorch versions lack it
             weights[name] = torch.zeros((), dtype=torch.int64)
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is no part of one"
-        size = f"depth {options['depth']}, width {options['width']}, {stages} stages, norm {norm}"
-        raise UserError(f"{path} looks like a Wide-ResNet ({layout} layout, {size}), but {what}")
+        but = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is no part of one"
+        raise UserError(f"{path} looks like {what}, but {but}")
     for name, value in expected.items():
-        if norm == "act" and weights[name].numel() == value.numel():
+        if ".bn" in name and weights[name].numel() == value.numel():  # act norm's have other shapes elsewhere
             weights[name] = weights[name].reshape(value.shape)
         if weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(value.shape)}"
             raise UserError(f"{path} has {name} of the shape {shapes}")
-    weights = {name: weights[name].to(value.dtype).clone() for name, value in expected.items()}
-    return Network(weights, stem.shape[1], head.shape[0], options, ambiguous)
+    return {name: weights[name].to(value.dtype).clone() for name, value in expected.items()}
 
 
 def norm_of(weights: Weights, given: dict[str, Any]) -> tuple[str, bool]:

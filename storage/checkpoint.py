@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from storage.writer import disk_errors
 from utils import UserError
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # a directory; the last on Windows
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files of torch before 1.6 begin
 # Plain values that other programs keep beside their weights, and that torch does not take by itself.
@@ -31,7 +31,7 @@ PLAIN = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
 Converter = Callable[[Path, Any], dict[str, Any]]
-READABLE = (2, 3)  # to measure, to sample from and to start from; resumed is the newest only
+READABLE = (2, 3, CHECKPOINT_FORMAT)  # by --load_ckpt
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:

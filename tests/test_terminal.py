@@ -75,6 +75,15 @@ terminal.leave(main.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def training(command):
+    """The process of a command that trains, after ten steps."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "steps will take about" in line:
+            break
+    return process
+
+
 class TestSignals:
     def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, tmp_path):
         """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""
@@ -100,15 +109,7 @@ class TestSignals:
 
     @pytest.mark.parametrize("name, status", [("SIGHUP", 129), ("SIGTERM", 143)])
     def test_a_stopped_process_has_saved(self, name, status, tmp_path):
-        process = subprocess.Popen(
-            command(tmp_path / "runs", "--max_steps", "100000"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if "steps will take about" in line:
-                break
+        process = training(command(tmp_path / "runs", "--max_steps", "100000"))
         process.send_signal(getattr(signal, name))
         process.communicate(timeout=60)
         (run,) = (tmp_path / "runs").iterdir()
@@ -116,15 +117,7 @@ class TestSignals:
         assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] >= 10
 
     def test_sighup_stays_ignored_under_nohup(self, tmp_path):
-        process = subprocess.Popen(
-            ["nohup", *command(tmp_path / "runs", "--max_steps", "100000")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if "steps will take about" in line:
-                break
+        process = training(["nohup", *command(tmp_path / "runs", "--max_steps", "100000")])
         process.send_signal(signal.SIGHUP)
         time.sleep(1)
         assert process.poll() is None
