@@ -31,7 +31,7 @@ PLAIN = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
 Converter = Callable[[Path, Any], dict[str, Any]]
-READABLE = (2, 3, CHECKPOINT_FORMAT)  # by --load_ckpt
+READABLE = (2, 3, CHECKPOINT_FORMAT)  # to measure, to sample from and to start from; resumed is the newest only
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import throughput
+from benchmarks import throughput, time_to_quality
 from models import build_model
 
 HERE = Path(__file__).parent.parent
@@ -64,3 +65,19 @@ def test_scaling(tmp_path):
     assert (two["processes"], two["batch_size"], two["efficiency"]) == (2, 8, None)
     assert two["images_per_second"] == pytest.approx(8 / two["step"])
     assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
+
+
+def test_time_to_quality(tmp_path):
+    """Curves are the log's numbers at the log's times; a run without a measurement has no curve of it."""
+    for name, accuracies in {"one": [0.2, 0.4], "other": []}.items():
+        with SummaryWriter(str(tmp_path / name)) as log:
+            log.add_scalar("loss/total", 1.0, 10, walltime=1000)
+            for i, value in enumerate(accuracies, 1):
+                log.add_scalar("accuracy/test", value, 100 * i, walltime=1000 + 1800 * i)
+                log.add_scalar("quality/buffer", 10 * value, 100 * i, walltime=1000 + 1800 * i)
+    assert time_to_quality.curves(tmp_path / "other") == {}
+    hours, values = time_to_quality.curves(tmp_path / "one")["accuracy/test"]
+    assert hours == [0.5, 1.0] and values == pytest.approx([0.2, 0.4])
+    drawn = time_to_quality.figure({"a": tmp_path / "one", "b": tmp_path / "other"})
+    assert [axes.get_title() for axes in drawn.axes] == ["test accuracy", "Fréchet distance of the replay buffer"]
+    assert [line.get_label() for line in drawn.axes[0].lines] == ["a"]

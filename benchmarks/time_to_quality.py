@@ -1,0 +1,60 @@
+"""Test accuracy, and the distance of samples to training images, against the hours of training: one curve for each run.
+
+    python benchmarks/time_to_quality.py --out figure.png runs/<run> runs/<another run>
+    python benchmarks/time_to_quality.py --out figure.png "plain JEM=runs/<run>" ...           # names of your own
+
+It reads the runs' TensorBoard files, whose entries carry the time. Distances are there where a run was trained with
+``--quality_every``. Compare only runs of one machine.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+START = "loss/total"  # in the log from the tenth step on
+CURVES = {
+    "accuracy/test": "test accuracy",
+    "quality/buffer": "Fréchet distance of the replay buffer",
+    "quality/fresh_samples": "Fréchet distance of fresh samples",
+}
+
+
+def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Hours since the first entry, and values, of each of ``CURVES`` that the run has measured."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    there = events.Tags()["scalars"]
+    if START not in there:
+        sys.exit(f"error: {run} holds no TensorBoard file of a training run")
+    start = events.Scalars(START)[0].wall_time
+    measured = {tag: events.Scalars(tag) for tag in CURVES if tag in there}
+    return {tag: ([(e.wall_time - start) / 3600 for e in es], [e.value for e in es]) for tag, es in measured.items()}
+
+
+def figure(runs: dict[str, Path]) -> Figure:
+    found = {name: curves(run) for name, run in runs.items()}
+    tags = [tag for tag in CURVES if any(tag in of_run for of_run in found.values())]
+    result = Figure(figsize=(5 * len(tags), 4), layout="constrained")
+    for tag, axes in zip(tags, result.subplots(1, len(tags), squeeze=False)[0], strict=True):
+        for i, (name, of_run) in enumerate(found.items()):
+            if tag in of_run:
+                axes.plot(*of_run[tag], "o-", markersize=3, label=name, color=f"C{i}")
+        axes.set(xlabel="hours", title=CURVES[tag], yscale="log" if tag.startswith("quality") else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run directories")
+    parser.add_argument("--out", required=True, help="the picture")
+    args = parser.parse_args()
+    named = [run.rpartition("=") for run in args.runs]
+    figure({name or Path(run).name: Path(run) for name, _, run in named}).savefig(args.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
