@@ -55,10 +55,6 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        """On ``device``; the host does not wait until what it sends to a GPU is there."""
-        if device.type == "cuda" and not self.images.is_cuda:
-            pinned = Split(self.images.pin_memory(), self.labels.pin_memory())
-            return Split(*(t.to(device, non_blocking=True) for t in (pinned.images, pinned.labels)))
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -120,8 +116,8 @@ class Batches:
 
     The last images of a pass that fill no batch are left out. Images are augmented unless ``augmented`` is False. All
     randomness comes from ``rng``, on whose device the batches are. Where several processes draw with equal ``rng``,
-    each takes its part of the same batches with the same augmentation. Images that lie on the host are sent to the
-    device one batch ahead.
+    each takes its part of the same batches with the same augmentation. Images that lie on the host are sent to a GPU
+    one batch ahead, while it computes.
     """
 
     def __init__(
@@ -136,7 +132,8 @@ class Batches:
     ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
         self.augmented, self.part = augmented, place.slice_of(batch_size)
-        self.elsewhere = split.images.device != rng.device
+        self.from_host = split.images.device != rng.device
+        self.copying = torch.cuda.Stream(rng.device) if self.from_host and rng.device.type == "cuda" else None
         self.load_state_dict({"order": torch.empty(0, dtype=torch.int64, device=rng.device), "position": 0})
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -147,23 +144,38 @@ class Batches:
         if self.position + self.batch_size > len(self.order):
             order = torch.randperm(len(self.split), generator=self.rng, device=self.rng.device)
             self.load_state_dict({"order": order, "position": 0})
-        batch = self.ahead or self.batch_at(self.position)
+        batch = self.ready(self.ahead or self.batch_at(self.position))
         self.position += self.batch_size
-        more = self.elsewhere and self.position + self.batch_size <= len(self.order)
+        more = self.from_host and self.position + self.batch_size <= len(self.order)
         self.ahead = self.batch_at(self.position) if more else None
         if self.augmented:
             return augment(batch.images, self.flip, self.sigma, self.rng, self.batch_size, self.part), batch.labels
         return to_float(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
 
     def batch_at(self, position: int) -> Split:
-        return self.split[self.at_split[position : position + self.batch_size][self.part]].to(self.rng.device)
+        """This process's part of the batch there in the order; from the host, it is perhaps still on its way."""
+        batch = self.split[self.index[position : position + self.batch_size][self.part]]
+        if not self.copying:
+            return batch
+        with torch.cuda.stream(self.copying):
+            pinned = batch.images.pin_memory(), batch.labels.pin_memory()
+            return Split(*(t.to(self.rng.device, non_blocking=True) for t in pinned))
+
+    def ready(self, batch: Split) -> Split:
+        """The batch, after which the GPU computes on only when it has arrived; the host does not wait."""
+        if self.copying:
+            computing = torch.cuda.current_stream(self.rng.device)
+            computing.wait_stream(self.copying)
+            for t in (batch.images, batch.labels):
+                t.record_stream(computing)  # its memory serves other copies only when the computing is past
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order, self.position = state["order"], state["position"]
-        self.at_split = self.order.to(self.split.images.device)  # the same order, where the images are
+        self.index = self.order.to(self.split.images.device)  # the same order, where the images are
         self.ahead: Split | None = None
 
 

@@ -22,7 +22,7 @@ BATCH = 250  # images of 3x32x32
 CHUNK = 1000  # rows of a matrix of distances, or of features in float64
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
-EACH = {"sync_on_compute": False}  # every process has all features, which torchmetrics would count once for each
+ALONE = {"sync_on_compute": False}  # each process has all features; torchmetrics would add those of the others
 
 
 class Features(nn.Module):
@@ -60,7 +60,7 @@ def distances_to(real: Tensor) -> Callable[[Tensor], Distances]:
 
     frechet, radii = frechet_distance(real), neighbour_distance(real)
     kid = KernelInceptionDistance(
-        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **EACH
+        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **ALONE
     ).to(real.device)
     kid.update(real, real=True)
 
@@ -80,7 +80,7 @@ def frechet_distance(real: Tensor) -> Callable[[Tensor], float]:
     """The Fréchet distance of features (N, D) to ``real``, (M, D), as a function of those features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **EACH).to(
+    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **ALONE).to(
         real.device
     )
     for part in real.split(CHUNK):  # it works in float64
@@ -115,7 +115,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     """
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **EACH).to(logits.device)
+    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **ALONE).to(logits.device)
     metric.update(logits)
     mean, std = metric.compute()
     return mean.item(), std.item()

@@ -50,7 +50,9 @@ def main(arguments: list[str]) -> int:
     try:
         processes.connect()
         with processes.only_first_prints():
-            return run(arguments)
+            status = run(arguments)
+        processes.disconnect()
+        return status
     except UserError as error:
         complain("error", one_line(error))
         return 2
@@ -59,7 +61,8 @@ def main(arguments: list[str]) -> int:
         return 1
     except (MemoryError, RuntimeError) as error:
         if processes.lost_connection(error):
-            complain("failed", "a process of this run has ended, and all others with it")
+            reason = str(error).strip().partition("\n")[0]
+            complain("failed", f"a process of this run has ended or cannot be reached ({one_line(reason)})")
             return 1
         if not out_of_memory(error):
             raise
@@ -71,8 +74,6 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        processes.disconnect()
 
 
 def complain(kind: str, message: str) -> None:
@@ -87,7 +88,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The message with everything that a terminal would not print as one line escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
@@ -126,10 +127,12 @@ def run(arguments: list[str]) -> int:
 
 def train(given: dict) -> int:
     """Start a run, or continue the one that ``--resume`` names."""
-    resume = given.get("resume", "auto" if processes.restarted() else "")
+    resume = given.get("resume", "")
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    resumed = processes.from_first(lambda: continued(given, resume)) if resume not in ("", "auto") else None
+    resumed = processes.from_first(lambda: before_restart(given))
+    if not resumed and resume not in ("", "auto"):
+        resumed = processes.from_first(lambda: continued(given, resume))
     cfg = resumed[0] if resumed else Config(**with_recipe(given))
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
@@ -140,14 +143,14 @@ def train(given: dict) -> int:
         raise UserError(f"{error}{remembered(cfg, given)}") from error
     if processes.from_first(lambda: images.description) != images.description:
         raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
-    if resume == "auto":
+    if resume == "auto" and not resumed:
         resumed = processes.from_first(lambda: newest_continued(cfg, given, images.description))
         cfg = resumed[0] if resumed else cfg
     trainer = Trainer(cfg, images, device, processes.place())
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(cfg.load_ckpt)
-        return trainer.train(processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
+        return started(trainer, processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed
     if content["data"] != images.description:
@@ -159,7 +162,15 @@ def train(given: dict) -> int:
         return 0
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
         processes.from_first(lambda: set_aside(path.with_name("last.pt")))
-    return trainer.train(directory, content["log_position"])
+    position = content["log_position"]
+    del resumed, content  # all that a checkpoint holds
+    return started(trainer, directory, position)
+
+
+def started(trainer: Trainer, directory: RunDir, log_position: int = 0) -> int:
+    """Train in a run directory, which torchrun's next attempt will find if this one fails."""
+    processes.remember("run", str(directory.path))
+    return trainer.train(directory, log_position)
 
 
 def remembered(cfg: Config, given: dict) -> str:
@@ -218,11 +229,24 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
     return replace(cfg, **changes), directory, path, content
 
 
+def before_restart(given: dict) -> tuple[Config, RunDir, Path, dict] | None:
+    """What ``continued`` says of the run that an earlier attempt of torchrun has begun, if there is a checkpoint."""
+    run = processes.remembered("run") if processes.restarted() else None
+    if run is None or not any(Path(run, "ckpt").glob("*.pt")):
+        return None
+    return continued(without_beginning(given), run)
+
+
+def without_beginning(given: dict) -> dict:
+    """The options with those of the recipe, but not what says where a run begins."""
+    return {name: value for name, value in with_recipe(given).items() if name not in ("load_ckpt", "resume")}
+
+
 def newest_continued(cfg: Config, given: dict, description: dict) -> tuple[Config, RunDir, Path, dict] | None:
     """What ``continued`` says of the newest run that ``cfg`` on these images would repeat, if there is one."""
     newest = newest_run(cfg, description)
     if newest:
-        return continued({name: value for name, value in with_recipe(given).items() if name != "load_ckpt"}, newest)
+        return continued(without_beginning(given), newest)
     print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
     return None
 
@@ -254,4 +278,5 @@ def newest_run(cfg: Config, description: dict) -> str | None:
 
 if __name__ == "__main__":
     terminal.protect()
-    terminal.leave(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    terminal.leave(status, at_once=status == 130 or processes.several())  # others wait only after an error

@@ -1,12 +1,12 @@
 """From logits to a loss and its parts: pure functions."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import processes
 from models import log_density
 
 
@@ -28,6 +28,7 @@ def joint_loss(
     logits_sampled: Tensor | None,
     y_sampled: Tensor | None,
     weights: Weights,
+    mean: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
@@ -41,6 +42,7 @@ def joint_loss(
         logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
         logits_sampled: of the negative samples (M, K), or None for a plain classifier.
         y_sampled: the classes (M,) whose p(x|y) the samples are from, if they are.
+        mean: of a tensor over all processes, if there are several.
 
     Returns:
         The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
@@ -78,7 +80,8 @@ def joint_loss(
         means.append(sampled.mean())
         everything.append(sampled)
     loss = loss + weights.energy_l2 * torch.cat(everything).square().mean()
-    loss = loss + weights.mean_energy_l2 * processes.mean(torch.stack(means)).square().sum()
+    if weights.mean_energy_l2:
+        loss = loss + weights.mean_energy_l2 * mean(torch.stack(means)).square().sum()
     return loss, {"loss/total": loss, **parts}
 
 

@@ -4,9 +4,13 @@ PyTorch's own process group carries everything: NCCL between GPUs, gloo between 
 Where there is one process, nothing is sent and every function gives back what it was given.
 """
 
+import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from utils import UserError, copy_tree
+
+PATIENCE = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 
 T, Item, Value = TypeVar("T"), TypeVar("Item"), TypeVar("Value")
 
@@ -32,48 +38,97 @@ class Place(NamedTuple):
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-store: dist.Store | None = None  # torchrun's, which outlives a process
+shared: dist.Store | None = None  # torchrun's, which outlives processes
+store: dist.Store | None = None  # the part of it that these processes have to themselves
+attempts = 1  # how often torchrun has started the program, this time included
+alone = False  # see working_alone
 
 
 def launched() -> bool:
-    """Whether torchrun, or something like it, started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether torchrun, or something like it, started this process as one of several.
 
-
-def restarted() -> bool:
-    """Whether torchrun started the program again after a process of it had failed (``--max_restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def local_rank() -> int:
-    """Which process of this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+    Raises UserError if it did not say all that it should.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"RANK is set as for one of several processes, but {name} is not: start them with torchrun")
+    return True
 
 
 def connect() -> None:
-    """Join the other processes that torchrun started, if it did.
-
-    torchrun keeps one store for all its attempts, where processes that start again would find the addresses of those
-    that are gone: each attempt has a part of the store to itself. How often as many have joined tells attempts apart
-    that differ in nothing else, as when a machine leaves and comes back.
-    """
-    global store
+    """Join the other processes that torchrun started, if it did."""
+    global shared, store, attempts
     if launched() and not dist.is_initialized():
         shared, rank, size = next(dist.rendezvous("env://"))
-        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
-        turn = (shared.add(attempt, 1) - 1) // size
-        store = dist.PrefixStore(f"{attempt}, {turn}", shared)
+        name, attempts = agree_on_attempt(rank, size)
+        store = dist.PrefixStore(name, shared)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+def agree_on_attempt(rank: int, size: int) -> tuple[str, int]:
+    """A name that only the processes have which start now, and how many such attempts there have been.
+
+    torchrun keeps one store for all its attempts, where processes that start again would find the addresses of those
+    that are gone. So rank 0 chooses a name and tells it to each of the others, until that one has answered; a question
+    that a process asked which is gone is never answered.
+    """
+    if rank:
+        asked = shared.add(f"question/{rank}", 1)
+        name, count = shared.get(f"name/{rank}/{asked}").decode().split()
+        shared.set(f"answer/{rank}/{name}", "")
+        return name, int(count)
+    name, count = uuid.uuid4().hex, shared.add("attempts", 1)
+    for other in range(1, size):
+        while not shared.check([f"answer/{other}/{name}"]):
+            shared.set(f"name/{other}/{shared.add(f'question/{other}', 0)}", f"{name} {count}")
+            time.sleep(0.05)
+    return name, count
+
+
+def restarted() -> bool:
+    """Whether torchrun started the program again after a process of it had gone (``--max_restarts``)."""
+    return attempts > 1
+
+
+def remember(name: str, value: str) -> None:
+    """Keep something for the time after a restart."""
+    if shared is not None:
+        shared.set(f"kept/{name}", value)
+
+
+def remembered(name: str) -> str | None:
+    """What an earlier attempt has kept, if it has."""
+    key = f"kept/{name}"
+    return shared.get(key).decode() if shared is not None and shared.check([key]) else None
 
 
 def disconnect() -> None:
+    """Leave the others, all of which must do so: after an error of one process alone it would wait for them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def several() -> bool:
+    """Whether there are other processes to agree with."""
+    return dist.is_initialized() and not alone
+
+
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """Inside, nothing is exchanged: for what may fail in one process alone."""
+    global alone
+    alone = True
+    try:
+        yield
+    finally:
+        alone = False
+
+
 def place() -> Place:
-    return Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place()
+    return Place(dist.get_rank(), dist.get_world_size()) if several() else Place()
 
 
 def first_to_say(message: str) -> bool:
@@ -97,8 +152,8 @@ def only_first_prints() -> Iterator[None]:
 
 
 def lost_connection(error: Exception) -> bool:
-    """Whether an exception of torch means that another process has gone."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    """Whether processes cannot go on together, most often because one has gone."""
+    return several() and (isinstance(error, dist.DistError | OutOfStep) or "gloo" in str(error).lower())
 
 
 # ---------------------------------------------------------------------------------------------- agreement
@@ -106,7 +161,7 @@ def lost_connection(error: Exception) -> bool:
 
 def mean(x: Tensor) -> Tensor:
     """The mean of x over all processes, on the device, and differentiable: see ``MeanOverProcesses``."""
-    return MeanOverProcesses.apply(x) if dist.is_initialized() else x
+    return MeanOverProcesses.apply(x) if several() else x
 
 
 class MeanOverProcesses(torch.autograd.Function):
@@ -125,14 +180,14 @@ class MeanOverProcesses(torch.autograd.Function):
 
 def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """The module, with gradients that are means over all processes after ``backward``: DistributedDataParallel's."""
-    if not dist.is_initialized():
+    if not several():
         return module
     return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
 
 
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, on the device."""
-    if dist.is_initialized():
+    if several():
         x = x.clone()
         dist.all_reduce(x)
     return x
@@ -140,36 +195,84 @@ def total(x: Tensor) -> Tensor:
 
 def largest(*numbers: int) -> tuple[int, ...]:
     """The largest of each number in any process. Waits for the other hosts, not for a device."""
-    if not dist.is_initialized():
+    if not several():
         return numbers
     everyone = torch.tensor(numbers)
     dist.all_reduce(everyone, dist.ReduceOp.MAX)
     return tuple(everyone.tolist())
 
 
+class OutOfStep(RuntimeError):
+    """Processes do not do the same any more."""
+
+
+def exchanged(what: str, value: T) -> list[T]:
+    """The values of all processes, by rank, in each of them. ``value`` holds tensors of the CPU alone.
+
+    Raises OutOfStep if the others are about to exchange something else than ``what``.
+    """
+    if not several():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (what, value))
+    names = {name for name, _ in everyone}
+    if len(names) > 1:
+        raise OutOfStep(f"processes do different things, one {' and another '.join(sorted(names))}")
+    return [value for _, value in everyone]
+
+
+def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
+    """What ``call`` returns, or None without one; an error of one process is an error of all.
+
+    Raises what ``call`` raises. In the others it is a UserError if it was one, or else a RuntimeError.
+    """
+    result, failure = None, None
+    try:
+        result = call() if call else None
+    except Exception as error:
+        failure = error  # after the others have heard of it, who wait
+    heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
+    messages = exchanged(what, heard)
+    if failure:
+        raise failure
+    for message in filter(None, messages):
+        raise (UserError if message[0] else RuntimeError)(message[1])
+    return result
+
+
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the process of rank 0, in all of them, and so with a UserError that it raises."""
-    if not dist.is_initialized():
+    """What ``make`` returns in the process of rank 0, in all of them, and so with an error that it raises."""
+    if not several():
         return make()
-    result: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result[0] = make()
-        except UserError as error:
-            result[1] = str(error)
+    result = [failing_together("waits for the first", make if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
-    if result[1] is not None:
-        raise UserError(result[1])
     return result[0]
 
 
 def gather(value: Value) -> list[Value]:
     """The values of all processes, by rank, in rank 0; elsewhere an empty list. Tensors must be on the CPU."""
-    if not dist.is_initialized():
+    if not several():
         return [value]
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values or []
+
+
+def one_after_another(load: Callable[[], T]) -> T:
+    """What ``load`` returns in each process: first in rank 0, then in one process of each machine, then in the others.
+
+    The first may download, or write into a cache, what the others then find. An error in one is an error in all.
+    """
+    if not several():
+        return load()
+    turn = 0 if dist.get_rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    results = [failing_together("loads", load if turn == now else None) for now in range(3)]
+    return results[turn]
+
+
+def own_share(n: int) -> int:
+    """How many of n items one process does at most in ``divided``."""
+    return math.ceil(n / place().size)
 
 
 def divided(
@@ -189,46 +292,26 @@ def divided(
         title: what stands at a progress bar, if there is to be one.
 
     Raises:
-        What ``work`` raises in this process. Where it fails in another one, a UserError if it was one, or else a
-        RuntimeError.
+        What ``work`` raises; see ``failing_together``.
     """
     seeds = [] if rng is None else torch.randint(2**31, (len(items) + 1,), generator=rng, device=rng.device).tolist()
     own = range(len(items))[place().rank :: place().size]
-    done, failure = [], None
-    try:
+    done: list[T] = []
+
+    def do_own() -> None:
         for i in tqdm(own, desc=title, unit="batch", leave=False, disable=title is None):
             if rng is not None:
                 rng.manual_seed(seeds[i])
             done.append(work(items[i]))
-    except Exception as error:
-        failure = error  # after the others have heard of it, who wait
+
+    what = f"does {len(items)} of {title or work.__qualname__}"
+    failing_together(what, do_own)
     if rng is not None:
         rng.manual_seed(seeds[-1])
-    if not dist.is_initialized():
-        if failure:
-            raise failure
+    if not several():
         return done
-    everyone: list[Any] = [None] * place().size
-    heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
-    dist.all_gather_object(everyone, (copy_tree(done, torch.device("cpu")), heard))
-    if failure:
-        raise failure
-    for _, heard in everyone:
-        if heard:
-            raise (UserError if heard[0] else RuntimeError)(heard[1])
-    return [copy_tree(everyone[i % len(everyone)][0][i // len(everyone)], device) for i in range(len(items))]
-
-
-def one_after_another(load: Callable[[], T]) -> T:
-    """What ``load`` returns, first in one process of each machine: it may download what the others then find."""
-    if not dist.is_initialized():
-        return load()
-    if local_rank() == 0:
-        loaded = load()
-    wait_for_all()
-    if local_rank() != 0:
-        loaded = load()
-    return loaded
+    everyone = exchanged(what, copy_tree(done, torch.device("cpu")))
+    return [copy_tree(everyone[i % len(everyone)][i // len(everyone)], device) for i in range(len(items))]
 
 
 def wait_for_all() -> None:

@@ -154,7 +154,9 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
     """Test images, evenly spaced in the test part, with noise added or noise for their unknown pixels."""
     shape = content["data"]["shape"]
-    known = None if cfg.denoise else ~unknown_pixels(cfg.inpaint, *shape[1:]).to(rng.device)
+    known = None
+    if cfg.inpaint:
+        known = ~processes.from_first(lambda: unknown_pixels(cfg.inpaint, *shape[1:])).to(rng.device)
     images = load_data(cfg, path, content, rng.device)
     n = cfg.n_samples or COLUMNS
     test = data.evenly_spaced(images.test, n, f"test images of {cfg.dataset}")
@@ -240,7 +242,7 @@ def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: 
             bar.update(after - before)
         return Result(x.cpu(), logits_start.cpu(), model.logits(x).cpu(), torch.stack(film))
 
-    n_steps = math.ceil(len(batches) / processes.place().size) * recorded[-1]
+    n_steps = processes.own_share(len(batches)) * recorded[-1]
     with tqdm(total=n_steps, desc="SGLD", unit="step") as bar:
         results = processes.divided(batches, run_batch, "cpu", rng)
     *parts, films = zip(*results, strict=True)

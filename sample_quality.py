@@ -66,7 +66,7 @@ class SampleQuality:
 
     def inception(self) -> torch.nn.Module:
         try:
-            return inception(self.device)
+            return processes.one_after_another(lambda: inception(self.device))
         except UserError as error:
             raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
 
@@ -75,7 +75,7 @@ class SampleQuality:
         cfg, steps = self.cfg, FRESH_STEPS if self.cfg.n_sample_steps is None else self.cfg.n_sample_steps
         sizes = cfg.sgld_lr, cfg.sgld_std
         starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, steps, *sizes, rng)
-        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: self.n]
-        held = processes.from_first(lambda: to_uint8(buffer[chosen].nan_to_num(0)).cpu()).to(self.device)
-        sets = {"quality/fresh_samples": fresh, "quality/chain_starts": starts, "quality/buffer": held}
-        return {name: self.distance(self.features(images)) for name, images in sets.items()}
+        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: processes.own_share(self.n)]
+        held = processes.exchanged("images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu())
+        sets = {"fresh_samples": fresh, "chain_starts": starts, "buffer": torch.cat(held).to(self.device)}
+        return {f"quality/{name}": self.distance(self.features(images)) for name, images in sets.items()}

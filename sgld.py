@@ -181,6 +181,10 @@ class CompiledOrEager:
         """Whether calls run compiled."""
         return self.compiled is not self.function
 
+    def give_up(self) -> None:
+        """From now on the function itself runs."""
+        self.compiled = self.function
+
     def __call__(self, *args):
         if self.proven:
             return self.compiled(*args)
@@ -192,7 +196,7 @@ class CompiledOrEager:
         try:
             return trial(self)
         except Exception as error:  # the compiler's exceptions share no public base class
-            self.compiled = self.function
+            self.give_up()
             result = trial(self)  # an error of the function itself comes out here
             warnings.warn(
                 f"torch.compile does not work here ({type(error).__name__}); running without it",

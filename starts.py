@@ -6,6 +6,7 @@ float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and n
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional
 
 import image_folder
+import processes
 from data import ImageData, Split, to_float
 from sgld import Start, uniform_images
 from utils import UserError
@@ -33,7 +35,8 @@ def build_start(name: str, images: ImageData, folder: str = "") -> Start:
     if name == "uniform":
         return UniformStart(images.shape)
     if name == "folder":
-        return FolderStart(image_folder.read_unlabelled(Path(folder), images.shape[1]), images)
+        read = partial(image_folder.read_unlabelled, Path(folder), images.shape[1])
+        return FolderStart(processes.one_after_another(read), images)
     n_classes = len(images.class_names) if name == "class_gaussian" else None
     return GaussianStart(images.train, n_classes, images.device)
 

@@ -46,11 +46,13 @@ def protect() -> None:
         setattr(sys, name, Forgiving(stream))
 
 
-def leave(status: int) -> None:
-    """End the process. After Ctrl-C at once, whatever other threads are doing: a thread in the middle of torch.save
-    would abort the process while Python ends."""
+def leave(status: int, at_once: bool) -> None:
+    """End the process; ``at_once`` whatever other threads are doing.
+
+    After Ctrl-C, a thread in the middle of torch.save would abort the process while Python ends.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == 130:
+    if at_once:
         os._exit(status)
     sys.exit(status)

@@ -140,8 +140,13 @@ class Trainer:
         if not isinstance(self.forward, CompiledOrEager):
             return
         state = copy_tree(self.state_dict())
-        inputs = self.next_inputs(sgld_steps=1)[0]
-        self.forward.prove(lambda _: self.backward(inputs))
+        inputs, averaging = self.next_inputs(sgld_steps=1)[0], self.step_logits
+        with processes.working_alone():  # it may fail in one process alone
+            self.step_logits = StepLogits(self.model, self.forward)
+            self.forward.prove(lambda _: self.backward(inputs))
+        self.step_logits = averaging
+        if processes.largest(not self.forward.works)[0]:
+            self.forward.give_up()
         self.load_state_dict(state)
 
     def loop(self, signals: Signals) -> int:
@@ -242,7 +247,7 @@ class Trainer:
         weights = Weights(**factors)
         if x_real is None:
             logits_real = logits
-        loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights)
+        loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights, processes.mean)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.place.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0

@@ -58,8 +58,8 @@ def pick_device(gpu: str) -> torch.device:
     Each of torchrun's processes on a machine takes a device of its own: of a list, the one in its place, else the one
     of its local rank.
     """
-    listed, n_local = gpu.split(","), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    listed = gpu.split(",")
+    n_local, local_rank = (int(os.environ.get(name, i)) for name, i in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if len(listed) > 1 and n_local == 1:
         raise UserError(
             f"--gpu {gpu} names {len(listed)} GPUs for one process; torchrun --nproc_per_node={len(listed)} main.py "
@@ -72,6 +72,8 @@ def pick_device(gpu: str) -> torch.device:
             print(f"No CUDA device: running on the CPU instead of GPU {gpu}.", file=sys.stderr)
         return torch.device("cpu")
     if n_local > 1 and len(listed) == 1:
+        if gpu != "0":  # the default
+            raise UserError(f"--gpu {gpu} is one GPU for {n_local} processes: name as many, or leave it out for all")
         listed = [str(i) for i in range(torch.cuda.device_count())]
     if n_local > len(listed):
         raise UserError(f"{n_local} processes on this machine need a GPU each, and there are {len(listed)}")

@@ -31,7 +31,7 @@ NEED_LABELS = ("classification", "calibration", "robustness")
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
-    other = read_report(cfg.compare) if cfg.compare else None
+    other = processes.from_first(lambda: read_report(cfg.compare)) if cfg.compare else None
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
@@ -96,7 +96,7 @@ def measure(metric: Callable[[Inputs, Section], None], inputs: Inputs, section: 
     """One metric, whose failure is not to cost the others, hours later; the section then says why it is absent."""
     try:
         with evaluation_packages():
-            metric(inputs, section)
+            processes.failing_together(f"ends {section.name}", lambda: metric(inputs, section))
     except UserError as error:
         section.skip(section.name, str(error))
     except Exception as error:

@@ -331,8 +331,7 @@ def distal_adversarials(
         bar.update(max_steps - step)
         return x.detach(), (-loss.detach()).exp()
 
-    n_own = math.ceil(len(batches) / processes.place().size)
-    with progress_bar("distal adversarials", n_own * (max_steps + 1)) as bar:
+    with progress_bar("distal adversarials", processes.own_share(len(batches)) * (max_steps + 1)) as bar:
         parts = processes.divided(batches, climb_to, starts.device)
     x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, reached

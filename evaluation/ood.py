@@ -36,7 +36,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     outside = {}
     for name in set_names(inputs.cfg):
         try:
-            images = foreign_images(name, test.images, inputs)
+            images = processes.one_after_another(lambda name=name: foreign_images(name, test.images, inputs))
         except UserError as error:
             section.skip(printable(name, "utf-8"), str(error))
             continue

@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
+import processes
 from config import Config
 from data import Split, to_float
 from distances import (
@@ -87,7 +88,8 @@ def reference(inputs: Inputs) -> tuple[Tensor, str]:
     """The real images of ``--fid_reference``, uint8 (N, C, H, W), and what they are."""
     data, with_test = inputs.data, inputs.cfg.fid_reference == "train+test"
     parts = [data.train, data.valid, *([data.test] if with_test else [])]
-    together = Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    where = data.train.images.device  # perhaps the host: only what is chosen goes to the device
+    together = Split(*(torch.cat([getattr(part, name).to(where) for part in parts]) for name in ("images", "labels")))
     images = inputs.subset(together).images
     return images, f"{len(images)} {'training, validation and test' if with_test else 'training and validation'} images"
 
@@ -158,7 +160,7 @@ def add_inception_scores(
     section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], seed: int
 ) -> None:
     """The table of FID, KID, precision, recall and IS."""
-    network = inception(real[0].device)
+    network = processes.one_after_another(lambda: inception(real[0].device))
 
     def outputs(images: Tensor) -> tuple[Tensor, Tensor]:
         return inception_outputs(network, images, "Inception's features")

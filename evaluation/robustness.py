@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
+import processes
 from evaluation.attacks import (
     AUTO_TARGETS,
     BATCH,
@@ -148,7 +149,7 @@ def durations(inputs: Inputs, chosen: list[str], sweeps: dict[str, Sweep], x: Te
         times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in NORMS)
     if "distal" in chosen:
         times["distal"] = N_DISTAL * n_classes * (DISTAL_STEPS + 1) * plain.gradient
-    return {TITLES[name]: seconds for name, seconds in times.items()}
+    return {TITLES[name]: seconds / processes.place().size for name, seconds in times.items()}
 
 
 def add_auto_attack(section: Section, norm: Norm, inputs: Inputs, x: Tensor, y: Tensor, axes: Axes) -> None:

@@ -48,8 +48,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         with torch.autocast(x.device.type, enabled=False):
             h = x.float()
             variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
-            mean, square = processes.mean(torch.stack([mean, variance + mean.square()]))
-            variance = square - mean.square()
+            near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
+            mean, square = processes.mean(torch.stack([mean, variance + (mean - near).square()]))
+            variance = (square - (mean - near).square()).clamp(min=0)
             if self.track_running_stats:
                 self.num_batches_tracked += 1
                 share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum

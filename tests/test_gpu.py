@@ -137,6 +137,22 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch):
     assert torch.equal(one["buffer"]["images"], two["buffer"]["images"])
 
 
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_process_group_of_one_changes_nothing(compile, digits, tmp_path):
+    """NCCL, DistributedDataParallel, CUDA graphs and torch.compile go together."""
+    options = {"norm": "batch", "sam_rho": 2.0, "start": "class_gaussian", "compile": compile, "ema": 0.9}
+    expected = trained(digits, **options).model.state_dict()
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        found = trained(digits, **options).model.state_dict()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_batches_from_the_host_are_those_on_the_device(digits):
     """Sent ahead of their step, in the same order and with the same augmentation."""
 
