@@ -46,11 +46,6 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def state(folder: Path) -> dict:
-    (path,) = folder.glob("*/ckpt/last.pt")
-    return load_checkpoint(path)["state"]
-
-
 def wait_for(condition, process: subprocess.Popen) -> None:
     end = time.monotonic() + 60
     while not condition():
@@ -102,7 +97,7 @@ class Twins:
 
         return Mean.apply(x)
 
-    def train(self, name, images):
+    def train(self, runs, n_steps=3):
         results = {}
 
         def one(rank, run):
@@ -116,9 +111,8 @@ class Twins:
                 return parts
 
             run.backward = averaged
-            results[rank] = train(run)
+            results[rank] = train(run, n_steps)
 
-        runs = [run_of(name, images, Place(rank, 2)) for rank in (0, 1)]
         threads = [threading.Thread(target=one, args=pair) for pair in enumerate(runs)]
         for thread in threads:
             thread.start()
@@ -136,7 +130,8 @@ def joined(both):
 class TestTwoProcesses:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_equal_two_shards_in_one_process_bit_for_bit(self, name, ranks, digits, monkeypatch):
-        for process, twin in zip(ranks[name], Twins(monkeypatch).train(name, digits), strict=True):
+        runs = [run_of(name, digits, Place(rank, 2)) for rank in (0, 1)]
+        for process, twin in zip(ranks[name], Twins(monkeypatch).train(runs), strict=True):
             assert process.keys() == twin.keys()
             for part in process.keys() - {"inputs"}:
                 assert torch.equal(process[part], twin[part]), part
@@ -184,28 +179,30 @@ class TestTwoProcesses:
 
 
 class TestCommandLine:
-    def test_a_killed_process_changes_nothing(self, tmp_path, capsys):
-        """torchrun starts all processes anew, which resume by themselves and end where an undisturbed run ends.
+    def test_a_killed_process_changes_nothing(self, tmp_path, capsys, digits, monkeypatch):
+        """torchrun starts all processes anew, which resume by themselves and end where undisturbed ones would.
 
-        One process then goes on from the checkpoint of two.
+        One process then goes on from the checkpoint of two, and two measure as one does.
         """
         options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split()]
-        whole = torchrun(HERE.parent / "main.py", *options, str(tmp_path / "whole"))
-        killed = torchrun(HERE / "under_torchrun.py", "dies", *options, str(tmp_path / "killed"), restarts=1)
-        (whole_status, _, whole_err), (killed_status, _, killed_err) = end(whole), end(killed)
-        assert whole_status == 0, whole_err
-        assert killed_status == 0 and "a process of this run has ended" in killed_err, killed_err
-        expected, found = state(tmp_path / "whole"), state(tmp_path / "killed")
-        assert expected["step"] == 20 and len(expected["processes"]) == 2
-        assert str(expected) == str(found)  # the host's random state and what else is no tensor
-        for part in ("model", "buffer"):
-            assert all(torch.equal(expected[part][name], found[part][name]) for name in expected[part])
-        assert len(read_log(next((tmp_path / "killed").glob("*/metrics.jsonl")))) == 2
+        status, _, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, str(tmp_path / "runs"), restarts=1))
+        assert status == 0 and "a process of this run has ended" in err, err
+        (run,) = (tmp_path / "runs").iterdir()
+        found = load_checkpoint(run / "ckpt" / "last.pt")
+        assert found["state"]["step"] == 20 and len(read_log(run / "metrics.jsonl")) == 2
+        with monkeypatch.context() as patches:
+            cfg = Config.from_dict(found["config"], "")
+            runs = [trainer.Trainer(cfg, digits, torch.device("cpu"), Place(rank, 2)) for rank in (0, 1)]
+            twins = Twins(patches).train(runs, 20)
+        for rank, (twin, own) in enumerate(zip(twins, found["state"]["processes"], strict=True)):
+            assert all(torch.equal(twin[f"model.{name}"], value) for name, value in found["state"]["model"].items())
+            assert torch.equal(twin["buffer"], found["state"]["buffer"]["images"][rank::2])
+            assert torch.equal(runs[rank].rng["sgld"].get_state(), own["rng"]["sgld"])
 
-        (run,) = (tmp_path / "whole").iterdir()
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
-        assert state(tmp_path / "whole")["step"] == 22 and "processes" not in state(tmp_path / "whole")
+        state = load_checkpoint(run / "ckpt" / "last.pt")["state"]
+        assert state["step"] == 22 and "processes" not in state
 
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
         test = [

@@ -13,7 +13,6 @@ import processes
 import trainer
 from config import Config
 
-STEPS = 3
 COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
 COMMON |= {"n_valid": 100, "buffer_size": 60, "sgld_step": 2, "warmup_steps": 0, "max_steps": 50, "lr": 1e-2}
 BATCH_NORM = {"norm": "batch", "optimizer": "sgd", "p_x_batch_size": 10, "mean_energy_l2": 0.5, "ema": 0.9}
@@ -40,8 +39,8 @@ def gradient(run: trainer.Trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in run.model.parameters()])
 
 
-def train(run: trainer.Trainer) -> dict[str, torch.Tensor]:
-    """Three steps; what the first one saw, its gradient, and what all have made."""
+def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
+    """Some steps; what the first one saw, its gradient, and what all have made."""
     seen, backward = {}, run.backward
 
     def recorded(inputs):
@@ -51,7 +50,7 @@ def train(run: trainer.Trainer) -> dict[str, torch.Tensor]:
         return parts
 
     run.backward = recorded
-    for _ in range(STEPS):
+    for _ in range(n_steps):
         run.step += 1
         run.training_step()
     return seen | tensors(run)
