@@ -110,6 +110,8 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
         told.append("log p(x) from the logits; --separate_energy takes it from its energy_output")
     print(f"{path}: {'; '.join(told)}; chains see {'batch statistics' if batch else 'single images'}.", file=sys.stderr)
     state: dict[str, Any] = {"step": None, "model": network.weights}
+    if "ema_state_dict" in raw:  # the first of HOLDERS
+        state["ema"] = network.weights
     if buffer is not None:
         state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
     known = network.n_classes == len(CIFAR10) and options["dataset"] == "cifar10"

@@ -228,7 +228,7 @@ def test_robust_classifiers(tmp_path, capsys, form):
     model, content = opened(tmp_path, raw)
     assert_same(model, x, robust_logits(w, x))
     assert (content["config"]["recipe"], content["config"]["backbone"]) == ("dat", "robust")
-    assert ("its averaged weights" in capsys.readouterr().err) == (form == "both")
+    assert ("its averaged weights" in capsys.readouterr().err) == ("ema" in content["state"]) == (form == "both")
 
 
 def test_the_energy_head_is_log_p_x_when_asked(tmp_path):
