@@ -5,6 +5,8 @@ from pathlib import Path
 
 from utils import UserError
 
+FEWEST = 20  # images that a distance between sets of images needs
+
 
 def check_options(cfg) -> None:
     """Raise UserError for the first options of a Config that do not go together."""
@@ -36,6 +38,8 @@ def check_options(cfg) -> None:
         raise UserError("--sync_batch_norm needs --norm batch")
     if cfg.quality_every and cfg.mode in ("energy_train", "baseline_train") and not cfg.samples:
         raise UserError("--quality_every measures samples, and this training draws none")
+    if cfg.quality_every and (cfg.n_sample_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
+        raise UserError(f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more")
     if cfg.quality_every and cfg.sync_batch_norm:
         raise UserError("--quality_every draws other samples in each process, which --sync_batch_norm would mix")
     if cfg.sam_adaptive and not cfg.sam_rho:

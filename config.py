@@ -32,7 +32,7 @@ class Config(Options):
     def decay_at(self) -> list[int]:
         """The epochs in ``--decay_epochs``, ascending."""
         words = [word.strip() for word in self.decay_epochs.split(",") if word.strip()]
-        if not all(word.isdecimal() and int(word) for word in words):
+        if not all(word.isdecimal() and len(word) < 10 and int(word) for word in words):
             raise UserError(
                 f"--decay_epochs takes a comma list of epochs such as 60,120,180, not {self.decay_epochs!r}"
             )

@@ -16,7 +16,7 @@ from adversarial import climb
 from config import Config
 from data import Split
 from models import JEM, log_density
-from models.load import load_data, load_model, origin
+from models.load import frozen, load_data, origin
 from models.predict import predict
 from sgld import FRESH_STEPS
 from storage.pictures import captioned, image_grid, save_each, save_png, to_uint8
@@ -52,7 +52,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     targets = target_classes(cfg.counterfactual, class_names)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
-    model = load_model(cfg, path, content).to(device).eval().requires_grad_(False)
+    model = frozen(cfg, path, content, device)
     test = starting_images(load_data(cfg, path, content, device).test, targets, cfg)
     radius, steps = cfg.counterfactual_eps or RADIUS, cfg.n_sample_steps or FRESH_STEPS
     settings = {
@@ -89,7 +89,7 @@ def target_classes(asked: str, class_names: Sequence[str]) -> list[int]:
         return list(range(len(class_names)))
     if asked in class_names:
         return [class_names.index(asked)]
-    if asked.isdecimal() and int(asked) < len(class_names):
+    if asked.isdecimal() and len(asked) < 10 and int(asked) < len(class_names):
         return [int(asked)]
     known = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
     raise UserError(

@@ -34,6 +34,17 @@ from utils import TrainingFailed, UserError
 OF_SAMPLE = "from_buffer inpaint denoise counterfactual counterfactual_eps save_images".split()
 ONLY_FOR = dict.fromkeys(OF_SAMPLE, "sample") | {"compare": "test"}
 
+NEEDS = {  # in training: an option, and the one without which it does nothing
+    "sgld_step_auroc": "sgld_step_max",
+    "adversarial_steps": "adversarial_eps",
+    "adversarial_norm": "adversarial_eps",
+    "decay_rate": "decay_epochs",
+    "generative": "p_x_weight",
+    "feature_ckpt": "quality_every",
+    "n_samples": "quality_every",
+    "n_sample_steps": "quality_every",
+}
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -103,9 +114,9 @@ def run(arguments: list[str]) -> int:
     )
     add_options(parser, Config)
     given = vars(parser.parse_args(arguments))
-    for name in ("load_ckpt", "resume", "export", "compare"):
-        if given.get(name) == "":  # a shell variable that is not set
-            raise UserError(f"--{name} is empty: give a path")
+    for f in fields(Config):
+        if given.get(f.name) == "" and f.metadata["path_but"] is not None:  # a shell variable that is not set
+            raise UserError(f"--{f.name} is empty: give a path")
     given |= absolute_paths(Config, given)
     for name, mode in ONLY_FOR.items():
         if name in given and given.get("mode") != mode:
@@ -134,6 +145,9 @@ def train(given: dict) -> int:
     if not resumed and resume not in ("", "auto"):
         resumed = processes.from_first(lambda: continued(given, resume))
     cfg = resumed[0] if resumed else Config(**with_recipe(given))
+    for name, needed in NEEDS.items():
+        if name in given and not getattr(cfg, needed):
+            raise UserError(f"--{name} does nothing without --{needed}")
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
@@ -202,7 +216,10 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
         raise UserError(f"--resume continues training; --mode {given['mode']} takes --load_ckpt alone")
     path, content = open_checkpoint(given["load_ckpt"], given)
     own = asdict(Config.from_dict(content["config"], str(path)))
+    if given.get("recipe", own["recipe"]) != own["recipe"]:
+        raise UserError(f"{path} was trained with --recipe {own['recipe']}: give single options for other chains")
     kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
+    kept["recipe"] = own["recipe"]
     if given.get("dataset", own["dataset"]) != own["dataset"]:  # these belong to the checkpoint's images
         del kept["image_size"], kept["n_valid"]
     return Config(**kept | given), path, content

@@ -27,7 +27,7 @@ class Options:
     recipe: str = option(
         "jem",
         "run",
-        "set of options of a paper; options that are given besides replace its own",
+        "set of options of a paper; options that are also given replace the recipe's",
         tuple(RECIPES),
     )
     gpu: str = option(

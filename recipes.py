@@ -1,4 +1,4 @@
-"""What a paper is: a named set of options. Options that are given besides replace the recipe's."""
+"""What a paper is: a named set of options. Options that are also given replace the recipe's."""
 
 from typing import Any, NamedTuple
 

@@ -65,6 +65,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     dtype = utils.pick_dtype(cfg.precision, device)
     model = sampling_copy(load_model(cfg, path, content).to(device), dtype)
     rng = Generator(device).manual_seed(cfg.seed)
+    if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
+        raise UserError(f"{path} was trained without labels: leave --class_cond out")
     if cfg.inpaint or cfg.denoise:
         start = restoration_start(cfg, path, content, rng)
     else:
@@ -80,8 +82,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "steps": steps,
         "sgld_lr": cfg.sgld_lr,
         "sgld_std": cfg.sgld_std,
-        "sgld_grad_clamp": cfg.sgld_grad_clamp,
-        "sgld_clamp": cfg.sgld_clamp,
+        **{f"sgld_{name}": value for name, value in chain_options(cfg).items()},
+        "start_dir": cfg.start_dir,
         "batch_size": cfg.batch_size,
         "seed": cfg.seed,
     }
@@ -113,7 +115,7 @@ def sampling_start(model: JEM, cfg: Config, path: Path, content: dict[str, Any],
     n_classes, available = len(content["data"]["class_names"]), math.inf
     if cfg.from_buffer:
         if "buffer" not in content["state"]:
-            raise UserError(f"{path} has no replay buffer; leave --from_buffer out to start from noise")
+            raise UserError(f"{path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
         images = content["state"]["buffer"]["images"].to(rng.device)
         available = len(images)
     n = cfg.n_samples or (COLUMNS * n_classes if cfg.class_cond else min(SHOWN, available))

@@ -145,6 +145,15 @@ def chain_options(cfg) -> dict[str, Any]:
     return {"grad_clamp": cfg.sgld_grad_clamp, "clamp": cfg.sgld_clamp, "normalize": cfg.sgld_normalize}
 
 
+def step_protocol(cfg) -> str:
+    """The same in words, with step size and noise."""
+    words = [f"step size {cfg.sgld_lr:g}, noise {cfg.sgld_std:g}"]
+    words += [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
+    words += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
+    words += ["gradients of length 1"] if cfg.sgld_normalize else []
+    return ", ".join(words)
+
+
 class CapturedStep:
     """A function of tensors (and None) as a CUDA graph: no launch gaps, however small the network."""
 

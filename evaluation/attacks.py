@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import processes
-from adversarial import climb, random_change
+from adversarial import climb, lengths, random_change
 from models import JEM
 from models.predict import images_per_batch
 from progress import patience
@@ -26,7 +27,7 @@ from sgld import normal_like, uniform_images
 BATCH = 100  # images of 3x32x32 at once; these need the memory of training
 BAR = "{desc}{percentage:3.0f}% [{remaining} left{postfix}]"
 AUTO_STEPS, AUTO_TARGETS, AUTO_QUERIES = 100, 9, 5000  # of AutoAttack's standard version
-DISTAL_STEPS = 500
+DISTAL_STEPS, DISTAL_STEP = 500, 0.05
 
 
 class Classifier(nn.Module):
@@ -53,25 +54,42 @@ class RefinedClassifier(nn.Module):
     through the refinement, in expectation over its noise (Athalye et al., ICML 2018).
     """
 
-    def __init__(self, model: JEM, steps: int, sgld_lr: float, sgld_std: float, n_chains: int, generator: Generator):
+    def __init__(
+        self,
+        model: JEM,
+        steps: int,
+        sgld_lr: float,
+        sgld_std: float,
+        n_chains: int,
+        generator: Generator,
+        **limits: Any,
+    ):
+        """``limits``: those of a chain's steps, as for ``SGLD``."""
         super().__init__()
-        self.model = model
-        self.steps, self.sgld_lr, self.sgld_std = steps, sgld_lr, sgld_std
-        self.n_chains, self.generator = n_chains, generator
+        self.model, self.steps, self.n_chains = model, steps, n_chains
+        self.chain = partial(differentiable_chain, model.log_density, steps=steps, sgld_lr=sgld_lr, sgld_std=sgld_std)
+        self.chain = partial(self.chain, generator=generator, **limits)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
         x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
-        x = differentiable_chain(self.model.log_density, x, self.steps, self.sgld_lr, self.sgld_std, self.generator)
-        log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
+        log_p = self.model(self.chain(x)).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
         return log_p.logsumexp(0) - math.log(self.n_chains)
 
 
 def differentiable_chain(
-    log_density, x: Tensor, steps: int, sgld_lr: float, sgld_std: float, generator: Generator
+    log_density,
+    x: Tensor,
+    steps: int,
+    sgld_lr: float,
+    sgld_std: float,
+    generator: Generator,
+    grad_clamp: float | None = None,
+    clamp: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
-    """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1].
+    """SGLD (see ``reference_chain``) whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1].
 
     Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, for a graph of
     all steps would need their number times the memory of a second derivative.
@@ -82,7 +100,12 @@ def differentiable_chain(
         with torch.enable_grad():
             start = x if x.requires_grad else x.detach().requires_grad_()
             (grad,) = torch.autograd.grad(log_density(start).sum(), start, create_graph=attacked)
-        return x + sgld_lr * grad + sgld_std * noise
+        if normalize:
+            grad = grad / lengths(grad)
+        if grad_clamp is not None:
+            grad = grad.clamp(-grad_clamp, grad_clamp)
+        x = x + sgld_lr * grad + sgld_std * noise
+        return x.clamp(-1, 1) if clamp else x
 
     for _ in range(steps):
         noise = normal_like(x, generator)
@@ -305,7 +328,7 @@ def distal_adversarials(
     generator: Generator,
     confidence: float = 0.9,
     max_steps: int = DISTAL_STEPS,
-    step_size: float = 0.05,
+    step_size: float = DISTAL_STEP,
 ) -> tuple[Tensor, Tensor]:
     """From uniform noise up the gradient of log p(y|x) until p(y|x) reaches ``confidence`` (JEM, section 5.4).
 

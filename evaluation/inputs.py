@@ -28,10 +28,13 @@ class Inputs:
         return Generator(self.device).manual_seed(self.cfg.seed)
 
     def subset(self, split: Split, limit: int | None = None) -> Split:
-        """At most ``limit`` and ``--max_images`` images of a split, the same random ones every time."""
-        n = min(limit or len(split), self.cfg.max_images or len(split), len(split))
-        order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n].sort().values
-        return (split[order.to(split.labels.device)] if n < len(split) else split).to(self.device)
+        """At most ``limit`` and ``--max_images`` images of a split, the same random ones in the same random order.
+
+        So the first of them are a random choice, too, where the split lies class by class.
+        """
+        n = min(limit or len(split), self.cfg.max_images or len(split))
+        order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
+        return split[order.to(split.labels.device)].to(self.device)
 
     def with_noise(self, images: Tensor) -> Tensor:
         """uint8 images as they are or, with the noise of ``--sigma_test``, as floats; the same ones always alike."""

@@ -45,7 +45,7 @@ def measure(inputs: Inputs, section: Section) -> None:
         worst = auroc(inside["log p(x)"], scores(inputs.model, moved)["log p(x)"])
         protocol = (
             f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
-            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
+            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}"
         )
         n, at = len(test) + len(moved), (printable(name, "utf-8"), "log p(x)")
         section.add("AUROC, worst case", worst, n, protocol, at=at)

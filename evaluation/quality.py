@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 import processes
+from checks import FEWEST
 from config import Config
 from data import Split, to_float
 from distances import (
@@ -27,12 +28,10 @@ from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import predict
 from sample_quality import fresh_samples
-from sgld import FRESH_STEPS, SGLD, chain_options
+from sgld import FRESH_STEPS, SGLD, chain_options, step_protocol
 from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages, pick_dtype
-
-FEWEST = 20  # images that a row of distances needs
 
 
 def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
@@ -101,7 +100,10 @@ def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
     if not inputs.classifies:
         section.skip("fresh, class-conditional", no_labels)
     if inputs.buffer is None:
-        section.skip("samples of the replay buffer", "the checkpoint has none; train with --mode energy_train")
+        section.skip(
+            "samples of the replay buffer",
+            "the checkpoint has none: only last.pt of --mode energy_train does, so name the run",
+        )
         return sets
     finite = inputs.buffer.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
     order = torch.randperm(len(finite), generator=Generator().manual_seed(cfg.seed))  # it may be laid out by class
@@ -129,9 +131,6 @@ def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
     targets = {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
-    clamps = [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
-    clamps += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
-    clamps += ["gradients of length 1"] if cfg.sgld_normalize else []
     print(f"  samples: {len(targets)} times {n} chains of {steps} SGLD steps", flush=True)
     sets = {}
     for name, target in targets.items():
@@ -149,8 +148,7 @@ def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
         sets["chain starts"] = (starts, f"what these chains start from: {NAMES[cfg.start]}")
         sets[name] = (
             ends,
-            f"chains of {steps} SGLD steps on {target} from {NAMES[cfg.start]}, step size {cfg.sgld_lr:g}, "
-            f"noise {cfg.sgld_std:g}, {', '.join([*clamps, ''])}"
+            f"chains of {steps} SGLD steps on {target} from {NAMES[cfg.start]}, {step_protocol(cfg)}, "
             f"network in {str(dtype).removeprefix('torch.')}, unfiltered",
         )
     return sets

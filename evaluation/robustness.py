@@ -11,6 +11,7 @@ import processes
 from evaluation.attacks import (
     AUTO_TARGETS,
     BATCH,
+    DISTAL_STEP,
     DISTAL_STEPS,
     Attack,
     Classifier,
@@ -28,6 +29,7 @@ from evaluation.inputs import Inputs
 from evaluation.report import Section
 from models.predict import images_per_batch
 from option_list import ATTACKS
+from sgld import chain_options, step_protocol
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages
 
@@ -78,7 +80,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     chosen = choose(inputs, section)
     if not chosen:
         return
-    test = inputs.subset(inputs.data.test, IMAGES)
+    test = inputs.subset(inputs.data.test, inputs.cfg.max_images or IMAGES)
     x, y = test.images.float() / 255, test.labels
     sweeps = {name: sweep for name, sweep in pgd_sweeps(inputs, len(x)).items() if name in chosen}
     print(estimate(durations(inputs, chosen, sweeps, x, y), len(x)), flush=True)
@@ -121,10 +123,11 @@ def pgd_sweeps(inputs: Inputs, n: int) -> dict[str, Sweep]:
     """PGD on n images, and on fewer through the refinement, by their names in ``--attacks``."""
     cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(BATCH, inputs.data.shape)
     rng, rng_refined = inputs.rng(), inputs.rng()
-    refined = RefinedClassifier(model, cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std, CHAINS, rng_refined)
+    sizes = cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std
+    refined = RefinedClassifier(model, *sizes, CHAINS, rng_refined, **chain_options(cfg))
     protocol = (
-        f"; classified after {cfg.refine_steps} SGLD steps, probabilities averaged over {CHAINS} chains, "
-        "attacked through these chains"
+        f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
+        f"probabilities averaged over {CHAINS} chains, attacked through these chains"
     )
     few, small = min(REFINED_IMAGES, n), max(1, batch // (4 * CHAINS))
     return {
@@ -207,11 +210,13 @@ def add_distal_adversarials(inputs: Inputs, section: Section, n_each: int = N_DI
     section.mean(
         "p(y|x) of distal adversarials",
         reached,
-        f"gradient ascent from uniform noise until 0.9; {n_each} of each of {len(names)} classes",
+        f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
+        f"root of the number of values ([-1, 1] scale); {n_each} of each of {len(names)} classes",
     )
+    section.share("distal adversarials that reach 0.9", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
         "distal",
-        "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class",
+        "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",
         distal_figure(to_uint8(x[: 20 * n_each]), names, n_each),
     )
 

@@ -442,10 +442,6 @@ def test_gpu_without_cuda_runs_on_the_cpu_and_says_so(capsys):
     assert utils.pick_device("cpu") == torch.device("cpu")
 
 
-def test_config_and_data_know_the_same_data_sets():
-    assert config.DATASETS == data.DATASETS
-
-
 def test_help_is_grouped_and_has_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         main.main(["--help"])
@@ -473,6 +469,11 @@ def refused(capsys, *options):
     "options, words",
     [
         ("--nonsense", "--nonsense"),
+        ("--sgld_step_auroc 0.8", "--sgld_step_auroc does nothing without --sgld_step_max"),
+        ("--adversarial_steps 3", "--adversarial_steps does nothing without --adversarial_eps"),
+        ("--decay_rate 0.5", "--decay_rate does nothing without --decay_epochs"),
+        ("--n_samples 30", "--n_samples does nothing without --quality_every"),
+        ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
         ("--mode fly", "--mode takes one of energy_train"),
         ("--depth 12", "6n + 4"),
         ("--depth x", "--depth"),

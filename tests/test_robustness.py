@@ -6,7 +6,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from evaluation import attacks
+from config import Config
+from data import Split, load
+from evaluation import attacks, robustness
 from evaluation.attacks import (
     Attack,
     Classifier,
@@ -22,6 +24,7 @@ from evaluation.attacks import (
     standard_version,
     survivors,
 )
+from evaluation.inputs import Inputs
 from evaluation.report import Section
 from evaluation.robustness import Norm, Sweep, add_sweep
 from models import build_model
@@ -251,12 +254,32 @@ def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
     assert distance.max() <= 0.1 + 1e-6 and distance.min() > 1e-3
 
 
-def test_the_differentiable_chain_is_the_reference_chain(model, images):
+@pytest.mark.parametrize("limits", [{}, {"grad_clamp": 0.01, "clamp": True}, {"normalize": True}])
+def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
     x = 2 * images - 1
-    expected = reference_chain(model.log_density, x, 4, 1.0, 0.01, seeded(5)).x
+    expected = reference_chain(model.log_density, x, 4, 1.0, 0.01, seeded(5), **limits).x
     for attacked in (False, True):
-        found = differentiable_chain(model.log_density, x.clone().requires_grad_(attacked), 4, 1.0, 0.01, seeded(5))
+        start = x.clone().requires_grad_(attacked)
+        found = differentiable_chain(model.log_density, start, 4, 1.0, 0.01, seeded(5), **limits)
         torch.testing.assert_close(found, expected)
+
+
+def test_refinement_runs_the_chains_of_training():
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", sgld_grad_clamp=0.5, sgld_clamp=True)
+    inputs = Inputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
+    sweep = robustness.pgd_sweeps(inputs, 60)["refined"]
+    assert "gradient clamped to 0.5, images clamped to [-1, 1]" in sweep.protocol
+    assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.classifier.chain.keywords.items()
+
+
+def test_the_first_images_of_a_subset_are_of_all_classes():
+    """Folders are read class by class, and some attacks take the first images alone."""
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=200)
+    inputs = Inputs(cfg, torch.nn.Identity(), load("digits"), None, None, torch.device("cpu"))
+    labels = torch.arange(10).repeat_interleave(100)
+    chosen = inputs.subset(Split(labels[:, None, None, None], labels))
+    assert len(chosen) == 200 and torch.equal(chosen.images.flatten(), chosen.labels)
+    assert len(chosen.labels[:50].unique()) == 10
 
 
 def test_the_gradient_goes_through_the_whole_chain():
