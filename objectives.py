@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import Config
 from models import log_density
 
 
@@ -19,6 +20,14 @@ class Weights(NamedTuple):
     energy_l2: float = 0.0
     mean_energy_l2: float = 0.0
     logistic: bool = False  # the generative term of log p(x)
+
+    @classmethod
+    def of(cls, cfg: Config, energy_l2: float) -> "Weights":
+        """Those of a run, with a penalty that may have grown."""
+        factors = {
+            name: getattr(cfg, name) for name in ("p_y_x_weight", "p_x_weight", "p_x_y_weight", "mean_energy_l2")
+        }
+        return cls(**factors, energy_l2=energy_l2, logistic=cfg.generative == "logistic")
 
 
 def joint_loss(

@@ -242,9 +242,7 @@ class Trainer:
         self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits, logits_real, logits_sampled = self.step_logits(x, x_real, samples)
-        factors = {name: getattr(self.cfg, name) for name in Weights._fields if name != "logistic"}
-        factors |= {"energy_l2": self.recovery.remedies["energy_l2"], "logistic": self.cfg.generative == "logistic"}
-        weights = Weights(**factors)
+        weights = Weights.of(self.cfg, self.recovery.remedies["energy_l2"])
         if x_real is None:
             logits_real = logits
         loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights, processes.mean)
@@ -373,12 +371,7 @@ class Trainer:
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
         elif self.place.size > 1:
             state = joined(state)
-        content = {
-            "config": asdict(self.cfg),
-            "data": self.data.description,
-            "state": state,
-        }
-        self.record.checkpoint(name, content)
+        self.record.checkpoint(name, {"config": asdict(self.cfg), "data": self.data.description, "state": state})
 
     def recover(self) -> None:
         """Training diverged: go back to the last proven state with new randomness and, perhaps, gentler settings."""
