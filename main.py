@@ -295,5 +295,4 @@ def newest_run(cfg: Config, description: dict) -> str | None:
 
 if __name__ == "__main__":
     terminal.protect()
-    status = main(sys.argv[1:])
-    terminal.leave(status, at_once=status == 130 or processes.several())  # others wait only after an error
+    terminal.leave(main(sys.argv[1:]), at_once=processes.several())  # only after an error are there others still

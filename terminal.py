@@ -46,13 +46,13 @@ def protect() -> None:
         setattr(sys, name, Forgiving(stream))
 
 
-def leave(status: int, at_once: bool) -> None:
-    """End the process; ``at_once`` whatever other threads are doing.
+def leave(status: int, at_once: bool = False) -> None:
+    """End the process; ``at_once``, and after Ctrl-C, whatever other threads are doing.
 
-    After Ctrl-C, a thread in the middle of torch.save would abort the process while Python ends.
+    A thread in the middle of torch.save would abort the process while Python ends.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if at_once:
+    if at_once or status == 130:
         os._exit(status)
     sys.exit(status)

@@ -213,7 +213,7 @@ def add_distal_adversarials(inputs: Inputs, section: Section, n_each: int = N_DI
         f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
         f"root of the number of values ([-1, 1] scale); {n_each} of each of {len(names)} classes",
     )
-    section.share("distal adversarials that reach 0.9", reached >= 0.9, "as p(y|x) of distal adversarials")
+    section.share("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
         "distal",
         "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",

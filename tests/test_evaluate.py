@@ -473,7 +473,7 @@ def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
         assert set(section["absent"]) == set(titles.values()) - {title}
         assert set(section["absent"].values()) == {"left out by --attacks"}
         assert set(section["pictures"]) == ({"distal"} if name == "distal" else {"robustness"})
-        assert {column.removeprefix("p(y|x) of ") for _, _, column in numbers} == {title}
+        assert {column.rpartition(" of ")[2] for _, _, column in numbers} == {title}
         assert line.split("(")[1].rsplit(" ", 1)[0] == title
         found |= numbers
     assert found == everything
