@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
         processes.connect()
         with processes.only_first_prints():
             status = run(arguments)
+        if processes.several():  # torchrun stops all when the first has ended, and is not to change this one's status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         processes.disconnect()
         return status
     except UserError as error:
