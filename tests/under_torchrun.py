@@ -71,6 +71,7 @@ def steps(folder: str) -> None:
     processes.connect()
     images, place = data.load("digits", n_valid=COMMON["n_valid"]), processes.place()
     done = {name: train(run_of(name, images, place)) for name in CONFIGS} | {"divided": divided_work()}
+    done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
     torch.save(done, Path(folder) / f"{place.rank}.pt")
     processes.disconnect()
 
