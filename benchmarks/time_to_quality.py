@@ -43,7 +43,8 @@ def figure(runs: dict[str, Path]) -> Figure:
                 axes.plot(*of_run[tag], "o-", markersize=3, label=name, color=f"C{i}")
         axes.set(xlabel="hours", title=CURVES[tag], yscale="log" if tag.startswith("quality") else "linear")
         axes.grid(alpha=0.3)
-        axes.legend()
+    lines = {line.get_label(): line for axes in result.axes for line in axes.lines}
+    result.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
     return result
 
 
