@@ -23,7 +23,7 @@ from utils import UserError, copy_tree
 
 PATIENCE = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 
-T, Item, Value = TypeVar("T"), TypeVar("Item"), TypeVar("Value")
+T, Item = TypeVar("T"), TypeVar("Item")
 
 
 class Place(NamedTuple):
@@ -249,7 +249,7 @@ def from_first(make: Callable[[], T]) -> T:
     return result[0]
 
 
-def gather(value: Value) -> list[Value]:
+def gather(value: T) -> list[T]:
     """The values of all processes, by rank, in rank 0; elsewhere an empty list. Tensors must be on the CPU."""
     if not several():
         return [value]
