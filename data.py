@@ -132,7 +132,7 @@ class Batches:
     ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
         self.augmented, self.part = augmented, place.slice_of(batch_size)
-        self.from_host = split.images.device != rng.device
+        self.from_host = split.images.device.type != rng.device.type
         self.copying = torch.cuda.Stream(rng.device) if self.from_host and rng.device.type == "cuda" else None
         self.load_state_dict({"order": torch.empty(0, dtype=torch.int64, device=rng.device), "position": 0})
 

@@ -324,7 +324,7 @@ class Sampler:
         x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))
         x[:fresh] = self.start(classes, self.rng)
         buffer.age[index] *= finite
-        buffer.age[index[:fresh]] = 0
+        buffer.age.index_fill_(0, index[:fresh], 0)  # age[...] = 0 would wait for the device
         return x, index, y
 
     def __call__(self, n: int, steps: int, class_cond: bool = False) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -307,7 +307,7 @@ class Trainer:
         self.sgld_step = state["sgld_step"]
         for name, part in self.parts.items():
             part.load_state_dict(copy_tree(state[name], self.device))  # some of them keep the tensors they get
-        rng = state["rng"]
+        rng = copy_tree(state["rng"], torch.device("cpu"))  # where generators of all devices take their states from
         try:
             for name, generator in self.rng.items():
                 generator.set_state(rng[name])

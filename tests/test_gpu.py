@@ -53,12 +53,13 @@ def trained(digits, **changes):
 
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 3]], ids=["log p(x)", "log p(x, y)"])
-@pytest.mark.parametrize("clamps", [{}, {"grad_clamp": 0.01, "clamp": True}])
-def test_captured_chain_equals_the_reference(labels, clamps, model):
+@pytest.mark.parametrize("options", [{}, {"grad_clamp": 0.01, "clamp": True}, {"compile": True}], ids=str)
+def test_captured_chain_equals_the_reference(labels, options, model):
     y = None if labels is None else torch.tensor(labels, device="cuda")
     x = uniform_images(4, SHAPE, generator())
+    clamps = {name: value for name, value in options.items() if name != "compile"}
     slow = reference_chain(model.log_density, x, 10, 1.0, 0.01, generator(1), y, **clamps)
-    engine = SGLD(model.log_density, **clamps)
+    engine = SGLD(model.log_density, **options)
     for _ in range(2):  # captured, and replayed
         fast = engine(x, 10, 1.0, 0.01, generator(1), y)
         torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-4)
@@ -115,6 +116,23 @@ def test_no_step_waits_for_the_device(options, digits):
             run.training_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_training_goes_back_to_a_state_that_is_kept_on_the_device(digits):
+    run = trained(digits)
+    run.keep_state()
+    kept, recorded = run.recovery.latest, []
+    assert kept["model"]["class_output.weight"].is_cuda
+    run.record = SimpleNamespace(recovery=lambda *line: recorded.append(line), checkpoint=lambda *_: None)
+    run.step = 3
+    run.training_step()
+    run.recover()
+    assert run.step == 2 and recorded[0][:2] == (3, 2)
+    found = run.state_dict()
+    for part in ("model", "buffer"):
+        assert all(torch.equal(found[part][name], kept[part][name]) for name in kept[part])
+    run.step = 3
+    assert run.training_step().isfinite().all()
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch):
