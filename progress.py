@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sgld import CompiledOrEager, Sampler
+from acceleration import CompiledOrEager
+from sgld import Sampler
 from utils import device_name
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters

@@ -5,12 +5,13 @@ float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
 """
 
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from acceleration import CapturedStep, CompiledOrEager
 
 FRESH_STEPS = 200  # of a chain from a fresh start: with a training chain's step size, when samples have settled
 
@@ -133,7 +134,7 @@ class SGLD:
             x, grad = step(x, y, normal_like(x, generator) if no_noise is None else no_noise, size, std)
         return Chain(x.clone(), grad.clone()) if capture else Chain(x, grad)  # the next replay overwrites a graph's
 
-    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> "CapturedStep":
+    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CapturedStep:
         key = (x.shape, y is None)
         if key not in self.graphs:
             self.graphs[key] = CapturedStep(self.step, x, y, torch.zeros_like(x), size, std)
@@ -152,67 +153,6 @@ def step_protocol(cfg) -> str:
     words += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
     words += ["gradients of length 1"] if cfg.sgld_normalize else []
     return ", ".join(words)
-
-
-class CapturedStep:
-    """A function of tensors (and None) as a CUDA graph: no launch gaps, however small the network."""
-
-    def __init__(self, function: Callable, *example: Tensor | None):
-        self.inputs = [t if t is None else t.clone() for t in example]
-        stream = torch.cuda.Stream()  # capture wants its warm-up on another stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        for static, new in zip(self.inputs, inputs, strict=True):
-            if static is not None:
-                static.copy_(new)
-        self.graph.replay()
-        return self.outputs
-
-
-class CompiledOrEager:
-    """torch.compile of a function; without a working compiler, one warning and the function itself."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-        self.compiled = torch.compile(function, dynamic=False)
-        self.proven = False
-
-    @property
-    def works(self) -> bool:
-        """Whether calls run compiled."""
-        return self.compiled is not self.function
-
-    def give_up(self) -> None:
-        """From now on the function itself runs."""
-        self.compiled = self.function
-
-    def __call__(self, *args):
-        if self.proven:
-            return self.compiled(*args)
-        return self.prove(lambda call: call(*args))
-
-    def prove(self, trial: Callable[[Callable], Any]) -> Any:
-        """Run ``trial`` on the compiled function, a call and whatever else must work, and on the function if not."""
-        self.proven = True
-        try:
-            return trial(self)
-        except Exception as error:  # the compiler's exceptions share no public base class
-            self.give_up()
-            result = trial(self)  # an error of the function itself comes out here
-            warnings.warn(
-                f"torch.compile does not work here ({type(error).__name__}); running without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return result
 
 
 def annealed_chain(

@@ -12,6 +12,7 @@ import data
 import processes
 import recovery
 import utils
+from acceleration import CompiledOrEager
 from adversarial import adversarial_images
 from checks import check_sizes
 from config import Config
@@ -28,7 +29,7 @@ from progress import announce, compiled
 from record import NoRecord, Record
 from recovery import Recovery
 from sample_quality import SampleQuality
-from sgld import SGLD, CompiledOrEager, ReplayBuffer, Sampler, annealed_chain, chain_options
+from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from starts import build_start
 from state import joined, own_part, own_state, roomiest
 from storage.run_dir import RunDir
