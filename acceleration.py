@@ -1,11 +1,11 @@
 """Functions of tensors made fast: compiled, and replayed as CUDA graphs. They compute what they computed before."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class CapturedStep:
@@ -23,12 +23,45 @@ class CapturedStep:
         with torch.cuda.graph(self.graph):
             self.outputs = function(*self.inputs)
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         for static, new in zip(self.inputs, inputs, strict=True):
             if static is not None:
                 static.copy_(new)
         self.graph.replay()
         return self.outputs
+
+
+class CapturedGradient:
+    """A function that leaves a model's gradients in its parameters, as CUDA graphs: one for each ``key``.
+
+    What it does besides must be the same for the same key and shapes of inputs; its results are detached copies. Where
+    a graph is captured, the buffers of the model and the random generators are left as they were.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], model: nn.Module):
+        self.function, self.model = function, model
+        self.graphs: dict[Any, CapturedStep] = {}
+
+    def __call__(self, key: Any, *inputs: Tensor | None) -> dict[str, Tensor]:
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(inputs)
+        results, gradients = self.graphs[key](*inputs)
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # each graph has its own
+        return {name: value.clone() for name, value in results.items()}
+
+    def capture(self, inputs: Sequence[Tensor | None]) -> CapturedStep:
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with torch.random.fork_rng([next(self.model.parameters()).device]):
+            graph = CapturedStep(self.with_gradients, *inputs)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        return graph
+
+    def with_gradients(self, *inputs: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        results = {name: value.detach() for name, value in self.function(*inputs).items()}
+        return results, [parameter.grad for parameter in self.model.parameters()]
 
 
 class CompiledOrEager:

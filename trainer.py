@@ -12,7 +12,7 @@ import data
 import processes
 import recovery
 import utils
-from acceleration import CompiledOrEager
+from acceleration import CapturedGradient, CompiledOrEager
 from adversarial import adversarial_images
 from checks import check_sizes
 from config import Config
@@ -20,7 +20,7 @@ from meter import Meter
 from models import StepLogits, copy_weights, sampling_copy
 from models.foreign import open_checkpoint
 from models.load import build_for, load_weights
-from models.normalisation import share_statistics, synced
+from models.normalisation import keeps_statistics, share_statistics, synced
 from models.predict import accuracy
 from objectives import Weights, joint_loss
 from optim import build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
@@ -87,6 +87,9 @@ class Trainer:
         self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
+        self.captured = None
+        if device.type == "cuda" and not processes.several():
+            self.captured = CapturedGradient(lambda *images: self.backward(Inputs(*images)), self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model)
         flip = images.flip and not cfg.no_flip
@@ -208,7 +211,7 @@ class Trainer:
         inputs, measured = self.next_inputs(self.sgld_step * self.recovery.remedies["sgld_step_factor"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        parts = self.optimizer.step(lambda: self.backward(inputs))
+        parts = self.optimizer.step(lambda: self.gradient(inputs))
         if self.average:
             update_average(self.average, self.model, cfg.ema, self.step)
 
@@ -236,6 +239,12 @@ class Trainer:
         copy_weights(self.model, self.sampling_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.place.size, sgld_steps, cfg.class_cond)
         return Inputs(x, y, x_real, samples, y_sampled), measured
+
+    def gradient(self, inputs: Inputs) -> dict[str, Tensor]:
+        """``backward``, on a GPU as a CUDA graph."""
+        if not self.captured:
+            return self.backward(inputs)
+        return self.captured((keeps_statistics(self.model), self.recovery.remedies["energy_l2"]), *inputs)
 
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
         """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts."""

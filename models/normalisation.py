@@ -13,6 +13,11 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def keeps_statistics(model: nn.Module) -> bool:
+    """Whether a batch in training mode changes running statistics."""
+    return any(module.track_running_stats for module in batch_norms(model))
+
+
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""

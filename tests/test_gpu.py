@@ -97,16 +97,30 @@ def test_memory_stays_flat_over_films(digits):
     assert used[1] == used[2] == used[3]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"norm": "batch", "start": "class_gaussian", "sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0}
-        | {"optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "p_x_batch_size": 12, "p_x_no_augment": True},
-        {"class_cond": True, "p_x_y_weight": 0.5, "ema": 0.9},
-    ],
-    ids=["jem", "sada-jem", "class_cond"],
-)
+SADA_JEM = {"norm": "batch", "start": "class_gaussian", "sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0}
+SADA_JEM |= {"optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "p_x_batch_size": 12, "p_x_no_augment": True}
+KINDS = {"jem": {}, "sada-jem": SADA_JEM, "class_cond": {"class_cond": True, "p_x_y_weight": 0.5, "ema": 0.9}}
+KINDS["baseline"] = {"mode": "baseline_train", "norm": "batch", "optimizer": "sgd"}
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+
+
+@every_kind
+def test_captured_gradients_are_those_of_the_loss(options, digits):
+    one, other = (trained(digits, **options, precision="fp32") for _ in range(2))
+    assert one.captured.graphs
+    other.captured = None
+    for run in (one, other):
+        run.meter.reset()
+        run.step = 3
+        run.training_step()
+    for (name, p), q in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, found), expected in zip(one.model.named_buffers(), other.model.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+    assert one.meter.read() == pytest.approx(other.meter.read(), rel=1e-3)
+
+
+@every_kind
 def test_no_step_waits_for_the_device(options, digits):
     run = trained(digits, **options)
     torch.cuda.synchronize()
@@ -135,8 +149,11 @@ def test_training_goes_back_to_a_state_that_is_kept_on_the_device(digits):
     assert run.training_step().isfinite().all()
 
 
-def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch):
-    options = [*SMALL, "--max_steps", "40"]
+@pytest.mark.parametrize(
+    "more", ["", "--recipe sada-jem --p_x_batch_size 20 --dropout_rate 0.1"], ids=["jem", "sada-jem"]
+)
+def test_stopped_and_resumed_is_the_same_run(more, tmp_path, monkeypatch):
+    options = [*SMALL, *more.split(), "--max_steps", "40"]
     assert main.main([*options, "--logdir", str(tmp_path / "whole")]) == 0
     original = trainer.Trainer.training_step
 
