@@ -53,7 +53,8 @@ class CapturedGradient:
     def capture(self, inputs: Sequence[Tensor | None]) -> CapturedStep:
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        with torch.random.fork_rng([next(self.model.parameters()).device]):
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             graph = CapturedStep(self.with_gradients, *inputs)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

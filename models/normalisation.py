@@ -21,12 +21,13 @@ def keeps_statistics(model: nn.Module) -> bool:
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
-    for module in batch_norms(model):
+    modules = [module for module in batch_norms(model) if module.track_running_stats]
+    for module in modules:
         module.track_running_stats = False
     try:
         yield
     finally:
-        for module in batch_norms(model):
+        for module in modules:
             module.track_running_stats = True
 
 
