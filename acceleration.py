@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 
+def compiles(choice: str, device: torch.device, steps: int) -> bool:
+    """Whether to compile what ``steps`` training steps compute: "on", "off", or "auto", where it saves time.
+
+    Compiling takes one or two minutes, and saves a tenth of a long run's time on a GPU.
+    """
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and steps >= 5000)
+
+
 class CapturedStep:
     """A function of tensors (and None) as a CUDA graph: no launch gaps, however small the network."""
 

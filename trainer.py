@@ -12,7 +12,7 @@ import data
 import processes
 import recovery
 import utils
-from acceleration import CapturedGradient, CompiledOrEager
+from acceleration import CapturedGradient, CompiledOrEager, compiles
 from adversarial import adversarial_images
 from checks import check_sizes
 from config import Config
@@ -75,10 +75,7 @@ class Trainer:
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.cycle_ends = [self.total_steps]  # see optim.learning_rate
         self.dtype = utils.pick_dtype(cfg.precision, device)
-        long = (
-            device.type == "cuda" and self.total_steps >= 5000
-        )  # compiling takes one to two minutes, and saves a tenth
-        compile = (cfg.compile == "on" or (cfg.compile == "auto" and long)) and not cfg.sync_batch_norm
+        compile = compiles(cfg.compile, device, self.total_steps) and not cfg.sync_batch_norm
 
         torch.manual_seed(cfg.seed)
         self.sampler = None

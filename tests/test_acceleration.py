@@ -5,7 +5,7 @@ import torch
 
 import acceleration
 import data
-from acceleration import CapturedGradient
+from acceleration import CapturedGradient, compiles
 from config import Config
 from models.normalisation import batch_norms, frozen_statistics, keeps_statistics
 from trainer import Inputs, Trainer
@@ -71,3 +71,17 @@ def test_frozen_statistics_nest():
             pass
         assert not keeps_statistics(model)
     assert keeps_statistics(model)
+
+
+@pytest.mark.parametrize(
+    "choice, device, steps, expected",
+    [
+        ("on", "cpu", 1, True),
+        ("off", "cuda", 10**6, False),
+        ("auto", "cpu", 10**6, False),
+        ("auto", "cuda", 4999, False),
+        ("auto", "cuda", 5000, True),
+    ],
+)
+def test_what_is_compiled(choice, device, steps, expected):
+    assert compiles(choice, torch.device(device), steps) == expected
