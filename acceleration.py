@@ -1,7 +1,7 @@
 """Functions of tensors made fast: compiled, and replayed as CUDA graphs. They compute what they computed before."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,37 +40,38 @@ class CapturedStep:
 
 
 class CapturedGradient:
-    """A function that leaves a model's gradients in its parameters, as CUDA graphs: one for each ``key``.
+    """A function of a named tuple that leaves a model's gradients in its parameters, as CUDA graphs.
 
-    What it does besides must be the same for the same key and shapes of inputs; its results are detached copies. Where
-    a graph is captured, the buffers of the model and the random generators are left as they were.
+    There is a graph for each ``variant()``: for the same one and the same shapes the function must do the same. Its
+    results come as detached copies. Capturing leaves the model's buffers and the random generators as they were.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], model: nn.Module):
-        self.function, self.model = function, model
+    def __init__(self, function: Callable[..., dict[str, Tensor]], model: nn.Module, variant: Callable[[], Any]):
+        self.function, self.model, self.variant = function, model, variant
         self.graphs: dict[Any, CapturedStep] = {}
 
-    def __call__(self, key: Any, *inputs: Tensor | None) -> dict[str, Tensor]:
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(inputs)
-        results, gradients = self.graphs[key](*inputs)
+    def __call__(self, inputs: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+        variant = self.variant()
+        if variant not in self.graphs:
+            self.graphs[variant] = self.capture(inputs)
+        results, gradients = self.graphs[variant](*inputs)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # each graph has its own
         return {name: value.clone() for name, value in results.items()}
 
-    def capture(self, inputs: Sequence[Tensor | None]) -> CapturedStep:
+    def capture(self, inputs: tuple[Tensor | None, ...]) -> CapturedStep:
+        def with_gradients(*tensors):
+            results = {name: value.detach() for name, value in self.function(type(inputs)(*tensors)).items()}
+            return results, [parameter.grad for parameter in self.model.parameters()]
+
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            graph = CapturedStep(self.with_gradients, *inputs)
+            graph = CapturedStep(with_gradients, *inputs)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         return graph
-
-    def with_gradients(self, *inputs: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        results = {name: value.detach() for name, value in self.function(*inputs).items()}
-        return results, [parameter.grad for parameter in self.model.parameters()]
 
 
 class CompiledOrEager:

@@ -86,9 +86,9 @@ class Trainer:
         self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
-        self.captured = None
+        self.gradient = self.backward
         if device.type == "cuda" and not processes.several():
-            self.captured = CapturedGradient(lambda *images: self.backward(Inputs(*images)), self.model)
+            self.gradient = CapturedGradient(self.backward, self.model, self.variant)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model)
         flip = images.flip and not cfg.no_flip
@@ -239,11 +239,9 @@ class Trainer:
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.place.size, sgld_steps, cfg.class_cond)
         return Inputs(x, y, x_real, samples, y_sampled), measured
 
-    def gradient(self, inputs: Inputs) -> dict[str, Tensor]:
-        """``backward``, on a GPU as a CUDA graph."""
-        if not self.captured:
-            return self.backward(inputs)
-        return self.captured((keeps_statistics(self.model), self.recovery.remedies["energy_l2"]), *inputs)
+    def variant(self) -> tuple[bool, float]:
+        """What ``backward`` depends on besides weights and images."""
+        return keeps_statistics(self.model), self.recovery.remedies["energy_l2"]
 
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
         """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts."""

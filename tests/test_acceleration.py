@@ -8,26 +8,7 @@ import data
 from acceleration import CapturedGradient, compiles
 from config import Config
 from models.normalisation import batch_norms, frozen_statistics, keeps_statistics
-from trainer import Inputs, Trainer
-
-
-class Graph:
-    """In place of a CapturedStep: the function itself, in the state that the model was in when it was captured."""
-
-    def __init__(self, function, *example):
-        for _ in range(3):
-            function(*example)
-        self.function, self.modules = function, batch_norms(function.__self__.model)
-        self.tracked = [module.track_running_stats for module in self.modules]
-
-    def __call__(self, *inputs):
-        before = [module.track_running_stats for module in self.modules]
-        for flags in (self.tracked, before):
-            for module, flag in zip(self.modules, flags, strict=True):
-                module.track_running_stats = flag
-            if flags is self.tracked:
-                outputs = self.function(*inputs)
-        return outputs
+from trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +28,33 @@ def digits():
 def test_captured_gradients_train_as_the_loss_does(options, digits, monkeypatch):
     """Warm-up leaves no trace, and each pass has a graph of its own where they differ."""
     base = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2, "buffer_size": 100}
-    monkeypatch.setattr(acceleration, "CapturedStep", Graph)
 
     def trained(captured):
         run = Trainer(Config(**base | {"max_steps": 20, "warmup_steps": 5} | options), digits, torch.device("cpu"))
+        modules = batch_norms(run.model)
+
+        def graph(function, *example):
+            """In place of a CapturedStep: the function itself, the model in the state in which it was captured."""
+            for _ in range(3):
+                function(*example)
+            tracked = [module.track_running_stats for module in modules]
+
+            def replay(*inputs):
+                before = [module.track_running_stats for module in modules]
+                set_tracking(tracked)
+                outputs = function(*inputs)
+                set_tracking(before)
+                return outputs
+
+            return replay
+
+        def set_tracking(flags):
+            for module, flag in zip(modules, flags, strict=True):
+                module.track_running_stats = flag
+
+        monkeypatch.setattr(acceleration, "CapturedStep", graph)
         if captured:
-            run.captured = CapturedGradient(lambda *images: run.backward(Inputs(*images)), run.model)
+            run.gradient = CapturedGradient(run.backward, run.model, run.variant)
         for run.step in (1, 2, 3):
             run.training_step()
         return run
@@ -61,7 +63,7 @@ def test_captured_gradients_train_as_the_loss_does(options, digits, monkeypatch)
     expected, found = (torch.utils._pytree.tree_flatten(run.state_dict())[0] for run in (plain, captured))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-    assert len(captured.captured.graphs) == (2 if "norm" in options and "sam_rho" in options else 1)
+    assert len(captured.gradient.graphs) == (2 if "norm" in options and "sam_rho" in options else 1)
 
 
 def test_frozen_statistics_nest():
