@@ -285,6 +285,13 @@ class Options:
         "SGLD steps that refine an attacked image before it is classified; 0 leaves this measurement out",
         minimum=0,
     )
+    ais_chains: int = option(100, "test", "chains of annealed importance sampling, for --eval likelihood", minimum=2)
+    ais_temperatures: int = option(
+        1000,
+        "test",
+        "temperatures of annealed importance sampling; fewer are faster, and leave the bounds farther apart",
+        minimum=2,
+    )
     sigma_test: float = option(
         0.0,
         "test",

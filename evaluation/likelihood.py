@@ -15,8 +15,8 @@ from evaluation.report import Section
 from models import JEM, log_density
 from models.predict import predict
 
-AIS_CHAINS, AIS_TEMPERATURES, AIS_BURN_IN = 100, 1000, 200
-AIS_SEARCH_TEMPERATURES = 200  # where only the scale of log p(x) is looked for
+AIS_BURN_IN = 200  # HMC steps
+TUNING_CHAINS = 64  # at most
 
 
 def measure(inputs: Inputs, section: Section) -> None:
@@ -60,12 +60,13 @@ def best_inverse_temperature(inputs: Inputs, mean_on_valid: float, rng: Generato
     Ends before fewer than a tenth of the chains are effective: from there on log Z is far too low, and the likelihood
     too good.
     """
-    base, best, highest = ais.Box(inputs.data.shape), 1.0, -math.inf
+    base, best, highest, chains = ais.Box(inputs.data.shape), 1.0, -math.inf, inputs.cfg.ais_chains
+    temperatures = math.ceil(inputs.cfg.ais_temperatures / 5)  # only the scale of log p(x) is looked for
     for beta in tqdm([2.0**k for k in range(20)], desc="inverse temperatures, until the best is past", leave=False):
-        density = tempered(inputs.model, beta)
-        step_sizes = ais.tune_step_sizes(density, base, AIS_SEARCH_TEMPERATURES, rng, n_knots=10)
-        run = ais.forward_ais(density, base, AIS_CHAINS, AIS_SEARCH_TEMPERATURES, rng, step_sizes=step_sizes)
-        if run.ess < AIS_CHAINS / 10 or beta * mean_on_valid - run.log_z < highest:
+        density, tuning = tempered(inputs.model, beta), min(chains, TUNING_CHAINS)
+        step_sizes = ais.tune_step_sizes(density, base, temperatures, rng, n_chains=tuning, n_knots=10)
+        run = ais.forward_ais(density, base, chains, temperatures, rng, step_sizes=step_sizes)
+        if run.ess < chains / 10 or beta * mean_on_valid - run.log_z < highest:
             break
         best, highest = beta, beta * mean_on_valid - run.log_z
     return best
@@ -75,14 +76,16 @@ def sandwich_log_z(inputs: Inputs, section: Section, beta: float, on_test: Tenso
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     shape, dim = inputs.data.shape, math.prod(inputs.data.shape)
     density, base = tempered(inputs.model, beta), ais.Box(shape)
-    step_sizes = ais.tune_step_sizes(density, base, AIS_TEMPERATURES, rng, n_knots=20)
-    forward = ais.forward_ais(density, base, AIS_CHAINS, AIS_TEMPERATURES, rng, step_sizes=step_sizes, progress=True)
-    protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {AIS_TEMPERATURES} temperatures"
+    chains, temperatures = inputs.cfg.ais_chains, inputs.cfg.ais_temperatures
+    tuning = min(chains, TUNING_CHAINS)
+    step_sizes = ais.tune_step_sizes(density, base, temperatures, rng, n_chains=tuning, n_knots=20)
+    forward = ais.forward_ais(density, base, chains, temperatures, rng, step_sizes=step_sizes, progress=True)
+    protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures"
     runs = {"forward": (forward, f"{protocol}; stochastic lower bound")}
     if inputs.buffer is None:
         section.skip(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
     else:
-        chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:AIS_CHAINS]
+        chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
         reverse = ais.reverse_ais(
             density, base, inputs.buffer[chosen].clamp(-1, 1), step_sizes, rng, burn_in=AIS_BURN_IN, progress=True
         )

@@ -101,11 +101,11 @@ def test_calibration_errors_by_hand():
     assert mce == pytest.approx(0.67, abs=1e-6)
 
 
-def test_the_likeliest_inverse_temperature_is_found(monkeypatch):
+def test_the_likeliest_inverse_temperature_is_found():
     """The density exp(beta sum(x) / 4) on the box, whose mean is known: beta = 8 has made the data."""
-    monkeypatch.setattr(likelihood, "AIS_SEARCH_TEMPERATURES", 20)
     tilt = SimpleNamespace(log_density=lambda x: x.flatten(1).sum(1) / 4)
-    inputs = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)))
+    cfg = SimpleNamespace(ais_chains=100, ais_temperatures=100)
+    inputs = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
     mean_of_pixel = 1 / math.tanh(8 / 4) - 4 / 8
     assert likelihood.best_inverse_temperature(inputs, 4 * mean_of_pixel / 4, seeded(1)) == 8
 
@@ -239,8 +239,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(robustness, "distal_adversarials", partial(robustness.distal_adversarials, max_steps=3))
     monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 2, seeded(), "AutoAttack")])
-    for name, value in {"AIS_TEMPERATURES": 3, "AIS_BURN_IN": 2, "AIS_CHAINS": 20}.items():
-        monkeypatch.setattr(likelihood, name, value)
+    monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
@@ -259,6 +258,10 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
         "3",
         "--refine_steps",
         "2",
+        "--ais_chains",
+        "20",
+        "--ais_temperatures",
+        "3",
         "--ood_datasets",
         f"noise,{tmp_path},shuffled",
         "--feature_ckpt",
@@ -280,6 +283,8 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert same_network["value"] == 1
     bits = results["likelihood"]["results"]["test bits per dimension"]
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
+    log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
+    assert log_z["n"] == 20 and ", 3 temperatures" in log_z["protocol"]
 
     report = (run / "eval" / "report.md").read_text()
     for name in ("classification", "calibration", "ood", "robustness", "quality", "likelihood"):
