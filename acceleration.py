@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 
 def compiles(choice: str, device: torch.device, steps: int) -> bool:
-    """Whether to compile what ``steps`` training steps compute: "on", "off", or "auto", where it saves time.
+    """Whether to compile what ``steps`` training steps compute: "on", "off", or "auto", in long runs on a GPU.
 
-    Compiling takes one or two minutes, and saves a tenth of a long run's time on a GPU.
+    Compiling takes one or two minutes; chains are then a seventh to a fifth faster (docs/speed.md).
     """
-    return choice == "on" or (choice == "auto" and device.type == "cuda" and steps >= 5000)
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and steps >= 20_000)
 
 
 class CapturedStep:
-    """A function of tensors (and None) as a CUDA graph: no launch gaps, however small the network."""
+    """A function of tensors (and None) as a CUDA graph, which starts all its operations on the GPU at once.
+
+    Each of them by itself is started by the CPU, for which a GPU waits if the network is small.
+    """
 
     def __init__(self, function: Callable, *example: Tensor | None):
         self.inputs = [t if t is None else t.clone() for t in example]
@@ -40,28 +43,31 @@ class CapturedStep:
 
 
 class CapturedGradient:
-    """A function of a named tuple that leaves a model's gradients in its parameters, as CUDA graphs.
+    """CUDA graphs of a function of a named tuple that leaves gradients in a model's parameters.
 
-    There is a graph for each ``variant()``: for the same one and the same shapes the function must do the same. Its
-    results come as detached copies. Capturing leaves the model's buffers and the random generators as they were.
+    There is one for each ``variant`` and for each shape of the inputs, and within these the function must do the same
+    each time. Its results come as detached copies. Capturing leaves the model's buffers and the random generators as
+    they were.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], model: nn.Module, variant: Callable[[], Any]):
-        self.function, self.model, self.variant = function, model, variant
-        self.graphs: dict[Any, CapturedStep] = {}
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.graphs: dict[tuple, CapturedStep] = {}
 
-    def __call__(self, inputs: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-        variant = self.variant()
-        if variant not in self.graphs:
-            self.graphs[variant] = self.capture(inputs)
-        results, gradients = self.graphs[variant](*inputs)
+    def __call__(
+        self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...], variant: Any
+    ) -> dict[str, Tensor]:
+        key = (variant, *(tensor if tensor is None else tensor.shape for tensor in inputs))
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(function, inputs)
+        results, gradients = self.graphs[key](*inputs)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # each graph has its own
         return {name: value.clone() for name, value in results.items()}
 
-    def capture(self, inputs: tuple[Tensor | None, ...]) -> CapturedStep:
+    def capture(self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...]) -> CapturedStep:
         def with_gradients(*tensors):
-            results = {name: value.detach() for name, value in self.function(type(inputs)(*tensors)).items()}
+            results = {name: value.detach() for name, value in function(type(inputs)(*tensors)).items()}
             return results, [parameter.grad for parameter in self.model.parameters()]
 
         buffers = list(self.model.buffers())

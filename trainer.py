@@ -86,9 +86,8 @@ class Trainer:
         self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
         self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
-        self.gradient = self.backward
-        if device.type == "cuda" and not processes.several():
-            self.gradient = CapturedGradient(self.backward, self.model, self.variant)
+        captures = device.type == "cuda" and not processes.several()
+        self.captured = CapturedGradient(self.model) if captures else None
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model)
         flip = images.flip and not cfg.no_flip
@@ -233,20 +232,22 @@ class Trainer:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
                 x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
+            self.model.train()
         if not self.sampler:
             return Inputs(x, y, x_real, None, None), {}
         copy_weights(self.model, self.sampling_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.place.size, sgld_steps, cfg.class_cond)
         return Inputs(x, y, x_real, samples, y_sampled), measured
 
-    def variant(self) -> tuple[bool, float]:
-        """What ``backward`` depends on besides weights and images."""
-        return keeps_statistics(self.model), self.recovery.remedies["energy_l2"]
+    def gradient(self, inputs: Inputs) -> dict[str, Tensor]:
+        """``backward``, on a GPU as a CUDA graph: one for each of SAM's passes, if the second keeps no statistics."""
+        if not self.captured:
+            return self.backward(inputs)
+        return self.captured(self.backward, inputs, keeps_statistics(self.model))
 
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
         """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts."""
         x, y, x_real, samples, y_sampled = inputs
-        self.model.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits, logits_real, logits_sampled = self.step_logits(x, x_real, samples)
         weights = Weights.of(self.cfg, self.recovery.remedies["energy_l2"])
@@ -325,6 +326,8 @@ class Trainer:
         if "cuda" in rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.alarm.fill_(False)
+        if self.captured:
+            self.captured.graphs.clear()  # a remedy may have changed the loss
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state. A run that was made longer gets another cycle of its learning rate.
