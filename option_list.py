@@ -372,4 +372,4 @@ class Options:
         "arithmetic of the network; auto takes bf16 where the hardware has it",
         ("auto", "fp32", "bf16"),
     )
-    compile: str = option("auto", "speed", "torch.compile; auto takes it where it pays", ("auto", "on", "off"))
+    compile: str = option("auto", "speed", "torch.compile; auto: on a GPU from 20,000 steps on", ("auto", "on", "off"))
