@@ -19,7 +19,7 @@ def compiles(choice: str, device: torch.device, steps: int) -> bool:
 class CapturedStep:
     """A function of tensors (and None) as a CUDA graph, which starts all its operations on the GPU at once.
 
-    Each of them by itself is started by the CPU, for which a GPU waits if the network is small.
+    Without a graph the CPU starts each operation; with a small network the GPU waits for it.
     """
 
     def __init__(self, function: Callable, *example: Tensor | None):
@@ -81,21 +81,21 @@ class CapturedGradient:
 
 
 class CompiledOrEager:
-    """torch.compile of a function; without a working compiler, one warning and the function itself."""
+    """torch.compile of a function; without a working compiler, one warning and ``fallback``, or the function itself."""
 
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, fallback: Callable | None = None):
+        self.fallback = fallback or function
         self.compiled = torch.compile(function, dynamic=False)
         self.proven = False
 
     @property
     def works(self) -> bool:
         """Whether calls run compiled."""
-        return self.compiled is not self.function
+        return self.compiled is not self.fallback
 
     def give_up(self) -> None:
-        """From now on the function itself runs."""
-        self.compiled = self.function
+        """From now on the fallback runs."""
+        self.compiled = self.fallback
 
     def __call__(self, *args):
         if self.proven:

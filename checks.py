@@ -73,19 +73,29 @@ def check_energy_options(cfg) -> None:
         raise UserError(f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}")
     if cfg.p_x_y_weight and not cfg.class_cond:
         raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
+    if cfg.p_x_y_weight and cfg.adversarial_eps:
+        raise UserError("--p_x_y_weight needs the labelled images as they are: leave --adversarial_eps out")
     if cfg.samples and cfg.class_cond and not cfg.p_x_y_weight and cfg.p_y_x_weight == 0:
         raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
 
 
-def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int) -> None:
+def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:
     """Raise UserError where batches or the replay buffer do not suit the images, or cannot be divided among processes.
 
     ``n_images``: how many training images each batch draws from, by the name of the option that is the batch's size.
+    ``shape``: an image's, (C, H, W).
     """
     sizes = {name: cfg.n_chains if name == "p_x_batch_size" else cfg.batch_size for name in n_images}
     for name, n in n_images.items():
         if sizes[name] > n:
             raise UserError(f"--{name} {sizes[name]} is larger than the {n} training images that it draws from")
+    pixels = math.prod(math.ceil(side / 2 ** (cfg.stages - 1)) for side in shape[1:])  # in the last layer
+    values = pixels * min(sizes.values()) // n_processes if cfg.norm == "batch" else pixels
+    if cfg.norm in ("batch", "instance") and values <= 1:
+        raise UserError(
+            f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
+            "--stages 3, larger images or, for batch, larger batches"
+        )
     if cfg.samples:
         sizes["buffer_size"] = cfg.buffer_size
     for name, size in sizes.items():

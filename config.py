@@ -35,7 +35,7 @@ class Config(Options):
         words = [word.strip() for word in self.decay_epochs.split(",") if word.strip()]
         if not all(word.isdecimal() and len(word) < 10 and int(word) for word in words):
             raise UserError(
-                f"--decay_epochs takes a comma list of epochs such as 60,120,180, not {self.decay_epochs!r}"
+                f"--decay_epochs takes epochs, separated by commas, such as 60,120,180, not {self.decay_epochs!r}"
             )
         return sorted(map(int, words))
 
@@ -60,12 +60,12 @@ class Config(Options):
         return self._names("attacks", ATTACKS)
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
-        """The names in an option that takes all or a comma list."""
+        """The names in an option that takes all, or names separated by commas."""
         text = getattr(self, name)
         words = list(known) if text in ("all", None) else [word.strip() for word in text.split(",")]
         for word in words:
             if word not in known:
-                raise UserError(f"--{name} takes all or a comma list of {', '.join(known)}, not {word!r}")
+                raise UserError(f"--{name} takes all, or some of {', '.join(known)}, separated by commas, not {word!r}")
         return words
 
     @property

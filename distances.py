@@ -5,6 +5,7 @@ Images are uint8 (N, C, H, W).
 
 import contextlib
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -22,7 +23,7 @@ BATCH = 250  # images of 3x32x32
 CHUNK = 1000  # rows of a matrix of distances, or of features in float64
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
-ALONE = {"sync_on_compute": False}  # each process has all features; torchmetrics would add those of the others
+NO_SYNC = {"sync_on_compute": False}  # each process has all features; torchmetrics would add those of the others
 
 
 class Features(nn.Module):
@@ -60,7 +61,7 @@ def distances_to(real: Tensor) -> Callable[[Tensor], Distances]:
 
     frechet, radii = frechet_distance(real), neighbour_distance(real)
     kid = KernelInceptionDistance(
-        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **ALONE
+        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **NO_SYNC
     ).to(real.device)
     kid.update(real, real=True)
 
@@ -80,7 +81,7 @@ def frechet_distance(real: Tensor) -> Callable[[Tensor], float]:
     """The Fréchet distance of features (N, D) to ``real``, (M, D), as a function of those features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **ALONE).to(
+    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **NO_SYNC).to(
         real.device
     )
     for part in real.split(CHUNK):  # it works in float64
@@ -115,10 +116,10 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     """
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **ALONE).to(logits.device)
+    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **NO_SYNC).to(logits.device)
     metric.update(logits)
     mean, std = metric.compute()
-    return mean.item(), std.item()
+    return mean.item(), std.item() * math.sqrt((metric.splits - 1) / metric.splits)  # theirs divides by n, not n - 1
 
 
 class PrecomputedFeatures(nn.Identity):

@@ -28,6 +28,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         written = file.getvalue()
     else:
         about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
+        about["averaged"] = "ema" in content["state"]
         tensors = {name: value.contiguous() for name, value in weights.items()}
         written = save(tensors, {name: json.dumps(value) for name, value in about.items()})
     with disk_errors(target):

@@ -31,8 +31,27 @@ from storage.run_dir import RunDir, read_config
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-OF_SAMPLE = "from_buffer inpaint denoise counterfactual counterfactual_eps save_images".split()
-ONLY_FOR = dict.fromkeys(OF_SAMPLE, "sample") | {"compare": "test"}
+TRAINING = ("energy_train", "baseline_train")
+READ_BY = {  # groups of options, and the modes that read them; all modes read the other groups
+    "optimisation": TRAINING,
+    "objective": TRAINING,
+    "dumps": TRAINING,
+    "test": ("test",),
+    "sample": ("sample",),
+} | dict.fromkeys(("SGLD", "speed"), (*TRAINING, "test", "sample"))
+READ_BY |= {  # single options
+    **dict.fromkeys("labels_per_class sigma no_flip dropout_rate buffer_size reinit_freq".split(), TRAINING),
+    **dict.fromkeys(("sgld_step_max", "sgld_step_auroc", "sync_batch_norm"), TRAINING),
+    **dict.fromkeys(("batch_size", "sgld_step", "class_cond", "compile"), (*TRAINING, "sample")),
+    **dict.fromkeys(("n_samples", "n_sample_steps"), (*TRAINING, "test", "sample")),
+    "feature_ckpt": (*TRAINING, "test"),
+}
+# Options of --mode sample that start from images of their own, and those that these leave unread.
+OWN_START = ("counterfactual", "inpaint", "denoise", "from_buffer")
+UNREAD = {name: ("start", "start_dir") for name in OWN_START}
+UNREAD["counterfactual"] += ("sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize", "precision")
+
+OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
 
 NEEDS = {  # in training: an option, and the one without which it does nothing
     "sgld_step_auroc": "sgld_step_max",
@@ -120,13 +139,9 @@ def run(arguments: list[str]) -> int:
         if given.get(f.name) == "" and f.metadata["path_but"] is not None:  # a shell variable that is not set
             raise UserError(f"--{f.name} is empty: give a path")
     given |= absolute_paths(Config, given)
-    for name, mode in ONLY_FOR.items():
-        if name in given and given.get("mode") != mode:
-            raise UserError(f"--{name} is for --mode {mode}")
+    check_use(given)
     if given.get("mode") == "export" and processes.place().size > 1:
         raise UserError("--mode export takes one process: start it without torchrun")
-    if "counterfactual" in given and "class_cond" in given:  # given: a checkpoint may have it
-        raise UserError("--counterfactual names the class itself: leave --class_cond out")
     uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
     if use := uses.get(given.get("mode")):
         cfg, path, content = processes.from_first(lambda: trained(given))
@@ -136,6 +151,22 @@ def run(arguments: list[str]) -> int:
             about_data = cfg.data_dir in str(error)
             raise UserError(f"{error}{remembered(cfg, given) if about_data else ''}") from error
     return train(given)
+
+
+def check_use(given: dict) -> None:
+    """Raise UserError for an option that would do nothing in its mode."""
+    mode = given.get("mode", Config.mode)
+    for f in fields(Config):
+        modes = READ_BY.get(f.name, READ_BY.get(f.metadata["group"], (mode,)))
+        if f.name in given and mode not in modes:
+            raise UserError(f"--{f.name} is for --mode {' or '.join(modes)}")
+    for name in given.keys() & UNREAD.keys():
+        for unread in given.keys() & set(UNREAD[name]):
+            raise UserError(f"--{name} does not use --{unread}: leave it out")
+    if "counterfactual" in given and "class_cond" in given:
+        raise UserError("--counterfactual names the class itself: leave --class_cond out")
+    if mode == "sample" and "sgld_step" in given and "denoise" not in given:
+        raise UserError("--sgld_step is for training and --denoise: --n_sample_steps is how long other chains are")
 
 
 def train(given: dict) -> int:
@@ -165,7 +196,7 @@ def train(given: dict) -> int:
     trainer = Trainer(cfg, images, device, processes.place())
     if resumed is None:
         if cfg.load_ckpt:
-            trainer.load_weights(cfg.load_ckpt)
+            trainer.load_weights(*processes.from_first(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
         return started(trainer, processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed
@@ -202,6 +233,8 @@ def with_recipe(given: dict) -> dict:
     if recipe is None:  # Config refuses a name that is unknown
         return given
     options = recipe.options | given
+    if not options.get("sam_rho"):
+        options = {name: value for name, value in options.items() if name in given or name != "sam_adaptive"}
     if options.get("schedule") != "step":
         options = {name: value for name, value in options.items() if name in given or not name.startswith("decay_")}
     return options
@@ -222,8 +255,11 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
         raise UserError(f"{path} was trained with --recipe {own['recipe']}: give single options for other chains")
     kept = {f.name: own[f.name] for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
     kept["recipe"] = own["recipe"]
+    del kept["class_cond"]  # of the chains in training: samples are of log p(x) unless it is given
     if given.get("dataset", own["dataset"]) != own["dataset"]:  # these belong to the checkpoint's images
         del kept["image_size"], kept["n_valid"]
+        if "folder" in (given["dataset"], own["dataset"]):
+            del kept["data_dir"]
     return Config(**kept | given), path, content
 
 
@@ -245,6 +281,8 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
                 "leave it out, or start a new run with --load_ckpt"
             )
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
+    if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
+        content["state"]["best"].pop("best_quality.pt", None)
     return replace(cfg, **changes), directory, path, content
 
 

@@ -23,10 +23,12 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Config, energy_l2: float) -> "Weights":
-        """Those of a run, with a penalty that may have grown."""
+        """Those of a run, with a penalty that may have grown; a plain classifier has no penalty on log-densities."""
         factors = {
             name: getattr(cfg, name) for name in ("p_y_x_weight", "p_x_weight", "p_x_y_weight", "mean_energy_l2")
         }
+        if cfg.mode == "baseline_train":
+            factors["mean_energy_l2"] = energy_l2 = 0.0
         return cls(**factors, energy_l2=energy_l2, logistic=cfg.generative == "logistic")
 
 

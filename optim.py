@@ -13,6 +13,7 @@ from config import Config
 from data import to_float
 from models import frozen_statistics
 from models.predict import images_per_batch
+from utils import autocast
 
 FINAL_LR = 1e-6
 REFIT_IMAGES = 5000  # enough for means and variances of channels
@@ -75,6 +76,14 @@ class SAM:
         return result
 
 
+def scheduled_rate(cfg: Config, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:
+    """The learning rate of a step, counted from 1, by ``--schedule``; ``cycle_ends`` as for ``learning_rate``."""
+    if cfg.schedule == "step":
+        decay_steps = [epoch * steps_per_epoch for epoch in cfg.decay_at]
+        return step_learning_rate(step, cfg.lr, cfg.warmup_steps, decay_steps, cfg.decay_rate)
+    return learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
+
+
 def step_learning_rate(
     step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], decay_rate: float
 ) -> float:
@@ -118,6 +127,8 @@ def refit_statistics(model: nn.Module, images: Tensor, dtype: torch.dtype = torc
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # dropout's
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            batches = images[:REFIT_IMAGES].to(device).split(images_per_batch(500, images.shape[1:]))
+        with autocast(device, dtype):
+            images = images[:REFIT_IMAGES].to(device)
+            n_batches = math.ceil(len(images) / images_per_batch(500, images.shape[1:]))
+            batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average
             torch.optim.swa_utils.update_bn(map(to_float, batches), model)

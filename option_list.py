@@ -126,12 +126,14 @@ class Options:
         0.0, "optimisation", "L2 penalty on the parameters, as the optimizer applies it", minimum=0
     )
     warmup_steps: int = option(
-        1000, "optimisation", "steps over which the learning rate rises linearly; a cosine to 1e-6 follows", minimum=0
+        1000, "optimisation", "steps over which the learning rate rises linearly, before --schedule", minimum=0
     )
     schedule: str = option(
         "cosine", "optimisation", "the learning rate after the warm-up: a cosine to 1e-6, or steps", ("cosine", "step")
     )
-    decay_epochs: str = option("", "optimisation", "epochs, a comma list, after which --schedule step lowers the rate")
+    decay_epochs: str = option(
+        "", "optimisation", "epochs, separated by commas, after which --schedule step lowers the rate"
+    )
     decay_rate: float = option(
         0.3, "optimisation", "factor by which --schedule step lowers the learning rate", above=0, maximum=1
     )
@@ -262,11 +264,11 @@ class Options:
     )
     ckpt_every: int = option(1000, "dumps", "steps between checkpoints, besides the one after each epoch", minimum=1)
 
-    eval: str = option("all", "test", "what to measure, a comma list: " + ", ".join(METRICS))
+    eval: str = option("all", "test", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = option(
         "auto",
         "test",
-        "comma list of out-of-distribution sets: data sets (in --data_dir), "
+        "out-of-distribution sets, separated by commas: data sets (in --data_dir; for --dataset folder in data/), "
         "folders of images, and interp, noise, constant, shuffled, which "
         "need no files; auto takes those four, for cifar10 svhn and cifar100 too",
     )
@@ -276,8 +278,8 @@ class Options:
     attacks: str | None = option(
         None,
         "test",
-        "attacks of --eval robustness, a comma list: pgd; refined (PGD through --refine_steps); autoattack; distal "
-        "(noise that becomes a class) (default: all)",
+        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
+        "distal (noise that becomes a class) (default: all)",
     )
     refine_steps: int = option(
         10,

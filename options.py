@@ -72,6 +72,13 @@ def check_value(f, value) -> None:
         raise UserError(f"{name} must be at most {meta['maximum']:.10g}, not {value}")
 
 
+class Switch(argparse.Action):
+    """On by --name; off by --no_name, which also switches off what a recipe or a checkpoint has switched on."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == f"--{self.dest}")
+
+
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     """Give a parser every option of the class Config, in its groups.
 
@@ -82,7 +89,8 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
         group, text = groups[f.metadata["group"]], f.metadata["help"].replace("%", "%%")
         if f.type is bool:
-            group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+            names = [f"--{f.name}"] if f.name.startswith("no_") else [f"--{f.name}", f"--no_{f.name}"]
+            group.add_argument(*names, action=Switch, nargs=0, default=argparse.SUPPRESS, help=text)
             continue
         kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
         if f.default not in (None, ""):

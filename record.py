@@ -65,8 +65,9 @@ class Record:
         self.log.flush()
         save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
 
-    def recovery(self, step: int, back_to: int, message: str) -> None:
-        """Training diverged at ``step`` and goes on after ``back_to``."""
+    def recovery(self, step: int, back_to: int, change: str) -> None:
+        """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
+        message = f"diverged at step {step}; back to step {back_to} with {change}"
         self.progress.go_back(back_to)
         self.line(message)
         self.log.recovery(step, back_to, message)

@@ -30,7 +30,7 @@ class Recovery:
         self.proven, self.latest = self.latest or state, state
 
     def go_back(self, step: int) -> tuple[dict[str, Any], str]:
-        """The state to continue from after a divergence at ``step``, and what is changed, in words.
+        """The state to continue from after a divergence at ``step``, and in words what is changed.
 
         Raises TrainingFailed if the run has used up its recoveries.
         """
@@ -44,12 +44,12 @@ class Recovery:
         soon = step <= self.failed_at + 5 * STATE_EVERY
         self.close_failures = self.close_failures + 1 if soon else 1
         self.failed_at = step
-        return self.proven, self._change_settings()
+        return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 
     def _change_settings(self) -> str:
         if self.close_failures == 2 and self.cfg.samples:
             self.remedies["sgld_step_factor"] *= 2
-            return f"{self.cfg.sgld_step * self.remedies['sgld_step_factor']} SGLD steps"
+            return f"{self.remedies['sgld_step_factor']} times the SGLD steps"
         if self.close_failures == 4 and self.cfg.samples:
             self.remedies["energy_l2"] = max(0.1, self.remedies["energy_l2"])
             return f"energy_l2 {self.remedies['energy_l2']:g}"

@@ -22,7 +22,7 @@ from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model, origin
 from models.predict import predict
-from sgld import FRESH_STEPS, SGLD, chain_options, normal_like, uniform_images
+from sgld import FRESH_STEPS, SGLD, chain_options, finite_images, normal_like, uniform_images
 from starts import UniformStart, build_start
 from storage.pictures import captioned, image_grid, save_each, save_gif, save_png, to_uint8
 from storage.run_dir import RunDir
@@ -116,7 +116,7 @@ def sampling_start(model: JEM, cfg: Config, path: Path, content: dict[str, Any],
     if cfg.from_buffer:
         if "buffer" not in content["state"]:
             raise UserError(f"{path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
-        images = content["state"]["buffer"]["images"].to(rng.device)
+        images = finite_images(content["state"]["buffer"]["images"]).to(rng.device)
         available = len(images)
     n = cfg.n_samples or (COLUMNS * n_classes if cfg.class_cond else min(SHOWN, available))
     if n > available:
@@ -155,18 +155,17 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> 
 
 def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
     """Test images, evenly spaced in the test part, with noise added or noise for their unknown pixels."""
-    shape = content["data"]["shape"]
+    images = load_data(cfg, path, content, rng.device)
     known = None
     if cfg.inpaint:
-        known = ~processes.from_first(lambda: unknown_pixels(cfg.inpaint, *shape[1:])).to(rng.device)
-    images = load_data(cfg, path, content, rng.device)
+        known = ~processes.from_first(lambda: unknown_pixels(cfg.inpaint, *images.shape[1:])).to(rng.device)
     n = cfg.n_samples or COLUMNS
     test = data.evenly_spaced(images.test, n, f"test images of {cfg.dataset}")
     x = data.to_float(test.images)
     y = test.labels if cfg.class_cond else None
     if cfg.denoise:
         return Start(f"denoise {cfg.denoise:g}", x + cfg.denoise * normal_like(x, rng), y, None, test.images)
-    x = torch.where(known, x, uniform_images(n, shape, rng))
+    x = torch.where(known, x, uniform_images(n, images.shape, rng))
     return Start(f"inpaint {cfg.inpaint}", x, y, known, test.images)
 
 

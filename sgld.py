@@ -100,9 +100,7 @@ class SGLD:
         compile: bool = False,
         capture: bool = True,
     ):
-        gradient = traceable_input_gradient if compile else input_gradient
-
-        def step(x, y, noise, step_size, noise_std):  # JEM, equation 2
+        def step(x, y, noise, step_size, noise_std, gradient=input_gradient):  # JEM, equation 2
             grad = gradient(log_density, x, y)
             if normalize:
                 grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
@@ -111,7 +109,10 @@ class SGLD:
             x = x + step_size * grad + noise_std * noise
             return x.clamp(-1, 1) if clamp else x, grad
 
-        self.step, self.capture = CompiledOrEager(step) if compile else step, capture
+        def traceable(*inputs):
+            return step(*inputs, traceable_input_gradient)
+
+        self.step, self.capture = CompiledOrEager(traceable, fallback=step) if compile else step, capture
         self.graphs: dict[tuple, CapturedStep] = {}
 
     @torch.no_grad()
@@ -180,6 +181,11 @@ def annealed_chain(
     return torch.stack(frames)
 
 
+def finite_images(images: Tensor) -> Tensor:
+    """Those of the images (N, C, H, W) of a replay buffer that hold neither NaN nor infinity; a chain may leave one."""
+    return images[images.isfinite().all(dim=(1, 2, 3))]
+
+
 class ReplayBuffer:
     """The persistent chains' last images, on the generator's device (JEM, section 4; Du & Mordatch, NeurIPS 2019).
 
@@ -222,7 +228,7 @@ class ReplayBuffer:
 class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
-    All randomness comes from ``rng``, but for how many chains start afresh, and of which classes: this must be known
+    All randomness comes from ``rng``, except how many chains start afresh, and of which classes: this must be known
     without waiting for the device, and comes from a generator on the host. Nothing waits for the device.
     """
 

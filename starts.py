@@ -38,6 +38,11 @@ def build_start(name: str, images: ImageData, folder: str = "") -> Start:
         read = partial(image_folder.read_unlabelled, Path(folder), images.shape[1])
         return FolderStart(processes.one_after_another(read), images)
     n_classes = len(images.class_names) if name == "class_gaussian" else None
+    if n_classes:
+        counts = images.train.labels.bincount(minlength=n_classes).tolist()
+        if 0 in counts:
+            empty = images.class_names[counts.index(0)]
+            raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
     return GaussianStart(images.train, n_classes, images.device)
 
 
@@ -110,7 +115,7 @@ def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
     The images may be elsewhere than ``device``, where the Gaussian is.
     """
     n, d = len(images), images[0].numel()
-    if max(n, d) > MAX_ROWS and min(n, d) > MAX_ROWS:
+    if min(n, d) > MAX_ROWS:
         chosen = torch.randperm(n, generator=Generator().manual_seed(0))[:MAX_ROWS]
         images, n = images[chosen.to(images.device)], MAX_ROWS
     mean = sum(to_float(part.to(device)).flatten(1).sum(0) for part in images.split(1000)) / n

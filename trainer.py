@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,11 @@ from checks import check_sizes
 from config import Config
 from meter import Meter
 from models import StepLogits, copy_weights, sampling_copy
-from models.foreign import open_checkpoint
 from models.load import build_for, load_weights
 from models.normalisation import keeps_statistics, share_statistics, synced
-from models.predict import accuracy
+from models.predict import accuracy, evaluation_mode
 from objectives import Weights, joint_loss
-from optim import build_optimizer, learning_rate, refit_statistics, step_learning_rate, update_average
+from optim import build_optimizer, refit_statistics, scheduled_rate, update_average
 from processes import Place
 from progress import announce, compiled
 from record import NoRecord, Record
@@ -68,7 +68,7 @@ class Trainer:
         sizes = {"batch_size": (cfg.batch_size, labelled)}
         if cfg.separate_p_x:
             sizes["p_x_batch_size"] = (cfg.n_chains, images.train)
-        check_sizes(cfg, {name: len(split) for name, (_, split) in sizes.items()}, n_classes, place.size)
+        check_sizes(cfg, {name: len(split) for name, (_, split) in sizes.items()}, n_classes, place.size, images.shape)
         # An epoch is a pass over the labelled images; with few labels, over all images.
         size, split = sizes["p_x_batch_size" if cfg.labels_per_class and cfg.separate_p_x else "batch_size"]
         self.steps_per_epoch = len(split) // size
@@ -108,7 +108,7 @@ class Trainer:
         self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
         self.recovery = Recovery(cfg)
         self.meter = Meter()
-        self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
+        self.step, self.best, self.sgld_step, self.host_copy = 0, {}, cfg.sgld_step, None
         self.alarm = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -174,8 +174,8 @@ class Trainer:
                 continue
             evaluates = step % eval_every == 0 or last
             measures = self.quality and (step % quality_every == 0 or last)
-            if self.average and (evaluates or measures or save):
-                refit_statistics(self.average, self.data.train.images, self.dtype)
+            if evaluates or measures or save:
+                self.refit_average()
             values = self.measurements() if log else {}
             if step % recovery.STATE_EVERY == 0:
                 self.keep_state()
@@ -228,11 +228,9 @@ class Trainer:
         if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
             if self.sampler and x_real is None:
                 x_real = x  # log p(x) learns from the images themselves
-            self.model.eval()
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
+            radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
+            with evaluation_mode(self.model), utils.autocast(self.device, self.dtype):
                 x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
-            self.model.train()
         if not self.sampler:
             return Inputs(x, y, x_real, None, None), {}
         copy_weights(self.model, self.sampling_model)
@@ -248,7 +246,7 @@ class Trainer:
     def backward(self, inputs: Inputs) -> dict[str, Tensor]:
         """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts."""
         x, y, x_real, samples, y_sampled = inputs
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with utils.autocast(self.device, self.dtype):
             logits, logits_real, logits_sampled = self.step_logits(x, x_real, samples)
         weights = Weights.of(self.cfg, self.recovery.remedies["energy_l2"])
         if x_real is None:
@@ -263,15 +261,17 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        cfg, factor = self.cfg, self.recovery.remedies["lr_factor"]
-        if cfg.schedule == "step":
-            decay_steps = [epoch * self.steps_per_epoch for epoch in cfg.decay_at]
-            return factor * step_learning_rate(self.step, cfg.lr, cfg.warmup_steps, decay_steps, cfg.decay_rate)
-        return factor * learning_rate(self.step, cfg.lr, cfg.warmup_steps, self.cycle_ends)
+        factor = self.recovery.remedies["lr_factor"]
+        return factor * scheduled_rate(self.cfg, self.step, self.steps_per_epoch, self.cycle_ends)
 
     @property
     def epoch(self) -> float:
         return self.step / self.steps_per_epoch
+
+    def refit_average(self) -> None:
+        """Averaged weights, if there are any, get running statistics of their own: before they are used or saved."""
+        if self.average:
+            refit_statistics(self.average, self.data.train.images, self.dtype)
 
     @property
     def measured_model(self):
@@ -339,7 +339,7 @@ class Trainer:
         if n_before != self.place.size:
             print(
                 f"The run had {n_before} processes and goes on with {self.place.size}: the replay buffer is "
-                "divided anew, and the chains have new randomness."
+                "divided again, and the chains have new randomness."
             )
             self.seed_generators(self.cfg.seed + self.step, own_alone=True)
         if self.total_steps > self.cycle_ends[-1]:
@@ -351,17 +351,14 @@ class Trainer:
             self.host_copy = copy_tree(self.state_dict(), torch.device("cpu"))
         return self.host_copy | {"best": dict(self.best)}
 
-    host_copy: dict[str, Any] | None = None
-
     def keep_state(self) -> None:
         """In memory, as one that training can go back to."""
         where = roomiest(self.device, self.state_dict())
         on_host = where.type == "cpu"
         self.recovery.keep(self.state_on_host() if on_host else copy_tree(self.state_dict(), where))
 
-    def load_weights(self, path: str) -> None:
+    def load_weights(self, path: Path, content: dict[str, Any]) -> None:
         """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer."""
-        path, content = processes.from_first(lambda: open_checkpoint(path, asdict(self.cfg)))
         load_weights(self.model, self.cfg, path, content)
         if self.average:
             self.average.load_state_dict(self.model.state_dict())
@@ -390,11 +387,8 @@ class Trainer:
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
         self.host_copy = None
         self.seed_generators(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
-        message = (
-            f"diverged at step {diverged_at}; back to step {self.step} with {change} "
-            f"(recovery {self.recovery.recoveries} of {self.cfg.max_recoveries})"
-        )
-        self.record.recovery(diverged_at, self.step, message)
+        self.record.recovery(diverged_at, self.step, change)
+        self.refit_average()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
 
     # ------------------------------------------------------------------------------------------ what is dumped
@@ -412,8 +406,7 @@ class Trainer:
 
     def dump_samples(self, samples: Tensor) -> None:
         """The first of this step's chains; a smaller batch is filled up from the (process's) replay buffer."""
-        others = self.sampler.buffer.images[: max(0, SHOWN - len(samples))]
-        self.record.samples(self.step, torch.cat([samples, others])[:SHOWN])
+        self.record.samples(self.step, torch.cat([samples, self.sampler.buffer.images[:SHOWN]])[:SHOWN])
 
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
@@ -433,6 +426,5 @@ class Trainer:
         """Validation and test accuracy."""
         if not self.cfg.classifies:
             return {}
-        splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
-        model = self.measured_model
+        model, splits = self.measured_model, {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
         return {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}

@@ -94,6 +94,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which networks compute in ``dtype``, on ``device``."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def cpu_has(*flags: str) -> bool:
     """Whether the processor reports one of these instruction sets (Linux; elsewhere False)."""
     try:
@@ -167,7 +172,7 @@ class Signals:
     """Inside, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are noted instead of obeyed; a second Ctrl-C stops at once.
 
     ``status``: the exit status that a signal has asked for, 0 for none (SIGUSR1 asks for a checkpoint only). What was
-    ignored before, as SIGHUP under nohup, stays ignored, but for SIGUSR1.
+    ignored before, as SIGHUP under nohup, stays ignored, except SIGUSR1.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
@@ -190,7 +195,7 @@ class Signals:
     def _note(self, number, frame):
         if number != getattr(signal, "SIGUSR1", None):
             self.status = 128 + number
-        self.received = True  # after the status, which who takes it reads
+        self.received = True  # last: ``take`` reads the status when this is True
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats the terminal's
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

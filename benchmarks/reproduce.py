@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py digits                                     # trains
     python benchmarks/reproduce.py digits --test                              # --mode test on the newest such run
-    python benchmarks/reproduce.py cifar10_cpu --data_dir PATH --gpu cpu      # further options go to main.py
+    python benchmarks/reproduce.py cifar10_cpu --data_dir PATH                # further options go to main.py
 
 It prints the command before it runs it. The cifar10_cpu runs read a folder of images; ``--dataset cifar10`` behind
 their names gives them the original files.
@@ -24,11 +24,12 @@ FASHION = (
     "--sigma 0.1 --ema 0.999"
 )
 CIFAR = (
-    "--recipe m-jem --dataset folder --depth 16 --width 2 --schedule cosine --warmup_steps 400 --max_steps 8500 "
-    "--ema 0.999"
+    "--gpu cpu --recipe m-jem --dataset folder --depth 16 --width 2 --schedule cosine --warmup_steps 400 "
+    "--max_steps 8500 --ema 0.999"
 )
 CIFAR_JEM = (
-    "--dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 --ema 0.999"
+    "--gpu cpu --dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 "
+    "--ema 0.999"
 )
 TRAIN = {  # name: the options that train it
     "digits": "--recipe sada-jem --dataset digits --depth 10 --width 2 --batch_size 64 --schedule cosine "
@@ -39,7 +40,7 @@ TRAIN = {  # name: the options that train it
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
     "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
     "--buffer_size 5000",
-    "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR} --mean_energy_l2 0",
+    "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",
     "cifar10": "--mode energy_train",  # the method's own settings, which are the defaults

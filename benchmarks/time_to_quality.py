@@ -24,6 +24,8 @@ CURVES = {
 
 def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Hours since the first entry, and values, of each of ``CURVES`` that the run has measured."""
+    if not run.is_dir():
+        sys.exit(f"error: there is no run directory {run}")
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     there = events.Tags()["scalars"]
     if START not in there:
@@ -36,6 +38,8 @@ def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
 def figure(runs: dict[str, Path]) -> Figure:
     found = {name: curves(run) for name, run in runs.items()}
     tags = [tag for tag in CURVES if any(tag in of_run for of_run in found.values())]
+    if not tags:
+        sys.exit("error: none of these runs has measured its accuracy or the quality of its samples")
     result = Figure(figsize=(5 * len(tags), 4), layout="constrained")
     for tag, axes in zip(tags, result.subplots(1, len(tags), squeeze=False)[0], strict=True):
         for i, (name, of_run) in enumerate(found.items()):
@@ -53,8 +57,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run directories")
     parser.add_argument("--out", required=True, help="the picture")
     args = parser.parse_args()
-    named = [run.rpartition("=") for run in args.runs]
-    figure({name or Path(run).name: Path(run) for name, _, run in named}).savefig(args.out, dpi=120)
+    runs = {}
+    for given in args.runs:
+        name, _, run = ("", "", given) if Path(given).exists() else given.rpartition("=")
+        name = name or Path(run).resolve().name
+        if name in runs:
+            sys.exit(f"error: two runs have the name {name}: give them names of their own, NAME=RUN")
+        runs[name] = Path(run)
+    figure(runs).savefig(args.out, dpi=120)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
 from models.load import frozen, load_data, load_feature_model
 from option_list import METRICS as METRIC_NAMES
+from sgld import finite_images
 from storage.run_dir import RunDir
 from storage.writer import disk_errors
 from utils import UserError, evaluation_packages
@@ -36,7 +37,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
     images, state = load_data(cfg, path, content, device), content["state"]
-    buffer = state["buffer"]["images"].to(device) if "buffer" in state else None
+    buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
     class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
     trained = Config.from_dict(content["config"], str(path))

@@ -112,7 +112,9 @@ def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
         case _ if name in NAMED:
-            others = data.load(name, inputs.cfg.data_dir, device=inputs.device).test
+            # A download into a folder of images would be one class more.
+            place = Config.data_dir if inputs.cfg.dataset == "folder" else inputs.cfg.data_dir
+            others = data.load(name, place, device=inputs.device).test
         case _:
             images = image_folder.read_test_part(Path(os.path.expanduser(name)), image_size=h)
             others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do

@@ -54,7 +54,8 @@ def measure(inputs: Inputs, section: Section) -> None:
     sets = compared(inputs, section)
     real = reference(inputs)
     test = inputs.subset(inputs.data.test, samples_wanted(cfg)).images
-    floor = "test images" + (", which are part of the reference" if cfg.fid_reference == "train+test" else "")
+    included = cfg.fid_reference == "train+test" and cfg.max_images is None
+    floor = "test images" + (", which are part of the reference" if included else "")
     scored = {"test images": (test, floor)} | sets
     try:
         with evaluation_packages():
@@ -105,9 +106,8 @@ def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
             "the checkpoint has none: only last.pt of --mode energy_train does, so name the run",
         )
         return sets
-    finite = inputs.buffer.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
-    order = torch.randperm(len(finite), generator=Generator().manual_seed(cfg.seed))  # it may be laid out by class
-    held = to_uint8(inputs.buffer[finite[order[:n].to(finite.device)]])
+    order = torch.randperm(len(inputs.buffer), generator=Generator().manual_seed(cfg.seed))  # perhaps laid out by class
+    held = to_uint8(inputs.buffer[order[:n].to(inputs.device)])
     sets["buffer"] = (held, "replay buffer, unfiltered")
     if not inputs.classifies:
         section.skip("buffer, filtered", no_labels)
@@ -246,7 +246,7 @@ def add_agreement(
             "in a classifier's features",
             agree,
             f"{protocol}; share of the images that {feature_ckpt} puts into the class that the model itself does",
-            (name, "accuracy"),
+            (name, "same class"),
         )
 
 

@@ -1,5 +1,6 @@
 """What ``--mode test`` has measured: numbers that carry their protocol, remarks and pictures, in sections."""
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from storage.pictures import save_png
-from storage.writer import disk_errors
+from storage.writer import disk_errors, replace_file
 from utils import printable
 
 Interval = tuple[float, float]
@@ -32,14 +33,25 @@ class Number:
         return f"{text} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else text
 
 
-def bootstrap(statistic: Callable[..., Any], *groups: Tensor, seed: int = 0, replicates: int = 1000) -> Interval:
-    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn anew, with replacement, on its own."""
+def bootstrap(
+    statistic: Callable[..., Any],
+    *groups: Tensor,
+    seed: int = 0,
+    replicates: int = 1000,
+    centre: float | None = None,
+) -> Interval:
+    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
+
+    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
+    """
     rng = torch.Generator().manual_seed(seed)
     groups = [group.cpu() for group in groups]
     drawn = []
     for _ in range(replicates):
         drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
     low, high = np.quantile(drawn, [0.025, 0.975])
+    if centre is not None:
+        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
     return float(low), float(high)
 
 
@@ -95,15 +107,16 @@ class Section:
 
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
+        if self.writes:
+            path = self.directory / f"{name}.png"
+            with disk_errors(self.directory):
+                if isinstance(content, Figure):
+                    encoded = io.BytesIO()
+                    content.savefig(encoded, dpi=120)
+                    replace_file(path, encoded.getvalue())
+                else:
+                    save_png(path, content)
         self.pictures[name] = caption
-        if not self.writes:
-            return
-        path = self.directory / f"{name}.png"
-        with disk_errors(self.directory):
-            if isinstance(content, Figure):
-                content.savefig(path, dpi=120)
-            else:
-                save_png(path, content)
 
     def scalars(self) -> dict[str, Number]:
         """Every number under one name: ``measure``, or ``measure/row/column``."""

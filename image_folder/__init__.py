@@ -54,7 +54,8 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict[str, 
     for part, where in (parts or {"": slice(None)}).items():
         counts = torch.bincount(labels[where], minlength=len(layout.class_names))
         for label in (counts == 0).nonzero().flatten().tolist():
-            raise UserError(f"class {layout.class_names[label]} has no images in {root / part}: add some")
+            place = layout.folders.get(part, root)
+            raise UserError(f"class {layout.class_names[label]} has no images in {place}: add some")
     return images, labels, parts, layout.class_names
 
 

@@ -29,6 +29,7 @@ class Layout:
         class_names: in order of their names; empty for images without labels.
         files, labels: one for each file, those of one part after those of another.
         parts: "train", "valid" and "test" that exist, and the range of files in each; {} if there are none.
+        folders: where each of them lies.
         notes: lines for the user.
         problems: why folders could not be listed.
     """
@@ -37,6 +38,7 @@ class Layout:
     files: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     parts: dict[str, range] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ def find_classes(root: Path) -> Layout:
     Raises:
         UserError: the folder is missing, or its layout cannot be understood.
     """
-    _check_root(root, "name a folder with train/<class>/ and test/<class>/")
+    _check_root(root, "name a folder with train/<class>/ and test/<class>/", "--data_dir ")
     layout = Layout()
     parts = _find_parts(root, layout.notes)
     class_names = _subfolders(next(iter(parts.values()))) if parts else _subfolders(root)
@@ -81,12 +83,12 @@ def find_classes(root: Path) -> Layout:
             layout.labels += [label] * len(found)
         if part:
             layout.parts[part] = range(start, len(layout.files))
-    layout.class_names = class_names
+    layout.class_names, layout.folders = class_names, parts
     return layout
 
 
 def files_below(folder: str | Path, problems: list[str], above: tuple = ()) -> list[str]:
-    """Every file in a folder and its subfolders, sorted, but for hidden ones and those that Windows leaves behind.
+    """Every file in a folder and its subfolders, sorted, except hidden ones and those that Windows leaves behind.
 
     Links are followed, but not back to a folder that they lie in.
     """
@@ -116,10 +118,10 @@ def _is_litter(name: str) -> bool:
     return name[0] == "." or name.lower() in ("thumbs.db", "desktop.ini", "__macosx", UNUSABLE_LIST)
 
 
-def _check_root(root: Path, advice: str) -> None:
+def _check_root(root: Path, advice: str, option: str = "") -> None:
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"--data_dir {root} {state}: {advice}")
+        raise UserError(f"{option}{root} {state}: {advice}")
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -96,13 +96,16 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(buffer, Tensor) and buffer.ndim == 4 and buffer.shape[1] == network.channels):
         buffer = None
     options, shape = assumptions(layout, network, buffer, given)
+    size = f"{shape[2]}x{shape[1]}"
     batch = network.options["norm"] == "batch"
     told = [
         f"{layout} layout, --depth {options['depth']} --width {options['width']} --norm {options['norm']}",
         f"--recipe {options['recipe']}" + ("" if "recipe" in given else " (assumed; give --recipe for another)"),
         f"--dataset {options['dataset']}" + ("" if "dataset" in given else " (assumed)"),
+        f"images of {size}" + ("" if buffer is not None or "image_size" in given else " (assumed)"),
     ]
-    if "ema_state_dict" in raw:
+    averaged = find_weights(raw.get("ema_state_dict")) is not None  # the first of HOLDERS
+    if averaged:
         told.append("its averaged weights")
     if network.ambiguous:
         told.append("norm assumed, since layer, instance and group have the same names: give --norm for another")
@@ -110,7 +113,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
         told.append("log p(x) from the logits; --separate_energy takes it from its energy_output")
     print(f"{path}: {'; '.join(told)}; chains see {'batch statistics' if batch else 'single images'}.", file=sys.stderr)
     state: dict[str, Any] = {"step": None, "model": network.weights}
-    if "ema_state_dict" in raw:  # the first of HOLDERS
+    if averaged:
         state["ema"] = network.weights
     if buffer is not None:
         state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}

@@ -105,4 +105,7 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
         same = described["shape"] == list(images.shape) and described["class_names"] == list(images.class_names)
     if not same:
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
-    return frozen(Config.from_dict(content["config"], str(path)), path, content, device)
+    cfg = Config.from_dict(content["config"], str(path))
+    if not cfg.classifies:
+        raise UserError(f"--feature_ckpt {path} was trained without labels: name a classifier")
+    return frozen(cfg, path, content, device)

@@ -1,7 +1,8 @@
 """A network's outputs for many images, batch by batch. Training, evaluation and sampling all predict with this."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,26 @@ from torch import Tensor, nn
 import processes
 from data import Split, to_float
 from models.jem import JEM
+from utils import autocast
 
 
 def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
     """How many images of ``shape`` (C, H, W) take the memory that ``n`` of 3x32x32 take, at least one."""
     return max(1, n * 3072 // math.prod(shape))
+
+
+@contextmanager
+def evaluation_mode(network: Callable) -> Iterator[None]:
+    """A module with all its parts is in evaluation mode meanwhile; afterwards each part is in the mode it was in."""
+    parts = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
 @torch.no_grad()
@@ -22,14 +38,9 @@ def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dt
 
     A module is in evaluation mode meanwhile and computes in ``dtype`` (autocast). All processes must predict together.
     """
-    training = isinstance(network, nn.Module) and network.training
-    if training:
-        network.eval()
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with evaluation_mode(network), autocast(images.device, dtype):
         batches = images.split(images_per_batch(500, images.shape[1:]))
         outputs = processes.divided(batches, lambda batch: network(to_float(batch)), images.device)
-    if training:
-        network.train()
     return torch.cat(outputs)
 
 

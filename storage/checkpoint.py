@@ -37,7 +37,7 @@ READABLE = (2, 3, CHECKPOINT_FORMAT)  # to measure, to sample from and to start 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:
     """Write ``directory/name`` so that a power cut leaves the old file or the new one, never half of one.
 
-    The file it replaces lives on as ``keep``. The archive carries a CRC-32 of each of its records.
+    The file it replaces is kept as ``keep``. The archive carries a CRC-32 of each of its records.
     """
     path, temporary = directory / name, directory / f"{name}.tmp"
     with disk_errors(directory):
@@ -130,7 +130,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if not {"config", "data", "step"} <= about.keys():
         return tensors
     config, data, step = (json.loads(about[name]) for name in ("config", "data", "step"))
-    return {"format": CHECKPOINT_FORMAT, "config": config, "data": data, "state": {"step": step, "model": tensors}}
+    state = {"step": step, "model": tensors}
+    if json.loads(about.get("averaged", "false")):
+        state["ema"] = tensors
+    return {"format": CHECKPOINT_FORMAT, "config": config, "data": data, "state": state}
 
 
 def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, dict[str, Any]]:

@@ -76,10 +76,11 @@ class RunDir:
         self.lock.release()
 
     def remove_unfinished(self) -> None:
-        """Delete the files that were being written when a process was stopped."""
+        """Delete the files that were being written when a process was stopped, but none of a measurement's."""
         with suppress(OSError):
-            for unfinished in self.path.rglob("*.tmp"):
-                unfinished.unlink()
+            for folder in ("", "ckpt", "samples", "sgld"):
+                for unfinished in (self.path / folder).glob("*.tmp"):
+                    unfinished.unlink()
 
     def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
         content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"

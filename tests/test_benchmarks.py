@@ -1,6 +1,7 @@
 """The benchmarks run on small networks and measure what they say; no time is asserted."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_scaling(tmp_path):
     assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
 
 
-def test_time_to_quality(tmp_path):
+def test_time_to_quality(tmp_path, monkeypatch):
     """Curves are the log's numbers at the log's times; a run without a measurement has no curve of it."""
     for name, accuracies in {"one": [0.2, 0.4], "other": []}.items():
         with SummaryWriter(str(tmp_path / name)) as log:
@@ -81,3 +82,17 @@ def test_time_to_quality(tmp_path):
     drawn = time_to_quality.figure({"a": tmp_path / "one", "b": tmp_path / "other"})
     assert [axes.get_title() for axes in drawn.axes] == ["test accuracy", "Fréchet distance of the replay buffer"]
     assert [line.get_label() for line in drawn.axes[0].lines] == ["a"]
+    (tmp_path / "lr=0.1").mkdir()
+    shutil.copytree(tmp_path / "one", tmp_path / "lr=0.1", dirs_exist_ok=True)
+    picture = ["--out", str(tmp_path / "picture.png")]
+    monkeypatch.setattr(sys, "argv", ["", *picture, str(tmp_path / "lr=0.1"), f"b={tmp_path / 'one'}"])
+    time_to_quality.main()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    for runs, message in (
+        ([tmp_path / "other"], "none of these runs has measured"),
+        ([tmp_path / "one", f"one={tmp_path / 'other'}"], "two runs have the name one"),
+        ([tmp_path / "nowhere"], "there is no run directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["", *picture, *map(str, runs)])
+        with pytest.raises(SystemExit, match=message):
+            time_to_quality.main()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
@@ -25,7 +26,7 @@ from config import Config
 from data import Split, load
 from evaluation import likelihood, ood, robustness
 from evaluation.attacks import Speed
-from evaluation.calibration import calibration_errors, fit_temperature
+from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
 from evaluation.inputs import Inputs
 from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
 from evaluation.report import Section, bootstrap
@@ -33,6 +34,7 @@ from main import main
 from models import build_model
 from models import predict as prediction
 from models.predict import accuracy, predict
+from utils import UserError
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -99,6 +101,42 @@ def test_calibration_errors_by_hand():
     ece, mce = calibration_errors(p, labels)
     assert ece == pytest.approx(sum(n * gap for n, gap in gaps) / 6, abs=1e-6)
     assert mce == pytest.approx(0.67, abs=1e-6)
+
+
+def test_full_confidence_belongs_to_the_last_bin():
+    p = torch.tensor([1.0] * 10 + [0.96] * 10)
+    labels = torch.tensor([0] * 5 + [1] * 5 + [0] * 10)
+    ece, mce = calibration_errors(torch.stack([p, 1 - p], 1), labels)
+    assert (ece, mce) == pytest.approx((0.98 - 0.75, 0.98 - 0.75), abs=1e-6)
+
+
+def test_the_interval_of_a_calibration_error_holds_the_error():
+    """Of a perfectly calibrated model: an interval of the drawn samples' errors would lie above the error."""
+    p = torch.rand(2000, generator=seeded(8)) * 0.5 + 0.5
+    labels = (torch.rand(2000, generator=seeded(9)) > p).long()
+    p = torch.stack([p, 1 - p], 1)
+    error, (low, high) = calibration_errors(p, labels)[0], ece_interval(p, labels)
+    drawn = bootstrap(lambda i: calibration_errors(p[i], labels[i])[0], torch.arange(2000), replicates=200)
+    assert 0 <= low < error < high < 0.1
+    assert drawn[0] > low and drawn[1] - high == pytest.approx(drawn[0] - low, abs=1e-9)
+
+
+def test_a_picture_that_cannot_be_saved_is_not_named(tmp_path):
+    (tmp_path / "file").touch()
+    section = Section("calibration", tmp_path / "file")
+    with pytest.raises(UserError, match="cannot write to"):
+        section.picture("reliability", "bins", Figure())
+    assert section.pictures == {}
+
+
+def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatch, tmp_path):
+    places = []
+    monkeypatch.setattr(ood.data, "load", lambda name, place, device: places.append(str(place)) or load("digits"))
+    for dataset, place in (("folder", "data"), ("digits", str(tmp_path))):
+        cfg = Config(mode="test", dataset=dataset, data_dir=str(tmp_path), max_images=40)
+        inputs = Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
+        assert foreign_images("mnist", inputs.data.test.images[:20], inputs).shape == (20, 1, 8, 8)
+        assert places.pop() == place
 
 
 def test_the_likeliest_inverse_temperature_is_found():
@@ -279,7 +317,7 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
     assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]
-    same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["accuracy"]
+    same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["same class"]
     assert same_network["value"] == 1
     bits = results["likelihood"]["results"]["test bits per dimension"]
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
@@ -369,13 +407,18 @@ def test_auto_names_the_usual_sets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all or a comma list"),
+        (["--load_ckpt", "RUN", "--eval", "classification,beauty"], "--eval takes all, or some of classification"),
         (["--load_ckpt", "RUN", "--width", "2"], "another network"),
         (["--load_ckpt", "RUN", "--ood_datasets", "noise,nowhere"], "'nowhere' is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--ood_datasets", "noise,"], "'' is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
+        (["--load_ckpt", "RUN", "--sigma", "0.1"], "--sigma is for --mode energy_train or baseline_train"),
+        (["--load_ckpt", "RUN", "--batch_size", "9"], "--batch_size is for --mode energy_train or baseline_train or"),
+        (["--load_ckpt", "RUN", "--p_x_weight", "2"], "--p_x_weight is for --mode energy_train"),
+        (["--load_ckpt", "RUN", "--class_cond"], "--class_cond is for --mode energy_train"),
+        (["--load_ckpt", "RUN", "--save_images"], "--save_images is for --mode sample"),
         (
             ["--load_ckpt", "RUN", "--fid_reference", "test"],
             "--fid_reference takes one of train, train+test, not 'test'",
@@ -490,7 +533,7 @@ def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--attacks pgd,fgsm", "--attacks takes all or a comma list of pgd, refined, autoattack, distal, not 'fgsm'"),
+        ("--attacks pgd,fgsm", "some of pgd, refined, autoattack, distal, separated by commas, not 'fgsm'"),
         ("--attacks pgd --eval ood,quality", "--attacks is for --mode test with robustness in --eval"),
         ("--attacks all --eval ood", "--attacks is for --mode test with robustness in --eval"),
         ("--attacks refined,pgd --refine_steps 0", "--attacks refined needs --refine_steps above 0"),
@@ -514,7 +557,7 @@ def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
 
 def test_attacks_are_for_mode_test(tmp_path, capsys):
     assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
-    assert "--attacks is for --mode test with robustness in --eval" in capsys.readouterr().err
+    assert "--attacks is for --mode test" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -84,6 +84,14 @@ def test_recipes_are_what_their_papers_say():
         assert {k: getattr(cfg, k) for k in options | shared} == options | shared
 
 
+def test_what_a_recipe_switches_on_can_be_switched_off(tmp_path):
+    options = "--recipe sada-jem --sam_rho 0 --no_sgld_clamp --no_p_x_no_augment --p_x_batch_size 20".split()
+    run = start(tmp_path, *options, "--max_steps", "1", "--schedule", "cosine")
+    content = load_checkpoint(run / "ckpt" / "last.pt")["config"]
+    assert [content[name] for name in ("sam_rho", "sam_adaptive", "sgld_clamp", "p_x_no_augment")] == [0] + [False] * 3
+    assert content["sgld_grad_clamp"] == 1 and content["norm"] == "batch"
+
+
 def test_another_schedule_leaves_out_the_recipe_s_steps(tmp_path):
     run = start(tmp_path, "--recipe", "m-jem", "--schedule", "cosine")
     assert options_of(run)["decay_epochs"] == "" and options_of(run)["lr"] == 0.1
@@ -333,8 +341,12 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--recipe best", "--recipe takes one of jem, jem++"),
         ("--p_x_y_weight 1", "--class_cond"),
         ("--schedule step", "--decay_epochs"),
-        ("--schedule step --decay_epochs 3,x", "comma list of epochs"),
+        ("--schedule step --decay_epochs 3,x", "epochs, separated by commas"),
         ("--sam_adaptive", "--sam_rho"),
+        ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "leave --adversarial_eps out"),
+        ("--stages 4 --norm instance", "--norm instance has one value of each channel"),
+        ("--stages 4 --norm batch --p_x_batch_size 1", "or, for batch, larger batches"),
+        ("--start class_gaussian --n_valid 1430 --batch_size 5", "has no training images: lower --n_valid"),
         ("--labels_per_class 500", "--labels_per_class 500 is more than a class has"),
         ("--labels_per_class 1", "--batch_size 20 is larger than the 10 training images"),
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than --p_x_batch_size 101"),

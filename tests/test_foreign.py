@@ -231,6 +231,15 @@ def test_robust_classifiers(tmp_path, capsys, form):
     assert ("its averaged weights" in capsys.readouterr().err) == ("ema" in content["state"]) == (form == "both")
 
 
+def test_a_place_for_averages_that_is_empty(tmp_path, capsys):
+    w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
+    model, content = opened(tmp_path, {"model_state_dict": w, "ema_state_dict": None})
+    assert_same(model, x, robust_logits(w, x))
+    told = capsys.readouterr().err
+    assert "averaged" not in told and "ema" not in content["state"]
+    assert "images of 32x32 (assumed)" in told
+
+
 def test_the_energy_head_is_log_p_x_when_asked(tmp_path):
     w, x = authors_weights("batch"), torch.rand(2, 3, 32, 32)
     model, _ = opened(tmp_path, w, separate_energy=True, recipe="m-jem")
@@ -343,9 +352,21 @@ def test_an_export_holds_the_same_weights_bit_for_bit(tmp_path, make, suffix):
             unused = name.startswith(("f.linear", "energy_output"))
             assert torch.equal(value, torch.zeros_like(w[name]) if unused else w[name]), name
     contents = [open_checkpoint(str(path), {})[1] for path in (tmp_path / "theirs.pt", there)]
+    assert "ema" not in contents[1]["state"]
     first, second = (content["state"]["model"] for content in contents)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert contents[0]["config"] == contents[1]["config"]
+
+
+def test_an_export_of_averaged_weights_says_so(tmp_path):
+    w = authors_weights()
+    torch.save({"model_state_dict": authors_weights("batch"), "ema_state_dict": robust_weights()}, tmp_path / "a.pt")
+    there = str(tmp_path / "there.safetensors")
+    assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), "--export", there]) == 0
+    state = open_checkpoint(there, {})[1]["state"]
+    averaged = open_checkpoint(str(tmp_path / "a.pt"), {})[1]["state"]["ema"]
+    assert state["ema"].keys() == averaged.keys() and len(w)
+    assert all(torch.equal(value, averaged[name]) for name, value in state["ema"].items())
 
 
 def test_an_export_overwrites_nothing(tmp_path, capsys):

@@ -553,6 +553,8 @@ def test_folder_without_what_is_needed(files, message, tmp_path):
 
 def test_data_dir_that_is_not_there(tmp_path):
     refuses(f"--data_dir {tmp_path / 'nowhere'} does not exist", "folder", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'nowhere'} does not exist: name a folder of images$"):
+        image_folder.read_unlabelled(tmp_path / "nowhere", None)
     (tmp_path / "file").write_text("not a folder")
     refuses(f"--data_dir {tmp_path / 'file'} is a file", "folder", tmp_path / "file")
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from distances import Features
 from models import build_model, copy_weights, log_density, sampling_copy
+from models.predict import predict
 from objectives import Weights, joint_loss
 
 
@@ -90,6 +92,21 @@ def test_activation(name, value):
     model = tiny(activation=name)
     assert model.f.layer1[0].activation(torch.tensor([-1.0])).item() == pytest.approx(value, abs=1e-6)
     assert model.f.activation(torch.tensor([-1.0])).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_predict_leaves_every_part_in_its_mode():
+    """A wrapper is in training mode when it is made; what it holds is to stay in evaluation mode."""
+    model, x = tiny(norm="batch").eval(), torch.rand(9, 1, 8, 8) * 2 - 1
+    wrapper, expected = Features(model), model.f(x)
+    mean = model.f.bn1.running_mean.clone()
+    assert wrapper.training
+    torch.testing.assert_close(predict(wrapper, x), expected)
+    assert wrapper.training and not any(part.training for part in model.modules())
+    assert torch.equal(model.f.bn1.running_mean, mean)
+    model.train()
+    model.f.bn1.eval()
+    predict(model, x)
+    assert model.training and not model.f.bn1.training and model.f.layer1.training
 
 
 def test_dropout_acts_in_training_only():

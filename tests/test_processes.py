@@ -282,9 +282,9 @@ class TestPlace:
     def test_what_cannot_be_divided(self, changes, words):
         cfg = Config(**({"batch_size": 20, "buffer_size": 100} | changes))
         n_images = {"batch_size": 1000} | ({"p_x_batch_size": 1000} if cfg.separate_p_x else {})
-        check_sizes(cfg, n_images, 10, 1)
+        check_sizes(cfg, n_images, 10, 1, (1, 8, 8))
         with pytest.raises(UserError, match=words):
-            check_sizes(cfg, n_images, 10, 2)
+            check_sizes(cfg, n_images, 10, 2, (1, 8, 8))
 
     def test_devices(self, monkeypatch):
         with pytest.raises(UserError, match="torchrun --nproc_per_node=2 main.py"):

@@ -27,7 +27,7 @@ from evaluation import quality
 from evaluation.inputs import Inputs
 from evaluation.quality import most_confident
 from evaluation.report import Section
-from main import main
+from main import continued, main
 from models import build_model
 from sample_quality import fresh_samples
 from sgld import SGLD, reference_chain, uniform_images
@@ -87,6 +87,12 @@ def test_distances_and_inception_score_of_a_tiny_network(images):
     log_p = y.log_softmax(1)
     divergence = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
     assert inception_score(Tiny()(fake))[0] == pytest.approx(divergence.mean().exp().item(), rel=0.1)
+    torch.manual_seed(3)
+    _, deviation = inception_score(y)
+    torch.manual_seed(3)
+    parts = [part.softmax(1) for part in y[torch.randperm(len(y))].chunk(10)]
+    scores = [(p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item() for p in parts]
+    assert deviation == pytest.approx(np.std(scores), rel=1e-4)
     # the unbiased squared MMD with the kernel (x.y / 4 + 1)^3, on all images instead of subsets
     k_xx, k_yy, k_xy = ((a @ b.T / 4 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     mmd = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_xx, k_yy)) - 2 * k_xy.mean()
@@ -299,7 +305,7 @@ def test_one_row_a_protocol_and_one_column_a_measure(reports):
     assert list(inception_table) == list(table) == ROWS
     for name in ROWS:
         assert list(inception_table[name]) == ["FID", *DISTANCES, "IS", "IS, standard deviation"]
-        assert list(table[name]) == ["Fréchet distance", *DISTANCES, "accuracy"]
+        assert list(table[name]) == ["Fréchet distance", *DISTANCES, "same class"]
     assert [table[name]["recall"]["n"] for name in ROWS[:5]] == [30] * 5 and table[ROWS[5]]["recall"]["n"] < 30
     assert len({table[name]["Fréchet distance"]["value"] for name in ROWS}) == len(ROWS)
     assert "log p(x)" in table["fresh"]["KID"]["protocol"] and "log p(x|y)" in table[ROWS[3]]["KID"]["protocol"]
@@ -336,7 +342,7 @@ def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
     reason = "the model was trained without labels"
     assert {result["absent"][name] for name in ("fresh, class-conditional", "buffer, filtered")} == {reason}
     table = result["results"]["in a classifier's features"]
-    assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "accuracy" not in table["fresh"]
+    assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "same class" not in table["fresh"]
     assert "samples: 1 times 30 chains of 2 SGLD steps" in capsys.readouterr().out
 
 
@@ -366,6 +372,11 @@ def test_quality_while_training(tmp_path, monkeypatch):
     assert list(lines) == [26, 39]
     best = min(lines, key=lambda step: lines[step]["quality/fresh_samples"])
     assert load_checkpoint(run / "ckpt" / "best_quality.pt")["state"]["step"] == best
+
+    measured_best = {"best.pt": state["best"]["best.pt"]}
+    assert state["best"].keys() == {"best.pt", "best_quality.pt"}
+    for option, best in ((("--n_samples", "150"), state["best"]), (("--n_samples", "149"), measured_best)):
+        assert continued({"resume": str(run), option[0][2:]: int(option[1])}, str(run))[3]["state"]["best"] == best
 
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
     model.load_state_dict(state["model"])

@@ -1,6 +1,7 @@
 """--mode sample by the command line: files read back, chains against a plain loop, pixels that stay."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,7 @@ def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[st
                 str(checkpoint),
                 "--gpu",
                 "cpu",
-                "--precision",
-                "fp32",
+                *([] if "--counterfactual" in options else ["--precision", "fp32"]),
                 "--logdir",
                 str(logdir),
                 *options,
@@ -381,6 +381,21 @@ def test_a_checkpoint_of_class_conditional_chains_has_counterfactuals(jem, tmp_p
     assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
 
 
+def test_classes_are_drawn_only_if_asked_for(jem, tmp_path):
+    checkpoint = changed_checkpoint(jem, tmp_path / "conditional.pt", class_cond=True)
+    for options, target in (([], "log p(x)"), (["--class_cond"], "log p(x|y)")):
+        _, content = sample(checkpoint, tmp_path, "--n_samples", "20", "--n_sample_steps", "1", *options)
+        assert json.loads(str(content["settings"]))["target"] == target
+
+
+def test_images_of_the_buffer_that_are_not_finite_are_left_out(jem, tmp_path):
+    content = torch.load(jem / "ckpt" / "last.pt", weights_only=True)
+    content["state"]["buffer"]["images"][5:60, 0, 3, 3] = math.nan
+    torch.save(content, tmp_path / "nan.pt")
+    _, found = sample(tmp_path / "nan.pt", tmp_path, "--from_buffer", "--n_sample_steps", "0")
+    assert len(found["x"]) == 9 and np.isfinite(found["x"]).all()
+
+
 BAD = {  # the checkpoint and other options, and what is said of them
     "no checkpoint": ([], "needs --load_ckpt"),
     "missing": (["nowhere.pt"], "no checkpoint at"),
@@ -413,6 +428,13 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
     "counterfactuals in a test": (["JEM", "--counterfactual", "3", "--mode", "test"], "is for --mode sample"),
     "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
+    "option of training": (["JEM", "--lr", "1"], "--lr is for --mode energy_train or baseline_train"),
+    "option of a test": (["JEM", "--eval", "ood"], "--eval is for --mode test"),
+    "steps of training": (["JEM", "--sgld_step", "9"], "--n_sample_steps is how long"),
+    "start of the buffer": (["JEM", "--from_buffer", "--start", "gaussian"], "--from_buffer does not use --start"),
+    "start of a test image": (["JEM", "--inpaint", "left", "--start", "uniform"], "--inpaint does not use --start"),
+    "chain of a counterfactual": (["JEM", "--counterfactual", "3", "--sgld_lr", "2"], "does not use --sgld_lr"),
+    "bf16": (["JEM", "--counterfactual", "3", "--precision", "bf16"], "--counterfactual does not use --precision"),
 }
 
 

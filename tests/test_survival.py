@@ -540,7 +540,13 @@ class TestDivergence:
         messages = [line["message"] for line in metrics(run) if "event" in line]
         for message, words in zip(
             messages,
-            ["new randomness", "4 SGLD steps", "learning rate x 0.5", "energy_l2 0.1", "learning rate x 0.25"],
+            [
+                "new randomness",
+                "2 times the SGLD steps",
+                "learning rate x 0.5",
+                "energy_l2 0.1",
+                "learning rate x 0.25",
+            ],
             strict=True,
         ):
             assert "diverged at step 10; back to step 0" in message and words in message
@@ -553,7 +559,9 @@ class TestDivergence:
             at_step(monkeypatch, step, lambda run: run.alarm.fill_(True))
         _, run = start(tmp_path)
         messages = [line["message"] for line in metrics(run) if "event" in line]
-        for message, words in zip(messages, ["new randomness", "4 SGLD steps", "new randomness"], strict=True):
+        for message, words in zip(
+            messages, ["new randomness", "2 times the SGLD steps", "new randomness"], strict=True
+        ):
             assert words in message
 
     def test_remedies_act(self, monkeypatch):
@@ -616,6 +624,21 @@ class TestDivergence:
         assert main.main(["--resume", str(run)]) == 0
         (event,) = [line for line in metrics(run) if "event" in line]
         assert f"back to step {back_to} " in event["message"] and state(run)["step"] == 34
+
+    def test_averaged_weights_are_saved_with_statistics_of_their_own(self, tmp_path, monkeypatch):
+        """The state that a recovery goes back to was kept between evaluations, when nobody had asked for them."""
+        at_step(monkeypatch, 15, nan_gradients)
+        seen, original = [], trainer.Trainer.checkpoint
+
+        def checkpoint(self, name):
+            seen.append(self.average.f.bn1.running_mean.abs().max().item())
+            original(self, name)
+
+        monkeypatch.setattr(trainer.Trainer, "checkpoint", checkpoint)
+        status, run = start(tmp_path, "--norm", "batch", "--ema", "0.9", "--max_steps", "17")
+        events = [line for line in metrics(run) if "event" in line]
+        assert status == 0 and len(events) == 1
+        assert seen[0] == 0 and min(seen[1:]) > 0  # of the first step's weights there is nothing to estimate yet
 
     def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
         """best.pt stays on disk, so a worse model of after the recovery must not replace it."""

@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import optim
 import progress
+import sgld
 import trainer
 from config import Config
 from models import build_model, copy_weights
+from objectives import Weights
 from sgld import ReplayBuffer, Sampler, reference_chain
 from starts import UniformStart
 
@@ -145,6 +147,42 @@ def test_averaged_weights_get_statistics_of_their_own(digits):
     torch.testing.assert_close(first.bn1.running_mean, seen["x"].mean((0, 2, 3)))
     torch.testing.assert_close(first.bn1.running_var, seen["x"].var((0, 2, 3)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_running_statistics_weigh_each_image_alike(digits, monkeypatch):
+    """In batches of at most 500 images, the last one of 501 is not half of the mean."""
+    run, means = trainer.Trainer(config(norm="batch", ema=0.9), digits, torch.device("cpu")), []
+    for size in (500, 501):
+        monkeypatch.setattr(optim, "images_per_batch", lambda *_, size=size: size)
+        optim.refit_statistics(run.average, digits.train.images[:501])
+        means.append(run.average.f.layer1[0].bn1.running_mean.clone())
+    torch.testing.assert_close(*means, rtol=0, atol=1e-3)
+    assert means[0].abs().max() > 0.1
+
+
+def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
+    """Not the form for the compiler, which takes longer and needs more memory when it runs by itself."""
+
+    def broken(function, **_):
+        def call(*args):
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(sgld, "traceable_input_gradient", None)
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
+        chain = sgld.SGLD(lambda x: -x.square().flatten(1).sum(1), compile=True)
+        found = chain(torch.ones(2, 1, 4, 4), 2, 0.25, 0.0, torch.Generator())
+    torch.testing.assert_close(found.x, torch.full((2, 1, 4, 4), 0.25))
+
+
+def test_a_plain_classifier_has_no_penalty_on_log_densities():
+    penalties = {"energy_l2": 0.3, "mean_energy_l2": 0.5}
+    weights = Weights.of(config(mode="baseline_train", **penalties), 0.3)
+    assert (weights.energy_l2, weights.mean_energy_l2) == (0, 0)
+    weights = Weights.of(config(**penalties), 0.3)
+    assert (weights.energy_l2, weights.mean_energy_l2) == (0.3, 0.5)
 
 
 def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(digits, monkeypatch):
