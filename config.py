@@ -8,6 +8,7 @@ from option_list import ATTACKS, METRICS, Options
 from options import absolute_paths, check_value
 from utils import UserError
 
+FRESH_STEPS = 200  # with a training chain's step size, when samples have settled
 # A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
@@ -48,6 +49,11 @@ class Config(Options):
     def n_chains(self) -> int:
         """Chains of a step, and real images of log p(x)."""
         return self.p_x_batch_size or self.batch_size
+
+    @property
+    def fresh_steps(self) -> int:
+        """SGLD steps of a sample's chain from a fresh start."""
+        return FRESH_STEPS if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:

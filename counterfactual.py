@@ -18,7 +18,6 @@ from data import Split
 from models import JEM, log_density
 from models.load import frozen, load_data, origin
 from models.predict import predict
-from sgld import FRESH_STEPS
 from storage.pictures import captioned, image_grid, save_each, save_png, to_uint8
 from storage.run_dir import RunDir
 from storage.writer import save_arrays
@@ -54,7 +53,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
     test = starting_images(load_data(cfg, path, content, device).test, targets, cfg)
-    radius, steps = cfg.counterfactual_eps or RADIUS, cfg.n_sample_steps or FRESH_STEPS
+    radius, steps = cfg.counterfactual_eps or RADIUS, cfg.fresh_steps
     settings = {
         **origin(path, content),
         "precision": "float32",

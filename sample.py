@@ -22,7 +22,7 @@ from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model, origin
 from models.predict import predict
-from sgld import FRESH_STEPS, SGLD, chain_options, finite_images, normal_like, uniform_images
+from sgld import SGLD, chain_options, finite_images, normal_like, uniform_images
 from starts import UniformStart, build_start
 from storage.pictures import captioned, image_grid, save_each, save_gif, save_png, to_uint8
 from storage.run_dir import RunDir
@@ -71,9 +71,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         start = restoration_start(cfg, path, content, rng)
     else:
         start = sampling_start(model, cfg, path, content, rng)
-    steps = cfg.n_sample_steps
-    if steps is None:
-        steps = cfg.sgld_step if cfg.denoise else FRESH_STEPS
+    steps = cfg.sgld_step if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         **origin(path, content),
         "precision": str(dtype).removeprefix("torch."),

@@ -9,7 +9,7 @@ from data import ImageData
 from distances import BATCH, Features, frechet_distance, inception, inception_outputs
 from models.load import load_feature_model
 from models.predict import images_per_batch, predict
-from sgld import FRESH_STEPS, SGLD, Start
+from sgld import SGLD, Start
 from storage.pictures import to_uint8
 from utils import UserError, evaluation_packages
 
@@ -72,9 +72,8 @@ class SampleQuality:
 
     def __call__(self, sgld: SGLD, buffer: Tensor, rng: Generator) -> dict[str, float]:
         """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W)."""
-        cfg, steps = self.cfg, FRESH_STEPS if self.cfg.n_sample_steps is None else self.cfg.n_sample_steps
-        sizes = cfg.sgld_lr, cfg.sgld_std
-        starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, steps, *sizes, rng)
+        sizes = self.cfg.fresh_steps, self.cfg.sgld_lr, self.cfg.sgld_std
+        starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, *sizes, rng)
         chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: processes.own_share(self.n)]
         held = processes.exchanged("images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu())
         sets = {"fresh_samples": fresh, "chain_starts": starts, "buffer": torch.cat(held).to(self.device)}

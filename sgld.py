@@ -13,8 +13,6 @@ from torch import Tensor
 
 from acceleration import CapturedStep, CompiledOrEager
 
-FRESH_STEPS = 200  # of a chain from a fresh start: with a training chain's step size, when samples have settled
-
 LogDensity = Callable[..., Tensor]
 Start = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
 

@@ -28,7 +28,7 @@ from evaluation.report import Section
 from models import JEM, sampling_copy
 from models.predict import predict
 from sample_quality import fresh_samples
-from sgld import FRESH_STEPS, SGLD, chain_options, step_protocol
+from sgld import SGLD, chain_options, step_protocol
 from starts import NAMES, build_start
 from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages, pick_dtype
@@ -124,7 +124,7 @@ def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
 def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
     """n fresh samples of log p(x) and, of a model that classifies, as many of log p(x|y), and what both start from."""
     cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
-    steps = FRESH_STEPS if cfg.n_sample_steps is None else cfg.n_sample_steps
+    steps = cfg.fresh_steps
     n_classes = len(inputs.data.class_names)
     sgld = SGLD(sampling_copy(inputs.model, dtype).log_density, **chain_options(cfg))
     start = build_start(cfg.start, inputs.data, cfg.start_dir)
