@@ -100,7 +100,7 @@ def some_of_each_class(split: Split, n: int, n_classes: int) -> Split:
     chosen = [order[split.labels[order] == k][:n] for k in range(n_classes)]
     least = min(map(len, chosen))
     if least < n:
-        raise UserError(f"--labels_per_class {n} is more than a class has: one has {least} training images")
+        raise UserError(f"--labels_per_class {n} is too many: the smallest class has {least} training images")
     return split[torch.cat(chosen).sort().values]
 
 
@@ -216,7 +216,7 @@ def load(
     else:
         raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
     if valid is not None and n_valid is not None:
-        raise UserError(f"--n_valid {n_valid} goes with no validation folder, but {root} has one: leave it out")
+        raise UserError(f"{root} has a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
     if n_valid is None:
         n_valid = min(5000, len(train) // 10) if valid is None else 0
     if not 0 <= n_valid < len(train):

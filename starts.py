@@ -35,7 +35,7 @@ def build_start(name: str, images: ImageData, folder: str = "") -> Start:
     if name == "uniform":
         return UniformStart(images.shape)
     if name == "folder":
-        read = partial(image_folder.read_unlabelled, Path(folder), images.shape[1])
+        read = partial(image_folder.read_unlabelled, Path(folder), images.shape[1], "--start_dir ")
         return FolderStart(processes.one_after_another(read), images)
     n_classes = len(images.class_names) if name == "class_gaussian" else None
     if n_classes:
@@ -65,7 +65,8 @@ class FolderStart:
     def __init__(self, images: Tensor, like: ImageData):
         self.shape = like.shape
         if images.shape[2:] != self.shape[1:]:
-            raise UserError(f"--start_dir needs square images like the training images, not {tuple(self.shape[1:])}")
+            height, width = self.shape[1:]
+            raise UserError(f"--start_dir works only with square training images, and these are {width}x{height}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
         self.images = images.to(like.device)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -27,7 +28,7 @@ from image_folder.file import NoImage, decode
 from image_folder.layout import UNUSABLE_LIST, Layout
 from utils import UserError, printable
 
-CACHE_FORMAT = 2  # raise it whenever the same files would decode to other pixels
+CACHE_FORMAT = 3  # raise it whenever the same files would decode to other pixels
 SHOWN = 10  # unusable files that are printed; all of them are in a file
 LOW_12_BITS = 4095
 
@@ -59,12 +60,12 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict[str, 
     return images, labels, parts, layout.class_names
 
 
-def read_unlabelled(root: Path, image_size: int | None) -> Tensor:
+def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Tensor:
     """Every image below ``root``, however its folders are laid out: uint8 (N, C, H, W).
 
-    Args and errors are those of ``read``.
+    ``option`` names ``root`` in errors. Other args, and errors, are those of ``read``.
     """
-    return _read_files(root, _listed(layouts.find_all, root), image_size, "all_")[0]
+    return _read_files(root, _listed(partial(layouts.find_all, option=option), root), image_size, "all_")[0]
 
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:
@@ -132,7 +133,7 @@ def _decode_all(layout: Layout, root: Path, image_size: int | None) -> tuple[Ten
                 continue
             if pixels is None:
                 first, (height, width, _) = files[i], image.shape
-                pixels = np.empty((len(files), 3, height, width), np.uint8)
+                pixels = _room_for(len(files), height, width)
             if image.shape != (height, width, 3):
                 other_size = other_size or (files[i], image.shape)
                 continue
@@ -150,6 +151,13 @@ def _decode_all(layout: Layout, root: Path, image_size: int | None) -> tuple[Ten
         )
     pixels = pixels[: len(kept), :1].copy() if grey else pixels[: len(kept)]
     return torch.from_numpy(pixels), kept, _notes(events, ignored, pixels, image_size)
+
+
+def _room_for(n: int, height: int, width: int) -> np.ndarray:
+    try:
+        return np.empty((n, 3, height, width), np.uint8)
+    except MemoryError:
+        raise UserError(f"{n} images of {width}x{height} pixels do not fit into memory: give --image_size") from None
 
 
 def _decode_in_parallel(files: list[str], image_size: int | None, events: list) -> Iterator:
@@ -187,7 +195,7 @@ def _unusable(broken: list[UserError], n_files: int, root: Path) -> UserError:
 def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int | None) -> list[str]:
     """One line for each kind of thing that was done to the images or looks wrong with them."""
     n = len(pixels)
-    counts = {kind: sum(event == kind for event, _ in events) for kind in ("transparent", "turned", "squeezed")}
+    counts = Counter(kind for kind, _ in events)
     deep = [highest for event, highest in events if event == "16 bit"]
     spread = pixels.reshape(n, pixels.shape[1], -1)
     highest, lowest = spread.max(2), spread.min(2)
@@ -202,8 +210,14 @@ def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int
             counts["squeezed"],
             f"{counts['squeezed']} of {n} images are not square: squeezed to {size}, the aspect ratio is not kept",
         ),
-        (len(ignored) == 1, f"1 file that is no image was ignored ({example})"),
-        (len(ignored) > 1, f"{len(ignored)} files that are no images were ignored (e.g. {example})"),
+        (
+            counts["profile"],
+            f"{counts['profile']} of {n} images have a colour profile other than sRGB, which is not applied: their "
+            "colours are read as sRGB",
+        ),
+        (counts["CMYK"], f"{counts['CMYK']} of {n} images are CMYK: converted to RGB without a colour profile"),
+        (len(ignored) == 1, f"1 file that is not an image was ignored ({example})"),
+        (len(ignored) > 1, f"{len(ignored)} files that are not images were ignored (e.g. {example})"),
         (
             deep and max(deep) <= LOW_12_BITS,
             f"warning: the {len(deep)} images of 16 bits use values up to {max(deep, default=0)} of 65535 only (12 "
@@ -227,7 +241,7 @@ def _fingerprint(files: list[str], root: Path) -> str:
     for file in files:
         try:
             status = os.stat(file)
-            state = (status.st_size, status.st_mtime_ns)
+            state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)  # the last changes with the name
         except OSError:  # reported when the file is decoded
             state = ()
         digest.update(ascii((file.removeprefix(str(root)), *state)).encode())
@@ -265,5 +279,6 @@ def _save_cache(cache: Path, fingerprint: str, images: Tensor, kept: list[int], 
     except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
         message = f"cannot write {cache}: the next start will decode the images again"
         print(printable(message), file=sys.stderr)
+    finally:  # after Ctrl-C, too
         with suppress(OSError):
             unfinished.unlink()

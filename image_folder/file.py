@@ -10,6 +10,7 @@ import re
 import stat
 import threading
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
@@ -41,6 +42,7 @@ UNSUPPORTED = {  # how files begin whose format is known and not read here
     "camera raw": re.compile(rb"(II\*\x00|MM\x00\*)....CR|FUJIFILMCCD-RAW|IIR[OS]|IIU\x00", re.DOTALL),
 }
 UNSUPPORTED_ERRORS = re.compile(r"unsupported|unknown|cannot handle|not supported", re.IGNORECASE)  # what Pillow says
+WHITE_OF = {"L;2": 3, "L;4": 15}  # grey PNGs of 2 and 4 bits
 UPRIGHT = {  # EXIF orientation: what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -53,6 +55,8 @@ UPRIGHT = {  # EXIF orientation: what turns the picture upright
 ORIENTATION = 0x0112  # EXIF and TIFF tags
 PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, DNG_VERSION = 262, 258, 339, 50706
 TO_8_OR_16 = "convert it to 8 or 16 bit, unsigned"
+BEGINNING = 4096  # bytes, which tell what a file is
+SRGB = (b"sRGB", "sRGB".encode("utf-16-be"))  # what a colour profile that changes nothing calls itself
 
 
 class NoImage(Exception):
@@ -68,13 +72,13 @@ def decode(file: str, image_size: int | None, notes: list | None = None) -> np.n
 
     Args:
         image_size: side in pixels to which it is resized; None keeps its size.
-        notes: takes what is to be announced: ("transparent", 1), ("turned", 1), ("squeezed", 1), and ("16 bit",
-            highest value) for a picture whose white is 65535.
+        notes: takes what is to be announced: ("transparent", 1), ("turned", 1), ("squeezed", 1), ("profile", 1),
+            ("CMYK", 1), and ("16 bit", highest value) for a picture whose white is 65535.
     """
     found = []
     try:
-        content = _read(file)
-        picture = _decode_content(content, os.path.splitext(file)[1].lower(), found)
+        ending = os.path.splitext(file)[1].lower()
+        picture = _decode_content(_read(file, ending), ending, found)
         if image_size is not None:
             if picture.width != picture.height:
                 found.append(("squeezed", 1))
@@ -95,13 +99,33 @@ def decode(file: str, image_size: int | None, notes: list | None = None) -> np.n
     return pixels
 
 
-def _read(file: str) -> bytes:
+def _read(file: str, ending: str) -> bytes:
+    """The content; of a file that is no image, however large it is, no more than the beginning is read."""
     kind = os.stat(file).st_mode
     if not stat.S_ISREG(kind):  # opening a pipe would wait for its other end
         names = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
         raise Refused(f"is {names.get(stat.S_IFMT(kind), 'a device')}, not a file: remove it")
-    with open(file, "rb", buffering=0) as source:
-        return source.read()
+    with open(file, "rb") as source:
+        beginning = source.read(BEGINNING)
+        if ending in OTHER_ENDINGS and (_is_text(beginning) or not _is_known(beginning, ending)):
+            raise NoImage
+        return beginning + source.read()
+
+
+def _is_known(beginning: bytes, ending: str) -> bool:
+    unsupported = any(pattern.match(beginning) for pattern in UNSUPPORTED.values())
+    return unsupported or beginning.startswith(jpeg.SIGNATURE) or _factory(beginning, ending) is not None
+
+
+def _factory(content: bytes, ending: str) -> Callable | None:
+    """Pillow's reader of the format in which the content begins."""
+    Image.init()
+    beginning = content[:16].ljust(16, b"\0")
+    for name in FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory and (accept(beginning) is True if accept else ending == ".tga"):
+            return factory
+    return None
 
 
 def _decode_content(content: bytes, ending: str, found: list) -> Image.Image:
@@ -132,6 +156,11 @@ def _decode_content(content: bytes, ending: str, found: list) -> Image.Image:
             picture = picture.transpose(UPRIGHT[orientation])
     if orientation in UPRIGHT:
         found.append(("turned", 1))
+    profile = picture.info.get("icc_profile") or b""
+    if picture.mode == "CMYK":
+        found.append(("CMYK", 1))
+    elif profile and picture.mode != "L" and not any(name in profile for name in SRGB):
+        found.append(("profile", 1))
     return _to_8_bits(picture, rawmode, found)
 
 
@@ -145,12 +174,8 @@ def _open(content: bytes, ending: str) -> Image.Image:
         if beginning.match(content):
             advice = "convert it to 8 or 16 bit" if "float" in name else "convert it to PNG or JPEG"
             raise Refused(f"is of an unsupported format ({name}): {advice}")
-    Image.init()
-    beginning = content[:16].ljust(16, b"\0")
-    for name in FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory and (accept(beginning) is True if accept else ending == ".tga"):
-            return factory(io.BytesIO(content), "")
+    if factory := _factory(content, ending):
+        return factory(io.BytesIO(content), "")
     if ending in IMAGE_ENDINGS:
         raise Refused("is empty: replace or remove it" if not content else "is no image: replace or remove it")
     if ending in OTHER_ENDINGS or _is_text(content):
@@ -172,7 +197,9 @@ def _tiff_checks(picture: Image.Image) -> int:
     formats = set(np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)).tolist())
     if not formats <= {1, 4}:  # 1: unsigned, 4: not said
         kind = "signed" if formats & {2, 5} else "float"
-        raise Refused(f"is a TIFF of {kind} numbers (mode {picture.mode}), whose white is not defined: {TO_8_OR_16}")
+        raise Refused(
+            f"is a TIFF of {kind} numbers (mode {picture.mode}): which number is white is not known: {TO_8_OR_16}"
+        )
     return tags.get(ORIENTATION, 1)
 
 
@@ -247,6 +274,8 @@ def _to_8_bits(picture: Image.Image, rawmode: object, found: list) -> Image.Imag
         raise Refused(f"is a {picture.format} of {kind} numbers (mode {mode}), which is not supported: {TO_8_OR_16}")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
+    if mode == "L" and rawmode in WHITE_OF:  # Pillow scales the pixels to 255, but not the transparent level
+        picture.info["transparency"] *= 255 // WHITE_OF[rawmode]
     if "transparency" in picture.info and rawmode == "RGB;16B":  # Pillow compares 8 bits with 16
         raise Refused("is a PNG of 16-bit colours with one transparent colour: convert it to 8 bit")
     premultiplied = {"RGBa": "RGBA", "La": "LA"}.get(mode, mode)

@@ -43,9 +43,9 @@ class Layout:
     problems: list[str] = field(default_factory=list)
 
 
-def find_all(root: Path) -> Layout:
+def find_all(root: Path, option: str = "") -> Layout:
     """Every file below ``root``, without labels."""
-    _check_root(root, "name a folder of images")
+    _check_root(root, "name a folder of images", option)
     layout = Layout()
     layout.files = files_below(root, layout.problems)
     return layout
@@ -73,6 +73,9 @@ def find_classes(root: Path) -> Layout:
         found = f"only one class folder, {class_names[0]}" if class_names else "no class folders"
         place = parts.get("train", root)
         raise UserError(f"{place} holds {found}: put the images of each class into a folder of its own")
+    for folder in dict.fromkeys((root, *parts.values())):
+        if beside := _holds_images(folder):
+            layout.notes.append(f"left out: {beside} images directly in {folder}, which belong to no class")
     for part, folder in (parts or {"": root}).items():
         start = len(layout.files)
         for label, name in enumerate(class_names):
@@ -150,7 +153,7 @@ def _find_parts(root: Path, notes: list[str]) -> dict[str, Path]:
             return {}  # a class may be called train
     for part, names in named.items():
         if len(names) > 1:
-            raise UserError(f"{root} has {', '.join(names)}, which all mean {part}: keep one of them")
+            raise UserError(f"{root} has several folders for the {part} part ({', '.join(names)}): keep one of them")
     parts = {part: root / named[part][0] for part in PART_NAMES if part in named}
     if "train" not in parts or len(parts) == 1:
         if others:
@@ -181,10 +184,11 @@ def _refuse_unknown_parts(root: Path, tops: dict[str, list[str]]) -> None:
             )
 
 
-def _holds_images(folder: Path) -> bool:
-    """Whether a file directly in the folder has the name of an image."""
+def _holds_images(folder: Path) -> int:
+    """How many files directly in the folder have the name of an image."""
+    endings = IMAGE_ENDINGS | RAW_ENDINGS
     with os.scandir(folder) as entries:
-        return any(os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS | RAW_ENDINGS for entry in entries)
+        return sum(os.path.splitext(e.name)[1].lower() in endings and not e.is_dir() for e in entries)
 
 
 def _check_same_classes(root: Path, train: Path, folder: Path, class_names: list[str], part: str) -> None:

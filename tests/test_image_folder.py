@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import image_folder
@@ -383,6 +384,51 @@ def test_cache_notices_a_file_that_changed_its_class(tmp_path):
     assert rows(load_folder(tmp_path).train) == expected
 
 
+def test_cache_notices_that_two_files_changed_places(tmp_path):
+    pixels = {name: random_images(8, 8) for name in ("train/a/1.bmp", "train/b/2.bmp", "test/a/3.bmp", "test/b/4.bmp")}
+    write_files(tmp_path, {name: encode(image, "BMP") for name, image in pixels.items()})
+    for name in pixels:
+        os.utime(tmp_path / name, ns=(0, 0))
+    load_folder(tmp_path)
+    one, two = tmp_path / "train/a/1.bmp", tmp_path / "train/b/2.bmp"
+    one.rename(tmp_path / "kept")
+    two.rename(one)
+    (tmp_path / "kept").rename(two)
+    names = ("train/b/2.bmp", "train/a/1.bmp")
+    expected = sorted((y, pixels[name].tobytes()) for y, name in enumerate(names))
+    assert rows(load_folder(tmp_path).train) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
+def test_of_a_large_file_that_is_no_image_only_the_beginning_is_read(tmp_path):
+    write_files(tmp_path, four(encode(RGB)) | {"train/cat/film.mp4": b"\0\0\0\x18ftypmp42" + bytes(2000)})
+    os.truncate(tmp_path / "train/cat/film.mp4", 2**41)
+    assert len(load_folder(tmp_path).train) == 2
+
+
+def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
+    def stopped(stored, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load_folder(write_files(tmp_path, four(encode(RGB))))
+    assert not list(tmp_path.glob(".jem*"))
+
+
+def test_photos_that_do_not_fit_into_memory(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_folder.np, "empty", no_memory)
+    refuses(
+        "4 images of 12x8 pixels do not fit into memory: give --image_size",
+        "folder",
+        write_files(tmp_path, four(encode(RGB))),
+    )
+
+
 def flip_a_bit(content):
     """Damage in the middle of the pixels, which the zip format of torch.save lets pass."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -673,7 +719,7 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert lines == [
         "4 of 15 images have transparency: composited on white",
         "1 of 15 images turned upright by their EXIF orientation",
-        "2 files that are no images were ignored (e.g. cat_boxes.txt)",
+        "2 files that are not images were ignored (e.g. cat_boxes.txt)",
         "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
     ]
     decoded.clear()
@@ -681,6 +727,47 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept" in announced(
         capsys, tmp_path, image_size=8
     )
+
+
+def test_colours_that_are_read_without_their_profile_are_announced(tmp_path, capsys):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    files = four(encode(RGB, icc_profile=srgb))
+    files |= {"train/cat/p3.png": encode(RGB, icc_profile=other)}
+    files |= {f"train/dog/{i}.jpg": encode(Image.fromarray(RGB).convert("CMYK"), "JPEG") for i in range(2)}
+    lines = announced(capsys, write_files(tmp_path, files))
+    assert lines[:2] == [
+        "1 of 7 images have a colour profile other than sRGB, which is not applied: their colours are read as sRGB",
+        "2 of 7 images are CMYK: converted to RGB without a colour profile",
+    ]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("depth, level", [(2, 1), (4, 5), (4, 15)])
+def test_a_transparent_grey_level_of_a_few_bits(tmp_path, depth, level):
+    white = 2**depth - 1
+    levels = np.arange(96).reshape(8, 12) % (white + 1)
+    bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
+    packed = np.packbits(bits.reshape(8, -1), axis=-1)
+    found = decode(tmp_path, png(packed, depth, 0, (b"tRNS", struct.pack(">H", level))))
+    expected = np.where(levels == level, 255, levels * (255 // white))
+    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
+
+
+def test_images_beside_the_class_folders_are_announced(tmp_path, capsys):
+    files = four(encode(RGB)) | {"train/loose.png": encode(RGB), "one.jpg": b"", "two.jpg": b"", "readme.txt": b""}
+    lines = announced(capsys, write_files(tmp_path, files))
+    assert f"left out: 2 images directly in {tmp_path}, which belong to no class" in lines
+    assert f"left out: 1 images directly in {tmp_path / 'train'}, which belong to no class" in lines
+
+
+def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):
+    files = four(encode(RGB)) | {
+        "train/cat/a.csv": b"BMI,age\n1,2\n",
+        "train/cat/b.txt": b"Python\n",
+        "test/cat/c.log": b"P1",
+    }
+    assert "3 files that are not images were ignored (e.g. a.csv)" in announced(capsys, write_files(tmp_path, files))
 
 
 def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
@@ -769,7 +856,10 @@ def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
     [
         (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), "fold1, fold2 in"),
         (("Train/a", "Train/b", "Probe/a", "Probe/b"), "Probe, Train in"),
-        (("Train/a", "Train/b", "training/a", "training/b", "test/a"), "Train, training, which all mean train"),
+        (
+            ("Train/a", "Train/b", "training/a", "training/b", "test/a"),
+            "several folders for the train part (Train, training)",
+        ),
         (("train", "test"), "train has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
@@ -796,7 +886,7 @@ def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
     laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
     images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
     assert images.shape == (8, 3, 8, 8)
-    assert capsys.readouterr().out == "data: 1 file that is no image was ignored (list.txt)\n"
+    assert capsys.readouterr().out == "data: 1 file that is not an image was ignored (list.txt)\n"
     decoded.clear()
     assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
     with pytest.raises(UserError, match="holds no images"):
