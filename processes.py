@@ -66,6 +66,9 @@ def connect() -> None:
         store = dist.PrefixStore(name, shared)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    elif "TORCHELASTIC_RUN_ID" in os.environ and shared is None:  # one process, which torchrun may start again
+        shared = next(dist.rendezvous("env://"))[0]
+        attempts = shared.add("attempts", 1)
 
 
 def agree_on_attempt(rank: int, size: int) -> tuple[str, int]:

@@ -73,7 +73,10 @@ def pick_device(gpu: str) -> torch.device:
         return torch.device("cpu")
     if n_local > 1 and len(listed) == 1:
         if gpu != "0":  # the default
-            raise UserError(f"--gpu {gpu} is one GPU for {n_local} processes: name as many, or leave it out for all")
+            raise UserError(
+                f"--gpu {gpu} names one GPU, but there are {n_local} processes: name as many, or leave --gpu out for "
+                "all of them"
+            )
         listed = [str(i) for i in range(torch.cuda.device_count())]
     if n_local > len(listed):
         raise UserError(f"{n_local} processes on this machine need a GPU each, and there are {len(listed)}")

@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, checked when they are read, never code to run."""
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -32,6 +33,10 @@ PLAIN = [
 ]
 Converter = Callable[[Path, Any], dict[str, Any]]
 READABLE = (2, 3, CHECKPOINT_FORMAT)  # to measure, to sample from and to start from; resumed is the newest only
+
+
+class Damaged(UserError):
+    """A checkpoint that is missing or broken, for good: an earlier one may serve."""
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:
@@ -72,8 +77,11 @@ def sync_directory(directory: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Rename a checkpoint, if it is there, so that it stays but counts no more."""
+    ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    names = (path.with_name(f"{path.stem}_set_aside{end}.pt") for end in ends)
+    free = next(name for name in names if not name.exists())
     with disk_errors(path), suppress(FileNotFoundError):
-        path.replace(path.with_name(f"{path.stem}_set_aside.pt"))
+        path.replace(free)
 
 
 def load_checkpoint(path: Path, convert: Converter | None = None) -> dict[str, Any]:
@@ -89,14 +97,14 @@ def load_checkpoint(path: Path, convert: Converter | None = None) -> dict[str, A
             raise UserError(f"{path} is not a checkpoint of this program")
         return convert(path, state)
     if state["format"] not in READABLE:
-        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {READABLE[-1]}")
+        raise UserError(f"{path} has checkpoint format {state['format']}, which this version does not know: update it")
     return state
 
 
 def _read(path: Path) -> Any:
     try:
         if not path.is_file():
-            raise UserError(f"no checkpoint at {path}")
+            raise Damaged(f"no checkpoint at {path}")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         with open(path, "rb") as file:
@@ -105,7 +113,7 @@ def _read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()  # checks every record's CRC-32
             if broken:
-                raise UserError(f"{path} is corrupted (record {broken}); use another checkpoint")
+                raise Damaged(f"{path} is corrupted (record {broken}); use another checkpoint")
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -113,11 +121,13 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise UserError(f"{path} is empty, torn or no checkpoint; use another checkpoint") from None
+        raise Damaged(f"{path} is empty, incomplete or not a checkpoint; use another checkpoint") from None
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         code = "weights_only" in str(error).lower()
         reason = "it holds more than tensors and plain values" if code else "it is broken"
-        raise UserError(f"{path} was refused: {reason}; use another checkpoint") from None
+        raise Damaged(f"{path} was refused: {reason}; use another checkpoint") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} is empty, torn or no safetensors file: {error}") from None
+        raise Damaged(f"{path} is empty, incomplete or not a safetensors file: {error}") from None
     if not {"config", "data", "step"} <= about.keys():
         return tensors
     config, data, step = (json.loads(about[name]) for name in ("config", "data", "step"))
@@ -153,7 +163,7 @@ def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, 
     for candidate in candidates:
         try:
             state = load_checkpoint(candidate)
-        except UserError as e:
+        except Damaged as e:
             error = error or e
             continue
         if error and os.path.exists(candidates[0]):

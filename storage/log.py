@@ -35,7 +35,7 @@ def tensorboard_writer(directory: Path, purge_step: int | None = None):
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:
         raise UserError(
-            f"TensorBoard cannot write to {directory}, which is no UTF-8: rename it, or give --no_log"
+            f"TensorBoard cannot write to {directory}: its name is not valid UTF-8; rename it, or give --no_log"
         ) from None
 
 

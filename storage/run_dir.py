@@ -17,7 +17,7 @@ class RunDir:
     """A run's directory ``path``, held by one process at a time."""
 
     def __init__(self, path: Path):
-        self.path, self.lock = path, FileLock(path / "lock", timeout=0)
+        self.path, self.lock = path, FileLock(path / "lock", timeout=0, fallback_to_soft=False)
         try:
             self.lock.acquire()  # the system frees it when the process ends
         except Timeout:
@@ -45,7 +45,7 @@ class RunDir:
                 except FileExistsError:
                     continue
                 return cls(path)
-        raise UserError(f"{Path(logdir) / name} and 98 like it are there already; choose another --note")
+        raise UserError(f"{Path(logdir) / name} and 98 directories like it exist already; choose another --note")
 
     @classmethod
     def of(cls, name: str) -> "RunDir":

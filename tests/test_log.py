@@ -22,6 +22,6 @@ def test_options_that_are_no_utf8_are_escaped_for_tensorboard(tmp_path):
 def test_a_place_that_is_no_utf8_is_one_line(tmp_path):
     place = tmp_path / os.fsdecode(b"runs\xff")
     place.mkdir()
-    with pytest.raises(UserError, match="no UTF-8: rename it, or give --no_log"):
+    with pytest.raises(UserError, match="not valid UTF-8; rename it, or give --no_log"):
         Log(place, tensorboard=True)
     Log(place, tensorboard=False).close()
