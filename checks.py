@@ -73,8 +73,6 @@ def check_energy_options(cfg) -> None:
         raise UserError(f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}")
     if cfg.p_x_y_weight and not cfg.class_cond:
         raise UserError("--p_x_y_weight needs samples of p(x|y): give --class_cond as well")
-    if cfg.p_x_y_weight and cfg.adversarial_eps:
-        raise UserError("--p_x_y_weight needs the labelled images as they are: leave --adversarial_eps out")
     if cfg.samples and cfg.class_cond and not cfg.p_x_y_weight and cfg.p_y_x_weight == 0:
         raise UserError("--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight")
 

@@ -119,7 +119,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **NO_SYNC).to(logits.device)
     metric.update(logits)
     mean, std = metric.compute()
-    return mean.item(), std.item() * math.sqrt((metric.splits - 1) / metric.splits)  # theirs divides by n, not n - 1
+    return mean.item(), std.item() * math.sqrt((metric.splits - 1) / metric.splits)  # the authors divide by n
 
 
 class PrecomputedFeatures(nn.Identity):

@@ -24,52 +24,22 @@ import terminal
 import utils
 from config import CHANGEABLE, Config
 from models.foreign import open_checkpoint
-from options import absolute_paths, add_options
+from option_use import check_training, check_use
+from options import absolute_paths, add_options, as_typed, option_names
 from recipes import RECIPES
 from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
 from storage.run_dir import RunDir, read_config
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-TRAINING = ("energy_train", "baseline_train")
-READ_BY = {  # groups of options, and the modes that read them; all modes read the other groups
-    "optimisation": TRAINING,
-    "objective": TRAINING,
-    "dumps": TRAINING,
-    "test": ("test",),
-    "sample": ("sample",),
-} | dict.fromkeys(("SGLD", "speed"), (*TRAINING, "test", "sample"))
-READ_BY |= {  # single options
-    **dict.fromkeys("labels_per_class sigma no_flip dropout_rate buffer_size reinit_freq".split(), TRAINING),
-    **dict.fromkeys(("sgld_step_max", "sgld_step_auroc", "sync_batch_norm"), TRAINING),
-    **dict.fromkeys(("batch_size", "sgld_step", "class_cond", "compile"), (*TRAINING, "sample")),
-    **dict.fromkeys(("n_samples", "n_sample_steps"), (*TRAINING, "test", "sample")),
-    "feature_ckpt": (*TRAINING, "test"),
-}
-# Options of --mode sample that start from images of their own, and those that these leave unread.
-OWN_START = ("counterfactual", "inpaint", "denoise", "from_buffer")
-UNREAD = {name: ("start", "start_dir") for name in OWN_START}
-UNREAD["counterfactual"] += ("sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize", "precision")
-
 OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
-
-NEEDS = {  # in training: an option, and the one without which it does nothing
-    "sgld_step_auroc": "sgld_step_max",
-    "adversarial_steps": "adversarial_eps",
-    "adversarial_norm": "adversarial_eps",
-    "decay_rate": "decay_epochs",
-    "generative": "p_x_weight",
-    "feature_ckpt": "quality_every",
-    "n_samples": "quality_every",
-    "n_sample_steps": "quality_every",
-}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.findall(r"(?<!\S)--?[A-Za-z][^\s=]*", message)  # without the values of --name=value
         if message.startswith("unrecognized arguments") and unknown:
-            known = [f"--{f.name}" for f in fields(Config)]
+            known = [name for f in fields(Config) for name in option_names(f)]
             near = difflib.get_close_matches("--" + unknown[0].lstrip("-").replace("-", "_"), known, 1)
             message = f"there is no option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message}; see python main.py --help")
@@ -153,22 +123,6 @@ def run(arguments: list[str]) -> int:
     return train(given)
 
 
-def check_use(given: dict) -> None:
-    """Raise UserError for an option that would do nothing in its mode."""
-    mode = given.get("mode", Config.mode)
-    for f in fields(Config):
-        modes = READ_BY.get(f.name, READ_BY.get(f.metadata["group"], (mode,)))
-        if f.name in given and mode not in modes:
-            raise UserError(f"--{f.name} is for --mode {' or '.join(modes)}")
-    for name in given.keys() & UNREAD.keys():
-        for unread in given.keys() & set(UNREAD[name]):
-            raise UserError(f"--{name} does not use --{unread}: leave it out")
-    if "counterfactual" in given and "class_cond" in given:
-        raise UserError("--counterfactual names the class itself: leave --class_cond out")
-    if mode == "sample" and "sgld_step" in given and "denoise" not in given:
-        raise UserError("--sgld_step is for training and --denoise: --n_sample_steps is how long other chains are")
-
-
 def train(given: dict) -> int:
     """Start a run, or continue the one that ``--resume`` names."""
     resume = given.get("resume", "")
@@ -178,9 +132,7 @@ def train(given: dict) -> int:
     if not resumed and resume not in ("", "auto"):
         resumed = processes.from_first(lambda: continued(given, resume))
     cfg = resumed[0] if resumed else Config(**with_recipe(given))
-    for name, needed in NEEDS.items():
-        if name in given and not getattr(cfg, needed):
-            raise UserError(f"--{name} does nothing without --{needed}")
+    check_training(given, cfg)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
@@ -222,7 +174,9 @@ def started(trainer: Trainer, directory: RunDir, log_position: int = 0) -> int:
 
 def remembered(cfg: Config, given: dict) -> str:
     """What to add to an error about ``--data_dir`` that was not given, but comes from a checkpoint."""
-    if "data_dir" in given or not (given.get("resume", "auto") != "auto" or cfg.mode in ("test", "sample")):
+    default = os.path.abspath(Config.data_dir)
+    reused = given.get("resume", "auto") != "auto" or cfg.mode in ("test", "sample")
+    if "data_dir" in given or not reused or cfg.data_dir == default:
         return ""
     return f" (--data_dir {cfg.data_dir} comes from the checkpoint; give --data_dir to name another)"
 
@@ -260,6 +214,8 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
         del kept["image_size"], kept["n_valid"]
         if "folder" in (given["dataset"], own["dataset"]):
             del kept["data_dir"]
+    if given.get("start", own["start"]) != "folder":
+        del kept["start_dir"]
     return Config(**kept | given), path, content
 
 
@@ -275,12 +231,12 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
         raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     for name, value in given.items():
-        if name not in CHANGEABLE and value != getattr(cfg, name):
+        if name not in (*CHANGEABLE, "start_dir") and value != getattr(cfg, name):  # its images may have moved
             raise UserError(
-                f"--{name} {value} would make another run of {path}, which has {getattr(cfg, name)}; "
-                "leave it out, or start a new run with --load_ckpt"
+                f"{as_typed(name, value)} would make another run of {path}, which has "
+                f"{as_typed(name, getattr(cfg, name))}; leave it out, or start a new run with --load_ckpt"
             )
-    changes = {name: value for name, value in given.items() if name in CHANGEABLE}
+    changes = {name: value for name, value in given.items() if name in (*CHANGEABLE, "start_dir")}
     if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
         content["state"]["best"].pop("best_quality.pt", None)
     return replace(cfg, **changes), directory, path, content
@@ -325,9 +281,9 @@ def newest_run(cfg: Config, description: dict) -> str | None:
         if not options or {k: options.get(k, default[k]) for k in same} != same:
             continue
         if content.get("data") != description:
-            print(f"Passing over {run}: it was trained on other images, or by an older version.")
+            print(f"Skipping {run}: it was trained on other images, or by an older version.")
         elif not os.access(run, os.W_OK):
-            print(f"Passing over {run}: it cannot be written to.")
+            print(f"Skipping {run}: it cannot be written to.")
         else:
             return str(run)
     return None

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,30 @@ def check_value(f, value) -> None:
         raise UserError(f"{name} must be at most {meta['maximum']:.10g}, not {value}")
 
 
+def option_names(f) -> list[str]:
+    """How option ``f`` is typed: a switch also as --no_NAME, which switches off what a recipe has switched on."""
+    return [f"--{f.name}"] + ([f"--no_{f.name}"] if f.type is bool and not f.name.startswith("no_") else [])
+
+
+def as_typed(name: str, value: Any) -> str:
+    """An option with a value, as a command line has it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {'off' if value is None else value}"
+
+
+def or_off(kind: type) -> Callable[[str], Any]:
+    """The type of a number that may be absent: "off" is None."""
+
+    def parse(text: str) -> Any:
+        return None if text == "off" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse's messages name it
+    return parse
+
+
 class Switch(argparse.Action):
-    """On by --name; off by --no_name, which also switches off what a recipe or a checkpoint has switched on."""
+    """True by --NAME, False by --no_NAME."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, option_string == f"--{self.dest}")
@@ -89,16 +112,15 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
         group, text = groups[f.metadata["group"]], f.metadata["help"].replace("%", "%%")
         if f.type is bool:
-            names = [f"--{f.name}"] if f.name.startswith("no_") else [f"--{f.name}", f"--no_{f.name}"]
-            group.add_argument(*names, action=Switch, nargs=0, default=argparse.SUPPRESS, help=text)
+            group.add_argument(*option_names(f), action=Switch, nargs=0, default=argparse.SUPPRESS, help=text)
             continue
         kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
         group.add_argument(
-            f"--{f.name}",
+            *option_names(f),
             *f.metadata["flags"],
-            type=kind,
+            type=kind if f.type is kind or kind is str else or_off(kind),
             default=argparse.SUPPRESS,
             help=text,
             metavar="|".join(f.metadata["choices"]) or kind.__name__.upper(),

@@ -10,6 +10,7 @@ their names gives them the original files.
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def command(name: str, test: bool, further: list[str], logdir: str) -> list[str]
     program = [sys.executable, str(MAIN), "--logdir", logdir]
     if not test:
         return [*program, *TRAIN[name].split(), "--note", name, *further]
-    runs = sorted(path for path in Path(logdir).glob(f"*_train_{name}") if path.is_dir())
+    runs = sorted(path for path in Path(logdir).glob(f"*_train_{name}*") if re.search(rf"{name}(-\d+)?$", path.name))
     if not runs:
         print(f"error: no run of {name} in {logdir}: train it first", file=sys.stderr)
         raise SystemExit(2)

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--images", type=int, default=50_000, help="random images of the data set")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default="sampler,step,data", help="comma list of sampler, step, data, loop, scaling")
+    parser.add_argument("--parts", default="sampler,step,data", help="sampler, step, data, loop, scaling, by commas")
     parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args()
@@ -197,7 +196,9 @@ def main() -> None:
     sampling_flops = args.sgld_step * pass_flops(network, start, train=False)
     training_flops = 2 * pass_flops(network, start, train=True)  # real and sampled images
 
-    parts = args.parts.split(",")
+    parts, known = args.parts.split(","), ("sampler", "step", "data", "loop", "scaling")
+    if unknown := [part for part in parts if part not in known]:
+        parser.error(f"--parts takes some of {', '.join(known)}, not {', '.join(unknown)}")
     if "sampler" in parts:
         against_plain(
             "sampler",
@@ -255,7 +256,10 @@ def main() -> None:
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the process: {memory / 2**30:.2f} GiB")
     if args.json:
         content = {

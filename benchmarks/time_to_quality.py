@@ -4,7 +4,7 @@
     python benchmarks/time_to_quality.py --out figure.png "plain JEM=runs/<run>" ...           # names of your own
 
 It reads the runs' TensorBoard files, whose entries carry the time. Distances are there where a run was trained with
-``--quality_every``. Compare only runs of one machine.
+``--quality_every``. Pauses of a run that was resumed count as time. Compare only runs of one machine.
 """
 
 import argparse
@@ -22,14 +22,19 @@ CURVES = {
 }
 
 
+def stop(message: str) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Hours since the first entry, and values, of each of ``CURVES`` that the run has measured."""
     if not run.is_dir():
-        sys.exit(f"error: there is no run directory {run}")
+        stop(f"error: there is no run directory {run}")
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     there = events.Tags()["scalars"]
     if START not in there:
-        sys.exit(f"error: {run} holds no TensorBoard file of a training run")
+        stop(f"error: {run} holds no TensorBoard file of a training run")
     start = events.Scalars(START)[0].wall_time
     measured = {tag: events.Scalars(tag) for tag in CURVES if tag in there}
     return {tag: ([(e.wall_time - start) / 3600 for e in es], [e.value for e in es]) for tag, es in measured.items()}
@@ -39,7 +44,7 @@ def figure(runs: dict[str, Path]) -> Figure:
     found = {name: curves(run) for name, run in runs.items()}
     tags = [tag for tag in CURVES if any(tag in of_run for of_run in found.values())]
     if not tags:
-        sys.exit("error: none of these runs has measured its accuracy or the quality of its samples")
+        stop("error: none of these runs has measured its accuracy or the quality of its samples")
     result = Figure(figsize=(5 * len(tags), 4), layout="constrained")
     for tag, axes in zip(tags, result.subplots(1, len(tags), squeeze=False)[0], strict=True):
         for i, (name, of_run) in enumerate(found.items()):
@@ -62,7 +67,7 @@ def main() -> None:
         name, _, run = ("", "", given) if Path(given).exists() else given.rpartition("=")
         name = name or Path(run).resolve().name
         if name in runs:
-            sys.exit(f"error: two runs have the name {name}: give them names of their own, NAME=RUN")
+            stop(f"error: two runs have the name {name}: give them names of their own, NAME=RUN")
         runs[name] = Path(run)
     figure(runs).savefig(args.out, dpi=120)
 

@@ -112,8 +112,11 @@ def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
         case _ if name in NAMED:
-            # A download into a folder of images would be one class more.
-            place = Config.data_dir if inputs.cfg.dataset == "folder" else inputs.cfg.data_dir
+            place = inputs.cfg.data_dir
+            if inputs.cfg.dataset == "folder":  # a download into it would be one class more
+                place = os.path.abspath(Config.data_dir)
+                if place == inputs.cfg.data_dir:
+                    raise UserError(f"it would be downloaded into your images in {place}: move them elsewhere")
             others = data.load(name, place, device=inputs.device).test
         case _:
             images = image_folder.read_test_part(Path(os.path.expanduser(name)), image_size=h)

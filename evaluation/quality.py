@@ -54,8 +54,8 @@ def measure(inputs: Inputs, section: Section) -> None:
     sets = compared(inputs, section)
     real = reference(inputs)
     test = inputs.subset(inputs.data.test, samples_wanted(cfg)).images
-    included = cfg.fid_reference == "train+test" and cfg.max_images is None
-    floor = "test images" + (", which are part of the reference" if included else "")
+    parts = "some of which are" if cfg.max_images else "which are"  # of a random choice from all
+    floor = "test images" + (f", {parts} part of the reference" if cfg.fid_reference == "train+test" else "")
     scored = {"test images": (test, floor)} | sets
     try:
         with evaluation_packages():

@@ -11,6 +11,7 @@ import processes
 from config import Config
 from models import JEM, build_model
 from models.foreign import open_checkpoint
+from options import as_typed
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
@@ -38,7 +39,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
     """
     own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
     channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
-    options = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
+    options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
     if options:
         raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
     mine = model.f.conv1.in_channels, model.class_output.out_features
