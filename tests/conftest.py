@@ -1,11 +1,28 @@
 """One thread for each test process: the networks are tiny, and the processes of ``pytest -n`` share the cores."""
 
+import functools
 import os
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
+import sklearn.datasets
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the programs that tests start
+
+import utils
+
+HERE = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered():
+    """What hundreds of runs would find out again: the digits in their file, and this repository's commit."""
+    commit, git_commit = utils.git_commit(HERE), utils.git_commit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+        patch.setattr(utils, "git_commit", lambda folder: commit if folder == HERE else git_commit(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

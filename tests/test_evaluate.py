@@ -136,7 +136,10 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
         cfg = Config(mode="test", dataset=dataset, data_dir=str(tmp_path), max_images=40)
         inputs = Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
         assert foreign_images("mnist", inputs.data.test.images[:20], inputs).shape == (20, 1, 8, 8)
-        assert places.pop() == place
+        assert places.pop() == str(Path(place).absolute())
+    cfg = Config(mode="test", dataset="folder", max_images=40)  # in data/, the default
+    with pytest.raises(UserError, match="would be downloaded into your images"):
+        foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
 
 
 def test_the_likeliest_inverse_temperature_is_found():

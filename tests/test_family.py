@@ -85,11 +85,12 @@ def test_recipes_are_what_their_papers_say():
 
 
 def test_what_a_recipe_switches_on_can_be_switched_off(tmp_path):
-    options = "--recipe sada-jem --sam_rho 0 --no_sgld_clamp --no_p_x_no_augment --p_x_batch_size 20".split()
+    options = "--recipe sada-jem --sam_rho 0 --no_sgld_clamp --no_p_x_no_augment --p_x_batch_size off".split()
+    options += ["--sgld_grad_clamp", "off"]
     run = start(tmp_path, *options, "--max_steps", "1", "--schedule", "cosine")
     content = load_checkpoint(run / "ckpt" / "last.pt")["config"]
     assert [content[name] for name in ("sam_rho", "sam_adaptive", "sgld_clamp", "p_x_no_augment")] == [0] + [False] * 3
-    assert content["sgld_grad_clamp"] == 1 and content["norm"] == "batch"
+    assert content["sgld_grad_clamp"] is content["p_x_batch_size"] is None and content["norm"] == "batch"
 
 
 def test_another_schedule_leaves_out_the_recipe_s_steps(tmp_path):
@@ -219,7 +220,7 @@ def test_separate_energy_is_kept_by_the_checkpoint(tmp_path, capsys):
         == 0
     )
     assert main.main([*SMALL, "--load_ckpt", str(run), "--logdir", str(tmp_path)]) == 2
-    assert "--separate_energy True" in capsys.readouterr().err
+    assert "holds another network, --separate_energy:" in capsys.readouterr().err
 
 
 def test_mean_energy_l2():
@@ -264,23 +265,34 @@ def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others()
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
     run = trained(sgld_step_max=4, sgld_step_auroc=0.6)
     run.record = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
-    seen = []
+    seen, made, original = [], [], trainer.SGLD.__call__
+    monkeypatch.setattr(
+        trainer.SGLD, "__call__", lambda self, x, steps, *a: (made.append(steps), original(self, x, steps, *a))[1]
+    )
     for told_apart in (0.7, 0.5, 0.9, 0.9, 0.9):
         run.meter.reset()
         run.training_step()
         run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
         seen.append(run.measurements()["sgld/steps"])
-    assert seen == [2, 3, 3, 4, 4] and run.sgld_step == 4
+    assert seen == made == [2, 3, 3, 4, 4] and run.sgld_step == 4
     assert run.state_dict()["sgld_step"] == 4
 
 
-def test_chains_start_from_another_folder(tmp_path):
+def test_chains_start_from_another_folder(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     for i in range(30):
-        Image.new("RGB", (20, 20), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    run = start(tmp_path / "runs", "--start", "folder", "--start_dir", str(tmp_path), "--reinit_freq", "0")
+        Image.new("RGB", (20, 20), (9 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    options = ["--start", "folder", "--start_dir", str(tmp_path / "images"), "--reinit_freq", "0"]
+    run = start(tmp_path / "runs", *options)
     never_drawn = state(run)["buffer"]["images"][state(run)["buffer"]["age"] == 0]
     assert never_drawn.shape[1:] == (1, 8, 8)
     assert all((image == image[0, 0, 0]).all() for image in never_drawn) and never_drawn.unique().numel() > 3
+    (tmp_path / "images").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main.main(["--resume", str(run), "--max_steps", "13"]) == 2
+    assert f"--start_dir {tmp_path / 'images'} does not exist" in capsys.readouterr().err
+    assert main.main(["--resume", str(run), "--max_steps", "13", "--start_dir", str(tmp_path / "moved")]) == 0
+    assert state(run)["step"] == 13
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -343,11 +355,12 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--schedule step", "--decay_epochs"),
         ("--schedule step --decay_epochs 3,x", "epochs, separated by commas"),
         ("--sam_adaptive", "--sam_rho"),
-        ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "leave --adversarial_eps out"),
+        ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "give it with --adversarial_eps 0"),
+        ("--recipe dat --class_cond --p_x_y_weight 1", "give it with --adversarial_eps 0"),
         ("--stages 4 --norm instance", "--norm instance has one value of each channel"),
         ("--stages 4 --norm batch --p_x_batch_size 1", "or, for batch, larger batches"),
         ("--start class_gaussian --n_valid 1430 --batch_size 5", "has no training images: lower --n_valid"),
-        ("--labels_per_class 500", "--labels_per_class 500 is more than a class has"),
+        ("--labels_per_class 500", "--labels_per_class 500 is too many"),
         ("--labels_per_class 1", "--batch_size 20 is larger than the 10 training images"),
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than --p_x_batch_size 101"),
         ("--class_cond --p_x_batch_size 95 --buffer_size 95", "too few images of each of 10 classes"),
@@ -355,6 +368,8 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--start folder", "--start_dir"),
         ("--sgld_step_max 2", "must be above --sgld_step 2"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
+        ("--sgld_grad_clamp of", "invalid float value: 'of'"),
+        ("--no-sgld-clam", "did you mean --no_sgld_clamp?"),
     ],
 )
 def test_contradictions_are_one_line(options, words, tmp_path, capsys):

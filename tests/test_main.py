@@ -1,6 +1,7 @@
 """The command line, driven for real on the digits: files, options, bad input."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import config
 import data
 import main
+import trainer
 import utils
 from storage.checkpoint import load_checkpoint
 from trainer import Trainer
@@ -204,13 +206,18 @@ def parts_of(run):
     return inputs, run.backward(inputs)
 
 
+def after_a_step(run):
+    run.step = 1
+    run.training_step()
+
+
 CHANGES = {  # option: what of a trainer it changes, and to what
     "seed=2": (lambda run: run.rng["data"].initial_seed(), 4),
     "n_valid=90": (lambda run: len(run.data.valid), 90),
     "depth=16": (lambda run: sum(type(m).__name__ == "Block" for m in run.model.modules()), 6),
     "width=2": (lambda run: run.model.f.n_features, 128),
     "dropout_rate=0.5": (lambda run: {m.p for m in run.model.modules() if isinstance(m, torch.nn.Dropout)}, {0.5}),
-    "lr=1e-2": (lambda run: run.cfg.lr, 0.01),
+    "lr=1e-2": (lambda run: (after_a_step(run), run.optimizer.param_groups[0]["lr"])[1], 0.005),
     "optimizer=sgd": (lambda run: type(run.optimizer), torch.optim.SGD),
     "optimizer=rmsprop": (lambda run: type(run.optimizer), torch.optim.RMSprop),
     "weight_decay=0.1": (lambda run: run.optimizer.param_groups[0]["weight_decay"], 0.1),
@@ -239,13 +246,14 @@ def test_weights_of_the_objective(digits_100):
     """Each factor multiplies its own term."""
     base = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2}
     base |= {"buffer_size": 64, "precision": "fp32"}
-    for weights in ({"p_x_weight": 0.5}, {"p_y_x_weight": 0.0}, {"energy_l2": 0.5}):
+    for weights in ({"p_x_weight": 0.5}, {"p_y_x_weight": 0.0}, {"energy_l2": 0.5}, {"generative": "logistic"}):
         run = Trainer(config.Config(**base, **weights), digits_100, torch.device("cpu"))
         inputs, parts = parts_of(run)
         with torch.no_grad():
             densities = torch.cat([run.model.log_density(inputs.x), run.model.log_density(inputs.samples)])
         expected = weights.get("p_y_x_weight", 1) * parts["loss/classification"]
-        expected += weights.get("p_x_weight", 1) * parts["loss/generative"]
+        generative = parts["loss/logistic" if "generative" in weights else "loss/generative"]
+        expected += weights.get("p_x_weight", 1) * generative
         expected += weights.get("energy_l2", 0) * densities.square().mean()
         assert parts["loss/total"].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -266,23 +274,15 @@ def digits_100():
     return data.load("digits", n_valid=100)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--sample_every=2",
-        "--gif_every=2",
-        "--eval_every=2",
-        "--ckpt_every=2",
-        "--no_log",
-        "--note=x",
-        "--ema=0.9",
-        "--max_recoveries=3",
-        "--diverge_threshold=500",
-    ],
-)
-def test_options_that_do_not_concern_the_training_leave_it_alone(option, tmp_path, short_run):
-    run = train(tmp_path, "--max_steps", "6", *option.split("="))
-    assert same(weights(run), weights(short_run))
+def test_options_that_do_not_concern_the_training_leave_it_alone(tmp_path, monkeypatch):
+    """Evaluations, a film, checkpoints and averages in the middle of a run, whose epochs have 13 steps."""
+    monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
+    long = ["--max_steps", "15", "--batch_size", "100", "--buffer_size", "100"]
+    others = "--sample_every 2 --gif_every 9 --eval_every 1 --ckpt_every 2 --no_log --note x --ema 0.9".split()
+    plain = train(tmp_path / "0", *long, "--eval_every", "9")
+    run = train(tmp_path / "1", *long, *others, "--max_recoveries", "3", "--diverge_threshold", "500")
+    assert same(weights(run), weights(plain))
+    assert len(list(run.glob("sgld/*.gif"))) == 1 and sum("accuracy/test" in line for line in metrics(run)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +390,12 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
         "12",
     ]
     mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
-    assert load_checkpoint(mirrored / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
-    assert not same(weights(mirrored), weights(upright))
+    content = load_checkpoint(mirrored / "ckpt" / "last.pt")
+    assert content["data"]["shape"] == [3, 12, 12] and not same(weights(mirrored), weights(upright))
+    cfg, cpu = config.Config(**content["config"]), torch.device("cpu")
+    images = data.load("folder", cfg.data_dir, 12, 4)
+    assert Trainer(cfg, images, cpu).batches.flip
+    assert not Trainer(replace(cfg, no_flip=True), images, cpu).batches.flip
 
 
 def test_ema_is_what_evaluation_uses(tmp_path):
@@ -430,7 +434,7 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
 
 def test_compile_on_changes_the_speed_only(tmp_path, short_run, capsys):
     run = train(tmp_path, "--max_steps", "6", "--compile", "on")
-    assert "float32, compiled" in capsys.readouterr().out
+    assert "float32, compiled: network and chains" in capsys.readouterr().out
     mine, theirs = weights(run), weights(short_run)
     assert all(torch.allclose(mine[k], theirs[k], atol=1e-4) for k in theirs)
 
@@ -459,7 +463,8 @@ def test_help_is_grouped_and_has_every_option(capsys):
 
 def refused(capsys, *options):
     """Run main.py, expect exit status 2 and one line on stderr; returns the line."""
-    assert main.main([*TINY, *options]) == 2
+    mode = options[options.index("--mode") + 1] if "--mode" in options else "energy_train"
+    assert main.main([*(TINY if mode.endswith("train") else ["--gpu", "cpu"]), *options]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
     return err
@@ -640,7 +645,7 @@ class TestBrokenCheckpoints:
     def test_truncated(self, jem, tmp_path, capsys):
         path, whole = tmp_path / "half.pt", (jem / "ckpt" / "last.pt").read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        assert "torn" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        assert "incomplete" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
 
     def test_one_flipped_bit_in_the_weights(self, jem, tmp_path, capsys):
         path, content = tmp_path / "flipped.pt", bytearray((jem / "ckpt" / "last.pt").read_bytes())

@@ -30,7 +30,7 @@ from evaluation.report import Section
 from main import continued, main
 from models import build_model
 from sample_quality import fresh_samples
-from sgld import SGLD, reference_chain, uniform_images
+from sgld import SGLD, finite_images, reference_chain, uniform_images
 from starts import UniformStart
 from storage.checkpoint import load_checkpoint
 from storage.log import read_log
@@ -252,7 +252,7 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     buffer[200:, 0, 0, 0] = torch.nan
     found = []
     for seed in (1, 1, 2):
-        sets = quality.compared(inputs_with(buffer, seed=seed), Section("quality", tmp_path))
+        sets = quality.compared(inputs_with(finite_images(buffer), seed=seed), Section("quality", tmp_path))
         found.append(sets["buffer"][0][:, 0, 0, 0].tolist())
     assert found[0] == found[1] != found[2]
     assert len(set(found[0])) == 30 and max(found[0]) in range(150, 200) and min(found[0]) < 50
@@ -269,11 +269,11 @@ def trained(logdir, *options):
     return next(logdir.iterdir())
 
 
-def measured(run, *options):
+def measured(run, *options, features=None):
     before = set(run.glob("eval*"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality, "nearest_figure", lambda rows: np.zeros((1, 1, 3), np.uint8))  # it takes its time
-        assert main([*TEST, "--load_ckpt", str(run), "--feature_ckpt", str(run), *options]) == 0
+        assert main([*TEST, "--load_ckpt", str(run), "--feature_ckpt", str(features or run), *options]) == 0
     (report,) = set(run.glob("eval*")) - before
     return json.loads((report / "results.json").read_text())["quality"]
 
@@ -337,13 +337,15 @@ def test_conditional_chains_are_as_many_of_each_class_and_the_others_of_none(rep
 
 
 def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
-    run = trained(tmp_path, "--p_y_x_weight", "0")
-    result = measured(run)
+    run, features = trained(tmp_path / "1", "--p_y_x_weight", "0"), trained(tmp_path / "2")
+    result = measured(run, features=features)
     reason = "the model was trained without labels"
     assert {result["absent"][name] for name in ("fresh, class-conditional", "buffer, filtered")} == {reason}
     table = result["results"]["in a classifier's features"]
     assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "same class" not in table["fresh"]
     assert "samples: 1 times 30 chains of 2 SGLD steps" in capsys.readouterr().out
+    assert main([*TEST, "--load_ckpt", str(features), "--feature_ckpt", str(run)]) == 2
+    assert "was trained without labels: name a classifier" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- while training
@@ -375,8 +377,8 @@ def test_quality_while_training(tmp_path, monkeypatch):
 
     measured_best = {"best.pt": state["best"]["best.pt"]}
     assert state["best"].keys() == {"best.pt", "best_quality.pt"}
-    for option, best in ((("--n_samples", "150"), state["best"]), (("--n_samples", "149"), measured_best)):
-        assert continued({"resume": str(run), option[0][2:]: int(option[1])}, str(run))[3]["state"]["best"] == best
+    for n, best in ((150, state["best"]), (149, measured_best)):
+        assert continued({"resume": str(run), "n_samples": n}, str(run))[3]["state"]["best"] == best
 
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
     model.load_state_dict(state["model"])

@@ -1,7 +1,7 @@
 """The named runs of benchmarks/reproduce.py."""
 
 import argparse
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -36,23 +36,36 @@ def test_a_baseline_differs_in_nothing_but_the_samples():
         assert differ <= {"mode", "note"} | of_samples
 
 
+def test_the_newest_run_of_a_name_is_measured(tmp_path):
+    for name in (
+        "20260101-000000_x_train_digits",
+        "20260101-000000_x_train_digits-2",
+        "20260102-000000_x_train_digits_jem",
+    ):
+        (tmp_path / name).mkdir()
+    assert reproduce.command("digits", True, [], str(tmp_path))[7].endswith("_train_digits-2")
+
+
 @pytest.mark.slow
-def test_train_and_measure(tmp_path):
-    """A further option at the end wins; the exit status is the program's own."""
+def test_train_and_measure(tmp_path, monkeypatch, capsys):
+    """A further option at the end wins; the exit status is the program's own, in whose place it runs."""
 
     def run(*options):
-        line = [sys.executable, reproduce.__file__, "digits", "--logdir", str(tmp_path), "--gpu", "cpu", *options]
-        return subprocess.run(line, capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["", "digits", "--logdir", str(tmp_path), "--gpu", "cpu", *options])
+        monkeypatch.setattr(os, "execv", lambda program, line: sys.exit(main.main(line[2:])))
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main()
+        return stop.value.code, *capsys.readouterr()
 
-    result = run("--test")
-    assert result.returncode == 2 and "train it first" in result.stderr
-    result = run("--max_steps", "3", "--sgld_step", "2", "--warmup_steps", "0")
-    assert result.returncode == 0 and "--max_steps 601" in result.stdout.splitlines()[0]
+    status, _, err = run("--test")
+    assert status == 2 and "train it first" in err
+    status, out, _ = run("--max_steps", "3", "--sgld_step", "2", "--warmup_steps", "0")
+    assert status == 0 and "--max_steps 601" in out.splitlines()[0]
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("_energy_train_digits")
-    result = run("--test", "--eval", "classification", "--max_images", "50")
-    assert result.returncode == 0 and (folder / "eval" / "results.json").is_file()
-    assert run("--lr", "x").returncode == 2
+    status, _, _ = run("--test", "--eval", "classification", "--max_images", "50")
+    assert status == 0 and (folder / "eval" / "results.json").is_file()
+    assert run("--lr", "x")[0] == 2
 
 
 def test_the_program_is_main():

@@ -399,7 +399,7 @@ def test_images_of_the_buffer_that_are_not_finite_are_left_out(jem, tmp_path):
 BAD = {  # the checkpoint and other options, and what is said of them
     "no checkpoint": ([], "needs --load_ckpt"),
     "missing": (["nowhere.pt"], "no checkpoint at"),
-    "torn": (["torn.pt"], "torn.pt is empty, torn or no checkpoint"),
+    "torn": (["torn.pt"], "torn.pt is empty, incomplete or not a checkpoint"),
     "no images": (["JEM", "--n_samples", "0"], "--n_samples must be at least 1"),
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
     "no buffer": (["BASELINE", "--from_buffer"], "has no replay buffer"),
@@ -430,10 +430,15 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
     "option of training": (["JEM", "--lr", "1"], "--lr is for --mode energy_train or baseline_train"),
     "option of a test": (["JEM", "--eval", "ood"], "--eval is for --mode test"),
-    "steps of training": (["JEM", "--sgld_step", "9"], "--n_sample_steps is how long"),
+    "steps of training": (["JEM", "--sgld_step", "9"], "--sgld_step is for training"),
+    "no mode": (["JEM", "--mode", "fly", "--lr", "1"], "--mode takes one of energy_train"),
     "start of the buffer": (["JEM", "--from_buffer", "--start", "gaussian"], "--from_buffer does not use --start"),
     "start of a test image": (["JEM", "--inpaint", "left", "--start", "uniform"], "--inpaint does not use --start"),
     "chain of a counterfactual": (["JEM", "--counterfactual", "3", "--sgld_lr", "2"], "does not use --sgld_lr"),
+    "steps of nothing": (
+        ["JEM", "--denoise", "1", "--sgld_step", "9", "--n_sample_steps", "2"],
+        "give only the latter",
+    ),
     "bf16": (["JEM", "--counterfactual", "3", "--precision", "bf16"], "--counterfactual does not use --precision"),
 }
 

@@ -84,15 +84,6 @@ def test_bf16_gradients_are_as_good_as_those_of_mixed_precision(norm):
     )
 
 
-def test_compiled_engine_equals_eager():
-    torch.manual_seed(0)
-    density = sampling_copy(build_model(1, 3, 10, 1), torch.float32).log_density
-    x = uniform_images(4, (1, 8, 8), generator())
-    eager = SGLD(density)(x, 5, 1.0, 0.01, generator(1))
-    compiled = SGLD(density, compile=True)(x, 5, 1.0, 0.01, generator(1))
-    torch.testing.assert_close(compiled.x, eager.x, rtol=0, atol=1e-6)
-
-
 def test_without_a_compiler_the_engine_warns_once_and_runs(monkeypatch):
     def broken(function, **options):
         def fail(*args):
@@ -187,6 +178,23 @@ class TestSampler:
         x, index, y = one.draw(8, class_cond=False)
         assert torch.equal(x, one.buffer.images[index]) and y is None
 
+    @pytest.mark.parametrize("class_cond", [False, True])
+    def test_chains_climb_the_density_of_their_class(self, class_cond):
+        def density(x, y=None):
+            goal = torch.full((len(x),), 5.0) if y is None else y / 10
+            return -(x.flatten(1) - goal[:, None]).square().sum(1)
+
+        one = sampler(30, 3)
+        one.engine, one.step_size = SGLD(density), 0.25
+        x, y, _ = one(12, 3, class_cond)
+        assert (y is not None) == class_cond
+        goal = y / 10 if class_cond else torch.full((12,), 5.0)
+        _, places, _ = (again := sampler(30, 3)).draw(12, class_cond)
+        start = again.buffer.images[places]  # a step of 0.25 halves the way to the goal
+        expected = goal[:, None, None, None] + (start - goal[:, None, None, None]) / 2**3
+        torch.testing.assert_close(x, expected.expand_as(x))
+        torch.testing.assert_close(one.buffer.images[places], x)
+
     @pytest.mark.parametrize("size, n_classes", [(20, 2), (53, 5), (31, 7)])
     def test_chains_of_a_class_stay_in_its_part_of_the_buffer(self, size, n_classes):
         one, counts = sampler(size, n_classes), torch.zeros(n_classes)
@@ -247,10 +255,15 @@ class TestSampler:
             assert all(map(torch.equal, one.draw(6, class_cond)[:2], two.draw(6, class_cond)[:2]))
 
 
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
-    "grad_clamp, clamp, normalize",
-    [(0.01, False, False), (None, True, False), (0.01, True, False), (None, False, True)],
+    "grad_clamp, clamp, normalize, compile",
+    [
+        (0.01, False, False, False),
+        (None, True, False, False),
+        (0.01, True, False, False),
+        (None, False, True, False),
+        (0.01, True, True, True),
+    ],
 )
 def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, normalize, compile):
     torch.manual_seed(0)
@@ -258,11 +271,11 @@ def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, normalize, compil
     x = uniform_images(4, SHAPE, generator())
     slow = reference_chain(model.log_density, x, 4, 3.0, 0.01, generator(1), None, grad_clamp, clamp, normalize)
     fast = SGLD(model.log_density, grad_clamp, clamp, normalize, compile)(x, 4, 3.0, 0.01, generator(1))
-    torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=1e-4 if compile else 1e-5)
     free = SGLD(model.log_density)(x, 4, 3.0, 0.01, generator(1)).x
     assert (free - fast.x).abs().max() > 0.02
     assert grad_clamp is None or fast.grad.abs().max() <= grad_clamp
-    assert not normalize or (fast.grad.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4
+    assert not normalize or grad_clamp or (fast.grad.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4
     assert not clamp or fast.x.abs().max() <= 1
 
 

@@ -74,7 +74,6 @@ terminal.leave(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def training(command):
     """The process of a command that trains, after ten steps."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -84,6 +83,7 @@ def training(command):
     return process
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 class TestSignals:
     def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, tmp_path):
         """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""

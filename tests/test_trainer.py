@@ -1,6 +1,8 @@
 """The training step against a loop as one writes it down from the paper."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ import progress
 import sgld
 import trainer
 from config import Config
+from data import Split
 from models import build_model, copy_weights
+from models.wide_resnet import NORMS
 from objectives import Weights
 from sgld import ReplayBuffer, Sampler, reference_chain
 from starts import UniformStart
@@ -108,10 +112,17 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("norm", ["none", "batch", "instance", "group"])
-def test_sampler_and_loss_see_one_energy(norm, precision, digits):
+@pytest.mark.parametrize(
+    "options",
+    [*({"norm": norm} for norm in NORMS), {"norm": "batch", "backbone": "robust"}, {"separate_energy": True}],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_sampler_and_loss_see_one_energy(options, precision, digits):
     """Of the same images, the network that chains climb and the one that the loss scores say the same log p(x)."""
-    run = trainer.Trainer(config(norm=norm, precision=precision), digits, torch.device("cpu"))
+    images = digits
+    if "backbone" in options:  # it takes colours
+        images = replace(digits, train=Split(digits.train.images.expand(-1, 3, -1, -1), digits.train.labels))
+    run = trainer.Trainer(config(**options, precision=precision), images, torch.device("cpu"))
     for run.step in range(1, 4):  # the running statistics are no longer those of the start
         samples = run.training_step()
     copy_weights(run.model, run.sampling_model)
@@ -147,6 +158,45 @@ def test_averaged_weights_get_statistics_of_their_own(digits):
     torch.testing.assert_close(first.bn1.running_mean, seen["x"].mean((0, 2, 3)))
     torch.testing.assert_close(first.bn1.running_var, seen["x"].var((0, 2, 3)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}], ids=str)
+def test_the_optimizer_of_a_run_written_out(options, digits):
+    """Nesterov's momentum of 0.9, weight decay, and SAM's second pass on the same images."""
+    cfg = config(mode="baseline_train", optimizer="sgd", lr=0.05, weight_decay=0.01, **options)
+    run, seen = trainer.Trainer(cfg, digits, torch.device("cpu")), []
+    model, original = copy.deepcopy(run.model), run.next_inputs
+    run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
+    parameters = list(model.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+
+    def gradient(inputs, _):
+        return torch.autograd.grad(F.cross_entropy(model(inputs.x), inputs.y), parameters)
+
+    for run.step in (1, 2, 3):
+        run.training_step()
+        g = gradient(*seen[-1])
+        if rho := cfg.sam_rho:
+            scaled = [p.abs() * d if cfg.sam_adaptive else d for p, d in zip(parameters, g, strict=True)]
+            norm = torch.cat([s.flatten() for s in scaled]).norm()
+            move = [
+                rho * (p.abs() * s if cfg.sam_adaptive else s) / norm for p, s in zip(parameters, scaled, strict=True)
+            ]
+            before = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for p, e in zip(parameters, move, strict=True):
+                    p += e
+            g = gradient(*seen[-1])
+            with torch.no_grad():
+                for p, b in zip(parameters, before, strict=True):
+                    p.copy_(b)
+        with torch.no_grad():
+            for p, d, v in zip(parameters, g, velocity, strict=True):
+                d = d + 0.01 * p
+                v.mul_(0.9).add_(d)
+                p -= 0.05 * run.step / 5 * (d + 0.9 * v)
+        for ours, expected in zip(run.model.parameters(), parameters, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-6)
 
 
 def test_running_statistics_weigh_each_image_alike(digits, monkeypatch):

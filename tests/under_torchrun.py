@@ -1,8 +1,9 @@
-"""What tests/test_processes.py has torchrun start: ``steps FOLDER`` or ``dies OPTIONS OF main.py``."""
+"""What tests/test_processes.py has torchrun start: ``steps FOLDER``, or ``dies`` or ``measures`` and other options."""
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import main
 import processes
 import trainer
 from config import Config
+from evaluation import robustness
 
 COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
 COMMON |= {"n_valid": 100, "buffer_size": 60, "sgld_step": 2, "warmup_steps": 0, "max_steps": 50, "lr": 1e-2}
@@ -66,8 +68,9 @@ def divided_work() -> list:
         return [results, torch.rand((), generator=rng), type(error).__name__, str(error)]
 
 
-def steps(folder: str) -> None:
+def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
+    (folder,) = options
     processes.connect()
     images, place = data.load("digits", n_valid=COMMON["n_valid"]), processes.place()
     done = {name: train(run_of(name, images, place)) for name in CONFIGS} | {"divided": divided_work()}
@@ -89,6 +92,17 @@ def dies(options: list[str]) -> int:
     return main.main(options)
 
 
+def shorten_attacks(set_value: Callable = setattr) -> None:
+    for name, value in {"PGD_STEPS": 3, "RESTARTS": 2}.items():
+        set_value(robustness, name, value)
+
+
+def measures(options: list[str]) -> int:
+    """main.py with shorter attacks."""
+    shorten_attacks()
+    return main.main(options)
+
+
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
-    sys.exit(dies(rest) if task == "dies" else steps(*rest))
+    sys.exit({"steps": steps, "dies": dies, "measures": measures}[task](rest))
