@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluation
 import utils
@@ -284,6 +284,47 @@ def quick(monkeypatch):
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
+def test_the_report_s_numbers_by_a_slow_computation(run):
+    """Of noisy images, from the checkpoint's averaged weights."""
+    before = set(run.glob("eval*"))
+    command = "--mode test --eval classification,calibration,ood --sigma_test 0.3 --ood_datasets shuffled --no_log"
+    assert main([*command.split(), "--max_images", "80", "--gpu", "cpu", "--load_ckpt", str(run)]) == 0
+    (report,) = set(run.glob("eval*")) - before
+    found = {name: part.get("results") for name, part in json.loads((report / "results.json").read_text()).items()}
+
+    model = build_model(1, 10, depth=10, width=1).eval()
+    model.load_state_dict(torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]["ema"])
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=80, sigma_test=0.3)
+    inputs = Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
+    test, train, valid = (inputs.subset(part) for part in (inputs.data.test, inputs.data.train, inputs.data.valid))
+    others = foreign_images("shuffled", test.images, inputs)
+    with torch.no_grad():
+        of_test, of_train, of_valid, of_others = (
+            model(inputs.with_noise(images)) for images in (test.images, train.images, valid.images, others)
+        )
+    right = (of_test.argmax(1) == test.labels).double()
+    assert found["classification"]["accuracy"]["value"] == pytest.approx(right.mean().item())
+    difference = of_train.logsumexp(1).mean() - of_test.logsumexp(1).mean()
+    in_report = found["classification"]["log p(x), training minus test (nats)"]["value"]
+    assert in_report == pytest.approx(difference.item(), abs=1e-4)
+
+    temperatures = [math.exp(i / 100) for i in range(-300, 301)]
+    losses = [F.cross_entropy(of_valid / t, valid.labels).item() for t in temperatures]
+    assert found["calibration"]["temperature"]["value"] == pytest.approx(temperatures[np.argmin(losses)], rel=0.02)
+    confidence = of_test.softmax(1).max(1).values.double()
+    gaps = [(right - confidence)[(confidence * 20).long() == k].sum().abs() / 80 for k in range(20)]
+    errors = found["calibration"]["calibration"]["expected calibration error"]
+    assert errors["as trained"]["value"] == pytest.approx(sum(gaps).item(), abs=1e-5)
+
+    target, score = [1] * 80 + [0] * 80, torch.cat([of_test, of_others]).logsumexp(1)
+    measured = {name: found["ood"][name]["shuffled"]["log p(x)"]["value"] for name in ("AUROC", "AUPR")}
+    assert measured["AUROC"] == pytest.approx(roc_auc_score(target, score)) != 0.5
+    assert measured["AUPR"] == pytest.approx(average_precision_score(target, score))
+    threshold = score[:80].sort().values[4]  # 76 of 80 lie at or above it
+    share = (score[80:] >= threshold).float().mean().item()
+    assert found["ood"]["FPR at 95 % true positives"]["shuffled"]["log p(x)"]["value"] == pytest.approx(share)
+
+
 @pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
     command = [
@@ -308,8 +349,10 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
         "--feature_ckpt",
         str(run),
     ]
+    before = set(run.glob("eval*"))
     assert main(command) == 0
-    results = json.loads((run / "eval" / "results.json").read_text())
+    (report,) = set(run.glob("eval*")) - before
+    results = json.loads((report / "results.json").read_text())
     assert {"classification", "calibration", "ood", "robustness", "quality", "likelihood"} < results.keys()
     assert results["about"]["weights"] == "moving average"
     assert results["options"]["width"] == 1 and results["options"]["max_images"] == 30
@@ -327,12 +370,12 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
     assert log_z["n"] == 20 and ", 3 temperatures" in log_z["protocol"]
 
-    report = (run / "eval" / "report.md").read_text()
+    text = (report / "report.md").read_text()
     for name in ("classification", "calibration", "ood", "robustness", "quality", "likelihood"):
-        assert f"## {name}" in report
+        assert f"## {name}" in text
         for picture in results[name]["pictures"]:
-            assert f"({picture}.png)" in report and (run / "eval" / f"{picture}.png").stat().st_size > 1000
-    assert any(path.name.startswith("events") for path in (run / "eval").iterdir())
+            assert f"({picture}.png)" in text and (report / f"{picture}.png").stat().st_size > 1000
+    assert any(path.name.startswith("events") for path in report.iterdir())
 
 
 def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path):
