@@ -45,9 +45,9 @@ class CapturedStep:
 class CapturedGradient:
     """CUDA graphs of a function of a named tuple that leaves gradients in a model's parameters.
 
-    There is one for each ``variant`` and for each shape of the inputs, and within these the function must do the same
-    each time. Its results come as detached copies. Capturing leaves the model's buffers and the random generators as
-    they were.
+    There is one graph for each pair of ``variant`` and shapes of the inputs, and with the same pair the function must
+    run the same operations. Its results come as detached copies. Capturing leaves the model's buffers and the random
+    generators as they were.
     """
 
     def __init__(self, model: nn.Module):
@@ -103,7 +103,7 @@ class CompiledOrEager:
         return self.prove(lambda call: call(*args))
 
     def prove(self, trial: Callable[[Callable], Any]) -> Any:
-        """Run ``trial`` on the compiled function, a call and whatever else must work, and on the function if not."""
+        """Call ``trial`` with this object; if that fails, use the fallback from now on and call ``trial`` again."""
         self.proven = True
         try:
             return trial(self)

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the training device, or beside it if they are too large, and batch augmentation there.
+"""Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation.
 
 ``load`` reads a data set by name and returns its train, validation and test parts. Splits are drawn with a
 seed of their own, so that runs with different seeds train and report on the same images.
@@ -162,7 +162,7 @@ class Batches:
             return Split(*(t.to(self.rng.device, non_blocking=True) for t in pinned))
 
     def ready(self, batch: Split) -> Split:
-        """The batch, after which the GPU computes on only when it has arrived; the host does not wait."""
+        """The batch. The GPU waits until it has arrived; the host does not."""
         if self.copying:
             computing = torch.cuda.current_stream(self.rng.device)
             computing.wait_stream(self.copying)
@@ -193,7 +193,7 @@ def load(
         data_dir: where the files are; torchvision's data sets are downloaded to it if they are missing. For
             ``mnist`` and ``fashion_mnist`` it may hold the bare idx files, gzipped or not. For ``folder`` it
             holds train/<class>/* and test/<class>/*, or only <class>/*, of which 20 % become the test part; with
-            val/<class>/* beside them, that is the validation part, and ``n_valid`` may not be given.
+            val/<class>/* next to them, that is the validation part, and ``n_valid`` may not be given.
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: "cpu" leaves the training images on the host, "gpu" puts them on ``device`` with the others, "auto"

@@ -134,7 +134,7 @@ def inception(device: torch.device) -> nn.Module:
     """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
 
     It maps uint8 (N, 3, H, W) to the pool layer (N, 2048) and the logits without their bias (N, 1008). torchmetrics'
-    own variant of it resizes otherwise, which moves every score. Raises UserError where the weights cannot be had.
+    own variant of it resizes otherwise, which moves every score. Raises UserError if the weights cannot be loaded.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         processes.connect()
         with processes.only_first_prints():
             status = run(arguments)
-        if processes.several():  # torchrun stops all when the first has ended, and is not to change this one's status
+        if processes.several():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         processes.disconnect()
         return status
@@ -233,8 +233,8 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
     for name, value in given.items():
         if name not in (*CHANGEABLE, "start_dir") and value != getattr(cfg, name):  # its images may have moved
             raise UserError(
-                f"{as_typed(name, value)} would make another run of {path}, which has "
-                f"{as_typed(name, getattr(cfg, name))}; leave it out, or start a new run with --load_ckpt"
+                f"{path} was trained with {as_typed(name, getattr(cfg, name))}; {as_typed(name, value)} needs a new "
+                "run: leave it out, or start one with --load_ckpt"
             )
     changes = {name: value for name, value in given.items() if name in (*CHANGEABLE, "start_dir")}
     if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
@@ -243,7 +243,7 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
 
 
 def before_restart(given: dict) -> tuple[Config, RunDir, Path, dict] | None:
-    """What ``continued`` says of the run that an earlier attempt of torchrun has begun, if there is a checkpoint."""
+    """The result of ``continued`` for the run that an earlier torchrun attempt started, if it has a checkpoint."""
     run = processes.remembered("run") if processes.restarted() else None
     if run is None or not any(Path(run, "ckpt").glob("*.pt")):
         return None
@@ -256,7 +256,7 @@ def without_beginning(given: dict) -> dict:
 
 
 def newest_continued(cfg: Config, given: dict, description: dict) -> tuple[Config, RunDir, Path, dict] | None:
-    """What ``continued`` says of the newest run that ``cfg`` on these images would repeat, if there is one."""
+    """The result of ``continued`` for the newest run with the same options and images, if there is one."""
     newest = newest_run(cfg, description)
     if newest:
         return continued(without_beginning(given), newest)
@@ -265,9 +265,9 @@ def newest_continued(cfg: Config, given: dict, description: dict) -> tuple[Confi
 
 
 def newest_run(cfg: Config, description: dict) -> str | None:
-    """The newest run directory in logdir that ``cfg`` on these images would repeat, and that can be written to.
+    """The newest run directory in logdir with the same options and images that can be written to.
 
-    One that only looks the same is named, with the reason why it is passed over.
+    A run that has the same options but cannot be used is printed with the reason.
     """
     same = {**cfg.identity, "load_ckpt": cfg.load_ckpt, "note": cfg.note}
     default = asdict(Config())  # of options that an older run does not know
@@ -291,4 +291,4 @@ def newest_run(cfg: Config, description: dict) -> str | None:
 
 if __name__ == "__main__":
     terminal.protect()
-    terminal.leave(main(sys.argv[1:]), at_once=processes.several())  # only after an error are there others still
+    terminal.leave(main(sys.argv[1:]), at_once=processes.several())  # others are still connected only after an error

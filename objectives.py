@@ -52,7 +52,7 @@ def joint_loss(
         logits, y: of the labelled images (N, K), (N,).
         logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
         logits_sampled: of the negative samples (M, K), or None for a plain classifier.
-        y_sampled: the classes (M,) whose p(x|y) the samples are from, if they are.
+        y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         mean: of a tensor over all processes, if there are several.
 
     Returns:

@@ -35,7 +35,7 @@ def build_optimizer(cfg: Config, model: nn.Module) -> "torch.optim.Optimizer | S
 
 
 class SAM:
-    """Sharpness-aware minimisation (Foret et al., ICLR 2021) around an optimizer, in whose place it stands.
+    """Sharpness-aware minimisation (Foret et al., ICLR 2021): wraps an optimizer and is used instead of it.
 
     A step has two passes: the gradient g at the weights w, then the gradient at w + e, with which the optimizer updates
     w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|, the norms over all
@@ -58,7 +58,7 @@ class SAM:
         self.param_groups = self.optimizer.param_groups  # it makes new ones
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One update; ``closure`` leaves gradients in the parameters. Returns what it returned in the first pass."""
+        """One update; ``closure`` leaves gradients in the parameters. Returns the result of its first call."""
         result = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():

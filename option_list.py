@@ -27,11 +27,12 @@ class Options:
     recipe: str = option(
         "jem",
         "run",
-        "set of options of a paper; options that are also given replace the recipe's",
+        "set of options of a paper; options that are also given replace the recipe's. "
+        + "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items()),
         tuple(RECIPES),
     )
     gpu: str = option(
-        "0", "run", "index of the CUDA device, or cpu; under torchrun each process takes a device, by default of all"
+        "0", "run", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (default: all devices)"
     )
     seed: int = option(1, "run", "seed of every random generator", minimum=0)
     logdir: str = option("runs", "run", "folder in which each run makes its own directory", path_but=())
@@ -73,15 +74,15 @@ class Options:
     data_device: str = option(
         "auto",
         "data",
-        "where training images wait: on the GPU, or on the host (cpu), from where each batch is sent ahead of its "
-        "step; auto takes the host for what would fill more than a fifth of the GPU's memory",
+        "where training images are stored: in GPU memory, or in the computer's memory (cpu; each batch is sent early); "
+        "auto: cpu if they need more than a fifth of the GPU's memory",
         ("auto", "cpu", "gpu"),
     )
     no_flip: bool = option(
         False,
         "data",
-        "do not mirror training images left to right at random, as those of cifar10, "
-        "cifar100, fashion_mnist and of folders are otherwise",
+        "do not mirror training images left to right at random (default: images of cifar10, cifar100, fashion_mnist "
+        "and folders are mirrored)",
     )
     sigma: float = option(
         0.03,
@@ -149,9 +150,8 @@ class Options:
     ema: float = option(
         0.0,
         "optimisation",
-        "decay of the exponential moving average of the weights, which evaluation "
-        "and GIFs then use, for instance 0.999; (1 + step) / (10 + step) as long as that is less; 0 is "
-        "off",
+        "decay of the averaged weights (exponential moving average), for instance 0.999, which evaluation and GIFs "
+        "then use; early in training the smaller value (1 + step) / (10 + step) is used; 0 is off",
         minimum=0,
         maximum=0.99999,
     )
@@ -182,26 +182,28 @@ class Options:
     sgld_step_max: int | None = option(
         None,
         "SGLD",
-        "let the training chains grow from --sgld_step to this many steps, by one whenever --sgld_step_auroc is passed",
+        "longest training chain: it starts with --sgld_step steps and gets one more each time the AUROC is above "
+        "--sgld_step_auroc (default: chains do not grow)",
         minimum=1,
     )
     sgld_step_auroc: float = option(
         0.7,
         "SGLD",
-        "how well log p(x) tells real images from samples (AUROC, mean of 10 steps) when --sgld_step_max adds a step",
+        "AUROC of real images against samples by log p(x), mean of 10 steps, above which --sgld_step_max adds a step",
         minimum=0,
         maximum=1,
     )
     class_cond: bool = option(
         False,
         "SGLD",
-        "chains climb log p(x|y), as many of each class; in training the replay buffer is divided by class, "
-        "in a picture of samples each class has a row, --inpaint and --denoise take the test images' own classes",
+        "sample each class separately: chains climb log p(x|y), equally many for each class; in training the replay "
+        "buffer is divided by class, pictures have a row for each class, --inpaint and --denoise use the test images' "
+        "true classes",
     )
     buffer_size: int = option(10000, "SGLD", "images in the replay buffer", minimum=1)
 
     p_x_weight: float = option(
-        1.0, "objective", "weight of the generative term of log p(x); 0 draws no samples", minimum=0
+        1.0, "objective", "weight of the generative term of log p(x); with 0 no samples are drawn for it", minimum=0
     )
     generative: str = option(
         "difference",
@@ -235,8 +237,8 @@ class Options:
     p_x_batch_size: int | None = option(
         None,
         "objective",
-        "real images, another draw than the labelled ones, and chains of log p(x) (default: the labelled images, "
-        "and as many chains)",
+        "number of real images, drawn separately from the labelled ones, and of chains for log p(x) (default: the "
+        "labelled images, and as many chains)",
         minimum=1,
     )
     p_x_no_augment: bool = option(
@@ -258,19 +260,22 @@ class Options:
     quality_every: int = option(
         0,
         "dumps",
-        "epochs between measurements of --n_samples (2000) chains of --n_sample_steps by their Fréchet distance to "
-        "training images, in features of --feature_ckpt or else Inception's; the best is best_quality.pt; 0: never",
+        "epochs between measurements of sample quality: the Fréchet distance of --n_samples (2000) chains of "
+        "--n_sample_steps to training images, in features of --feature_ckpt or of Inception; the best weights are "
+        "best_quality.pt; 0: never",
         minimum=0,
     )
-    ckpt_every: int = option(1000, "dumps", "steps between checkpoints, besides the one after each epoch", minimum=1)
+    ckpt_every: int = option(
+        1000, "dumps", "steps between checkpoints, besides the one after each epoch of 50 steps or more", minimum=1
+    )
 
     eval: str = option("all", "test", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = option(
         "auto",
         "test",
-        "out-of-distribution sets, separated by commas: data sets (in --data_dir; for --dataset folder in data/), "
-        "folders of images, and interp, noise, constant, shuffled, which "
-        "need no files; auto takes those four, for cifar10 svhn and cifar100 too",
+        "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
+        "folders of images, and interp, noise, constant, shuffled, which need no files; auto: these four, and with "
+        "cifar10 also svhn and cifar100",
     )
     max_images: int | None = option(
         None, "test", "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
@@ -303,7 +308,7 @@ class Options:
     feature_ckpt: str = option(
         "",
         "test",
-        "run directory or checkpoint of a classifier, in whose features samples are compared with training images",
+        "classifier (run directory or checkpoint); samples and training images are compared in its features",
         path_but=(),
     )
     fid_reference: str = option(
@@ -316,8 +321,8 @@ class Options:
     compare: str = option(
         "",
         "test",
-        "run that was measured before, to show beside this one in the report: its directory, of which eval is taken, "
-        "or one of its eval folders (default: none)",
+        "show an earlier measured run next to this one: its run directory (the folder eval is used) or one of its eval "
+        "folders (default: none)",
         path_but=(),
     )
 
@@ -331,7 +336,7 @@ class Options:
     n_sample_steps: int | None = option(
         None,
         "sample",
-        "SGLD steps of a chain (default: 200; for --denoise the checkpoint's --sgld_step); 0 leaves its start; "
+        "SGLD steps of a chain (default: 200; for --denoise the checkpoint's --sgld_step); 0 writes its start; "
         "gradient steps of --counterfactual (default: 200)",
         minimum=0,
     )

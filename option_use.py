@@ -1,4 +1,4 @@
-"""Which modes read which options: what would do nothing is refused."""
+"""Which modes read which options; an option that its mode does not read is refused."""
 
 from dataclasses import fields
 from typing import Any
@@ -41,8 +41,8 @@ NEEDS = {  # in training: an option, and the one without which it does nothing
 def check_use(given: dict[str, Any]) -> None:
     """Raise UserError for an option of a command line that its mode does not read.
 
-    ``baseline_train`` takes the options of chains and samples, too: so that a command line for a plain classifier may
-    differ in its mode alone.
+    ``baseline_train`` also accepts the options of chains and samples, so that you only have to change --mode in a
+    command line.
     """
     mode = given.get("mode", Config.mode)
     if mode not in MODES:  # Config refuses it
@@ -57,7 +57,7 @@ def check_use(given: dict[str, Any]) -> None:
     if given.get("counterfactual") and given.get("class_cond"):
         raise UserError("--counterfactual names the class itself: leave --class_cond out")
     if mode == "sample" and "sgld_step" in given and (not given.get("denoise") or "n_sample_steps" in given):
-        raise UserError("--sgld_step is for training, and for --denoise without --n_sample_steps: give only the latter")
+        raise UserError("--sgld_step is for training, and for --denoise without --n_sample_steps: leave it out")
 
 
 def check_training(given: dict[str, Any], cfg: Config) -> None:

@@ -72,11 +72,11 @@ def connect() -> None:
 
 
 def agree_on_attempt(rank: int, size: int) -> tuple[str, int]:
-    """A name that only the processes have which start now, and how many such attempts there have been.
+    """A name for this attempt, and the number of attempts so far.
 
-    torchrun keeps one store for all its attempts, where processes that start again would find the addresses of those
-    that are gone. So rank 0 chooses a name and tells it to each of the others, until that one has answered; a question
-    that a process asked which is gone is never answered.
+    torchrun keeps one store for all attempts, so it may hold addresses of processes that are gone. Rank 0 chooses a new
+    name and sends it to each process until that process confirms it. Questions of processes that are gone stay without
+    an answer.
     """
     if rank:
         asked = shared.add(f"question/{rank}", 1)
@@ -109,7 +109,7 @@ def remembered(name: str) -> str | None:
 
 
 def disconnect() -> None:
-    """Leave the others, all of which must do so: after an error of one process alone it would wait for them."""
+    """Leave the process group. All processes must call this: after an error in only one of them it would wait."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -233,7 +233,7 @@ def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
     try:
         result = call() if call else None
     except Exception as error:
-        failure = error  # after the others have heard of it, who wait
+        failure = error  # raised below: first tell the other processes, which are waiting
     heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
     messages = exchanged(what, heard)
     if failure:
@@ -244,7 +244,7 @@ def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the process of rank 0, in all of them, and so with an error that it raises."""
+    """Call ``make`` in rank 0 and return its result in every process. An error is raised in every process."""
     if not several():
         return make()
     result = [failing_together("waits for the first", make if dist.get_rank() == 0 else None)]

@@ -30,7 +30,7 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and small log-densities",
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), a penalty on mean log-densities",
         CHAINS
         | SGD
         | CLEAN
@@ -40,7 +40,7 @@ RECIPES = {
     ),
     "dat": Recipe(
         "DAT, ICLR 2026, arXiv 2510.13872",
-        "adversarial images for the classifier; growing chains of normalised steps, and telling real from sampled",
+        "adversarial images for the classifier; longer and longer chains of steps of fixed length; a logistic loss",
         SGD
         | EPOCHS
         | {"norm": "batch", "batch_size": 128, "p_x_batch_size": 64, "p_x_no_augment": True, "weight_decay": 5e-4}

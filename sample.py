@@ -144,8 +144,8 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> 
         found = order[predicted == k]
         if len(found) < n // len(names):
             raise UserError(
-                f"the model puts {len(found)} images of the replay buffer into the class {name}, and "
-                f"{n // len(names)} of each class are asked for: give a smaller --n_samples"
+                f"--class_cond needs {n // len(names)} images of the class {name}, but the model finds only "
+                f"{len(found)} in the replay buffer: give a smaller --n_samples"
             )
         places.append(found[: n // len(names)])
     return torch.stack(places, 1).flatten()

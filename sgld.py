@@ -85,8 +85,8 @@ class SGLD:
 
     ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1);
     ``normalize`` brings each image's gradient to length 1 (DAT). A graph reads the weights where they were when it was
-    captured, so they must be updated in place; ``capture`` False does without graphs, as a network needs that waits for
-    other processes. Nothing in a chain waits for the device.
+    captured, so they must be updated in place; ``capture`` False uses no graphs, which a network needs that
+    communicates with other processes. Nothing in a chain waits for the device.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class UniformStart:
 class FolderStart:
     """Random images of another set, uint8 (N, C, H, W), whatever the class, as DAT starts its chains.
 
-    Grey images become RGB where the training images are, and the reverse; they must have the size of these.
+    Grey images become RGB, or RGB images grey, as the training images are; they must have the same size.
     """
 
     def __init__(self, images: Tensor, like: ImageData):
@@ -83,8 +83,7 @@ class GaussianStart:
     mean + z @ factor, with a factor of at most ``MAX_ROWS`` rows, of one of two kinds. With more images than
     dimensions D it is the Cholesky factor of the covariance, (D, D). Otherwise it is the centred images themselves over
     sqrt(N), (N, D), and noise of variance 1e-4 is added: z @ factor has exactly the images' covariance, without
-    computing it. Only where both are too large (more than ``MAX_ROWS`` images of more than as many dimensions) the
-    factor is made of that many random images, and the covariance is that of these.
+    computing it. If N and D are both above ``MAX_ROWS``, the factor is made of that many random images.
     """
 
     def __init__(self, split: Split, n_classes: int | None, device: torch.device):
@@ -111,7 +110,7 @@ class GaussianStart:
 
 
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Mean (D,), factor (R, D) and the standard deviation of the noise beside it, of images uint8 (N, C, H, W).
+    """Mean (D,), factor (R, D) and the standard deviation of the additional noise, of images uint8 (N, C, H, W).
 
     The images may be elsewhere than ``device``, where the Gaussian is.
     """

@@ -1,4 +1,4 @@
-"""The state of a run as nested dicts: copies of it, and what each of several processes has of its own."""
+"""The state of a run as nested dicts: its size, and what each of several processes has of its own."""
 
 from typing import Any
 
@@ -49,9 +49,9 @@ def joined(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_state(state: dict[str, Any], place: Place) -> dict[str, Any]:
-    """What one process has of a ``joined`` state, or of that of a run of one process.
+    """The part of a ``joined`` state, or of a state that one process saved, for this process.
 
-    If it was another number of processes, what each had of its own is that of the first.
+    If the number of processes has changed, each gets what rank 0 had of its own (``OWN``).
     """
     everyone = state.get("processes", [{}])
     state = state | everyone[place.rank if len(everyone) == place.size else 0]

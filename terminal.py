@@ -47,7 +47,7 @@ def protect() -> None:
 
 
 def leave(status: int, at_once: bool = False) -> None:
-    """End the process; ``at_once``, and after Ctrl-C, whatever other threads are doing.
+    """End the process. With ``at_once``, and after Ctrl-C, do not wait for other threads.
 
     A thread in the middle of torch.save would abort the process while Python ends.
     """

@@ -40,7 +40,7 @@ LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
 BEST = {"best.pt": ("accuracy/valid", 1), "best_quality.pt": ("quality/fresh_samples", -1)}  # not by test accuracy
-FAR = 2**18  # between the seeds of processes; of a seed, a generator on the CPU takes the last 32 bits alone
+FAR = 2**18  # between the seeds of two processes; a generator on the CPU uses only the last 32 bits of a seed
 
 
 class Inputs(NamedTuple):
@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     y: Tensor
     x_real: Tensor | None
     samples: Tensor | None
-    y_sampled: Tensor | None  # the classes whose p(x|y) the samples are from, if they are
+    y_sampled: Tensor | None  # the class of each sample with --class_cond
 
 
 class Trainer:
@@ -133,7 +133,7 @@ class Trainer:
                     self.record.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
-            processes.wait_for_all()  # whoever ends first has the others stopped by torchrun
+            processes.wait_for_all()  # when one process ends, torchrun stops the others
         self.record.end(self.step, status)
         return status
 
@@ -281,7 +281,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ state
 
     def seed_generators(self, seed: int, own_alone: bool = False) -> None:
-        """``own_alone``: those alone that differ between processes."""
+        """``own_alone``: only the generators that differ between processes."""
         seeds = {"sgld": 2 * seed + 1 + FAR * self.place.rank}
         seeds |= {} if own_alone else {"data": 2 * seed, "p_x": 2**31 + seed}
         for name, value in seeds.items():

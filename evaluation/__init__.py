@@ -60,8 +60,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":
         about["batch normalisation"] = (
-            "samples by the statistics of their batch, as in training; all else, log p(x) of an image too, by the "
-            "running statistics of real images, which is another function than the chains climb"
+            "samples use the statistics of their batch, as in training; everything else (log p(x) of an image, too) "
+            "uses the running statistics of real images, so this log p(x) is not the function that the chains climb"
         )
     report = Report(
         directory,
@@ -94,7 +94,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def measure(metric: Callable[[Inputs, Section], None], inputs: Inputs, section: Section) -> None:
-    """One metric, whose failure is not to cost the others, hours later; the section then says why it is absent."""
+    """Run one metric. If it fails, the others still run, and its section says why it is missing."""
     try:
         with evaluation_packages():
             processes.failing_together(f"ends {section.name}", lambda: metric(inputs, section))

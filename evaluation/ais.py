@@ -160,8 +160,8 @@ def hmc_step(
 ) -> tuple[Point, Tensor]:
     """One Hamiltonian Monte Carlo transition (Neal 2011, section 3.2) that leaves p_beta invariant.
 
-    Each chain draws its step size within 40 % of ``step_size`` (), lest all trajectories come full circle. A
-    proposal where the density is NaN is rejected. Returns the new point and acceptance probabilities, (N,).
+    Each chain draws its step size within 40 % of ``step_size`` (), so that trajectories do not all return to their
+    start. A proposal where the density is NaN is rejected. Returns the new point and acceptance probabilities, (N,).
     """
     draw = {"generator": generator, "device": at.y.device, "dtype": at.y.dtype}
     jitter = 0.6 + 0.8 * torch.rand(len(at.y), *[1] * (at.y.dim() - 1), **draw)  # (N, 1, ...)

@@ -91,8 +91,8 @@ def differentiable_chain(
 ) -> Tensor:
     """SGLD (see ``reference_chain``) whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1].
 
-    Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, for a graph of
-    all steps would need their number times the memory of a second derivative.
+    Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, because
+    storing the graph of all steps would need ``steps`` times the memory of one.
     """
     attacked = torch.is_grad_enabled() and x.requires_grad
 
@@ -114,7 +114,7 @@ def differentiable_chain(
 
 
 class Attack(NamedTuple):
-    """An attack, and how often at most it has an image pass the network, the check of its result included."""
+    """An attack, and the largest number of network passes that it needs for an image, with the final check."""
 
     name: str
     on: Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]  # classifier, epsilon -> (x, y) -> x

@@ -109,8 +109,7 @@ def differences(report: Report, other: Report) -> list[Block]:
     blocks.append(
         Remark(
             f"{DIFFERS} marks a number of the other run that was measured in another way: on other images, on another "
-            "number of them, or under another protocol. Where the columns n and protocol differ, they name this run's "
-            "first."
+            "number of them, or under another protocol. If n or protocol differ, the value of this run comes first."
         )
     )
     if missing := [name for name in other.sections if name not in report.sections]:
@@ -144,7 +143,7 @@ def chapter(name: str, runs: list[Section], alike: bool) -> Chapter:
         blocks += [Remark(whose + text) for text in run.notes]
         blocks += [Absent(whose + what, reason) for what, reason in run.absent.items()]
     if not all(run.numbers or run.tables or run.absent for run in runs[1:]):
-        blocks.append(Remark("The other run was not measured in this."))
+        blocks.append(Remark("The other run has no results for this metric."))
     blocks += [Pictures(side_by_side(name, runs)) for name in union(run.pictures for run in runs)]
     return Chapter(name, blocks)
 

@@ -42,9 +42,8 @@ def measure(inputs: Inputs, section: Section) -> None:
             "inverse temperature 1/T",
             beta,
             len(valid),
-            "the power of two under which validation images are "
-            "likeliest, by short forward runs, among those where a tenth of the chains are effective; the "
-            "chains of training follow a colder density than T = 1",
+            "the power of two with the highest likelihood of validation images, measured in short forward runs, as "
+            "long as a tenth of the chains are effective; the chains of training follow a colder density than T = 1",
         )
         if beta > 1:
             sandwich_log_z(inputs, section, beta, on(test), levels, rng)

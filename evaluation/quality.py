@@ -169,7 +169,7 @@ def add_inception_scores(
 def add_feature_distances(
     section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], feature_model: JEM, cfg: Config
 ) -> None:
-    """The same table, but for IS, in a classifier's features."""
+    """The same table without IS, in a classifier's features."""
     features = Features(feature_model)
 
     def outputs(images: Tensor) -> tuple[Tensor, None]:
@@ -231,21 +231,21 @@ def add_distances(
 def warn_of_few(section: Section, frechet: str, names: list[str], n_features: int) -> None:
     """Note that a Fréchet distance means little if it rests on fewer images than features."""
     section.note(
-        f"**{frechet} means little here** ({', '.join(names)}): it rests on fewer images than the {n_features} "
-        "features, whose covariance that many images do not determine. Compare it only between equal numbers of images."
+        f"**{frechet} means little here** ({', '.join(names)}): there are fewer images than the {n_features} "
+        "features, too few to estimate their covariance. Compare it only between equal numbers of images."
     )
 
 
 def add_agreement(
     section: Section, sets: dict[str, tuple[Tensor, str]], model: JEM, feature_model: JEM, feature_ckpt: str
 ) -> None:
-    """How often another classifier sees the class in an image that the model itself does."""
+    """How often another classifier and the model itself predict the same class."""
     for name, (images, protocol) in sets.items():
         agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
         section.share(
             "in a classifier's features",
             agree,
-            f"{protocol}; share of the images that {feature_ckpt} puts into the class that the model itself does",
+            f"{protocol}; share of images for which {feature_ckpt} and the model predict the same class",
             (name, "same class"),
         )
 

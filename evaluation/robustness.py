@@ -197,10 +197,10 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
     constant = answers.bincount().max().item() / sweep.n  # the share of the class that is predicted most often
     if shares[-1] > constant + MASKED:
         section.note(
-            f"**Masked gradients?** At {norm.name} epsilon {grey:.3g}, where any image can become plain grey, "
-            f"{sweep.name} leaves an accuracy of {shares[-1]:.3f}, and a constant answer keeps {constant:.3f} at most "
-            "(the share of the class that is predicted most often): it is the attack that fails there, and the "
-            "accuracies of this column are too high."
+            f"**Masked gradients?** At {norm.name} epsilon {grey:.3g} every image can be changed to plain grey, so an "
+            f"attack that works leaves an accuracy of {constant:.3f} at most (the share of the class that is predicted "
+            f"most often). {sweep.name} leaves {shares[-1]:.3f}: the attack does not work here, and the accuracies of "
+            "this column are too high."
         )
 
 

@@ -291,7 +291,7 @@ def _from_16_bits(picture: Image.Image, found: list) -> Image.Image:
     if picture.format == "TIFF":
         bits = picture.tag_v2.get(BITS_PER_SAMPLE, 16)
         white = 2 ** int(np.atleast_1d(bits)[0]) - 1
-        if picture.tag_v2.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for up to 8 bits only
+        if picture.tag_v2.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow respects only up to 8 bits
             values = white - values
     if white == 65535 and picture.format != "PPM":
         found.append(("16 bit", int(values.max())))

@@ -55,7 +55,7 @@ class _Feeder:
         self.left = b""  # what the decoder has been given but has not taken
 
     def feed(self, end: int, extra: bytes = b"") -> bool | None:
-        """Give it the file up to ``end``, and ``extra``: None if the picture is complete, else whether all was taken.
+        """Give it the file up to ``end``, and ``extra``; None if the picture is complete, else whether it took all.
 
         Within pixel data the decoder takes all bytes only by chance, as it stops at the start of a block that it
         cannot finish. After the end of the data it takes whatever comes in search of the next marker.

@@ -163,7 +163,8 @@ def _find_parts(root: Path, notes: list[str]) -> dict[str, Path]:
         raise UserError(f"{root} has {have} but no {absent}/: add it; {EXPECTED}")
     left_out = [f"{name}/" for name in others if _holds_images(root / name) or tops[name]]
     if left_out:
-        notes.append(f"left out: {_some(left_out)}, as {root} has {_some([p.name + '/' for p in parts.values()])}")
+        used = _some([p.name + "/" for p in parts.values()])
+        notes.append(f"left out: {_some(left_out)}, because {root} has the folders {used}")
     if "test" not in parts:
         notes.append(f"{root} has no test/: {parts['valid'].name}/ serves as the test part")
         parts["test"] = parts.pop("valid")

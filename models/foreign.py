@@ -76,7 +76,7 @@ def open_checkpoint(place: str, given: dict[str, Any]) -> tuple[Path, dict[str, 
 
 
 def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of this program that another program's file ``raw``, read from ``path``, stands for.
+    """Convert the file ``raw`` of another program, read from ``path``, to the content of a checkpoint of this program.
 
     ``given``, options of the command line, say what the file cannot: recipe, data set, norm, separate_energy. What is
     assumed in their place is printed in one line.

@@ -14,8 +14,8 @@ class JEM(nn.Module):
     """A classifier whose logits are also unnormalised log-densities (section 3, equations 4 to 7).
 
     Images are float tensors (N, C, H, W) in [-1, 1], labels int64 (N,). With ``separate_energy`` log p(x) comes from a
-    linear head of its own (M-JEM): all logits of an image are moved by what makes their logsumexp that head's output,
-    which leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
+    linear head of its own (M-JEM): the same number is added to all logits of an image, so that their logsumexp is the
+    output of that head. This leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
     """
 
     def __init__(self, backbone: WideResNet, n_classes: int, separate_energy: bool = False):

@@ -35,7 +35,8 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
 def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> None:
     """Give ``model``, built with ``cfg``, a checkpoint's weights: the averaged ones where it has them.
 
-    Raises UserError if the checkpoint holds another network; weights may fit and still belong to one.
+    Raises UserError if the checkpoint holds another network. Its options are compared, too, because weights of another
+    network can have the same shapes.
     """
     own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
     channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])

@@ -32,11 +32,11 @@ PLAIN = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
 Converter = Callable[[Path, Any], dict[str, Any]]
-READABLE = (2, 3, CHECKPOINT_FORMAT)  # to measure, to sample from and to start from; resumed is the newest only
+READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
 
 
 class Damaged(UserError):
-    """A checkpoint that is missing or broken, for good: an earlier one may serve."""
+    """A checkpoint is missing or broken. Trying again does not help, but an earlier checkpoint may work."""
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any], keep: str | None = None) -> None:

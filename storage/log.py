@@ -27,7 +27,7 @@ def on_disk(method: Callable) -> Callable:
 
 
 def tensorboard_writer(directory: Path, purge_step: int | None = None):
-    """A SummaryWriter. What its thread cannot write is raised where it is next used, and not printed besides."""
+    """A SummaryWriter. Errors of its background thread are raised at the next call, and not printed as well."""
     from torch.utils.tensorboard import SummaryWriter
 
     threading.excepthook = print_thread_error

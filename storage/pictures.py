@@ -20,7 +20,7 @@ from storage.writer import disk_errors, replace_file
 from utils import printable
 
 CAPTION_HEIGHT = 18  # pixels below each frame of a film
-NAME_WIDTH = 160  # pixels that the name of a class may take beside its row
+NAME_WIDTH = 160  # pixels that the name of a class may take next to its row
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -437,7 +437,7 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "chain of a counterfactual": (["JEM", "--counterfactual", "3", "--sgld_lr", "2"], "does not use --sgld_lr"),
     "steps of nothing": (
         ["JEM", "--denoise", "1", "--sgld_step", "9", "--n_sample_steps", "2"],
-        "give only the latter",
+        "without --n_sample_steps: leave it out",
     ),
     "bf16": (["JEM", "--counterfactual", "3", "--precision", "bf16"], "--counterfactual does not use --precision"),
 }

@@ -311,7 +311,7 @@ class TestResume:
         before = (stopped / "ckpt" / "last.pt").read_bytes()
         assert main.main(["--resume", str(stopped), *option.split()]) == 2
         err = capsys.readouterr().err
-        assert option.split()[0] in err.splitlines()[-1] and "another run" in err
+        assert option.split()[0] in err.splitlines()[-1] and "needs a new run" in err
         assert (stopped / "ckpt" / "last.pt").read_bytes() == before
 
     def test_other_data_is_refused(self, stopped, monkeypatch, capsys):
