@@ -239,6 +239,8 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
     changes = {name: value for name, value in given.items() if name in (*CHANGEABLE, "start_dir")}
     if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
         content["state"]["best"].pop("best_quality.pt", None)
+    if changes.get("start_dir", cfg.start_dir) != cfg.start_dir:
+        print("The images of --start_dir are not compared with those that the run had before.")
     return replace(cfg, **changes), directory, path, content
 
 

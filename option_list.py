@@ -70,6 +70,7 @@ class Options:
         "data",
         "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
         minimum=1,
+        off=True,
     )
     data_device: str = option(
         "auto",
@@ -120,7 +121,11 @@ class Options:
     batch_size: int = option(128, "optimisation", "real images, and chains, of one step", minimum=1)
     epochs: int = option(200, "optimisation", "passes over the training images", minimum=1)
     max_steps: int | None = option(
-        None, "optimisation", "stop after this many steps if the epochs last longer (default: no limit)", minimum=1
+        None,
+        "optimisation",
+        "stop after this many steps if the epochs last longer (default: no limit)",
+        minimum=1,
+        off=True,
     )
     optimizer: str = option("adam", "optimisation", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
     weight_decay: float = option(
@@ -165,7 +170,11 @@ class Options:
         0.01, "SGLD", "standard deviation of the noise of one step, on the [-1, 1] scale", minimum=0
     )
     sgld_grad_clamp: float | None = option(
-        None, "SGLD", "largest size of the gradient in a pixel; larger ones are cut (default: no limit)", above=0
+        None,
+        "SGLD",
+        "largest size of the gradient in a pixel; larger ones are cut (default: no limit)",
+        above=0,
+        off=True,
     )
     sgld_clamp: bool = option(False, "SGLD", "keep the chains' images in [-1, 1]")
     start: str = option(
@@ -185,6 +194,7 @@ class Options:
         "longest training chain: it starts with --sgld_step steps and gets one more each time the AUROC is above "
         "--sgld_step_auroc (default: chains do not grow)",
         minimum=1,
+        off=True,
     )
     sgld_step_auroc: float = option(
         0.7,
@@ -240,6 +250,7 @@ class Options:
         "number of real images, drawn separately from the labelled ones, and of chains for log p(x) (default: the "
         "labelled images, and as many chains)",
         minimum=1,
+        off=True,
     )
     p_x_no_augment: bool = option(
         False, "objective", "the real images of log p(x) are another draw, without crop, flip and noise"

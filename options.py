@@ -21,11 +21,13 @@ def option(
     above: float = -math.inf,
     flags: tuple = (),
     path_but: tuple | None = None,
+    off: bool = False,
 ) -> Any:
     """A dataclass field that carries what the command line and the checks need to know of it.
 
     ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
     only overflow somewhere. ``path_but``: a value is the path of a file or folder, unless it is one of these words.
+    ``off``: that word is the value None, which takes back what a recipe has set.
     """
     return field(
         default=default,
@@ -38,6 +40,7 @@ def option(
             "above": above,
             "flags": flags,
             "path_but": path_but,
+            "off": off,
         },
     )
 
@@ -80,9 +83,11 @@ def option_names(f) -> list[str]:
 
 def as_typed(name: str, value: Any) -> str:
     """An option with a value, as a command line has it."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    return f"--{name} {'off' if value is None else value}"
+    if value is None:
+        return f"the default --{name}"
+    if value is False:
+        return f"no --{name}" if name.startswith("no_") else f"--no_{name}"
+    return f"--{name}" if value is True else f"--{name} {value}"
 
 
 def or_off(kind: type) -> Callable[[str], Any]:
@@ -117,10 +122,12 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
+        if f.metadata["off"]:
+            text += "; the word off takes back a recipe's value"
         group.add_argument(
             *option_names(f),
             *f.metadata["flags"],
-            type=kind if f.type is kind or kind is str else or_off(kind),
+            type=or_off(kind) if f.metadata["off"] else kind,
             default=argparse.SUPPRESS,
             help=text,
             metavar="|".join(f.metadata["choices"]) or kind.__name__.upper(),

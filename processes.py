@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,8 +67,9 @@ def connect() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     elif "TORCHELASTIC_RUN_ID" in os.environ and shared is None:  # one process, which torchrun may start again
-        shared = next(dist.rendezvous("env://"))[0]
-        attempts = shared.add("attempts", 1)
+        attempts = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        with suppress(RuntimeError):  # torchrun has gone and left its variables
+            shared = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))[0]
 
 
 def agree_on_attempt(rank: int, size: int) -> tuple[str, int]:

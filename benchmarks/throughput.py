@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--loop_steps", type=int, default=501, help="steps of the full loop; 501 has a GIF in it")
     parser.add_argument("--json", help="file for the numbers")
     args = parser.parse_args()
+    parts, known = args.parts.split(","), ("sampler", "step", "data", "loop", "scaling")
+    if unknown := [part for part in parts if part not in known]:
+        parser.error(f"--parts takes some of {', '.join(known)}, not {', '.join(unknown)}")
     device, cfg = prepare(args, max_steps=args.loop_steps)
     shape = (3, args.image_size, args.image_size)
     images = synthetic(args.images, shape, device)
@@ -196,9 +199,6 @@ def main() -> None:
     sampling_flops = args.sgld_step * pass_flops(network, start, train=False)
     training_flops = 2 * pass_flops(network, start, train=True)  # real and sampled images
 
-    parts, known = args.parts.split(","), ("sampler", "step", "data", "loop", "scaling")
-    if unknown := [part for part in parts if part not in known]:
-        parser.error(f"--parts takes some of {', '.join(known)}, not {', '.join(unknown)}")
     if "sampler" in parts:
         against_plain(
             "sampler",

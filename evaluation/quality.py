@@ -54,7 +54,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     sets = compared(inputs, section)
     real = reference(inputs)
     test = inputs.subset(inputs.data.test, samples_wanted(cfg)).images
-    parts = "some of which are" if cfg.max_images else "which are"  # of a random choice from all
+    parts = "some of which may be" if cfg.max_images else "which are"
     floor = "test images" + (f", {parts} part of the reference" if cfg.fid_reference == "train+test" else "")
     scored = {"test images": (test, floor)} | sets
     try:

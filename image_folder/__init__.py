@@ -6,6 +6,7 @@ be read rightly is refused.
 
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 import warnings
@@ -28,6 +29,7 @@ from image_folder.file import NoImage, decode
 from image_folder.layout import UNUSABLE_LIST, Layout
 from utils import UserError, printable
 
+END = 4096  # bytes
 CACHE_FORMAT = 3  # raise it whenever the same files would decode to other pixels
 SHOWN = 10  # unusable files that are printed; all of them are in a file
 LOW_12_BITS = 4095
@@ -133,7 +135,7 @@ def _decode_all(layout: Layout, root: Path, image_size: int | None) -> tuple[Ten
                 continue
             if pixels is None:
                 first, (height, width, _) = files[i], image.shape
-                pixels = _room_for(len(files), height, width)
+                pixels = _room_for(len(files), height, width, image_size)
             if image.shape != (height, width, 3):
                 other_size = other_size or (files[i], image.shape)
                 continue
@@ -153,11 +155,12 @@ def _decode_all(layout: Layout, root: Path, image_size: int | None) -> tuple[Ten
     return torch.from_numpy(pixels), kept, _notes(events, ignored, pixels, image_size)
 
 
-def _room_for(n: int, height: int, width: int) -> np.ndarray:
+def _room_for(n: int, height: int, width: int, image_size: int | None) -> np.ndarray:
     try:
         return np.empty((n, 3, height, width), np.uint8)
     except MemoryError:
-        raise UserError(f"{n} images of {width}x{height} pixels do not fit into memory: give --image_size") from None
+        advice = "use fewer images or a smaller size" if image_size else "give --image_size"
+        raise UserError(f"{n} images of {width}x{height} pixels do not fit into memory: {advice}") from None
 
 
 def _decode_in_parallel(files: list[str], image_size: int | None, events: list) -> Iterator:
@@ -212,8 +215,8 @@ def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int
         ),
         (
             counts["profile"],
-            f"{counts['profile']} of {n} images have a colour profile other than sRGB, which is not applied: their "
-            "colours are read as sRGB",
+            f"{counts['profile']} of {n} images have a colour profile that is not called sRGB and is not applied: "
+            "their colours are read as sRGB",
         ),
         (counts["CMYK"], f"{counts['CMYK']} of {n} images are CMYK: converted to RGB without a colour profile"),
         (len(ignored) == 1, f"1 file that is not an image was ignored ({example})"),
@@ -236,16 +239,35 @@ def _notes(events: list, ignored: list[str], pixels: np.ndarray, image_size: int
 
 
 def _fingerprint(files: list[str], root: Path) -> str:
-    """A hash of every file's path below root, size and time of change."""
+    """A hash of every file's path below root, size and time of change; where these are equal, of its end, too.
+
+    So files of one size and time that have changed places are noticed, and a copy of a folder keeps its cache.
+    """
     digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
-    for file in files:
-        try:
-            status = os.stat(file)
-            state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)  # the last changes with the name
-        except OSError:  # reported when the file is decoded
-            state = ()
-        digest.update(ascii((file.removeprefix(str(root)), *state)).encode())
+    states = [_size_and_time(file) for file in files]
+    how_many = Counter(states)
+    for file, state in zip(files, states, strict=True):
+        end = _end_of(file, state[0]) if state and how_many[state] > 1 else 0
+        digest.update(ascii((file.removeprefix(str(root)), *state, end)).encode())
     return digest.hexdigest()
+
+
+def _size_and_time(file: str) -> tuple[int, ...]:
+    try:
+        status = os.stat(file)
+    except OSError:  # reported when the file is decoded
+        return ()
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
+
+
+def _end_of(file: str, size: int) -> int:
+    """A checksum of the last bytes, which differ even where files have the same beginning."""
+    try:
+        with open(file, "rb") as source:
+            source.seek(max(0, size - END))
+            return zlib.crc32(source.read(END))
+    except OSError:
+        return 0
 
 
 def _checksum(images: Tensor, kept: list[int], notes: list[str]) -> int:

@@ -30,6 +30,7 @@ OTHER_ENDINGS = set(
     ".tar .bz2 .xz .7z .rar .pdf .doc .docx .xls .xlsx .py .ipynb .sh .mat .npy .npz .pkl .pt .pth .h5 .hdf5 .mp4 .avi "
     ".mov .mkv .webm .mp3 .wav .lnk .url .bak .tmp .part".split()
 )
+COPIES = {".bak", ".tmp", ".part"}  # of any file
 UNSUPPORTED = {  # how files begin whose format is known and not read here
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
     "JPEG XL": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
@@ -107,7 +108,8 @@ def _read(file: str, ending: str) -> bytes:
         raise Refused(f"is {names.get(stat.S_IFMT(kind), 'a device')}, not a file: remove it")
     with open(file, "rb") as source:
         beginning = source.read(BEGINNING)
-        if ending in OTHER_ENDINGS and (_is_text(beginning) or not _is_known(beginning, ending)):
+        text = ending not in COPIES and _is_text(beginning)
+        if ending in OTHER_ENDINGS and (text or not _is_known(beginning, ending)):
             raise NoImage
         return beginning + source.read()
 
@@ -159,7 +161,7 @@ def _decode_content(content: bytes, ending: str, found: list) -> Image.Image:
     profile = picture.info.get("icc_profile") or b""
     if picture.mode == "CMYK":
         found.append(("CMYK", 1))
-    elif profile and picture.mode != "L" and not any(name in profile for name in SRGB):
+    elif profile and picture.mode in ("RGB", "RGBA", "P", "PA") and not any(name in profile for name in SRGB):
         found.append(("profile", 1))
     return _to_8_bits(picture, rawmode, found)
 
@@ -178,7 +180,7 @@ def _open(content: bytes, ending: str) -> Image.Image:
         return factory(io.BytesIO(content), "")
     if ending in IMAGE_ENDINGS:
         raise Refused("is empty: replace or remove it" if not content else "is no image: replace or remove it")
-    if ending in OTHER_ENDINGS or _is_text(content):
+    if _is_text(content):
         raise NoImage
     raise Refused("is of an unknown format: convert it to PNG or JPEG, or remove it")
 

@@ -73,9 +73,9 @@ def find_classes(root: Path) -> Layout:
         found = f"only one class folder, {class_names[0]}" if class_names else "no class folders"
         place = parts.get("train", root)
         raise UserError(f"{place} holds {found}: put the images of each class into a folder of its own")
-    for folder in dict.fromkeys((root, *parts.values())):
-        if beside := _holds_images(folder):
-            layout.notes.append(f"left out: {beside} images directly in {folder}, which belong to no class")
+    for folder in (root, *parts.values()):
+        if n := _holds_images(folder):
+            layout.notes.append(f"left out: images that belong to no class: {n} directly in {folder}")
     for part, folder in (parts or {"": root}).items():
         start = len(layout.files)
         for label, name in enumerate(class_names):
@@ -189,7 +189,8 @@ def _holds_images(folder: Path) -> int:
     """How many files directly in the folder have the name of an image."""
     endings = IMAGE_ENDINGS | RAW_ENDINGS
     with os.scandir(folder) as entries:
-        return sum(os.path.splitext(e.name)[1].lower() in endings and not e.is_dir() for e in entries)
+        names = [entry.name for entry in entries if not _is_litter(entry.name) and not entry.is_dir()]
+    return sum(os.path.splitext(name)[1].lower() in endings for name in names)
 
 
 def _check_same_classes(root: Path, train: Path, folder: Path, class_names: list[str], part: str) -> None:

@@ -97,7 +97,9 @@ def load_checkpoint(path: Path, convert: Converter | None = None) -> dict[str, A
             raise UserError(f"{path} is not a checkpoint of this program")
         return convert(path, state)
     if state["format"] not in READABLE:
-        raise UserError(f"{path} has checkpoint format {state['format']}, which this version does not know: update it")
+        raise UserError(
+            f"{path} has checkpoint format {state['format']}, which this version does not know: update this program"
+        )
     return state
 
 
@@ -166,6 +168,9 @@ def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, 
         except Damaged as e:
             error = error or e
             continue
+        except UserError as e:
+            other = f"; or name {candidates[1]}" if candidate is candidates[0] and candidates[1].exists() else ""
+            raise UserError(f"{e}{other}") from None
         if error and os.path.exists(candidates[0]):
             print(f"Warning: {error}; taking {candidate} instead.", file=sys.stderr)
         return candidate, state

@@ -6,9 +6,10 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-import sklearn.datasets
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the programs that tests start
+
+import sklearn.datasets
 
 import utils
 

@@ -369,6 +369,7 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--sgld_step_max 2", "must be above --sgld_step 2"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
         ("--sgld_grad_clamp of", "invalid float value: 'of'"),
+        ("--n_valid off", "invalid int value: 'off'"),
         ("--no-sgld-clam", "did you mean --no_sgld_clamp?"),
     ],
 )

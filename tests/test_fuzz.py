@@ -10,7 +10,9 @@ import main
 from config import Config
 from options import option_names
 
-NAMES = [name for f in fields(Config) if f.name not in ("mode", "gpu") for name in option_names(f)]
+OPTIONS = [f for f in fields(Config) if f.name not in ("mode", "gpu")]
+SWITCHES = [[name] for f in OPTIONS if f.type is bool for name in option_names(f)]
+NAMES = [f"--{f.name}" for f in OPTIONS if f.type is not bool]
 OLD = str(Path(__file__).parent / "files" / "format_2.pt")  # a checkpoint of digits
 VALUES = st.one_of(
     st.sampled_from(
@@ -28,6 +30,7 @@ VALUES = st.one_of(
             "0.5",
             "",
             "auto",
+            "off",
             "digits",
             "folder",
             "all",
@@ -51,7 +54,7 @@ VALUES = st.one_of(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mode=st.sampled_from(["energy_train", "baseline_train", "test", "sample", "export", "fly"]),
-    options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=3),
+    options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES) | st.sampled_from(SWITCHES), max_size=3),
     stray=st.sampled_from([True, *[False] * 9]),
 )
 def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, capsys, monkeypatch):
@@ -65,8 +68,8 @@ def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, cap
     train = (
         "--dataset digits --depth 10 --width 1 --batch_size 8 --buffer_size 20 --sgld_step 1 --n_valid 20 --max_steps 1"
     )
-    given = [part for option in options for part in option]
-    arguments = ["--mode", mode, "--gpu", "cpu", *given, *little.get(mode, train).split()]
+    chosen = [part for option in options for part in option]
+    arguments = ["--mode", mode, "--gpu", "cpu", *chosen, *little.get(mode, train).split()]
     try:
         status = main.main([*arguments, *(["stray"] if stray else [])])
     except SystemExit as stop:  # --help

@@ -737,7 +737,8 @@ def test_colours_that_are_read_without_their_profile_are_announced(tmp_path, cap
     files |= {f"train/dog/{i}.jpg": encode(Image.fromarray(RGB).convert("CMYK"), "JPEG") for i in range(2)}
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines[:2] == [
-        "1 of 7 images have a colour profile other than sRGB, which is not applied: their colours are read as sRGB",
+        "1 of 7 images have a colour profile that is not called sRGB and is not applied: their colours are read as "
+        "sRGB",
         "2 of 7 images are CMYK: converted to RGB without a colour profile",
     ]
     assert len(lines) == 3
@@ -755,10 +756,16 @@ def test_a_transparent_grey_level_of_a_few_bits(tmp_path, depth, level):
 
 
 def test_images_beside_the_class_folders_are_announced(tmp_path, capsys):
-    files = four(encode(RGB)) | {"train/loose.png": encode(RGB), "one.jpg": b"", "two.jpg": b"", "readme.txt": b""}
+    files = four(encode(RGB)) | {
+        "train/loose.png": encode(RGB),
+        "one.jpg": b"",
+        "two.jpg": b"",
+        "readme.txt": b"",
+        "._one.jpg": b"",
+    }
     lines = announced(capsys, write_files(tmp_path, files))
-    assert f"left out: 2 images directly in {tmp_path}, which belong to no class" in lines
-    assert f"left out: 1 images directly in {tmp_path / 'train'}, which belong to no class" in lines
+    assert f"left out: images that belong to no class: 2 directly in {tmp_path}" in lines
+    assert f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}" in lines
 
 
 def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):

@@ -278,6 +278,7 @@ class TestPlace:
         for name in ("shared", "attempts"):
             monkeypatch.setattr(processes, name, getattr(processes, name))
         for again in (False, True):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(int(again)))
             processes.shared = None
             processes.connect()
             assert processes.restarted() == again and not processes.several()

@@ -304,6 +304,7 @@ class TestResume:
             "--sgld_step 3",
             "--norm batch",
             "--n_valid 90",
+            "--no_flip",
             "--mode baseline_train",
         ],
     )
