@@ -394,7 +394,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ what is dumped
 
     def measurements(self) -> dict[str, float | list[int]]:
-        """Means over the steps since the last call, and where training stands; chains grow if due. Waits for the device."""
+        """Means over the steps since the last call, where training stands, longer chains. Waits for the device."""
         values, speed = self.meter.read(), self.record.speed(self.step)
         if self.sampler:
             values["sgld/steps"] = self.sgld_step * self.recovery.remedies["sgld_step_factor"]
