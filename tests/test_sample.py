@@ -164,7 +164,7 @@ def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     predicted, order = torch.tensor([2, 0, 1, 2, 0, 1, 1]), torch.tensor([6, 5, 4, 3, 2, 1, 0])
     chosen = by_class(predicted, 6, ("a", "b", "c"), order)
     assert chosen.tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
-    with pytest.raises(UserError, match="puts 2 images of the replay buffer into the class a, and 3"):
+    with pytest.raises(UserError, match="needs 3 images of the class a, but the model finds only 2 in"):
         by_class(predicted, 9, ("a", "b", "c"), order)
     options = ["--from_buffer", "--class_cond", "--n_samples", "60", "--n_sample_steps", "0", "--precision", "fp32"]
     where = ["--mode", "sample", "--load_ckpt", str(jem), "--gpu", "cpu", "--logdir", str(tmp_path)]
