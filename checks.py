@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from option_list import TRAINING
 from utils import UserError
 
 FEWEST = 20  # images that a distance between sets of images needs
@@ -18,7 +19,7 @@ def check_options(cfg) -> None:
         raise UserError(f"--image_size is for --dataset folder; {cfg.dataset} keeps its own size")
     if cfg.image_size is not None and cfg.image_size % 4:
         raise UserError(f"--image_size must be a multiple of 4, not {cfg.image_size}")
-    if cfg.mode in ("energy_train", "baseline_train") and not cfg.samples and cfg.p_y_x_weight == 0:
+    if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
         raise UserError("--p_y_x_weight is 0 and no samples are drawn: there is nothing to train")
     if cfg.samples and cfg.buffer_size < cfg.n_chains:
         name = "p_x_batch_size" if cfg.p_x_batch_size else "batch_size"
@@ -36,7 +37,7 @@ def check_options(cfg) -> None:
         raise UserError("--start folder and --start_dir, its images, go together: give both or neither")
     if cfg.sync_batch_norm and cfg.norm != "batch":
         raise UserError("--sync_batch_norm needs --norm batch")
-    if cfg.quality_every and cfg.mode in ("energy_train", "baseline_train") and not cfg.samples:
+    if cfg.quality_every and cfg.mode in TRAINING and not cfg.samples:
         raise UserError("--quality_every measures samples, and this training draws none")
     if cfg.quality_every and (cfg.n_sample_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
         raise UserError(f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more")

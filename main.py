@@ -230,13 +230,14 @@ def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
     if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
+    changeable = CHANGEABLE | {"start_dir"}  # its images may have moved
     for name, value in given.items():
-        if name not in (*CHANGEABLE, "start_dir") and value != getattr(cfg, name):  # its images may have moved
+        if name not in changeable and value != getattr(cfg, name):
             raise UserError(
                 f"{path} was trained with {as_typed(name, getattr(cfg, name))}; {as_typed(name, value)} needs a new "
                 "run: leave it out, or start one with --load_ckpt"
             )
-    changes = {name: value for name, value in given.items() if name in (*CHANGEABLE, "start_dir")}
+    changes = {name: value for name, value in given.items() if name in changeable}
     if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
         content["state"]["best"].pop("best_quality.pt", None)
     if changes.get("start_dir", cfg.start_dir) != cfg.start_dir:

@@ -8,7 +8,8 @@ from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
 from options import option
 from recipes import RECIPES
 
-MODES = ("energy_train", "baseline_train", "test", "sample", "export")
+TRAINING = ("energy_train", "baseline_train")
+MODES = (*TRAINING, "test", "sample", "export")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 

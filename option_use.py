@@ -4,10 +4,9 @@ from dataclasses import fields
 from typing import Any
 
 from config import Config
-from option_list import MODES
+from option_list import MODES, TRAINING
 from utils import UserError
 
-TRAINING = ("energy_train", "baseline_train")
 READ_BY = {  # groups of options, and the modes that read them; all modes take the options of other groups
     "optimisation": TRAINING,
     "objective": TRAINING,
