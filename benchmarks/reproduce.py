@@ -39,6 +39,7 @@ TRAIN = {  # name: the options that train it
     "digits_baseline": f"--mode baseline_train {DIGITS}",
     "fashion_mnist": f"--mode energy_train {FASHION} --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
+    "cifar10_gpu": "--recipe sada-jem --schedule cosine --warmup_steps 200 --max_steps 3510 --ema 0.999 --eval_every 2",
     "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
     "--buffer_size 5000",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
