@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,17 +22,16 @@ import processes
 import sample
 import terminal
 import utils
-from config import CHANGEABLE, Config
+from config import Config
 from models.foreign import open_checkpoint
 from option_use import check_training, check_use
-from options import absolute_paths, add_options, as_typed, option_names
-from recipes import RECIPES
-from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint, set_aside
-from storage.run_dir import RunDir, read_config
+from options import absolute_paths, add_options, option_names
+from recipes import with_recipe
+from resume import before_restart, continued, newest_continued
+from storage.checkpoint import set_aside
+from storage.run_dir import RunDir
 from trainer import Trainer
 from utils import TrainingFailed, UserError
-
-OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,7 +130,7 @@ def train(given: dict) -> int:
     resumed = processes.from_first(lambda: before_restart(given))
     if not resumed and resume not in ("", "auto"):
         resumed = processes.from_first(lambda: continued(given, resume))
-    cfg = resumed[0] if resumed else Config(**with_recipe(given))
+    cfg = resumed.cfg if resumed else Config(**with_recipe(given))
     check_training(given, cfg)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
@@ -144,7 +143,7 @@ def train(given: dict) -> int:
         raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
     if resume == "auto" and not resumed:
         resumed = processes.from_first(lambda: newest_continued(cfg, given, images.description))
-        cfg = resumed[0] if resumed else cfg
+        cfg = resumed.cfg if resumed else cfg
     trainer = Trainer(cfg, images, device, processes.place())
     if resumed is None:
         if cfg.load_ckpt:
@@ -181,19 +180,6 @@ def remembered(cfg: Config, given: dict) -> str:
     return f" (--data_dir {cfg.data_dir} comes from the checkpoint; give --data_dir to name another)"
 
 
-def with_recipe(given: dict) -> dict:
-    """The options that were given, and those of the recipe where they were not."""
-    recipe = RECIPES.get(given.get("recipe"))
-    if recipe is None:  # Config refuses a name that is unknown
-        return given
-    options = recipe.options | given
-    if not options.get("sam_rho"):
-        options = {name: value for name, value in options.items() if name in given or name != "sam_adaptive"}
-    if options.get("schedule") != "step":
-        options = {name: value for name, value in options.items() if name in given or not name.startswith("decay_")}
-    return options
-
-
 def trained(given: dict) -> tuple[Config, Path, dict]:
     """The Config with which to use the checkpoint of ``--load_ckpt``, and that checkpoint's path and content.
 
@@ -217,79 +203,6 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
     if given.get("start", own["start"]) != "folder":
         del kept["start_dir"]
     return Config(**kept | given), path, content
-
-
-def continued(given: dict, run: str) -> tuple[Config, RunDir, Path, dict]:
-    """The Config with which ``run`` goes on, its directory, and its checkpoint's path and content.
-
-    Options that were not given are the run's own; those given must agree with it where another value would make
-    another run.
-    """
-    directory = RunDir.of(run)
-    path, content = find_checkpoint(run)
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
-    cfg = Config.from_dict(content["config"], str(path))
-    changeable = CHANGEABLE | {"start_dir"}  # its images may have moved
-    for name, value in given.items():
-        if name not in changeable and value != getattr(cfg, name):
-            raise UserError(
-                f"{path} was trained with {as_typed(name, getattr(cfg, name))}; {as_typed(name, value)} needs a new "
-                "run: leave it out, or start one with --load_ckpt"
-            )
-    changes = {name: value for name, value in given.items() if name in changeable}
-    if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
-        content["state"]["best"].pop("best_quality.pt", None)
-    if changes.get("start_dir", cfg.start_dir) != cfg.start_dir:
-        print("The images of --start_dir are not compared with those that the run had before.")
-    return replace(cfg, **changes), directory, path, content
-
-
-def before_restart(given: dict) -> tuple[Config, RunDir, Path, dict] | None:
-    """The result of ``continued`` for the run that an earlier torchrun attempt started, if it has a checkpoint."""
-    run = processes.remembered("run") if processes.restarted() else None
-    if run is None or not any(Path(run, "ckpt").glob("*.pt")):
-        return None
-    return continued(without_beginning(given), run)
-
-
-def without_beginning(given: dict) -> dict:
-    """The options with those of the recipe, but not what says where a run begins."""
-    return {name: value for name, value in with_recipe(given).items() if name not in ("load_ckpt", "resume")}
-
-
-def newest_continued(cfg: Config, given: dict, description: dict) -> tuple[Config, RunDir, Path, dict] | None:
-    """The result of ``continued`` for the newest run with the same options and images, if there is one."""
-    newest = newest_run(cfg, description)
-    if newest:
-        return continued(without_beginning(given), newest)
-    print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
-    return None
-
-
-def newest_run(cfg: Config, description: dict) -> str | None:
-    """The newest run directory in logdir with the same options and images that can be written to.
-
-    A run that has the same options but cannot be used is printed with the reason.
-    """
-    same = {**cfg.identity, "load_ckpt": cfg.load_ckpt, "note": cfg.note}
-    default = asdict(Config())  # of options that an older run does not know
-    try:
-        found = sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True)
-    except OSError as error:
-        raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
-    for run in dict.fromkeys(path.parent.parent for path in found):
-        content = read_config(run)
-        options = content["options"]
-        if not options or {k: options.get(k, default[k]) for k in same} != same:
-            continue
-        if content.get("data") != description:
-            print(f"Skipping {run}: it was trained on other images, or by an older version.")
-        elif not os.access(run, os.W_OK):
-            print(f"Skipping {run}: it cannot be written to.")
-        else:
-            return str(run)
-    return None
 
 
 if __name__ == "__main__":

@@ -59,3 +59,16 @@ RECIPES = {
         | {"sam_rho": 2.0, "sam_adaptive": True},
     ),
 }
+
+
+def with_recipe(given: dict) -> dict:
+    """The options that were given, and those of the recipe where they were not."""
+    recipe = RECIPES.get(given.get("recipe"))
+    if recipe is None:  # Config refuses a name that is unknown
+        return given
+    options = recipe.options | given
+    if not options.get("sam_rho"):
+        options = {name: value for name, value in options.items() if name in given or name != "sam_adaptive"}
+    if options.get("schedule") != "step":
+        options = {name: value for name, value in options.items() if name in given or not name.startswith("decay_")}
+    return options

@@ -15,7 +15,7 @@ import optim
 import trainer
 from adversarial import adversarial_images
 from config import Config
-from recipes import RECIPES
+from recipes import RECIPES, with_recipe
 from storage.checkpoint import load_checkpoint
 from storage.log import read_log
 
@@ -67,7 +67,7 @@ def test_every_recipe_trains(recipe, tmp_path):
 
 
 def test_recipes_are_what_their_papers_say():
-    values = {name: main.with_recipe({"recipe": name}) for name in RECIPES}
+    values = {name: with_recipe({"recipe": name}) for name in RECIPES}
     assert values["jem"] == {"recipe": "jem"}
     expected = {
         "jem++": {"norm": "batch", "sgld_step": 10, "batch_size": 64, "sigma": 0.03, "start": "class_gaussian"}

@@ -27,8 +27,9 @@ from evaluation import quality
 from evaluation.inputs import Inputs
 from evaluation.quality import most_confident
 from evaluation.report import Section
-from main import continued, main
+from main import main
 from models import build_model
+from resume import continued
 from sample_quality import fresh_samples
 from sgld import SGLD, finite_images, reference_chain, uniform_images
 from starts import UniformStart
@@ -378,7 +379,7 @@ def test_quality_while_training(tmp_path, monkeypatch):
     measured_best = {"best.pt": state["best"]["best.pt"]}
     assert state["best"].keys() == {"best.pt", "best_quality.pt"}
     for n, best in ((150, state["best"]), (149, measured_best)):
-        assert continued({"resume": str(run), "n_samples": n}, str(run))[3]["state"]["best"] == best
+        assert continued({"resume": str(run), "n_samples": n}, str(run)).content["state"]["best"] == best
 
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
     model.load_state_dict(state["model"])
