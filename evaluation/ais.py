@@ -19,7 +19,7 @@ How to read the numbers:
 - The bootstrap interval shows the spread between chains. It knows nothing of a mode that no chain has found.
 
 Images live in the box [-1, 1]^D, and so does the density whose bits are counted: the energy normalised over
-the box (base ``Box``), a proper density of dequantised images. ``Gaussian`` is the base for densities on R^D.
+the box (base ``Box``), a proper density of dequantised images.
 
 ``log_density`` maps (N, ...) to (N,), each row on its own and without randomness (a model in eval mode; no
 bf16 or TF32, since the acceptance test subtracts nearly equal numbers), and is finite on the base's support.
@@ -42,35 +42,10 @@ from utils import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
 BATCH = 250  # points of 3x32x32 whose gradient is computed at once
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """N(0, scale^2 I) on R^D; ``shape`` is that of one point, for instance (1, 8, 8)."""
-
-    shape: tuple[int, ...]
-    scale: float = 1.0
-    dtype: torch.dtype = torch.float32
-
-    def sample(self, n: int, generator: Generator) -> Tensor:
-        noise = torch.randn(n, *self.shape, generator=generator, device=generator.device, dtype=self.dtype)
-        return self.scale * noise  # (n, *shape)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        log_normaliser = math.prod(self.shape) * math.log(self.scale * math.sqrt(2 * math.pi))
-        return -0.5 * (y / self.scale).flatten(1).square().sum(1) - log_normaliser  # (N,)
-
-    def score(self, y: Tensor) -> Tensor:
-        return -y / self.scale**2
-
-    def log_ratio(self, log_density: LogDensity, y: Tensor) -> Tensor:
-        return log_density(y) - self.log_prob(y)
-
-    def to_image(self, y: Tensor) -> Tensor:
-        return y
-
-    def from_image(self, x: Tensor) -> Tensor:
-        return x
+N_LEAPFROG = 3  # steps of a proposal
+ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
+TUNING_CHAINS = 64  # at most
+TUNING_STEPS = 10  # at each temperature that the tuning visits
 
 
 @dataclass(frozen=True)
@@ -84,7 +59,7 @@ class Box:
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    scale = 1.0  # of y; its standard deviation is 0.91
+    scale = 1.0  # of y, whose standard deviation is 0.91
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         u = torch.rand(n, *self.shape, generator=generator, device=generator.device, dtype=self.dtype)
@@ -121,7 +96,7 @@ class GeometricPath(NamedTuple):
     """log p_beta = log base + beta log(model / base): the base at beta = 0, the model at beta = 1."""
 
     log_density: LogDensity
-    base: Gaussian | Box
+    base: Box
 
     def point(self, y: Tensor) -> Point:
         ratios, grads = [], []
@@ -156,7 +131,7 @@ def leapfrog(
 
 
 def hmc_step(
-    path: GeometricPath, at: Point, beta: float, step_size: Tensor, n_leapfrog: int, generator: Generator
+    path: GeometricPath, at: Point, beta: float, step_size: Tensor, generator: Generator
 ) -> tuple[Point, Tensor]:
     """One Hamiltonian Monte Carlo transition (Neal 2011, section 3.2) that leaves p_beta invariant.
 
@@ -166,7 +141,7 @@ def hmc_step(
     draw = {"generator": generator, "device": at.y.device, "dtype": at.y.dtype}
     jitter = 0.6 + 0.8 * torch.rand(len(at.y), *[1] * (at.y.dim() - 1), **draw)  # (N, 1, ...)
     v = torch.randn(at.y.shape, **draw)
-    new, new_v = leapfrog(path, at, v, beta, step_size * jitter, n_leapfrog)
+    new, new_v = leapfrog(path, at, v, beta, step_size * jitter, N_LEAPFROG)
 
     kinetic_loss = 0.5 * (v.square() - new_v.square()).flatten(1).sum(1)
     log_accept = path.log_prob(new, beta) - path.log_prob(at, beta) + kinetic_loss  # (N,)
@@ -179,24 +154,16 @@ def hmc_step(
     return Point(*map(choose, new, at)), p_accept
 
 
-def sigmoid_schedule(n_temperatures: int, steepness: float = 4.0) -> list[float]:
+def sigmoid_schedule(n_temperatures: int) -> list[float]:
     """``n_temperatures + 1`` values of beta from 0 to 1, denser near both ends (Grosse et al. 2015)."""
-    t = torch.linspace(-steepness, steepness, n_temperatures + 1, dtype=torch.float64).sigmoid()
+    t = torch.linspace(-4, 4, n_temperatures + 1, dtype=torch.float64).sigmoid()
     return ((t - t[0]) / (t[-1] - t[0])).tolist()
 
 
 def tune_step_sizes(
-    log_density: LogDensity,
-    base: Gaussian | Box,
-    n_temperatures: int,
-    generator: Generator,
-    n_leapfrog: int = 3,
-    target: float = 0.8,
-    n_chains: int = 64,
-    n_knots: int = 50,
-    n_updates: int = 10,
+    log_density: LogDensity, base: Box, n_chains: int, n_temperatures: int, n_knots: int, generator: Generator
 ) -> Tensor:
-    """HMC step sizes, (n_temperatures,), at which about ``target`` of the proposals are accepted.
+    """HMC step sizes, (n_temperatures,), at which about ``ACCEPTED`` of the proposals are accepted.
 
     A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias
     their weights. Visits up to ``n_knots`` temperatures, raises the step where too much is accepted and
@@ -206,17 +173,17 @@ def tune_step_sizes(
     betas = sigmoid_schedule(n_temperatures)[1:]
     knots = np.linspace(0, n_temperatures - 1, min(n_knots, n_temperatures)).astype(int)
     path = GeometricPath(log_density, base)
-    at = path.point(base.sample(n_chains, generator))
+    at = path.point(base.sample(min(n_chains, TUNING_CHAINS), generator))
     log_max = math.log(2 * base.scale)
     log_step = torch.full((), log_max - 0.25 * math.log(math.prod(base.shape)), device=at.y.device)
     tuned = []
     for knot in knots:
         visited = []
-        for _ in range(n_updates):
+        for _ in range(TUNING_STEPS):
             visited.append(log_step)
-            at, p_accept = hmc_step(path, at, betas[knot], log_step.exp(), n_leapfrog, generator)
-            log_step = (log_step + p_accept.mean() - target).clamp(max=log_max)
-        tuned.append(torch.stack(visited[n_updates // 2 :]).mean())
+            at, p_accept = hmc_step(path, at, betas[knot], log_step.exp(), generator)
+            log_step = (log_step + p_accept.mean() - ACCEPTED).clamp(max=log_max)
+        tuned.append(torch.stack(visited[TUNING_STEPS // 2 :]).mean())
     curve = np.interp(np.arange(n_temperatures), knots, torch.stack(tuned).cpu())
     return torch.tensor(np.exp(curve), dtype=base.dtype, device=at.y.device)
 
@@ -230,40 +197,28 @@ class AISResult:
     ess: float  # effective number of chains, between 1 and N: (sum w)^2 / sum w^2
     log_weights: Tensor  # (N,) float64; forward: log mean exp(w) = log Z, reverse: -log mean exp(-w) = log Z
     acceptance: Tensor  # (T,), mean HMC acceptance probability at each temperature, base first
-    step_sizes: Tensor  # (T,), base first
     samples: Tensor  # (N, ...), where the chains ended: the model with weights w; in reverse, the base
 
 
 def forward_ais(
-    log_density: LogDensity,
-    base: Gaussian | Box,
-    n_chains: int,
-    n_temperatures: int,
-    generator: Generator,
-    n_leapfrog: int = 3,
-    step_sizes: Tensor | None = None,
-    progress: bool = False,
+    log_density: LogDensity, base: Box, n_chains: int, step_sizes: Tensor, generator: Generator, progress: bool = False
 ) -> AISResult:
     """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
 
-    Costs ``n_temperatures * n_leapfrog`` gradients for each chain. ``step_sizes`` (n_temperatures,) come from
-    ``tune_step_sizes`` unless given, at the price of ``500 * n_leapfrog`` gradients for 64 chains. Raises
-    UserError if the density is not finite where the chains go.
+    ``step_sizes`` (n_temperatures,) come from ``tune_step_sizes``. Costs ``N_LEAPFROG * n_temperatures`` gradients for
+    each chain. Raises UserError if the density is not finite where the chains go.
     """
-    if step_sizes is None:
-        step_sizes = tune_step_sizes(log_density, base, n_temperatures, generator, n_leapfrog)
     path = GeometricPath(log_density, base)
     at = path.point(base.sample(n_chains, generator))
-    return _anneal(path, at, step_sizes, n_leapfrog, generator, progress, sign=1)
+    return _anneal(path, at, step_sizes, generator, progress, sign=1)
 
 
 def reverse_ais(
     log_density: LogDensity,
-    base: Gaussian | Box,
+    base: Box,
     samples: Tensor,
     step_sizes: Tensor,
     generator: Generator,
-    n_leapfrog: int = 3,
     burn_in: int = 0,
     progress: bool = False,
 ) -> AISResult:
@@ -277,18 +232,12 @@ def reverse_ais(
     path = GeometricPath(log_density, base)
     at = path.point(base.from_image(samples.to(base.dtype)))
     for _ in tqdm(range(burn_in), desc="burn-in", disable=not progress):
-        at, _ = hmc_step(path, at, 1.0, step_sizes[-1], n_leapfrog, generator)
-    return _anneal(path, at, step_sizes, n_leapfrog, generator, progress, sign=-1)
+        at, _ = hmc_step(path, at, 1.0, step_sizes[-1], generator)
+    return _anneal(path, at, step_sizes, generator, progress, sign=-1)
 
 
 def _anneal(
-    path: GeometricPath,
-    at: Point,
-    step_sizes: Tensor,
-    n_leapfrog: int,
-    generator: Generator,
-    progress: bool,
-    sign: int,
+    path: GeometricPath, at: Point, step_sizes: Tensor, generator: Generator, progress: bool, sign: int
 ) -> AISResult:
     """Sign 1: from base to model, mean(w) estimates Z. Sign -1: and back, mean(1/w) estimates 1/Z."""
     n_chains, n_temperatures = len(at.y), len(step_sizes)
@@ -300,7 +249,7 @@ def _anneal(
         weight_step = betas[t + 1] - betas[t]
         if sign > 0:
             log_w += weight_step * at.ratio.double()
-        at, p_accept = hmc_step(path, at, betas[t + 1], step_sizes[t], n_leapfrog, generator)
+        at, p_accept = hmc_step(path, at, betas[t + 1], step_sizes[t], generator)
         if sign < 0:
             log_w += weight_step * at.ratio.double()
         acceptance[t] = p_accept.mean()
@@ -322,7 +271,6 @@ def _anneal(
         ess=log_ess.exp().item(),
         log_weights=log_w.cpu(),
         acceptance=acceptance.cpu(),
-        step_sizes=step_sizes.cpu(),
         samples=path.base.to_image(at.y),
     )
 

@@ -16,7 +16,6 @@ from models import JEM, log_density
 from models.predict import predict
 
 AIS_BURN_IN = 200  # HMC steps
-TUNING_CHAINS = 64  # at most
 
 
 def measure(inputs: Inputs, section: Section) -> None:
@@ -62,9 +61,9 @@ def best_inverse_temperature(inputs: Inputs, mean_on_valid: float, rng: Generato
     base, best, highest, chains = ais.Box(inputs.data.shape), 1.0, -math.inf, inputs.cfg.ais_chains
     temperatures = math.ceil(inputs.cfg.ais_temperatures / 5)  # only the scale of log p(x) is looked for
     for beta in tqdm([2.0**k for k in range(20)], desc="inverse temperatures, until the best is past", leave=False):
-        density, tuning = tempered(inputs.model, beta), min(chains, TUNING_CHAINS)
-        step_sizes = ais.tune_step_sizes(density, base, temperatures, rng, n_chains=tuning, n_knots=10)
-        run = ais.forward_ais(density, base, chains, temperatures, rng, step_sizes=step_sizes)
+        density = tempered(inputs.model, beta)
+        step_sizes = ais.tune_step_sizes(density, base, chains, temperatures, 10, rng)
+        run = ais.forward_ais(density, base, chains, step_sizes, rng)
         if run.ess < chains / 10 or beta * mean_on_valid - run.log_z < highest:
             break
         best, highest = beta, beta * mean_on_valid - run.log_z
@@ -76,9 +75,8 @@ def sandwich_log_z(inputs: Inputs, section: Section, beta: float, on_test: Tenso
     shape, dim = inputs.data.shape, math.prod(inputs.data.shape)
     density, base = tempered(inputs.model, beta), ais.Box(shape)
     chains, temperatures = inputs.cfg.ais_chains, inputs.cfg.ais_temperatures
-    tuning = min(chains, TUNING_CHAINS)
-    step_sizes = ais.tune_step_sizes(density, base, temperatures, rng, n_chains=tuning, n_knots=20)
-    forward = ais.forward_ais(density, base, chains, temperatures, rng, step_sizes=step_sizes, progress=True)
+    step_sizes = ais.tune_step_sizes(density, base, chains, temperatures, 20, rng)
+    forward = ais.forward_ais(density, base, chains, step_sizes, rng, progress=True)
     protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures"
     runs = {"forward": (forward, f"{protocol}; stochastic lower bound")}
     if inputs.buffer is None:
