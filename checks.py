@@ -88,13 +88,7 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     for name, n in n_images.items():
         if sizes[name] > n:
             raise UserError(f"--{name} {sizes[name]} is larger than the {n} training images that it draws from")
-    pixels = math.prod(math.ceil(side / 2 ** (cfg.stages - 1)) for side in shape[1:])  # in the last layer
-    values = pixels * min(sizes.values()) // n_processes if cfg.norm == "batch" else pixels
-    if cfg.norm in ("batch", "instance") and values <= 1:
-        raise UserError(
-            f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
-            "--stages 3, larger images or, for batch, larger batches"
-        )
+    check_variance(cfg, shape, min(sizes.values()) // n_processes)
     if cfg.samples:
         sizes["buffer_size"] = cfg.buffer_size
     for name, size in sizes.items():
@@ -111,4 +105,14 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
         raise UserError(
             f"--buffer_size {cfg.buffer_size} has too few images of each of {n_classes} classes for "
             f"{cfg.n_chains} chains of --class_cond"
+        )
+
+
+def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:
+    """Raise UserError where a batch of n images (C, H, W) leaves batch or instance normalisation no variance."""
+    pixels = math.prod(math.ceil(side / 2 ** (cfg.stages - 1)) for side in shape[1:])  # in the last layer
+    if cfg.norm in ("batch", "instance") and pixels * (n if cfg.norm == "batch" else 1) <= 1:
+        raise UserError(
+            f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
+            "--stages 3, larger images or, for batch, larger batches"
         )

@@ -94,8 +94,10 @@ class ImageData:
         }
 
 
-def some_of_each_class(split: Split, n: int, n_classes: int) -> Split:
-    """``n`` images of each class, the same random ones every time. Raises UserError if a class has fewer."""
+def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
+    """``n`` images of each class, the same random ones every time; all with None. UserError if a class has fewer."""
+    if n is None:
+        return split
     order = torch.randperm(len(split), generator=Generator().manual_seed(SPLIT_SEED)).to(split.labels.device)
     chosen = [order[split.labels[order] == k][:n] for k in range(n_classes)]
     least = min(map(len, chosen))

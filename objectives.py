@@ -44,9 +44,10 @@ def joint_loss(
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
-    does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
-    penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
-    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3).
+    does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT), in which
+    real images and samples count alike. The penalties keep log-densities small: ``energy_l2`` the mean square of all of
+    them (Du & Mordatch, NeurIPS 2019), ``mean_energy_l2`` the squares of the two means, over all processes' images
+    (M-JEM, section 3).
 
     Args:
         logits, y: of the labelled images (N, K), (N,).
@@ -71,7 +72,7 @@ def joint_loss(
     if logits_sampled is not None:
         sampled = log_density(logits_sampled)
         generative = sampled.mean() - real.mean()
-        logistic = F.softplus(-real).mean() + F.softplus(sampled).mean()
+        logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
         loss = loss + weights.p_x_weight * (logistic if weights.logistic else generative)
         parts |= {
             "loss/generative": generative,

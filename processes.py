@@ -49,11 +49,14 @@ def launched() -> bool:
 
     Raises UserError if it did not say all that it should.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return False
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if value is None:
             raise UserError(f"RANK is set as for one of several processes, but {name} is not: start them with torchrun")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise UserError(f"the environment variable {name} is {value!r}, no number: start processes with torchrun")
     return True
 
 

@@ -54,19 +54,20 @@ def before_restart(given: dict) -> Resumed | None:
     run = processes.remembered("run") if processes.restarted() else None
     if run is None or not any(Path(run, "ckpt").glob("*.pt")):
         return None
-    return continued(without_beginning(given), run)
+    began = with_recipe(given) if given.get("resume", "auto") == "auto" else given  # --resume RUN keeps the run's own
+    return continued(without_beginning(began), run)
 
 
-def without_beginning(given: dict) -> dict:
-    """The options with those of the recipe, but not what says where a run begins."""
-    return {name: value for name, value in with_recipe(given).items() if name not in ("load_ckpt", "resume")}
+def without_beginning(options: dict) -> dict:
+    """The options, but not what says where a run begins."""
+    return {name: value for name, value in options.items() if name not in ("load_ckpt", "resume")}
 
 
 def newest_continued(cfg: Config, given: dict, description: dict) -> Resumed | None:
     """The result of ``continued`` for the newest run with the same options and images, if there is one."""
     newest = newest_run(cfg, description)
     if newest:
-        return continued(without_beginning(given), newest)
+        return continued(without_beginning(with_recipe(given)), newest)
     print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
     return None
 

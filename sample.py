@@ -18,6 +18,7 @@ import counterfactual
 import data
 import processes
 import utils
+from checks import check_variance
 from config import Config
 from models import JEM, log_density, sampling_copy
 from models.load import load_data, load_model, origin
@@ -86,9 +87,11 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "seed": cfg.seed,
     }
 
+    batches = torch.arange(len(start.x), device=device).tensor_split(math.ceil(len(start.x) / cfg.batch_size))
+    check_variance(cfg, tuple(start.x.shape[1:]), len(batches[-1]))  # the smallest
     directory = processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     recorded = recorded_steps(steps)
-    result = run_chains(model, start, recorded, cfg, rng)
+    result = run_chains(model, start, batches, recorded, cfg, rng)
     if processes.place().rank:
         return 0
     directory.write_config(asdict(cfg), utils.environment(device))
@@ -130,7 +133,7 @@ def sampling_start(model: JEM, cfg: Config, path: Path, content: dict[str, Any],
         return Start("buffer", images[order[:n]], y)
     if cfg.start == "uniform":  # needs no training images
         return Start("uniform", UniformStart(content["data"]["shape"])(classes.tolist(), rng), y)
-    start = build_start(cfg.start, load_data(cfg, path, content, rng.device), cfg.start_dir)
+    start = build_start(cfg, load_data(cfg, path, content, rng.device))
     return Start(cfg.start, start(classes.tolist(), rng), y)
 
 
@@ -217,15 +220,16 @@ def recorded_steps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def run_chains(model: JEM, start: Start, recorded: list[int], cfg: Config, rng: Generator) -> Result:
-    """SGLD from every start, ``cfg.batch_size`` chains at a time, up to the last of the steps ``recorded``.
+def run_chains(
+    model: JEM, start: Start, batches: Sequence[Tensor], recorded: list[int], cfg: Config, rng: Generator
+) -> Result:
+    """SGLD from every start, a batch of them at a time, up to the last of the steps ``recorded``.
 
-    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y).
+    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). ``batches``, places of starts, are of
+    about equal size: with batch normalisation, images depend on how many there are in their batch.
     """
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=cfg.compile == "on")
     shown = max(SHOWN, COLUMNS * model.class_output.out_features)
-    # Of about equal size: with batch normalisation, images depend on how many there are in their batch.
-    batches = torch.arange(len(start.x), device=rng.device).chunk(math.ceil(len(start.x) / cfg.batch_size))
 
     def run_batch(batch: Tensor) -> Result:
         x, y = start.x[batch], None if start.y is None else start.y[batch]

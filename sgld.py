@@ -160,18 +160,16 @@ def annealed_chain(
     sgld_lr: float,
     sgld_std: float,
     generator: torch.Generator,
-    levels: int = 10,
-    steps_per_level: int = 30,
     every: int = 1,
 ) -> Tensor:
-    """A long chain from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
+    """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
-    The levels lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and keeps the training
-    chain's ratio of noise to step size (the annealing of Song & Ermon, NeurIPS 2019). Clamped to [-1, 1] after each
-    step.
+    Ten levels of 30 steps lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and keeps the
+    training chain's ratio of noise to step size (the annealing of Song & Ermon, NeurIPS 2019). Clamped to [-1, 1] after
+    each step.
     """
     frames = [x]
-    sizes = (0.01 * (torch.logspace(0, -1, levels, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(steps_per_level)
+    sizes = (0.01 * (torch.logspace(0, -1, 10, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(30)
     for i, step_size in enumerate(sizes.tolist(), 1):
         x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, generator).x.clamp(-1, 1)
         if i % every == 0:

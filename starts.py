@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 import image_folder
 import processes
-from data import ImageData, Split, to_float
+from data import ImageData, Split, some_of_each_class, to_float
 from sgld import Start, uniform_images
 from utils import UserError
 
@@ -30,20 +30,25 @@ NAMES = {  # for people
 }
 
 
-def build_start(name: str, images: ImageData, folder: str = "") -> Start:
-    """The start that ``--start`` names, fitted to the training images or from the images of ``folder``."""
-    if name == "uniform":
+def build_start(cfg, images: ImageData) -> Start:
+    """The start that ``--start`` names, fitted to the training images or from the images of ``--start_dir``.
+
+    Where it needs labels, it uses those of ``--labels_per_class`` alone.
+    """
+    if cfg.start == "uniform":
         return UniformStart(images.shape)
-    if name == "folder":
-        read = partial(image_folder.read_unlabelled, Path(folder), images.shape[1], "--start_dir ")
+    if cfg.start == "folder":
+        read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
         return FolderStart(processes.one_after_another(read), images)
-    n_classes = len(images.class_names) if name == "class_gaussian" else None
-    if n_classes:
-        counts = images.train.labels.bincount(minlength=n_classes).tolist()
-        if 0 in counts:
-            empty = images.class_names[counts.index(0)]
-            raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
-    return GaussianStart(images.train, n_classes, images.device)
+    if cfg.start == "gaussian":
+        return GaussianStart(images.train, None, images.device)
+    n_classes = len(images.class_names)
+    counts = images.train.labels.bincount(minlength=n_classes).tolist()
+    if 0 in counts:
+        empty = images.class_names[counts.index(0)]
+        raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
+    labelled = some_of_each_class(images.train, cfg.labels_per_class, n_classes)
+    return GaussianStart(labelled, n_classes, images.device)
 
 
 class UniformStart:

@@ -62,9 +62,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, images: data.ImageData, device: torch.device, place: Place = data.ALONE):
         self.cfg, self.data, self.device, self.place = cfg, images, device, place
-        n_classes, labelled = len(images.class_names), images.train
-        if cfg.labels_per_class:
-            labelled = data.some_of_each_class(images.train, cfg.labels_per_class, n_classes)
+        n_classes = len(images.class_names)
+        labelled = data.some_of_each_class(images.train, cfg.labels_per_class, n_classes)
         sizes = {"batch_size": (cfg.batch_size, labelled)}
         if cfg.separate_p_x:
             sizes["p_x_batch_size"] = (cfg.n_chains, images.train)
@@ -75,13 +74,15 @@ class Trainer:
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.cycle_ends = [self.total_steps]  # see optim.learning_rate
         self.dtype = utils.pick_dtype(cfg.precision, device)
-        compile = compiles(cfg.compile, device, self.total_steps) and not cfg.sync_batch_norm
+        exchanges = cfg.sync_batch_norm and place.size > 1  # numbers within the network
+        compile = compiles(cfg.compile, device, self.total_steps) and not exchanges
 
+        self.sampler, self.start = None, build_start(cfg, images) if cfg.samples else None
+        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
         torch.manual_seed(cfg.seed)
-        self.sampler = None
         self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
         self.model = build_for(cfg, images.shape[0], n_classes).to(device)
-        if cfg.sync_batch_norm:
+        if exchanges:
             synced(self.model)
         self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
@@ -97,15 +98,14 @@ class Trainer:
             rng, augmented = self.rng["p_x"], not cfg.p_x_no_augment
             self.real_batches = data.Batches(images.train, cfg.n_chains, flip, cfg.sigma, rng, augmented, place)
         if cfg.samples:
-            rng, self.start = self.rng["sgld"], build_start(cfg.start, images, cfg.start_dir)
+            rng = self.rng["sgld"]
             self.sampling_model = sampling_copy(self.model, self.dtype)
-            options = chain_options(cfg) | {"capture": not cfg.sync_batch_norm}
+            options = chain_options(cfg) | {"capture": not exchanges}
             engine = SGLD(self.sampling_model.log_density, **options, compile=compile)
             buffer = ReplayBuffer(cfg.buffer_size // place.size, n_classes, self.start, rng)
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
             # Its own engine, not compiled, for one long chain in 500 steps.
             self.film = SGLD(self.sampling_model.log_density, **options)
-        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
         self.recovery = Recovery(cfg)
         self.meter = Meter()
         self.step, self.best, self.sgld_step, self.host_copy = 0, {}, cfg.sgld_step, None
@@ -167,13 +167,13 @@ class Trainer:
             save = asked or step % save_every == 0 or step % cfg.ckpt_every == 0 or last
             self.record.advance()
 
-            if (log or save) and processes.total(self.alarm.int()).item():  # waits for the device
+            evaluates = step % eval_every == 0 or last
+            measures = self.quality and (step % quality_every == 0 or last)
+            if (log or save or evaluates or measures) and processes.total(self.alarm.int()).item():  # waits for it
                 self.recover()
                 if status:
                     return status
                 continue
-            evaluates = step % eval_every == 0 or last
-            measures = self.quality and (step % quality_every == 0 or last)
             if evaluates or measures or save:
                 self.refit_average()
             values = self.measurements() if log else {}

@@ -328,12 +328,11 @@ def distal_adversarials(
     generator: Generator,
     confidence: float = 0.9,
     max_steps: int = DISTAL_STEPS,
-    step_size: float = DISTAL_STEP,
 ) -> tuple[Tensor, Tensor]:
     """From uniform noise up the gradient of log p(y|x) until p(y|x) reaches ``confidence`` (JEM, section 5.4).
 
     Returns images (n_classes * n_each, C, H, W) in [-1, 1], class by class, and the p(y|x) reached. A step has L2 norm
-    ``step_size`` times the square root of the number of pixels; images that have arrived stand still.
+    ``DISTAL_STEP`` times the square root of the number of pixels; images that have arrived stand still.
     """
     starts = uniform_images(n_each, shape, generator)
     batches = torch.arange(n_classes, device=starts.device).split(max(1, images_per_batch(BATCH, shape) // n_each))
@@ -349,7 +348,7 @@ def distal_adversarials(
             if step == max_steps or not going.any():
                 break
             length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
-            move = step_size * math.sqrt(math.prod(shape)) * going / length  # (N,)
+            move = DISTAL_STEP * math.sqrt(math.prod(shape)) * going / length  # (N,)
             x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
         bar.update(max_steps - step)
         return x.detach(), (-loss.detach()).exp()

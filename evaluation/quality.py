@@ -127,7 +127,7 @@ def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
     steps = cfg.fresh_steps
     n_classes = len(inputs.data.class_names)
     sgld = SGLD(sampling_copy(inputs.model, dtype).log_density, **chain_options(cfg))
-    start = build_start(cfg.start, inputs.data, cfg.start_dir)
+    start = build_start(cfg, inputs.data)
     targets = {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"

@@ -204,20 +204,20 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         )
 
 
-def add_distal_adversarials(inputs: Inputs, section: Section, n_each: int = N_DISTAL) -> None:
+def add_distal_adversarials(inputs: Inputs, section: Section) -> None:
     names = inputs.data.class_names
-    x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), n_each, inputs.rng())
+    x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
     section.mean(
         "p(y|x) of distal adversarials",
         reached,
         f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
-        f"root of the number of values ([-1, 1] scale); {n_each} of each of {len(names)} classes",
+        f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
     )
     section.share("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
         "distal",
         "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",
-        distal_figure(to_uint8(x[: 20 * n_each]), names, n_each),
+        distal_figure(to_uint8(x[: 20 * N_DISTAL]), names, N_DISTAL),
     )
 
 

@@ -356,6 +356,26 @@ def test_short_epochs_share_an_evaluation_and_a_checkpoint(tmp_path, monkeypatch
     assert [line["step"] for line in metrics(run) if "accuracy/test" in line] == [50, 53]
 
 
+def test_no_weights_are_kept_that_diverged_before_their_evaluation(tmp_path, monkeypatch):
+    """The evaluation of step 9 is neither a step of the log nor of a checkpoint."""
+    monkeypatch.setattr(trainer, "MIN_EPOCH", 5)  # of epochs of 3 steps, each second one ends with a checkpoint
+    original = Trainer.training_step
+
+    def diverging(self):
+        samples = original(self)
+        if self.step == 8:
+            for p in self.model.parameters():
+                p.data.fill_(torch.nan)
+            self.alarm.fill_(True)
+        return samples
+
+    monkeypatch.setattr(Trainer, "training_step", diverging)
+    options = [*TINY, "--batch_size", "400", "--buffer_size", "400", "--eval_every", "3", "--max_recoveries", "0"]
+    assert main.main([*options, "--max_steps", "12", "--logdir", str(tmp_path)]) == 1
+    (run,) = tmp_path.iterdir()
+    assert not (run / "ckpt" / "best.pt").exists()
+
+
 def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
     options = ["--logdir", str(tmp_path), "--max_steps", "12", "--max_recoveries", "0", "--diverge_threshold"]
     assert main.main([*TINY, *options, "1e-9"]) == 1
@@ -478,6 +498,8 @@ def refused(capsys, *options):
         ("--adversarial_steps 3", "--adversarial_steps does nothing without --adversarial_eps"),
         ("--decay_rate 0.5", "--decay_rate does nothing without --decay_epochs"),
         ("--n_samples 30", "--n_samples does nothing without --quality_every"),
+        ("--p_y_x_weight 0 --adversarial_eps 0.5", "--adversarial_eps does nothing without --p_y_x_weight"),
+        ("--p_y_x_weight 0 --labels_per_class 9", "does nothing without --p_y_x_weight or --p_x_y_weight"),
         ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
         ("--mode fly", "--mode takes one of energy_train"),
         ("--depth 12", "6n + 4"),

@@ -20,6 +20,7 @@ import utils
 from checks import check_sizes
 from config import Config
 from processes import Place
+from resume import before_restart
 from state import own_state
 from storage.checkpoint import load_checkpoint
 from storage.log import read_log
@@ -284,6 +285,26 @@ class TestPlace:
             assert processes.restarted() == again and not processes.several()
             assert processes.remembered("run") == ("there" if again else None)
             processes.remember("run", "there")
+
+    def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
+        """Those of its recipe that another value replaced, too."""
+        begun = [*SMALL, "--recipe", "sada-jem", "--p_x_batch_size", "20", "--max_steps", "1"]
+        assert main.main([*begun, "--logdir", str(tmp_path)]) == 0
+        (run,) = map(str, tmp_path.iterdir())
+        monkeypatch.setattr(processes, "attempts", 2)
+        monkeypatch.setattr(processes, "remembered", lambda name: run)
+        cfg = before_restart({"resume": run, "recipe": "sada-jem", "batch_size": 20}).cfg
+        assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
+        with pytest.raises(UserError, match="--p_x_batch_size 64 needs a new run"):  # begun without --resume
+            before_restart({"recipe": "sada-jem", "batch_size": 20, "sgld_step": 2, "n_valid": 100})
+
+    @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+    def test_a_number_that_is_none(self, name, monkeypatch, capsys):
+        setting = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+        for variable, value in (setting | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", name: "x1"}).items():
+            monkeypatch.setenv(variable, value)
+        assert main.main([]) == 2
+        assert capsys.readouterr().err.startswith(f"error: the environment variable {name} is 'x1', no number")
 
     @pytest.mark.parametrize(
         "changes, words",

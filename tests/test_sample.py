@@ -443,6 +443,18 @@ BAD = {  # the checkpoint and other options, and what is said of them
 }
 
 
+def test_a_batch_of_one_that_leaves_no_variance_is_refused(tmp_path, capfd):
+    run = train(tmp_path / "train", "--norm", "batch", "--stages", "4")
+    options = ["--mode", "sample", "--gpu", "cpu", "--load_ckpt", str(run), "--logdir", str(tmp_path / "out")]
+    for one in (["--n_samples", "1"], ["--n_samples", "5", "--batch_size", "2"]):
+        capfd.readouterr()
+        assert main.main([*options, *one]) == 2
+        stderr = capfd.readouterr().err
+        assert "one value of each channel" in stderr and stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    assert main.main([*options, "--n_samples", "4", "--batch_size", "2", "--n_sample_steps", "1"]) == 0
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_status_2(case, jem, baseline, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 import data
 import starts
+from config import Config
 from starts import GaussianStart, UniformStart, build_start
 
 
@@ -59,7 +60,7 @@ def test_too_many_large_images_are_represented_by_some(monkeypatch):
 
 @pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])
 def test_starts_are_images_and_follow_their_generator(name):
-    start = build_start(name, data.load("digits"))
+    start = build_start(Config(start=name), data.load("digits"))
     one, two, other = (start([3, 1, 4, 1], generator(seed)) for seed in (1, 1, 2))
     assert one.shape == (4, 1, 8, 8) and one.dtype == torch.float32 and one.abs().max() <= 1
     assert one.is_contiguous(memory_format=torch.channels_last)
@@ -67,9 +68,17 @@ def test_starts_are_images_and_follow_their_generator(name):
     assert start([], generator()).shape == (0, 1, 8, 8)
 
 
+def test_a_class_gaussian_knows_no_label_that_the_training_does_not():
+    digits = data.load("digits")
+    start = build_start(Config(start="class_gaussian", labels_per_class=1), digits)
+    own = data.to_float(data.some_of_each_class(digits.train, 1, 10).images)  # of one image, noise alone is around it
+    order = data.some_of_each_class(digits.train, 1, 10).labels.tolist()
+    assert (start(order, generator()) - own).abs().max() < 0.06  # standard deviation 0.01
+
+
 def test_a_class_gaussian_looks_like_its_class():
     digits = data.load("digits")
-    start = build_start("class_gaussian", digits)
+    start = build_start(Config(start="class_gaussian"), digits)
     x, y = data.to_float(digits.test.images).flatten(1), digits.test.labels
     means = torch.stack([x[y == k].mean(0) for k in range(10)])
     classes = [i % 10 for i in range(200)]

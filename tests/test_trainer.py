@@ -14,11 +14,13 @@ import optim
 import progress
 import sgld
 import trainer
+from acceleration import CompiledOrEager
 from config import Config
 from data import Split
 from models import build_model, copy_weights
 from models.wide_resnet import NORMS
 from objectives import Weights
+from processes import Place
 from sgld import ReplayBuffer, Sampler, reference_chain
 from starts import UniformStart
 
@@ -43,6 +45,14 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
+
+
+def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on(digits):
+    cfg = config(norm="batch", sync_batch_norm=True, compile="on")
+    alone = trainer.Trainer(cfg, digits, torch.device("cpu"))
+    several = trainer.Trainer(cfg, digits, torch.device("cpu"), Place(0, 2))
+    assert isinstance(alone.forward, CompiledOrEager) and not isinstance(several.forward, CompiledOrEager)
+    assert alone.film.capture and not several.film.capture
 
 
 def plain_losses(cfg, images, steps):
