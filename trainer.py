@@ -106,19 +106,16 @@ class Trainer:
             self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
             # Its own engine, not compiled, for one long chain in 500 steps.
             self.film = SGLD(self.sampling_model.log_density, **options)
-        self.recovery = Recovery(cfg)
-        self.meter = Meter()
+        self.recovery, self.meter = Recovery(cfg), Meter()
         self.step, self.best, self.sgld_step, self.host_copy = 0, {}, cfg.sgld_step, None
         self.alarm = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
-
-    # ------------------------------------------------------------------------------------------ the loop
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
         """Train to the end of the run; returns the exit status: 0, or 128 + its number when a signal stopped it.
 
         ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes. The process of rank 0 writes.
         """
-        self.prove_compilation()
+        self.rehearse()
         ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
         ran |= {"processes": self.place.size}
         announce(self, run.path, ran)
@@ -137,18 +134,22 @@ class Trainer:
         self.record.end(self.step, status)
         return status
 
-    def prove_compilation(self) -> None:
-        """Compile what a step computes, or fall back, before training begins: a step that leaves no trace."""
-        if not isinstance(self.forward, CompiledOrEager):
+    def rehearse(self) -> None:
+        """A step that leaves no trace, before training begins: to compile what it computes, or fall back.
+
+        DistributedDataParallel adds gradients up in one order in its first step and in another from then on.
+        """
+        if not (trial := isinstance(self.forward, CompiledOrEager)) and not processes.several():
             return
-        state = copy_tree(self.state_dict())
-        inputs, averaging = self.next_inputs(sgld_steps=1)[0], self.step_logits
-        with processes.working_alone():  # it may fail in one process alone
-            self.step_logits = StepLogits(self.model, self.forward)
-            self.forward.prove(lambda _: self.backward(inputs))
-        self.step_logits = averaging
-        if processes.largest(not self.forward.works)[0]:
-            self.forward.give_up()
+        state, inputs = copy_tree(self.state_dict()), self.next_inputs(sgld_steps=1)[0]
+        if trial:
+            averaging, self.step_logits = self.step_logits, StepLogits(self.model, self.forward)
+            with processes.working_alone():  # it may fail in one process alone
+                self.forward.prove(lambda _: self.backward(inputs))
+            self.step_logits = averaging
+            if processes.largest(not self.forward.works)[0]:
+                self.forward.give_up()
+        self.backward(inputs)
         self.load_state_dict(state)
 
     def loop(self, signals: Signals) -> int:
@@ -277,8 +278,6 @@ class Trainer:
     def measured_model(self):
         """The weights that evaluation and GIF chains use: the averaged ones, if there are any."""
         return self.average or self.model
-
-    # ------------------------------------------------------------------------------------------ state
 
     def seed_generators(self, seed: int, own_alone: bool = False) -> None:
         """``own_alone``: only the generators that differ between processes."""
