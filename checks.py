@@ -114,5 +114,5 @@ def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:
     if cfg.norm in ("batch", "instance") and pixels * (n if cfg.norm == "batch" else 1) <= 1:
         raise UserError(
             f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
-            "--stages 3, larger images or, for batch, larger batches"
+            "--stages 3 in training, larger images or, for batch, larger batches"
         )

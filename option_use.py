@@ -25,17 +25,17 @@ READ_BY |= {  # single options
 # Options of --mode sample that start from images of their own, and those that these leave unread.
 UNREAD = {name: ["start", "start_dir"] for name in ("counterfactual", "inpaint", "denoise", "from_buffer")}
 UNREAD["counterfactual"] += "sgld_lr sgld_std sgld_grad_clamp sgld_clamp sgld_normalize precision compile seed".split()
-NEEDS = {  # in training: an option, and what it does nothing without: an option, or a property of Config
-    "sgld_step_auroc": "sgld_step_max",
-    "adversarial_steps": "adversarial_eps",
-    "adversarial_norm": "adversarial_eps",
-    "decay_rate": "decay_epochs",
-    "generative": "p_x_weight",
-    "feature_ckpt": "quality_every",
-    "n_samples": "quality_every",
-    "n_sample_steps": "quality_every",
-    "adversarial_eps": "p_y_x_weight",
-    "labels_per_class": "classifies",
+NEEDS = {  # in training: an option, and those of which it needs one: without, it does nothing
+    "sgld_step_auroc": ["sgld_step_max"],
+    "adversarial_steps": ["adversarial_eps"],
+    "adversarial_norm": ["adversarial_eps"],
+    "adversarial_eps": ["p_y_x_weight"],
+    "labels_per_class": ["p_y_x_weight", "p_x_y_weight"],
+    "decay_rate": ["decay_epochs"],
+    "generative": ["p_x_weight"],
+    "feature_ckpt": ["quality_every"],
+    "n_samples": ["quality_every"],
+    "n_sample_steps": ["quality_every"],
 }
 
 
@@ -64,8 +64,7 @@ def check_use(given: dict[str, Any]) -> None:
 def check_training(given: dict[str, Any], cfg: Config) -> None:
     """Raise UserError for a given option that does nothing in a training run, or that cannot be in a new one."""
     for name, needed in NEEDS.items():
-        if given.get(name) and not getattr(cfg, needed):
-            option = "p_y_x_weight or --p_x_y_weight" if needed == "classifies" else needed
-            raise UserError(f"--{name} does nothing without --{option}")
+        if given.get(name) and not any(getattr(cfg, option) for option in needed):
+            raise UserError(f"--{name} does nothing without --{' or --'.join(needed)}")
     if given.keys() & {"p_x_y_weight", "adversarial_eps"} and cfg.p_x_y_weight and cfg.adversarial_eps:
         raise UserError("--p_x_y_weight needs the labelled images as they are: give it with --adversarial_eps 0")

@@ -139,17 +139,18 @@ class Trainer:
 
         DistributedDataParallel adds gradients up in one order in its first step and in another from then on.
         """
-        if not (trial := isinstance(self.forward, CompiledOrEager)) and not processes.several():
+        if not (compiling := isinstance(self.forward, CompiledOrEager)) and not processes.several():
             return
         state, inputs = copy_tree(self.state_dict()), self.next_inputs(sgld_steps=1)[0]
-        if trial:
+        if compiling:
             averaging, self.step_logits = self.step_logits, StepLogits(self.model, self.forward)
             with processes.working_alone():  # it may fail in one process alone
                 self.forward.prove(lambda _: self.backward(inputs))
             self.step_logits = averaging
             if processes.largest(not self.forward.works)[0]:
                 self.forward.give_up()
-        self.backward(inputs)
+        if processes.several():
+            self.backward(inputs)
         self.load_state_dict(state)
 
     def loop(self, signals: Signals) -> int:
@@ -389,8 +390,6 @@ class Trainer:
         self.record.recovery(diverged_at, self.step, change)
         self.refit_average()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
-
-    # ------------------------------------------------------------------------------------------ what is dumped
 
     def measurements(self) -> dict[str, float | list[int]]:
         """Means over the steps since the last call, where training stands, longer chains. Waits for the device."""

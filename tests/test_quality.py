@@ -352,10 +352,8 @@ def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- while training
 
 TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
-TINY = [
-    *TINY.split(),
-    *"--precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1".split(),
-]  # 13 steps an epoch
+TINY += " --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1"
+TINY = TINY.split()  # 13 steps an epoch
 
 
 def test_quality_while_training(tmp_path, monkeypatch):
