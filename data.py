@@ -20,8 +20,8 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 import image_folder
+from distributed import Place
 from image_folder.layout import describe
-from processes import Place
 from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")

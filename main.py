@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 
 import data
-import evaluation
-import export
-import processes
-import sample
-import terminal
+import distributed
+import evaluation.run
 import utils
+from checkpoints import export
+from checkpoints.files import set_aside
+from checkpoints.other_programs import open_checkpoint
+from checkpoints.resume import before_restart, continued, newest_continued
 from config import Config
-from models.foreign import open_checkpoint
-from option_use import check_training, check_use
-from options import absolute_paths, add_options, option_names
-from recipes import with_recipe
-from resume import before_restart, continued, newest_continued
-from storage.checkpoint import set_aside
-from storage.run_dir import RunDir
+from config.cli import absolute_paths, add_options, option_names
+from config.recipes import with_recipe
+from config.use import check_training, check_use
+from generation import sample
+from logger import terminal
+from logger.run_dir import RunDir
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
@@ -47,12 +47,12 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
-        processes.connect()
-        with processes.only_first_prints():
+        distributed.connect()
+        with distributed.only_first_prints():
             status = run(arguments)
-        if processes.several():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
+        if distributed.several():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        processes.disconnect()
+        distributed.disconnect()
         return status
     except UserError as error:
         complain("error", one_line(error))
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         complain("failed", one_line(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        if processes.lost_connection(error):
+        if distributed.lost_connection(error):
             reason = str(error).strip().partition("\n")[0]
             complain("failed", f"a process of this run has ended or cannot be reached ({one_line(reason)})")
             return 1
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 def complain(kind: str, message: str) -> None:
     """One line on stderr, from one of several processes that have the same to say."""
-    if processes.first_to_say(message):
+    if distributed.first_to_say(message):
         print(f"{kind}: {message}", file=sys.stderr)
 
 
@@ -109,11 +109,11 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{f.name} is empty: give a path")
     given |= absolute_paths(Config, given)
     check_use(given)
-    if given.get("mode") == "export" and processes.place().size > 1:
+    if given.get("mode") == "export" and distributed.place().size > 1:
         raise UserError("--mode export takes one process: start it without torchrun")
-    uses = {"sample": sample.run, "test": evaluation.run, "export": export.run}
+    uses = {"sample": sample.run, "test": evaluation.run.run, "export": export.run}
     if use := uses.get(given.get("mode")):
-        cfg, path, content = processes.from_first(lambda: trained(given))
+        cfg, path, content = distributed.from_first(lambda: trained(given))
         try:
             return use(cfg, path, content)
         except UserError as error:
@@ -127,28 +127,28 @@ def train(given: dict) -> int:
     resume = given.get("resume", "")
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    resumed = processes.from_first(lambda: before_restart(given))
+    resumed = distributed.from_first(lambda: before_restart(given))
     if not resumed and resume not in ("", "auto"):
-        resumed = processes.from_first(lambda: continued(given, resume))
+        resumed = distributed.from_first(lambda: continued(given, resume))
     cfg = resumed.cfg if resumed else Config(**with_recipe(given))
     check_training(given, cfg)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     try:
-        images = processes.one_after_another(lambda: data.load(*where))
+        images = distributed.one_after_another(lambda: data.load(*where))
     except UserError as error:
         raise UserError(f"{error}{remembered(cfg, given)}") from error
-    if processes.from_first(lambda: images.description) != images.description:
+    if distributed.from_first(lambda: images.description) != images.description:
         raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
     if resume == "auto" and not resumed:
-        resumed = processes.from_first(lambda: newest_continued(cfg, given, images.description))
+        resumed = distributed.from_first(lambda: newest_continued(cfg, given, images.description))
         cfg = resumed.cfg if resumed else cfg
-    trainer = Trainer(cfg, images, device, processes.place())
+    trainer = Trainer(cfg, images, device, distributed.place())
     if resumed is None:
         if cfg.load_ckpt:
-            trainer.load_weights(*processes.from_first(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        return started(trainer, processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
+            trainer.load_weights(*distributed.from_first(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
+        return started(trainer, distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed
     if content["data"] != images.description:
@@ -159,7 +159,7 @@ def train(given: dict) -> int:
         print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
         return 0
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
-        processes.from_first(lambda: set_aside(path.with_name("last.pt")))
+        distributed.from_first(lambda: set_aside(path.with_name("last.pt")))
     position = content["log_position"]
     del resumed, content  # all that a checkpoint holds
     return started(trainer, directory, position)
@@ -167,7 +167,7 @@ def train(given: dict) -> int:
 
 def started(trainer: Trainer, directory: RunDir, log_position: int = 0) -> int:
     """Train in a run directory, which torchrun's next attempt will find if this one fails."""
-    processes.remember("run", str(directory.path))
+    distributed.remember("run", str(directory.path))
     return trainer.train(directory, log_position)
 
 
@@ -207,4 +207,4 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
 
 if __name__ == "__main__":
     terminal.protect()
-    terminal.leave(main(sys.argv[1:]), at_once=processes.several())  # others are still connected only after an error
+    terminal.leave(main(sys.argv[1:]), at_once=distributed.several())  # others are still connected only after an error

@@ -10,29 +10,28 @@ import torch
 from torch import Tensor
 
 import data
-import processes
-import recovery
+import distributed
+import divergence
 import utils
 from acceleration import CapturedGradient, CompiledOrEager, compiles
-from adversarial import adversarial_images
-from checks import check_sizes
+from chain_init import build_start
+from checkpoints.load import build_for, load_weights
 from config import Config
-from meter import Meter
+from config.checks import check_sizes
+from distributed import Place, joined, own_part, own_state
+from divergence import Recovery, roomiest
+from evaluation.training_fid import SampleQuality
+from logger.meter import Meter
+from logger.progress import announce, compiled
+from logger.run_dir import RunDir
+from logger.run_logger import NoRecord, Record
+from losses import Weights, joint_loss
 from models import StepLogits, copy_weights, sampling_copy
-from models.load import build_for, load_weights
-from models.normalisation import keeps_statistics, share_statistics, synced
+from models.batch_norm import keeps_statistics, share_statistics, synced
 from models.predict import accuracy, evaluation_mode
-from objectives import Weights, joint_loss
 from optim import build_optimizer, refit_statistics, scheduled_rate, update_average
-from processes import Place
-from progress import announce, compiled
-from record import NoRecord, Record
-from recovery import Recovery
-from sample_quality import SampleQuality
+from pgd import adversarial_images
 from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
-from starts import build_start
-from state import joined, own_part, own_state, roomiest
-from storage.run_dir import RunDir
 from utils import Signals, copy_tree
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
@@ -86,8 +85,8 @@ class Trainer:
             synced(self.model)
         self.seed_generators(cfg.seed)  # weights are the same in all processes; what is drawn from now on is not
         self.forward = CompiledOrEager(self.model.logits) if compile else self.model.logits
-        self.step_logits = processes.averaging_gradients(StepLogits(self.model, self.forward), device)
-        captures = device.type == "cuda" and not processes.several()
+        self.step_logits = distributed.averaging_gradients(StepLogits(self.model, self.forward), device)
+        captures = device.type == "cuda" and not distributed.several()
         self.captured = CapturedGradient(self.model) if captures else None
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.optimizer = build_optimizer(cfg, self.model)
@@ -130,7 +129,7 @@ class Trainer:
                     self.record.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
-            processes.wait_for_all()  # when one process ends, torchrun stops the others
+            distributed.wait_for_all()  # when one process ends, torchrun stops the others
         self.record.end(self.step, status)
         return status
 
@@ -139,17 +138,17 @@ class Trainer:
 
         DistributedDataParallel adds gradients up in one order in its first step and in another from then on.
         """
-        if not (compiling := isinstance(self.forward, CompiledOrEager)) and not processes.several():
+        if not (compiling := isinstance(self.forward, CompiledOrEager)) and not distributed.several():
             return
         state, inputs = copy_tree(self.state_dict()), self.next_inputs(sgld_steps=1)[0]
         if compiling:
             averaging, self.step_logits = self.step_logits, StepLogits(self.model, self.forward)
-            with processes.working_alone():  # it may fail in one process alone
+            with distributed.working_alone():  # it may fail in one process alone
                 self.forward.prove(lambda _: self.backward(inputs))
             self.step_logits = averaging
-            if processes.largest(not self.forward.works)[0]:
+            if distributed.largest(not self.forward.works)[0]:
                 self.forward.give_up()
-        if processes.several():
+        if distributed.several():
             self.backward(inputs)
         self.load_state_dict(state)
 
@@ -165,13 +164,13 @@ class Trainer:
             samples = self.training_step()
             step, last = self.step, self.step == self.total_steps
             log = step % LOG_EVERY == 0 or last
-            asked, status = processes.largest(*signals.take())  # a signal that comes later is for the next step
+            asked, status = distributed.largest(*signals.take())  # a signal that comes later is for the next step
             save = asked or step % save_every == 0 or step % cfg.ckpt_every == 0 or last
             self.record.advance()
 
             evaluates = step % eval_every == 0 or last
             measures = self.quality and (step % quality_every == 0 or last)
-            if (log or save or evaluates or measures) and processes.total(self.alarm.int()).item():  # waits for it
+            if (log or save or evaluates or measures) and distributed.total(self.alarm.int()).item():  # waits for it
                 self.recover()
                 if status:
                     return status
@@ -179,7 +178,7 @@ class Trainer:
             if evaluates or measures or save:
                 self.refit_average()
             values = self.measurements() if log else {}
-            if step % recovery.STATE_EVERY == 0:
+            if step % divergence.STATE_EVERY == 0:
                 self.keep_state()
             if self.sampler and (step - 1) % cfg.sample_every == 0:
                 self.dump_samples(samples)
@@ -253,7 +252,7 @@ class Trainer:
         weights = Weights.of(self.cfg, self.recovery.remedies["energy_l2"])
         if x_real is None:
             logits_real = logits
-        loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights, processes.mean)
+        loss, parts = joint_loss(logits, y, logits_real, logits_sampled, y_sampled, weights, distributed.mean)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.place.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0

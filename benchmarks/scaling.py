@@ -22,11 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import processes  # noqa: E402
+import distributed  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
-from recipes import RECIPES  # noqa: E402
+from config.recipes import RECIPES  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 
@@ -47,8 +47,8 @@ def options() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> None:
     """What each of the processes does: time its training steps."""
-    processes.connect()
-    place = processes.place()
+    distributed.connect()
+    place = distributed.place()
     torch.set_num_threads(1)
     device = utils.pick_device("cpu" if args.device == "cpu" else "0")
     utils.set_speed_options(device)
@@ -80,7 +80,7 @@ def work(args: argparse.Namespace) -> None:
         parameters = sum(p.numel() for p in run.model.parameters())
         result = medians | spread | about | {"batch_size": cfg.batch_size, "parameters": parameters}
         Path(args.worker).write_text(json.dumps(result))
-    processes.disconnect()
+    distributed.disconnect()
 
 
 def timed(n: int, args: argparse.Namespace) -> dict:

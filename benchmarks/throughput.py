@@ -31,8 +31,8 @@ import data  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.plain import PlainTraining, plain_sampler  # noqa: E402
 from config import Config  # noqa: E402
+from logger.run_dir import RunDir  # noqa: E402
 from models import build_model  # noqa: E402
-from storage.run_dir import RunDir  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 

@@ -17,11 +17,11 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import processes
-from adversarial import climb, lengths, random_change
+import distributed
+from logger.progress import patience
 from models import JEM
 from models.predict import images_per_batch
-from progress import patience
+from pgd import climb, lengths, random_change
 from sgld import normal_like, uniform_images
 
 BATCH = 100  # images of 3x32x32 at once; these need the memory of training
@@ -202,7 +202,7 @@ def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
 def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator | None = None) -> Tensor:
     """The classes (N,) of images (N, C, H, W) in [0, 1]; ``rng`` is what the classifier draws from, if it does."""
     batches = x.split(batch_size)
-    return torch.cat(processes.divided(batches, lambda x: classifier(x).argmax(1), x.device, rng))
+    return torch.cat(distributed.divided(batches, lambda x: classifier(x).argmax(1), x.device, rng))
 
 
 def survivors(
@@ -238,7 +238,7 @@ def survivors(
                         return classifier(moved).argmax(1) == y[part]
 
                 parts = alive.nonzero().flatten().split(batch_size) if alive.any() else ()
-                for part, kept in zip(parts, processes.divided(parts, withstand, x.device, rng), strict=True):
+                for part, kept in zip(parts, distributed.divided(parts, withstand, x.device, rng), strict=True):
                     alive[part] = kept
                 done += len(x) * attack.passes
                 bar.update(done - bar.n)  # fallen images need no more passes
@@ -353,7 +353,7 @@ def distal_adversarials(
         bar.update(max_steps - step)
         return x.detach(), (-loss.detach()).exp()
 
-    with progress_bar("distal adversarials", processes.own_share(len(batches)) * (max_steps + 1)) as bar:
-        parts = processes.divided(batches, climb_to, starts.device)
+    with progress_bar("distal adversarials", distributed.own_share(len(batches)) * (max_steps + 1)) as bar:
+        parts = distributed.divided(batches, climb_to, starts.device)
     x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, reached

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from config.options import METRICS
 from evaluation.report import Number, Report, Section
-from option_list import METRICS
 from utils import UserError
 
 

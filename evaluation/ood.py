@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 import data
+import distributed
 import image_folder
-import processes
-from adversarial import climb
 from config import Config
 from evaluation.inputs import Inputs
 from evaluation.report import Section, bootstrap
 from models import JEM, log_density
 from models.predict import images_per_batch
+from pgd import climb
 from utils import UserError, printable
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
@@ -36,7 +36,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     outside = {}
     for name in set_names(inputs.cfg):
         try:
-            images = processes.one_after_another(lambda name=name: foreign_images(name, test.images, inputs))
+            images = distributed.one_after_another(lambda name=name: foreign_images(name, test.images, inputs))
         except UserError as error:
             section.skip(printable(name, "utf-8"), str(error))
             continue
@@ -137,7 +137,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
     batches = x.split(images_per_batch(BATCH, x.shape[1:]))
-    parts = processes.divided(batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores")
+    parts = distributed.divided(batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores")
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
@@ -154,7 +154,7 @@ def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     def moved(x: Tensor) -> Tensor:
         return climb(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
 
-    return torch.cat(processes.divided(batches, moved, images.device))
+    return torch.cat(distributed.divided(batches, moved, images.device))
 
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from evaluation.content import OTHER_FILE, document
 from evaluation.html import html
 from evaluation.markdown import markdown
 from evaluation.report import Report
-from storage.log import tensorboard_writer
-from storage.writer import disk_errors, replace_file
+from logger.files import disk_errors, replace_file
+from logger.metrics_log import tensorboard_writer
 
 
 def write_files(report: Report) -> None:

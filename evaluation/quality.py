@@ -9,11 +9,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
-import processes
-from checks import FEWEST
+import distributed
+from chain_init import NAMES, build_start
 from config import Config
+from config.checks import FEWEST
 from data import Split, to_float
-from distances import (
+from evaluation.fid import (
     KID_SUBSETS,
     NEIGHBOURS,
     Features,
@@ -25,12 +26,11 @@ from distances import (
 )
 from evaluation.inputs import Inputs
 from evaluation.report import Section
+from evaluation.training_fid import fresh_samples
+from logger.images import image_grid, to_uint8
 from models import JEM, sampling_copy
 from models.predict import predict
-from sample_quality import fresh_samples
 from sgld import SGLD, chain_options, step_protocol
-from starts import NAMES, build_start
-from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages, pick_dtype
 
 
@@ -158,7 +158,7 @@ def add_inception_scores(
     section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], seed: int
 ) -> None:
     """The table of FID, KID, precision, recall and IS."""
-    network = processes.one_after_another(lambda: inception(real[0].device))
+    network = distributed.one_after_another(lambda: inception(real[0].device))
 
     def outputs(images: Tensor) -> tuple[Tensor, Tensor]:
         return inception_outputs(network, images, "Inception's features")

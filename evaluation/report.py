@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from storage.pictures import save_png
-from storage.writer import disk_errors, replace_file
+from logger.files import disk_errors, replace_file
+from logger.images import save_png
 from utils import printable
 
 Interval = tuple[float, float]

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
-import processes
+import distributed
+from config.options import ATTACKS
 from evaluation.attacks import (
     AUTO_TARGETS,
     BATCH,
@@ -27,10 +28,9 @@ from evaluation.attacks import (
 )
 from evaluation.inputs import Inputs
 from evaluation.report import Section
+from logger.images import image_grid, to_uint8
 from models.predict import images_per_batch
-from option_list import ATTACKS
 from sgld import chain_options, step_protocol
-from storage.pictures import image_grid, to_uint8
 from utils import UserError, evaluation_packages
 
 
@@ -152,7 +152,7 @@ def durations(inputs: Inputs, chosen: list[str], sweeps: dict[str, Sweep], x: Te
         times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in NORMS)
     if "distal" in chosen:
         times["distal"] = N_DISTAL * n_classes * (DISTAL_STEPS + 1) * plain.gradient
-    return {TITLES[name]: seconds / processes.place().size for name, seconds in times.items()}
+    return {TITLES[name]: seconds / distributed.place().size for name, seconds in times.items()}
 
 
 def add_auto_attack(section: Section, norm: Norm, inputs: Inputs, x: Tensor, y: Tensor, axes: Axes) -> None:

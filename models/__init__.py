@@ -2,8 +2,8 @@
 
 import torch
 
+from models.batch_norm import batch_norms, frozen_statistics
 from models.jem import JEM, StepLogits, copy_weights, log_density, sampling_copy
-from models.normalisation import batch_norms, frozen_statistics
 from models.wide_resnet import BACKBONES, WideResNet
 
 __all__ = [

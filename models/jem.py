@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.normalisation import batch_norms, frozen_statistics
+from models.batch_norm import batch_norms, frozen_statistics
 from models.wide_resnet import WideResNet
 
 

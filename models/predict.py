@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-import processes
+import distributed
 from data import Split, to_float
 from models.jem import JEM
 from utils import autocast
@@ -40,7 +40,7 @@ def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dt
     """
     with evaluation_mode(network), autocast(images.device, dtype):
         batches = images.split(images_per_batch(500, images.shape[1:]))
-        outputs = processes.divided(batches, lambda batch: network(to_float(batch)), images.device)
+        outputs = distributed.divided(batches, lambda batch: network(to_float(batch)), images.device)
     return torch.cat(outputs)
 
 

@@ -13,7 +13,7 @@ import acceleration
 import data
 from acceleration import CapturedGradient, compiles
 from config import Config
-from models.normalisation import batch_norms, frozen_statistics, keeps_statistics
+from models.batch_norm import batch_norms, frozen_statistics, keeps_statistics
 from trainer import Trainer
 from utils import copy_tree
 

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import evaluation
+import evaluation.run
 import utils
 from config import Config
 from data import Split, load
@@ -413,7 +413,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     def broken(inputs, section):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setitem(evaluation.METRICS, "classification", broken)
+    monkeypatch.setitem(evaluation.run.METRICS, "classification", broken)
     command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out

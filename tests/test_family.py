@@ -13,11 +13,11 @@ import data
 import main
 import optim
 import trainer
-from adversarial import adversarial_images
+from checkpoints.files import load_checkpoint
 from config import Config
-from recipes import RECIPES, with_recipe
-from storage.checkpoint import load_checkpoint
-from storage.log import read_log
+from config.recipes import RECIPES, with_recipe
+from logger.metrics_log import read_log
+from pgd import adversarial_images
 
 SMALL = (
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 2 --max_steps 12 "

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from checkpoints.load import load_model
+from checkpoints.other_programs import open_checkpoint
 from config import Config
 from main import main
-from models.foreign import open_checkpoint
-from models.load import load_model
 from utils import UserError
 
 MEAN, DEVIATION = torch.tensor([0.49140, 0.48216, 0.44653]), torch.tensor([0.24703, 0.24349, 0.26159])

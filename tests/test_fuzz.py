@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import main
 from config import Config
-from options import option_names
+from config.cli import option_names
 
 OPTIONS = [f for f in fields(Config) if f.name not in ("mode", "gpu")]
 SWITCHES = [[name] for f in OPTIONS if f.type is bool for name in option_names(f)]

@@ -12,10 +12,10 @@ import data
 import main
 import trainer
 import utils
+from checkpoints.files import load_checkpoint
 from config import Config
 from models import build_model, copy_weights, sampling_copy
 from sgld import SGLD, reference_chain, uniform_images
-from storage.checkpoint import load_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

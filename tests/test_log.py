@@ -5,7 +5,7 @@ import os
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from storage.log import Log
+from logger.metrics_log import Log
 from utils import UserError
 
 

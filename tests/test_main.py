@@ -15,7 +15,7 @@ import data
 import main
 import trainer
 import utils
-from storage.checkpoint import load_checkpoint
+from checkpoints.files import load_checkpoint
 from trainer import Trainer
 
 TINY = (

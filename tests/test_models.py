@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from distances import Features
+from evaluation.fid import Features
+from losses import Weights, joint_loss
 from models import build_model, copy_weights, log_density, sampling_copy
 from models.predict import predict
-from objectives import Weights, joint_loss
 
 
 def tiny(**options):

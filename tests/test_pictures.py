@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from storage.pictures import CAPTION_HEIGHT, NAME_WIDTH, captioned, image_grid, plot_curves, save_gif, save_png
+from logger.images import CAPTION_HEIGHT, NAME_WIDTH, captioned, image_grid, plot_curves, save_gif, save_png
 from utils import printable
 
 RNG = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_curves_that_cannot_be_drawn_are_one_warning(damage, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     if damage == "full disk":
-        monkeypatch.setattr("storage.pictures.replace_file", full)
+        monkeypatch.setattr("logger.images.replace_file", full)
     plot_curves(tmp_path)
     err = capsys.readouterr().err
     assert err.startswith(f"Warning: the curves in {tmp_path} could not be drawn: ") and err.count("\n") == 1

@@ -13,17 +13,16 @@ import torch
 from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, train
 
 import data
+import distributed
 import main
-import processes
 import trainer
 import utils
-from checks import check_sizes
+from checkpoints.files import load_checkpoint
+from checkpoints.resume import before_restart
 from config import Config
-from processes import Place
-from resume import before_restart
-from state import own_state
-from storage.checkpoint import load_checkpoint
-from storage.log import read_log
+from config.checks import check_sizes
+from distributed import Place, own_state
+from logger.metrics_log import read_log
 from utils import UserError
 
 HERE = Path(__file__).parent
@@ -75,8 +74,8 @@ class Twins:
 
     def __init__(self, monkeypatch):
         self.rank, self.barrier, self.given = threading.local(), threading.Barrier(2, timeout=60), {}
-        monkeypatch.setattr(processes, "mean", self.mean)
-        monkeypatch.setattr(processes, "place", lambda: Place(self.rank.value, 2))
+        monkeypatch.setattr(distributed, "mean", self.mean)
+        monkeypatch.setattr(distributed, "place", lambda: Place(self.rank.value, 2))
 
     def exchanged(self, x):
         self.given[self.rank.value] = x.detach().clone()
@@ -277,22 +276,22 @@ class TestPlace:
         for name, value in (setting | {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
         for name in ("shared", "attempts"):
-            monkeypatch.setattr(processes, name, getattr(processes, name))
+            monkeypatch.setattr(distributed, name, getattr(distributed, name))
         for again in (False, True):
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(int(again)))
-            processes.shared = None
-            processes.connect()
-            assert processes.restarted() == again and not processes.several()
-            assert processes.remembered("run") == ("there" if again else None)
-            processes.remember("run", "there")
+            distributed.shared = None
+            distributed.connect()
+            assert distributed.restarted() == again and not distributed.several()
+            assert distributed.remembered("run") == ("there" if again else None)
+            distributed.remember("run", "there")
 
     def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
         """Those of its recipe that another value replaced, too."""
         begun = [*SMALL, "--recipe", "sada-jem", "--p_x_batch_size", "20", "--max_steps", "1"]
         assert main.main([*begun, "--logdir", str(tmp_path)]) == 0
         (run,) = map(str, tmp_path.iterdir())
-        monkeypatch.setattr(processes, "attempts", 2)
-        monkeypatch.setattr(processes, "remembered", lambda name: run)
+        monkeypatch.setattr(distributed, "attempts", 2)
+        monkeypatch.setattr(distributed, "remembered", lambda name: run)
         cfg = before_restart({"resume": run, "recipe": "sada-jem", "batch_size": 20}).cfg
         assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
         with pytest.raises(UserError, match="--p_x_batch_size 64 needs a new run"):  # begun without --resume

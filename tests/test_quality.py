@@ -9,12 +9,14 @@ from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import distances
-import sample_quality
 import trainer
+from chain_init import UniformStart
+from checkpoints.files import load_checkpoint
+from checkpoints.resume import continued
 from config import Config
 from data import load
-from distances import (
+from evaluation import fid, quality, training_fid
+from evaluation.fid import (
     Features,
     as_rgb,
     distances_to,
@@ -23,19 +25,15 @@ from distances import (
     inception_score,
     nearest,
 )
-from evaluation import quality
 from evaluation.inputs import Inputs
 from evaluation.quality import most_confident
 from evaluation.report import Section
+from evaluation.training_fid import fresh_samples
+from logger.images import to_uint8
+from logger.metrics_log import read_log
 from main import main
 from models import build_model
-from resume import continued
-from sample_quality import fresh_samples
 from sgld import SGLD, finite_images, reference_chain, uniform_images
-from starts import UniformStart
-from storage.checkpoint import load_checkpoint
-from storage.log import read_log
-from storage.pictures import to_uint8
 from utils import UserError
 
 
@@ -111,7 +109,7 @@ def within(point, others):
 
 
 def test_precision_and_recall_are_the_slow_loop_and_those_of_torch_fidelity(monkeypatch):
-    monkeypatch.setattr(distances, "CHUNK", 7)
+    monkeypatch.setattr(fid, "CHUNK", 7)
     real, fake = torch.randn(25, 3, generator=seeded(1)), 1.5 * torch.randn(32, 3, generator=seeded(2)) + 0.7
     found = distances_to(real)(fake)
     precision = np.mean([within(point, real.numpy()) for point in fake.numpy()])
@@ -203,7 +201,7 @@ def test_nearest_is_the_slow_loop():
 
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
-    monkeypatch.setattr(sample_quality, "images_per_batch", lambda *_: 4)
+    monkeypatch.setattr(training_fid, "images_per_batch", lambda *_: 4)
 
     def log_density(x, y=None):
         goal = 0 if y is None else y[:, None] / 10
@@ -359,7 +357,7 @@ TINY = TINY.split()  # 13 steps an epoch
 def test_quality_while_training(tmp_path, monkeypatch):
     """The distances are those of a slow computation, the best step's weights are kept, training is as without."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
-    monkeypatch.setattr(sample_quality, "REFERENCE", 500)
+    monkeypatch.setattr(training_fid, "REFERENCE", 500)
 
     def train(folder, *options):
         assert main([*TINY, "--logdir", str(tmp_path / folder), *options]) == 0

@@ -9,14 +9,14 @@ import pytest
 
 import config
 import main
-import options
 from benchmarks import reproduce
+from config import cli
 
 
 @pytest.mark.parametrize("name", reproduce.TRAIN)
 def test_every_run_has_valid_options(name):
     parser = argparse.ArgumentParser()
-    options.add_options(parser, config.Config)
+    cli.add_options(parser, config.Config)
     line = reproduce.command(name, False, ["--seed", "7"], "there")
     cfg = config.Config(**vars(parser.parse_args(line[2:])))
     assert (cfg.note, cfg.seed, Path(cfg.logdir).name) == (name, 7, "there")
@@ -25,7 +25,7 @@ def test_every_run_has_valid_options(name):
 
 def test_a_baseline_differs_in_nothing_but_the_samples():
     parser = argparse.ArgumentParser()
-    options.add_options(parser, config.Config)
+    cli.add_options(parser, config.Config)
     for name in (name for name in reproduce.TRAIN if name.endswith("_baseline")):
         jem, plain = (
             vars(parser.parse_args(reproduce.command(n, False, [], "runs")[2:]))

@@ -11,9 +11,9 @@ from PIL import Image, ImageSequence
 from sklearn.datasets import load_digits
 
 import main
-from counterfactual import target_classes
+from generation.counterfactual import target_classes
+from generation.sample import by_class, unknown_pixels
 from models import build_model
-from sample import by_class, unknown_pixels
 from sgld import reference_chain, uniform_images
 from utils import UserError
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+import chain_init
 import data
-import starts
+from chain_init import GaussianStart, UniformStart, build_start
 from config import Config
-from starts import GaussianStart, UniformStart, build_start
 
 
 def generator(seed=0):
@@ -51,11 +51,11 @@ def test_each_class_has_its_own_gaussian():
 
 
 def test_too_many_large_images_are_represented_by_some(monkeypatch):
-    monkeypatch.setattr(starts, "MAX_ROWS", 12)
+    monkeypatch.setattr(chain_init, "MAX_ROWS", 12)
     images = grey_images(500)
-    mean, factor, noise = starts.fit(images, images.device)
+    mean, factor, noise = chain_init.fit(images, images.device)
     assert factor.shape == (12, 16) and noise == 0.01
-    assert torch.equal(starts.fit(images, images.device)[1], factor)  # the same ones in a resumed run
+    assert torch.equal(chain_init.fit(images, images.device)[1], factor)  # the same ones in a resumed run
 
 
 @pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])

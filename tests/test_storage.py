@@ -7,9 +7,9 @@ import stat
 import pytest
 import torch
 
-from storage import checkpoint
-from storage.run_dir import RunDir
-from storage.writer import disk_errors
+from checkpoints import files
+from logger.files import disk_errors
+from logger.run_dir import RunDir
 from utils import UserError
 
 
@@ -27,15 +27,15 @@ def refuse_to_sync_directories(number, monkeypatch):
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES])
 def test_directories_that_cannot_be_synced(number, tmp_path, monkeypatch):
     refuse_to_sync_directories(number, monkeypatch)
-    checkpoint.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
-    assert checkpoint.load_checkpoint(tmp_path / "ckpt" / "last.pt")["state"] == {}
+    files.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
+    assert files.load_checkpoint(tmp_path / "ckpt" / "last.pt")["state"] == {}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="opens no directories")
 def test_a_failing_disk_is_no_directory_that_cannot_be_synced(tmp_path, monkeypatch):
     refuse_to_sync_directories(errno.EIO, monkeypatch)
     with pytest.raises(UserError, match=os.strerror(errno.EIO)):
-        checkpoint.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
+        files.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
 
 
 def test_a_checkpoint_without_room_names_the_cause(tmp_path):
@@ -45,7 +45,7 @@ def test_a_checkpoint_without_room_names_the_cause(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="File too large; free some space"):
-            checkpoint.save_checkpoint(tmp_path, "last.pt", {"state": {str(i): torch.zeros(20_000) for i in range(5)}})
+            files.save_checkpoint(tmp_path, "last.pt", {"state": {str(i): torch.zeros(20_000) for i in range(5)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

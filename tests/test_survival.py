@@ -21,15 +21,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import divergence
 import main
-import record
-import recovery
 import trainer
-from storage import pictures
-from storage.checkpoint import load_checkpoint
-from storage.log import read_log
-from storage.run_dir import RunDir
-from storage.writer import Writer
+from checkpoints.files import load_checkpoint
+from logger import images, run_logger
+from logger.files import Writer
+from logger.metrics_log import read_log
+from logger.run_dir import RunDir
 from utils import TrainingFailed
 
 KILLS = int(os.environ.get("SURVIVAL_KILLS", 1))
@@ -98,7 +97,7 @@ def short_epochs():
     """Each of the 13 steps long epochs ends with an evaluation and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "MIN_EPOCH", 1)
-        patch.setattr(record, "plot_curves", lambda run: None)  # two pictures at each evaluation
+        patch.setattr(run_logger, "plot_curves", lambda run: None)  # two pictures at each evaluation
         yield
 
 
@@ -133,9 +132,9 @@ def at_step(monkeypatch, step, action):
 
 def recorded_checkpoints(monkeypatch):
     """The names and steps of the checkpoints that are written from now on."""
-    saved, write = [], record.Record.write_checkpoint
+    saved, write = [], run_logger.Record.write_checkpoint
     monkeypatch.setattr(
-        record.Record,
+        run_logger.Record,
         "write_checkpoint",
         lambda self, name, content: (saved.append((name, content["state"]["step"])), write(self, name, content)),
     )
@@ -459,7 +458,7 @@ class TestFullDisk:
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(pictures, "replace_file", full)
+        monkeypatch.setattr(images, "replace_file", full)
         status, run = start(tmp_path)
         assert status == 0 and "Warning: " in capsys.readouterr().err
         assert equal(state(run), state(undisturbed)) and not list(run.glob("samples/*.png"))
@@ -469,7 +468,7 @@ class TestFullDisk:
     def test_while_logging(self, option, room, tmp_path):
         """Files may grow to ``room`` bytes; neither metrics.jsonl nor TensorBoard ends in a traceback."""
         program = (
-            "import resource, pathlib\nfrom storage.log import Log\n"
+            "import resource, pathlib\nfrom logger.metrics_log import Log\n"
             "from utils import UserError\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
             f"log = Log(pathlib.Path({str(tmp_path)!r}), {not option})\n"
@@ -535,7 +534,7 @@ class TestDivergence:
     def test_injected_faults_are_survived(self, i, tmp_path, monkeypatch, capsys):
         rng = random.Random(i)
         name = list(FAULT_KINDS)[i % len(FAULT_KINDS)]
-        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
+        monkeypatch.setattr(divergence, "STATE_EVERY", 10)
         injected = at_step(monkeypatch, rng.randint(1, 33), FAULT_KINDS[name])
         status, run = start(tmp_path, "--seed", str(i))
         end = state(run)
@@ -556,7 +555,7 @@ class TestDivergence:
 
     def test_a_snapshot_is_good_only_when_training_went_on_well(self, tmp_path, monkeypatch):
         """Ill weights that pass the check of step 20 are in the snapshot of that step; it must not be used."""
-        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
+        monkeypatch.setattr(divergence, "STATE_EVERY", 10)
         at_step(monkeypatch, 20, huge_step)
         status, run = start(tmp_path)
         (event,) = [line for line in metrics(run) if "event" in line]
@@ -590,7 +589,7 @@ class TestDivergence:
         assert err.startswith("failed: ") and "--sgld_step" in err and "--lr" in err
 
     def test_a_divergence_soon_after_another_calls_for_a_remedy_and_a_late_one_does_not(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(recovery, "STATE_EVERY", 2)  # soon: within 10 steps
+        monkeypatch.setattr(divergence, "STATE_EVERY", 2)  # soon: within 10 steps
         for step in (10, 20, 34):
             at_step(monkeypatch, step, lambda run: run.alarm.fill_(True))
         _, run = start(tmp_path)
@@ -706,7 +705,7 @@ class TestDivergence:
 
     def test_new_randomness(self, tmp_path, monkeypatch, undisturbed):
         at_step(monkeypatch, 30, nan_gradients)
-        monkeypatch.setattr(recovery, "STATE_EVERY", 10)
+        monkeypatch.setattr(divergence, "STATE_EVERY", 10)
         _, run = start(tmp_path)
         assert not equal(state(run)["model"], state(undisturbed)["model"])
 
@@ -728,9 +727,9 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     dumps = f"--ckpt_every {ckpt_every} --sample_every 3 --gif_every 30".split()
     n_steps = 30 * (KILLS + 1)
     options = [*TINY, *settings, *dumps, "--max_steps", str(n_steps)]
-    monkeypatch.setattr(recovery, "STATE_EVERY", 10)
+    monkeypatch.setattr(divergence, "STATE_EVERY", 10)
     frequent = (
-        "import sys, main, recovery, trainer; recovery.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
+        "import sys, main, divergence, trainer; divergence.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
         "sys.exit(main.main(sys.argv[1:]))"
     )
     program = [sys.executable, "-c", frequent]

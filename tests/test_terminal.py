@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import main
-from storage.checkpoint import load_checkpoint
+from checkpoints.files import load_checkpoint
 
 HERE = Path(main.__file__).parent
 TINY = (
@@ -57,7 +57,7 @@ def test_any_encoding(encoding, note, tmp_path):
 SLOW = """
 import os, sys, time
 import torch
-import main, terminal
+import main\nfrom logger import terminal
 original = torch.save
 
 def slow(content, file):

@@ -11,18 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import optim
-import progress
 import sgld
 import trainer
 from acceleration import CompiledOrEager
+from chain_init import UniformStart
 from config import Config
 from data import Split
+from distributed import Place
+from logger import progress
+from losses import Weights
 from models import build_model, copy_weights
 from models.wide_resnet import NORMS
-from objectives import Weights
-from processes import Place
 from sgld import ReplayBuffer, Sampler, reference_chain
-from starts import UniformStart
 
 
 def config(**changes):

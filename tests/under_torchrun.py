@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import data
+import distributed
 import main
-import processes
 import trainer
 from config import Config
 from evaluation import robustness
@@ -26,7 +26,7 @@ CONFIGS = {
 }
 
 
-def run_of(name: str, images: data.ImageData, place: processes.Place = data.ALONE) -> trainer.Trainer:
+def run_of(name: str, images: data.ImageData, place: distributed.Place = data.ALONE) -> trainer.Trainer:
     return trainer.Trainer(Config(**(COMMON | CONFIGS[name])), images, torch.device("cpu"), place)
 
 
@@ -61,9 +61,9 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
 def divided_work() -> list:
     """What comes of items, what the next number of their generator is, and of what one process alone fails."""
     rng = torch.Generator().manual_seed(1)
-    results = processes.divided(range(5), lambda i: (i, i + torch.rand(2, generator=rng)), "cpu", rng)
+    results = distributed.divided(range(5), lambda i: (i, i + torch.rand(2, generator=rng)), "cpu", rng)
     try:
-        processes.divided(range(2), lambda i: int(["1", "ten"][i]), "cpu")
+        distributed.divided(range(2), lambda i: int(["1", "ten"][i]), "cpu")
     except Exception as error:
         return [results, torch.rand((), generator=rng), type(error).__name__, str(error)]
 
@@ -71,12 +71,12 @@ def divided_work() -> list:
 def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     (folder,) = options
-    processes.connect()
-    images, place = data.load("digits", n_valid=COMMON["n_valid"]), processes.place()
+    distributed.connect()
+    images, place = data.load("digits", n_valid=COMMON["n_valid"]), distributed.place()
     done = {name: train(run_of(name, images, place)) for name in CONFIGS} | {"divided": divided_work()}
     done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
     torch.save(done, Path(folder) / f"{place.rank}.pt")
-    processes.disconnect()
+    distributed.disconnect()
 
 
 def dies(options: list[str]) -> int:
@@ -84,7 +84,7 @@ def dies(options: list[str]) -> int:
     training_step = trainer.Trainer.training_step
 
     def deadly(self):
-        if self.step == 15 and processes.place().rank == 1 and not processes.restarted():
+        if self.step == 15 and distributed.place().rank == 1 and not distributed.restarted():
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self)
 

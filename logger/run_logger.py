@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from checkpoints.files import save_checkpoint
 from config import Config
-from progress import Progress, evaluation_line, summary
-from storage.checkpoint import save_checkpoint
-from storage.log import Log
-from storage.pictures import image_grid, plot_curves, save_gif, save_png, to_uint8
-from storage.run_dir import RunDir
-from storage.writer import Writer, disk_errors, replace_file
+from logger.files import Writer, disk_errors, replace_file
+from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
+from logger.metrics_log import Log
+from logger.progress import Progress, evaluation_line, summary
+from logger.run_dir import RunDir
 from utils import UserError
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import processes
+import distributed
 
 
 class Meter:
@@ -33,8 +33,8 @@ class Meter:
         Waits for the device.
         """
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
-        means = processes.mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
-        counts = {name: processes.total(value).tolist() for name, value in self.sums.items() if value.ndim}
+        means = distributed.mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
+        counts = {name: distributed.total(value).tolist() for name, value in self.sums.items() if value.ndim}
         self.reset()
         return dict(zip(numbers, means, strict=True)) | counts
 

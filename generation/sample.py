@@ -1,57 +1,31 @@
 """--mode sample: images drawn from a trained model, and test images filled in or cleaned by it."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
-from tqdm import tqdm
 
-import counterfactual
 import data
-import processes
+import distributed
 import utils
-from checks import check_variance
+from chain_init import UniformStart, build_start
+from checkpoints.load import load_data, load_model, origin
 from config import Config
+from config.checks import check_variance
+from generation import counterfactual
+from generation.chains import COLUMNS, SHOWN, Result, Start, recorded_steps, run_chains
+from generation.restore import restoration_picture, restoration_start
+from logger.files import save_arrays
+from logger.images import captioned, image_grid, save_each, save_gif, save_png, to_uint8
+from logger.run_dir import RunDir
 from models import JEM, log_density, sampling_copy
-from models.load import load_data, load_model, origin
 from models.predict import predict
-from sgld import SGLD, chain_options, finite_images, normal_like, uniform_images
-from starts import UniformStart, build_start
-from storage.pictures import captioned, image_grid, save_each, save_gif, save_png, to_uint8
-from storage.run_dir import RunDir
-from storage.writer import save_arrays
+from sgld import chain_options, finite_images
 from utils import UserError
-
-COLUMNS = 10  # images in a row of a picture
-SHOWN = 100  # images in a picture or film; of a class, COLUMNS
-FRAMES = 60  # at most, in a film
-
-
-class Start(NamedTuple):
-    """Where chains begin, and what holds them."""
-
-    name: str  # for people
-    x: Tensor  # float32 (N, C, H, W)
-    y: Tensor | None = None  # int64 (N,), the classes whose log p(x, y) they climb; None: they climb log p(x)
-    known: Tensor | None = None  # bool (H, W), the pixels that keep their value
-    originals: Tensor | None = None  # uint8 (N, C, H, W), the test images that x was made from
-
-
-class Result(NamedTuple):
-    """Where chains have gone."""
-
-    x: Tensor  # the chains' ends, float32 (N, C, H, W) on the CPU; values may lie outside [-1, 1]
-    logits_start: Tensor  # float32 (N, K), at the chains' starts
-    logits: Tensor  # float32 (N, K), at their ends
-    frames: Tensor  # the first M chains at the recorded steps, uint8 (T, M, C, H, W)
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
@@ -89,10 +63,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     batches = torch.arange(len(start.x), device=device).tensor_split(math.ceil(len(start.x) / cfg.batch_size))
     check_variance(cfg, tuple(start.x.shape[1:]), len(batches[-1]))  # the smallest
-    directory = processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+    directory = distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     recorded = recorded_steps(steps)
     result = run_chains(model, start, batches, recorded, cfg, rng)
-    if processes.place().rank:
+    if distributed.place().rank:
         return 0
     directory.write_config(asdict(cfg), utils.environment(device))
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
@@ -154,104 +128,6 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> 
     return torch.stack(places, 1).flatten()
 
 
-def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Start:
-    """Test images, evenly spaced in the test part, with noise added or noise for their unknown pixels."""
-    images = load_data(cfg, path, content, rng.device)
-    known = None
-    if cfg.inpaint:
-        known = ~processes.from_first(lambda: unknown_pixels(cfg.inpaint, *images.shape[1:])).to(rng.device)
-    n = cfg.n_samples or COLUMNS
-    test = data.evenly_spaced(images.test, n, f"test images of {cfg.dataset}")
-    x = data.to_float(test.images)
-    y = test.labels if cfg.class_cond else None
-    if cfg.denoise:
-        return Start(f"denoise {cfg.denoise:g}", x + cfg.denoise * normal_like(x, rng), y, None, test.images)
-    x = torch.where(known, x, uniform_images(n, images.shape, rng))
-    return Start(f"inpaint {cfg.inpaint}", x, y, known, test.images)
-
-
-def unknown_pixels(name: str, height: int, width: int) -> Tensor:
-    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown.
-
-    Where a picture is transparent, the pixel is known.
-    """
-    unknown = torch.zeros(height, width, dtype=torch.bool)
-    if name == "left":
-        unknown[:, : width // 2] = True
-        return unknown
-    if name == "center":
-        unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
-        return unknown
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            with Image.open(name) as picture:
-                mask = on_black(picture)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"the mask {name} is too large, the images have {width}x{height} pixels: resize it") from None
-    except FileNotFoundError:
-        raise UserError(f"no mask at {name}: --inpaint takes left, center or a picture") from None
-    except (OSError, SyntaxError, ValueError):  # Pillow's exceptions for what is broken or no picture
-        raise UserError(f"{name} is no readable picture; --inpaint takes left, center or a picture") from None
-    if mask.shape != (height, width):
-        raise UserError(
-            f"the mask {name} has {mask.shape[1]}x{mask.shape[0]} pixels, but the images have "
-            f"{width}x{height}: resize it"
-        )
-    unknown = torch.from_numpy(mask >= 128)
-    if not unknown.any():
-        raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
-    return unknown
-
-
-def on_black(picture: Image.Image) -> np.ndarray:
-    """The grey levels, uint8 (H, W), of a picture that is laid on black where it is transparent."""
-    if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, "black")
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    return np.array(picture.convert("L"))
-
-
-# ---------------------------------------------------------------------------------------------- chains
-
-
-def recorded_steps(steps: int) -> list[int]:
-    """0, ``steps`` and evenly spaced steps between, at most FRAMES + 1 in all."""
-    return [*range(0, steps, math.ceil(steps / FRAMES) or 1), steps]
-
-
-@torch.no_grad()
-def run_chains(
-    model: JEM, start: Start, batches: Sequence[Tensor], recorded: list[int], cfg: Config, rng: Generator
-) -> Result:
-    """SGLD from every start, a batch of them at a time, up to the last of the steps ``recorded``.
-
-    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). ``batches``, places of starts, are of
-    about equal size: with batch normalisation, images depend on how many there are in their batch.
-    """
-    sgld = SGLD(model.log_density, **chain_options(cfg), compile=cfg.compile == "on")
-    shown = max(SHOWN, COLUMNS * model.class_output.out_features)
-
-    def run_batch(batch: Tensor) -> Result:
-        x, y = start.x[batch], None if start.y is None else start.y[batch]
-        held, logits_start = x, model.logits(x)
-        filmed = max(0, shown - batch[0].item())
-        film = [to_uint8(x[:filmed]).cpu()]
-        for before, after in pairwise(recorded):
-            for _ in range(after - before):
-                x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
-                if start.known is not None:
-                    x = torch.where(start.known, held, x)
-            film.append(to_uint8(x[:filmed]).cpu())
-            bar.update(after - before)
-        return Result(x.cpu(), logits_start.cpu(), model.logits(x).cpu(), torch.stack(film))
-
-    n_steps = processes.own_share(len(batches)) * recorded[-1]
-    with tqdm(total=n_steps, desc="SGLD", unit="step") as bar:
-        results = processes.divided(batches, run_batch, "cpu", rng)
-    *parts, films = zip(*results, strict=True)
-    return Result(*map(torch.cat, parts), torch.cat(films, 1))
-
-
 # ------------------------------------------------------------------------------------------ what is written
 
 
@@ -274,18 +150,6 @@ def write_pictures(
         captions = [f"SGLD step {step}" for step in recorded]
         pictures = [image_grid(images[:SHOWN], columns, tile=32) for images in frames]
         save_gif(directory / f"{name}.gif", pictures, captions)
-
-
-def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
-    """A row for each test image: itself, the chain's start, some of its steps (most of them early), its end.
-
-    originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``recorded`` (T).
-    """
-    last = len(recorded) - 1
-    during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
-    stages = torch.stack([originals, *frames[[0, *during, last]]], 1)  # (N, stages, C, H, W)
-    names = ["original", "before", *(f"step {recorded[i]}" for i in during), "after"]
-    return captioned(image_grid(stages.flatten(0, 1), len(names)), columns=names)
 
 
 def save_archive(path: Path, start: Start, result: Result, settings: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from checkpoints.load import load_model
+from checkpoints.other_programs import authors_weights
 from config import Config
-from models.foreign import authors_weights
-from models.load import load_model
-from storage.writer import disk_errors, replace_file
+from logger.files import disk_errors, replace_file
 from utils import UserError, printable
 
 

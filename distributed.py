@@ -23,6 +23,8 @@ from utils import UserError, copy_tree
 
 PATIENCE = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 
+OWN = ("rng", "sampler", "meter")  # of a process's state: what is not the same in all of them, besides the buffer
+
 T, Item = TypeVar("T"), TypeVar("Item")
 
 
@@ -323,3 +325,35 @@ def divided(
 
 def wait_for_all() -> None:
     largest(0)
+
+
+# ---------------------------------------------------------------------------------------------- a run's state
+
+
+def joined(state: dict[str, Any]) -> dict[str, Any]:
+    """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
+
+    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together as one process has
+    them. Elsewhere the state as it is.
+    """
+    parts = gather({name: state[name] for name in (*OWN, "buffer") if name in state})
+    buffers = [part.pop("buffer") for part in parts if "buffer" in part]
+    if buffers:
+        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
+        state = state | {"buffer": whole}
+    return state | {"processes": parts}
+
+
+def own_state(state: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The part of a ``joined`` state, or of a state that one process saved, for this process.
+
+    If the number of processes has changed, each gets what rank 0 had of its own (``OWN``).
+    """
+    everyone = state.get("processes", [{}])
+    state = state | everyone[place.rank if len(everyone) == place.size else 0]
+    return state | {"buffer": own_part(state["buffer"], place)} if "buffer" in state else state
+
+
+def own_part(buffer: dict[str, Tensor], place: Place) -> dict[str, Tensor]:
+    """A process's part of the state of a whole replay buffer."""
+    return {name: whole[place.rank :: place.size] for name, whole in buffer.items()}

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 import data
-import processes
+import distributed
 import utils
-from adversarial import climb
+from checkpoints.load import frozen, load_data, origin
 from config import Config
 from data import Split
+from logger.files import save_arrays
+from logger.images import captioned, image_grid, save_each, save_png, to_uint8
+from logger.run_dir import RunDir
 from models import JEM, log_density
-from models.load import frozen, load_data, origin
 from models.predict import predict
-from storage.pictures import captioned, image_grid, save_each, save_png, to_uint8
-from storage.run_dir import RunDir
-from storage.writer import save_arrays
+from pgd import climb
 from utils import UserError
 
 RADIUS = 2.5  # L2 on images in [0, 1]
@@ -65,9 +65,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "batch_size": cfg.batch_size,
     }
 
-    directory = processes.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+    directory = distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     change = changed(model, test, targets, radius, steps, cfg.batch_size)
-    if processes.place().rank:
+    if distributed.place().rank:
         return 0
     directory.write_config(asdict(cfg), utils.environment(device))
     save_png(directory.path / "counterfactual.png", picture(change, len(targets), class_names))
@@ -117,7 +117,7 @@ def changed(model: JEM, test: Split, targets: list[int], radius: float, steps: i
     def work(batch: tuple[Tensor, Tensor]) -> Tensor:
         return moved(model, data.to_float(batch[0]), batch[1], radius, steps)
 
-    x = torch.cat(processes.divided(batches, work, target.device, title="counterfactuals"))
+    x = torch.cat(distributed.divided(batches, work, target.device, title="counterfactuals"))
     return Change(original, target, x, predict(model, original.images), predict(model, x))
 
 

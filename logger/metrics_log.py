@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.writer import disk_errors
+from logger.files import disk_errors
 from utils import UserError, printable
 
 

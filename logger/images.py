@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from storage.log import read_log
-from storage.writer import disk_errors, replace_file
+from logger.files import disk_errors, replace_file
+from logger.metrics_log import read_log
 from utils import printable
 
 CAPTION_HEIGHT = 18  # pixels below each frame of a film

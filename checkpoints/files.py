@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from storage.writer import disk_errors
+from logger.files import disk_errors
 from utils import UserError
 
 CHECKPOINT_FORMAT = 4

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from config import Config
 from utils import TrainingFailed, copy_tree
 
@@ -65,3 +68,23 @@ class Recovery:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in copy_tree(state).items():
             setattr(self, name, value)
+
+
+def roomiest(device: torch.device, state: dict[str, Any]) -> torch.device:
+    """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if free > 4 * size_of(state) else torch.device("cpu")
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    match tree:
+        case Tensor():
+            return tree.nbytes
+        case dict():
+            return sum(map(size_of, tree.values()))
+        case list() | tuple():
+            return sum(map(size_of, tree))
+    return 0

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from adversarial import NORMS as ADVERSARIAL_NORMS
+from config.cli import option
+from config.recipes import RECIPES
 from data import DATASETS
 from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
-from options import option
-from recipes import RECIPES
+from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
 MODES = (*TRAINING, "test", "sample", "export")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-import processes
+import distributed
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -36,7 +36,7 @@ def share_statistics(model: nn.Module) -> None:
     """Give every process the mean of all processes' running statistics."""
     kept = [buffer for module in batch_norms(model) for buffer in (module.running_mean, module.running_var)]
     if kept:
-        together = processes.mean(torch.cat(kept))
+        together = distributed.mean(torch.cat(kept))
         torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
 
 
@@ -50,12 +50,12 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
         if not self.training:
             return super().forward(x)
-        n = processes.place().size * x.numel() // x.shape[1]
+        n = distributed.place().size * x.numel() // x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             h = x.float()
             variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
             near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
-            mean, square = processes.mean(torch.stack([mean, variance + (mean - near).square()]))
+            mean, square = distributed.mean(torch.stack([mean, variance + (mean - near).square()]))
             variance = (square - (mean - near).square()).clamp(min=0)
             if self.track_running_stats:
                 self.num_batches_tracked += 1

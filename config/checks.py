@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from option_list import TRAINING
+from config.options import TRAINING
 from utils import UserError
 
 FEWEST = 20  # images that a distance between sets of images needs

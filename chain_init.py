@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional
 
+import distributed
 import image_folder
-import processes
 from data import ImageData, Split, some_of_each_class, to_float
 from sgld import Start, uniform_images
 from utils import UserError
@@ -39,7 +39,7 @@ def build_start(cfg, images: ImageData) -> Start:
         return UniformStart(images.shape)
     if cfg.start == "folder":
         read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
-        return FolderStart(processes.one_after_another(read), images)
+        return FolderStart(distributed.one_after_another(read), images)
     if cfg.start == "gaussian":
         return GaussianStart(images.train, None, images.device)
     n_classes = len(images.class_names)

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from config import Config
-from option_list import MODES, TRAINING
+from config.options import MODES, TRAINING
 from utils import UserError
 
 READ_BY = {  # groups of options, and the modes that read them; all modes take the options of other groups

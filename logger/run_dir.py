@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from storage.writer import NO_PERMISSION, NO_SPACE, disk_errors, replace_file
+from logger.files import NO_PERMISSION, NO_SPACE, disk_errors, replace_file
 from utils import UserError
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import Config
+from config.recipes import RECIPES
 from models import build_model
-from recipes import RECIPES
-from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint
 from utils import UserError
 
 Weights = dict[str, Tensor]

@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import processes
+import distributed
+from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import CHANGEABLE, Config
-from options import as_typed
-from recipes import with_recipe
-from storage.checkpoint import CHECKPOINT_FORMAT, find_checkpoint
-from storage.run_dir import RunDir, read_config
+from config.cli import as_typed
+from config.recipes import with_recipe
+from logger.run_dir import RunDir, read_config
 from utils import UserError
 
 OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
@@ -51,7 +51,7 @@ def continued(given: dict, run: str) -> Resumed:
 
 def before_restart(given: dict) -> Resumed | None:
     """The result of ``continued`` for the run that an earlier torchrun attempt started, if it has a checkpoint."""
-    run = processes.remembered("run") if processes.restarted() else None
+    run = distributed.remembered("run") if distributed.restarted() else None
     if run is None or not any(Path(run, "ckpt").glob("*.pt")):
         return None
     began = with_recipe(given) if given.get("resume", "auto") == "auto" else given  # --resume RUN keeps the run's own

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from checks import check_options
-from option_list import ATTACKS, METRICS, Options
-from options import absolute_paths, check_value
+from config.checks import check_options
+from config.cli import absolute_paths, check_value
+from config.options import ATTACKS, METRICS, Options
 from utils import UserError
 
 FRESH_STEPS = 200  # with a training chain's step size, when samples have settled

@@ -3,14 +3,14 @@
 import torch
 from torch import Generator, Tensor
 
-import processes
+import distributed
+from checkpoints.load import load_feature_model
 from config import Config
 from data import ImageData
-from distances import BATCH, Features, frechet_distance, inception, inception_outputs
-from models.load import load_feature_model
+from evaluation.fid import BATCH, Features, frechet_distance, inception, inception_outputs
+from logger.images import to_uint8
 from models.predict import images_per_batch, predict
 from sgld import SGLD, Start
-from storage.pictures import to_uint8
 from utils import UserError, evaluation_packages
 
 IMAGES, REFERENCE = 2000, 10_000  # samples, unless --n_samples says another number; training images
@@ -38,7 +38,7 @@ def fresh_samples(
         ends = sgld(x, steps, sgld_lr, sgld_std, generator, y).x
         return to_uint8(x[: n - first]), to_uint8(ends[: n - first])
 
-    parts = processes.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
+    parts = distributed.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
     starts, ends = (torch.cat(part) for part in zip(*parts, strict=True))
     return starts, ends
 
@@ -66,7 +66,7 @@ class SampleQuality:
 
     def inception(self) -> torch.nn.Module:
         try:
-            return processes.one_after_another(lambda: inception(self.device))
+            return distributed.one_after_another(lambda: inception(self.device))
         except UserError as error:
             raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
 
@@ -74,7 +74,7 @@ class SampleQuality:
         """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W)."""
         sizes = self.cfg.fresh_steps, self.cfg.sgld_lr, self.cfg.sgld_std
         starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, *sizes, rng)
-        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: processes.own_share(self.n)]
-        held = processes.exchanged("images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu())
+        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: distributed.own_share(self.n)]
+        held = distributed.exchanged("images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu())
         sets = {"fresh_samples": fresh, "chain_starts": starts, "buffer": torch.cat(held).to(self.device)}
         return {f"quality/{name}": self.distance(self.features(images)) for name, images in sets.items()}
