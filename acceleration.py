@@ -16,7 +16,7 @@ def compiles(choice: str, device: torch.device, steps: int) -> bool:
     return choice == "on" or (choice == "auto" and device.type == "cuda" and steps >= 20_000)
 
 
-class CapturedStep:
+class CUDAGraphStep:
     """A function of tensors (and None) as a CUDA graph, which starts all its operations on the GPU at once.
 
     Without a graph the CPU starts each operation; with a small network the GPU waits for it.
@@ -42,7 +42,7 @@ class CapturedStep:
         return self.outputs
 
 
-class CapturedGradient:
+class CUDAGraphBackward:
     """CUDA graphs of a function of a named tuple that leaves gradients in a model's parameters.
 
     There is one graph for each pair of ``variant`` and shapes of the inputs, and with the same pair the function must
@@ -52,7 +52,7 @@ class CapturedGradient:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.graphs: dict[tuple, CapturedStep] = {}
+        self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     def __call__(
         self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...], variant: Any
@@ -65,7 +65,7 @@ class CapturedGradient:
             parameter.grad = gradient  # each graph has its own
         return {name: value.clone() for name, value in results.items()}
 
-    def capture(self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...]) -> CapturedStep:
+    def capture(self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...]) -> CUDAGraphStep:
         def with_gradients(*tensors):
             results = {name: value.detach() for name, value in function(type(inputs)(*tensors)).items()}
             return results, [parameter.grad for parameter in self.model.parameters()]
@@ -74,7 +74,7 @@ class CapturedGradient:
         before = [buffer.clone() for buffer in buffers]
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            graph = CapturedStep(with_gradients, *inputs)
+            graph = CUDAGraphStep(with_gradients, *inputs)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         return graph

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional
 import distributed
 import image_folder
 from data import ImageData, Split, some_of_each_class, to_float
-from sgld import Start, uniform_images
+from sgld import ChainInit, uniform_images
 from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
@@ -30,28 +30,28 @@ NAMES = {  # for people
 }
 
 
-def build_start(cfg, images: ImageData) -> Start:
+def build_chain_init(cfg, images: ImageData) -> ChainInit:
     """The start that ``--start`` names, fitted to the training images or from the images of ``--start_dir``.
 
     Where it needs labels, it uses those of ``--labels_per_class`` alone.
     """
     if cfg.start == "uniform":
-        return UniformStart(images.shape)
+        return UniformInit(images.shape)
     if cfg.start == "folder":
         read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
-        return FolderStart(distributed.one_after_another(read), images)
+        return FolderInit(distributed.rank0_first(read), images)
     if cfg.start == "gaussian":
-        return GaussianStart(images.train, None, images.device)
+        return GaussianInit(images.train, None, images.device)
     n_classes = len(images.class_names)
     counts = images.train.labels.bincount(minlength=n_classes).tolist()
     if 0 in counts:
         empty = images.class_names[counts.index(0)]
         raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
     labelled = some_of_each_class(images.train, cfg.labels_per_class, n_classes)
-    return GaussianStart(labelled, n_classes, images.device)
+    return GaussianInit(labelled, n_classes, images.device)
 
 
-class UniformStart:
+class UniformInit:
     """Uniform noise in [-1, 1], whatever the class (JEM)."""
 
     def __init__(self, shape: tuple[int, int, int]):
@@ -61,7 +61,7 @@ class UniformStart:
         return uniform_images(len(classes), self.shape, rng)
 
 
-class FolderStart:
+class FolderInit:
     """Random images of another set, uint8 (N, C, H, W), whatever the class, as DAT starts its chains.
 
     Grey images become RGB, or RGB images grey, as the training images are; they must have the same size.
@@ -81,7 +81,7 @@ class FolderStart:
         return to_float(self.images[chosen]).contiguous(memory_format=torch.channels_last)
 
 
-class GaussianStart:
+class GaussianInit:
     """A Gaussian with the images' mean and full covariance plus 1e-4 I, of each class or of all, clamped to [-1, 1].
 
     One for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM. A sample is

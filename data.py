@@ -20,7 +20,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 import image_folder
-from distributed import Place
+from distributed import World
 from image_folder.layout import describe
 from utils import UserError
 
@@ -28,7 +28,7 @@ DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "
 FLIP_KEEPS_LABEL = ("cifar10", "cifar100", "fashion_mnist", "folder")
 SPLIT_SEED = 0
 LARGE = 0.2  # of a GPU's memory: training images that take more stay on the host
-ALONE, WHOLE = Place(), slice(None)
+ALONE, WHOLE = World(), slice(None)
 
 SVHN_PARTS = ("train", "test")
 IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -130,10 +130,10 @@ class Batches:
         sigma: float,
         rng: Generator,
         augmented: bool = True,
-        place: Place = ALONE,
+        world: World = ALONE,
     ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
-        self.augmented, self.part = augmented, place.slice_of(batch_size)
+        self.augmented, self.part = augmented, world.slice_of(batch_size)
         self.from_host = split.images.device.type != rng.device.type
         self.copying = torch.cuda.Stream(rng.device) if self.from_host and rng.device.type == "cuda" else None
         self.load_state_dict({"order": torch.empty(0, dtype=torch.int64, device=rng.device), "position": 0})

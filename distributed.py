@@ -19,16 +19,16 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils import UserError, copy_tree
+from utils import UserError, tree_to
 
-PATIENCE = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
+TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 
-OWN = ("rng", "sampler", "meter")  # of a process's state: what is not the same in all of them, besides the buffer
+PER_PROCESS = ("rng", "sampler", "meter")  # parts of a run's state that differ between processes, besides the buffer
 
 T, Item = TypeVar("T"), TypeVar("Item")
 
 
-class Place(NamedTuple):
+class World(NamedTuple):
     """Which of ``size`` processes this is; rank 0 writes what the run leaves behind."""
 
     rank: int = 0
@@ -70,7 +70,7 @@ def connect() -> None:
         name, attempts = agree_on_attempt(rank, size)
         store = dist.PrefixStore(name, shared)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif "TORCHELASTIC_RUN_ID" in os.environ and shared is None:  # one process, which torchrun may start again
         attempts = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         with suppress(RuntimeError):  # torchrun has gone and left its variables
@@ -120,7 +120,7 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether there are other processes to agree with."""
     return dist.is_initialized() and not alone
 
@@ -136,8 +136,8 @@ def working_alone() -> Iterator[None]:
         alone = False
 
 
-def place() -> Place:
-    return Place(dist.get_rank(), dist.get_world_size()) if several() else Place()
+def current_world() -> World:
+    return World(dist.get_rank(), dist.get_world_size()) if is_distributed() else World()
 
 
 def first_to_say(message: str) -> bool:
@@ -151,9 +151,9 @@ def first_to_say(message: str) -> bool:
 
 
 @contextmanager
-def only_first_prints() -> Iterator[None]:
+def only_rank0_prints() -> Iterator[None]:
     """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
-    if place().rank == 0:
+    if current_world().rank == 0:
         yield
     else:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -162,18 +162,18 @@ def only_first_prints() -> Iterator[None]:
 
 def lost_connection(error: Exception) -> bool:
     """Whether processes cannot go on together, most often because one has gone."""
-    return several() and (isinstance(error, dist.DistError | OutOfStep) or "gloo" in str(error).lower())
+    return is_distributed() and (isinstance(error, dist.DistError | OutOfStep) or "gloo" in str(error).lower())
 
 
 # ---------------------------------------------------------------------------------------------- agreement
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean of x over all processes, on the device, and differentiable: see ``MeanOverProcesses``."""
-    return MeanOverProcesses.apply(x) if several() else x
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """The mean of x over all processes, on the device, and differentiable: see ``AllReduceMean``."""
+    return AllReduceMean.apply(x) if is_distributed() else x
 
 
-class MeanOverProcesses(torch.autograd.Function):
+class AllReduceMean(torch.autograd.Function):
     """The mean of a tensor over all processes. Its gradient is that of the sum of all processes' losses."""
 
     @staticmethod
@@ -184,27 +184,27 @@ class MeanOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return MeanOverProcesses.forward(ctx, gradient)
+        return AllReduceMean.forward(ctx, gradient)
 
 
 def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """The module, with gradients that are means over all processes after ``backward``: DistributedDataParallel's."""
-    if not several():
+    if not is_distributed():
         return module
     return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, on the device."""
-    if several():
+    if is_distributed():
         x = x.clone()
         dist.all_reduce(x)
     return x
 
 
-def largest(*numbers: int) -> tuple[int, ...]:
+def all_reduce_max(*numbers: int) -> tuple[int, ...]:
     """The largest of each number in any process. Waits for the other hosts, not for a device."""
-    if not several():
+    if not is_distributed():
         return numbers
     everyone = torch.tensor(numbers)
     dist.all_reduce(everyone, dist.ReduceOp.MAX)
@@ -215,12 +215,12 @@ class OutOfStep(RuntimeError):
     """Processes do not do the same any more."""
 
 
-def exchanged(what: str, value: T) -> list[T]:
+def all_gather_object(what: str, value: T) -> list[T]:
     """The values of all processes, by rank, in each of them. ``value`` holds tensors of the CPU alone.
 
     Raises OutOfStep if the others are about to exchange something else than ``what``.
     """
-    if not several():
+    if not is_distributed():
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (what, value))
@@ -230,7 +230,7 @@ def exchanged(what: str, value: T) -> list[T]:
     return [value for _, value in everyone]
 
 
-def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
+def raise_on_all_ranks(what: str, call: Callable[[], T] | None) -> T | None:
     """What ``call`` returns, or None without one; an error of one process is an error of all.
 
     Raises what ``call`` raises. In the others it is a UserError if it was one, or else a RuntimeError.
@@ -241,7 +241,7 @@ def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
     except Exception as error:
         failure = error  # raised below: first tell the other processes, which are waiting
     heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
-    messages = exchanged(what, heard)
+    messages = all_gather_object(what, heard)
     if failure:
         raise failure
     for message in filter(None, messages):
@@ -249,42 +249,42 @@ def failing_together(what: str, call: Callable[[], T] | None) -> T | None:
     return result
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Call ``make`` in rank 0 and return its result in every process. An error is raised in every process."""
-    if not several():
+    if not is_distributed():
         return make()
-    result = [failing_together("waits for the first", make if dist.get_rank() == 0 else None)]
+    result = [raise_on_all_ranks("waits for the first", make if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     return result[0]
 
 
 def gather(value: T) -> list[T]:
     """The values of all processes, by rank, in rank 0; elsewhere an empty list. Tensors must be on the CPU."""
-    if not several():
+    if not is_distributed():
         return [value]
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values or []
 
 
-def one_after_another(load: Callable[[], T]) -> T:
+def rank0_first(load: Callable[[], T]) -> T:
     """What ``load`` returns in each process: first in rank 0, then in one process of each machine, then in the others.
 
     The first may download, or write into a cache, what the others then find. An error in one is an error in all.
     """
-    if not several():
+    if not is_distributed():
         return load()
     turn = 0 if dist.get_rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    results = [failing_together("loads", load if turn == now else None) for now in range(3)]
+    results = [raise_on_all_ranks("loads", load if turn == now else None) for now in range(3)]
     return results[turn]
 
 
-def own_share(n: int) -> int:
-    """How many of n items one process does at most in ``divided``."""
-    return math.ceil(n / place().size)
+def shard_size(n: int) -> int:
+    """How many of n items one process does at most in ``sharded_map``."""
+    return math.ceil(n / current_world().size)
 
 
-def divided(
+def sharded_map(
     items: Sequence[Item],
     work: Callable[[Item], T],
     device: torch.device | str,
@@ -301,10 +301,10 @@ def divided(
         title: what stands at a progress bar, if there is to be one.
 
     Raises:
-        What ``work`` raises; see ``failing_together``.
+        What ``work`` raises; see ``raise_on_all_ranks``.
     """
     seeds = [] if rng is None else torch.randint(2**31, (len(items) + 1,), generator=rng, device=rng.device).tolist()
-    own = range(len(items))[place().rank :: place().size]
+    own = range(len(items))[current_world().rank :: current_world().size]
     done: list[T] = []
 
     def do_own() -> None:
@@ -314,29 +314,29 @@ def divided(
             done.append(work(items[i]))
 
     what = f"does {len(items)} of {title or work.__qualname__}"
-    failing_together(what, do_own)
+    raise_on_all_ranks(what, do_own)
     if rng is not None:
         rng.manual_seed(seeds[-1])
-    if not several():
+    if not is_distributed():
         return done
-    everyone = exchanged(what, copy_tree(done, torch.device("cpu")))
-    return [copy_tree(everyone[i % len(everyone)][i // len(everyone)], device) for i in range(len(items))]
+    everyone = all_gather_object(what, tree_to(done, torch.device("cpu")))
+    return [tree_to(everyone[i % len(everyone)][i // len(everyone)], device) for i in range(len(items))]
 
 
-def wait_for_all() -> None:
-    largest(0)
+def barrier() -> None:
+    all_reduce_max(0)
 
 
 # ---------------------------------------------------------------------------------------------- a run's state
 
 
-def joined(state: dict[str, Any]) -> dict[str, Any]:
+def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
 
     Image i of the process of rank r is image i * size + r of the whole, which keeps classes together as one process has
     them. Elsewhere the state as it is.
     """
-    parts = gather({name: state[name] for name in (*OWN, "buffer") if name in state})
+    parts = gather({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state})
     buffers = [part.pop("buffer") for part in parts if "buffer" in part]
     if buffers:
         whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
@@ -344,16 +344,16 @@ def joined(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"processes": parts}
 
 
-def own_state(state: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The part of a ``joined`` state, or of a state that one process saved, for this process.
+def shard_state(state: dict[str, Any], world: World) -> dict[str, Any]:
+    """The part of a ``gather_state`` state, or of a state that one process saved, for this process.
 
-    If the number of processes has changed, each gets what rank 0 had of its own (``OWN``).
+    If the number of processes has changed, each gets what rank 0 had of its own (``PER_PROCESS``).
     """
     everyone = state.get("processes", [{}])
-    state = state | everyone[place.rank if len(everyone) == place.size else 0]
-    return state | {"buffer": own_part(state["buffer"], place)} if "buffer" in state else state
+    state = state | everyone[world.rank if len(everyone) == world.size else 0]
+    return state | {"buffer": shard_buffer(state["buffer"], world)} if "buffer" in state else state
 
 
-def own_part(buffer: dict[str, Tensor], place: Place) -> dict[str, Tensor]:
+def shard_buffer(buffer: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """A process's part of the state of a whole replay buffer."""
-    return {name: whole[place.rank :: place.size] for name, whole in buffer.items()}
+    return {name: whole[world.rank :: world.size] for name, whole in buffer.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from utils import TrainingFailed, copy_tree
+from utils import TrainingFailed, tree_to
 
 STATE_EVERY = 200  # steps between states that training can go back to
 
@@ -66,25 +66,25 @@ class Recovery:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in copy_tree(state).items():
+        for name, value in tree_to(state).items():
             setattr(self, name, value)
 
 
-def roomiest(device: torch.device, state: dict[str, Any]) -> torch.device:
+def state_device(device: torch.device, state: dict[str, Any]) -> torch.device:
     """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
-    return device if free > 4 * size_of(state) else torch.device("cpu")
+    return device if free > 4 * tree_nbytes(state) else torch.device("cpu")
 
 
-def size_of(tree: Any) -> int:
+def tree_nbytes(tree: Any) -> int:
     """Bytes of all tensors in nested dicts, lists and tuples."""
     match tree:
         case Tensor():
             return tree.nbytes
         case dict():
-            return sum(map(size_of, tree.values()))
+            return sum(map(tree_nbytes, tree.values()))
         case list() | tuple():
-            return sum(map(size_of, tree))
+            return sum(map(tree_nbytes, tree))
     return 0

@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
         distributed.connect()
-        with distributed.only_first_prints():
+        with distributed.only_rank0_prints():
             status = run(arguments)
-        if distributed.several():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
+        if distributed.is_distributed():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed.disconnect()
         return status
@@ -109,11 +109,11 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{f.name} is empty: give a path")
     given |= absolute_paths(Config, given)
     check_use(given)
-    if given.get("mode") == "export" and distributed.place().size > 1:
+    if given.get("mode") == "export" and distributed.current_world().size > 1:
         raise UserError("--mode export takes one process: start it without torchrun")
     uses = {"sample": sample.run, "test": evaluation.run.run, "export": export.run}
     if use := uses.get(given.get("mode")):
-        cfg, path, content = distributed.from_first(lambda: trained(given))
+        cfg, path, content = distributed.broadcast_from_rank0(lambda: trained(given))
         try:
             return use(cfg, path, content)
         except UserError as error:
@@ -127,28 +127,28 @@ def train(given: dict) -> int:
     resume = given.get("resume", "")
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    resumed = distributed.from_first(lambda: before_restart(given))
+    resumed = distributed.broadcast_from_rank0(lambda: before_restart(given))
     if not resumed and resume not in ("", "auto"):
-        resumed = distributed.from_first(lambda: continued(given, resume))
+        resumed = distributed.broadcast_from_rank0(lambda: continued(given, resume))
     cfg = resumed.cfg if resumed else Config(**with_recipe(given))
     check_training(given, cfg)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     try:
-        images = distributed.one_after_another(lambda: data.load(*where))
+        images = distributed.rank0_first(lambda: data.load(*where))
     except UserError as error:
         raise UserError(f"{error}{remembered(cfg, given)}") from error
-    if distributed.from_first(lambda: images.description) != images.description:
+    if distributed.broadcast_from_rank0(lambda: images.description) != images.description:
         raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
     if resume == "auto" and not resumed:
-        resumed = distributed.from_first(lambda: newest_continued(cfg, given, images.description))
+        resumed = distributed.broadcast_from_rank0(lambda: newest_continued(cfg, given, images.description))
         cfg = resumed.cfg if resumed else cfg
-    trainer = Trainer(cfg, images, device, distributed.place())
+    trainer = Trainer(cfg, images, device, distributed.current_world())
     if resumed is None:
         if cfg.load_ckpt:
-            trainer.load_weights(*distributed.from_first(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        return started(trainer, distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
+            trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
+        return started(trainer, distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed
     if content["data"] != images.description:
@@ -159,7 +159,7 @@ def train(given: dict) -> int:
         print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
         return 0
     if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
-        distributed.from_first(lambda: set_aside(path.with_name("last.pt")))
+        distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))
     position = content["log_position"]
     del resumed, content  # all that a checkpoint holds
     return started(trainer, directory, position)
@@ -207,4 +207,6 @@ def trained(given: dict) -> tuple[Config, Path, dict]:
 
 if __name__ == "__main__":
     terminal.protect()
-    terminal.leave(main(sys.argv[1:]), at_once=distributed.several())  # others are still connected only after an error
+    terminal.leave(
+        main(sys.argv[1:]), at_once=distributed.is_distributed()
+    )  # others are still connected only after an error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from config import Config
 from data import to_float
-from models import frozen_statistics
+from models import no_running_stats_update
 from models.predict import images_per_batch
 from utils import autocast
 
@@ -31,7 +31,7 @@ def build_optimizer(cfg: Config, model: nn.Module) -> "torch.optim.Optimizer | S
             optimizer = torch.optim.RMSprop(model.parameters(), **shared)
     if not cfg.sam_rho:
         return optimizer
-    return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(frozen_statistics, model))
+    return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(no_running_stats_update, model))
 
 
 class SAM:
@@ -109,17 +109,17 @@ def learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequenc
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters, in place; ``step`` counts from 1.
 
     The decay is (1 + step) / (10 + step) as long as that is less: a short memory first, since the start is no model
-    yet. Running statistics are not averaged: see ``refit_statistics``.
+    yet. Running statistics are not averaged: see ``recalibrate_batch_norm``.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def refit_statistics(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def recalibrate_batch_norm(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
     A no-op without batch normalisation. Neither the model's mode nor any random generator changes.

@@ -12,11 +12,11 @@ NORMS = ("L2", "Linf")
 def adversarial_images(
     logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int
 ) -> Tensor:
-    """What makes the classifier most wrong: ``climb`` on the cross-entropy with the labels y, int64 (N,)."""
-    return climb(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
+    """What makes the classifier most wrong: ``pgd`` on the cross-entropy with the labels y, int64 (N,)."""
+    return pgd(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
 
 
-def climb(
+def pgd(
     function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int, start: Tensor | None = None
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018) on the sum of a function of each image.
@@ -40,24 +40,24 @@ def climb(
             (gradient,) = torch.autograd.grad(function(x + change), change)
         change = change.detach()
         if norm == "L2":
-            change = change + step_size * gradient / lengths(gradient)
-            change = change * (radius / lengths(change)).clamp(max=1)
+            change = change + step_size * gradient / l2_norms(gradient)
+            change = change * (radius / l2_norms(change)).clamp(max=1)
         else:
             change = (change + step_size * gradient.sign()).clamp(-radius, radius)
         change = (x + change).clamp(-1, 1) - x
     return x + change
 
 
-def random_change(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
+def random_start(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
     """A random start inside the ball for images x (N, C, H, W): uniform in it for "Linf"; for "L2" in a uniform
     direction, at a uniform distance."""
     if norm == "Linf":
         return radius * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
     direction = torch.randn(x.shape, generator=generator, device=x.device)
     distance = radius * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-    return distance * direction / lengths(direction)
+    return distance * direction / l2_norms(direction)
 
 
-def lengths(x: Tensor) -> Tensor:
+def l2_norms(x: Tensor) -> Tensor:
     """The L2 norm of each image, (N, 1, 1, 1), and a little more than 0."""
     return x.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12

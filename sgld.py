@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from acceleration import CapturedStep, CompiledOrEager
+from acceleration import CompiledOrEager, CUDAGraphStep
 
 LogDensity = Callable[..., Tensor]
-Start = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
+ChainInit = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
 
 
 class Chain(NamedTuple):
@@ -111,7 +111,7 @@ class SGLD:
             return step(*inputs, traceable_input_gradient)
 
         self.step, self.capture = CompiledOrEager(traceable, fallback=step) if compile else step, capture
-        self.graphs: dict[tuple, CapturedStep] = {}
+        self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     @torch.no_grad()
     def __call__(
@@ -133,10 +133,10 @@ class SGLD:
             x, grad = step(x, y, normal_like(x, generator) if no_noise is None else no_noise, size, std)
         return Chain(x.clone(), grad.clone()) if capture else Chain(x, grad)  # the next replay overwrites a graph's
 
-    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CapturedStep:
+    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CUDAGraphStep:
         key = (x.shape, y is None)
         if key not in self.graphs:
-            self.graphs[key] = CapturedStep(self.step, x, y, torch.zeros_like(x), size, std)
+            self.graphs[key] = CUDAGraphStep(self.step, x, y, torch.zeros_like(x), size, std)
         return self.graphs[key]
 
 
@@ -189,7 +189,7 @@ class ReplayBuffer:
     Image i is of class i * n_classes // size, which matters where draws name classes.
     """
 
-    def __init__(self, size: int, n_classes: int, start: Start, generator: torch.Generator):
+    def __init__(self, size: int, n_classes: int, start: ChainInit, generator: torch.Generator):
         self.n_classes = n_classes
         self.images = start([i * n_classes // size for i in range(size)], generator)
         self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
@@ -232,7 +232,7 @@ class Sampler:
         self,
         engine: SGLD,
         buffer: ReplayBuffer,
-        start: Start,
+        start: ChainInit,
         reinit_freq: float,
         step_size: float,
         noise_std: float,

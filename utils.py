@@ -207,17 +207,17 @@ class Signals:
             signal.signal(number, handler)
 
 
-def copy_tree(tree: Any, device: torch.device | None = None) -> Any:
+def tree_to(tree: Any, device: torch.device | None = None) -> Any:
     """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
     match tree:
         case Tensor():
             return tree.detach().to(device or tree.device, copy=True)
         case dict():
-            return {key: copy_tree(value, device) for key, value in tree.items()}
+            return {key: tree_to(value, device) for key, value in tree.items()}
         case tuple() if hasattr(tree, "_fields"):
-            return type(tree)(*(copy_tree(value, device) for value in tree))
+            return type(tree)(*(tree_to(value, device) for value in tree))
         case list() | tuple():
-            return type(tree)(copy_tree(value, device) for value in tree)
+            return type(tree)(tree_to(value, device) for value in tree)
     return tree
 
 

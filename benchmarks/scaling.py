@@ -48,7 +48,7 @@ def options() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace) -> None:
     """What each of the processes does: time its training steps."""
     distributed.connect()
-    place = distributed.place()
+    place = distributed.current_world()
     torch.set_num_threads(1)
     device = utils.pick_device("cpu" if args.device == "cpu" else "0")
     utils.set_speed_options(device)
@@ -67,7 +67,7 @@ def work(args: argparse.Namespace) -> None:
         run.training_step()
 
     def step_alone() -> None:
-        with run.step_logits.no_sync():
+        with run.joint_forward.no_sync():
             step()
 
     step()

@@ -61,7 +61,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
     """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
-    images = distributed.one_after_another(lambda: data.load(*where))
+    images = distributed.rank0_first(lambda: data.load(*where))
     shape, class_names = content["data"]["shape"], content["data"]["class_names"]
     foreign = content["data"].get("assumed", False)  # does not say which images it was trained on
     if foreign and images.shape[0] == shape[0]:
@@ -98,7 +98,7 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
     if not place:
         return None
-    path, content = distributed.from_first(lambda: open_checkpoint(place, {"dataset": dataset}))
+    path, content = distributed.broadcast_from_rank0(lambda: open_checkpoint(place, {"dataset": dataset}))
     described = content["data"]
     if described.get("assumed"):  # it does not say which images it was trained on
         known = described["shape"][0], len(described["class_names"])

@@ -20,7 +20,7 @@ from config.recipes import RECIPES
 from models import build_model
 from utils import UserError
 
-Weights = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 # Where a file keeps its weights, averaged ones first, and what may stand before all names.
 HOLDERS = ("ema_state_dict", "model_state_dict", "state_dict", "EnergyModel", "model", "logp_net")
@@ -61,9 +61,9 @@ CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 class Network(NamedTuple):
-    """Weights under this program's names, and what builds the network that they are of."""
+    """StateDict under this program's names, and what builds the network that they are of."""
 
-    weights: Weights
+    weights: StateDict
     channels: int
     n_classes: int
     options: dict[str, Any]  # of Config
@@ -127,8 +127,8 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def authors_weights(weights: Weights, backbone: str) -> Weights:
-    """Weights under the names of the JEM authors' programs, or with the backbone robust of robust classifiers.
+def authors_weights(weights: StateDict, backbone: str) -> StateDict:
+    """StateDict under the names of the JEM authors' programs, or with the backbone robust of robust classifiers.
 
     The heads that the JEM authors' programs insist on and do not use, ``f.linear`` and ``energy_output``, are zeros.
     """
@@ -151,7 +151,7 @@ def authors_weights(weights: Weights, backbone: str) -> Weights:
     return unused | weights
 
 
-def find_weights(raw: Any) -> tuple[str, Weights] | None:
+def find_weights(raw: Any) -> tuple[str, StateDict] | None:
     """The layout's name, and the weights under this program's names."""
     for weights in state_dicts(raw):
         weights = renamed(without_prefixes(weights), SECOND_NAMES)
@@ -161,7 +161,7 @@ def find_weights(raw: Any) -> tuple[str, Weights] | None:
     return None
 
 
-def state_dicts(raw: Any) -> Iterator[Weights]:
+def state_dicts(raw: Any) -> Iterator[StateDict]:
     """Every set of tensors in the places where programs keep their weights, innermost first."""
     if not isinstance(raw, dict):
         return
@@ -172,8 +172,8 @@ def state_dicts(raw: Any) -> Iterator[Weights]:
         yield tensors
 
 
-def without_prefixes(weights: Weights) -> Weights:
-    """Weights without what wrappers (DataParallel, averages, torch.compile) put before all their names."""
+def without_prefixes(weights: StateDict) -> StateDict:
+    """StateDict without what wrappers (DataParallel, averages, torch.compile) put before all their names."""
     weights = {name: value for name, value in weights.items() if name not in ("n_averaged", "replay_buffer")}
     for prefix in PREFIXES * 2:
         inside = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
@@ -182,12 +182,12 @@ def without_prefixes(weights: Weights) -> Weights:
     return weights
 
 
-def renamed(weights: Weights, rules: tuple) -> Weights:
-    """Weights under new names, the first rule that matches; the rule None leaves them out.
+def renamed(weights: StateDict, rules: tuple) -> StateDict:
+    """StateDict under new names, the first rule that matches; the rule None leaves them out.
 
     Raises UserError where two names of one weight hold different values.
     """
-    result: Weights = {}
+    result: StateDict = {}
     for name, value in weights.items():
         new = name
         for pattern, replacement in rules:
@@ -202,7 +202,7 @@ def renamed(weights: Weights, rules: tuple) -> Weights:
     return result
 
 
-def recognise(path: Path, layout: str, weights: Weights, given: dict[str, Any]) -> Network:
+def recognise(path: Path, layout: str, weights: StateDict, given: dict[str, Any]) -> Network:
     """Read depth, width, norm and heads off names and shapes, and check that every weight fits."""
     robust = layout == "robust classifier"
     if not robust and "f.layer1.1.bn1.weight" not in weights:
@@ -236,7 +236,7 @@ def recognise(path: Path, layout: str, weights: Weights, given: dict[str, Any]) 
     return Network(weights, stem.shape[1], head.shape[0], options, ambiguous)
 
 
-def fitted(weights: Weights, expected: Weights, path: Path, what: str) -> Weights:
+def fitted(weights: StateDict, expected: StateDict, path: Path, what: str) -> StateDict:
     """The weights in the types of a network's own, ``expected``. Raises UserError if they do not fit into it."""
     weights = dict(weights)
     for name in expected.keys() - weights.keys():
@@ -255,7 +255,7 @@ def fitted(weights: Weights, expected: Weights, path: Path, what: str) -> Weight
     return {name: weights[name].to(value.dtype).clone() for name, value in expected.items()}
 
 
-def norm_of(weights: Weights, given: dict[str, Any]) -> tuple[str, bool]:
+def norm_of(weights: StateDict, given: dict[str, Any]) -> tuple[str, bool]:
     """Which norm the weights have, and whether that is a guess between norms with the same names."""
     if "f.bn1.running_mean" in weights:
         return "batch", False

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import distributed
-from logger.progress import patience
+from logger.progress import bar_interval
 from models import JEM
 from models.predict import images_per_batch
-from pgd import climb, lengths, random_change
+from pgd import l2_norms, pgd, random_start
 from sgld import normal_like, uniform_images
 
 BATCH = 100  # images of 3x32x32 at once; these need the memory of training
@@ -101,7 +101,7 @@ def differentiable_chain(
             start = x if x.requires_grad else x.detach().requires_grad_()
             (grad,) = torch.autograd.grad(log_density(start).sum(), start, create_graph=attacked)
         if normalize:
-            grad = grad / lengths(grad)
+            grad = grad / l2_norms(grad)
         if grad_clamp is not None:
             grad = grad.clamp(-grad_clamp, grad_clamp)
         x = x + sgld_lr * grad + sgld_std * noise
@@ -126,7 +126,7 @@ class Attack(NamedTuple):
         return self.gradients + self.forwards
 
 
-def pgd(norm: str, steps: int, generator: Generator, name: str = "PGD") -> Attack:
+def pgd_attack(norm: str, steps: int, generator: Generator, name: str = "PGD") -> Attack:
     """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 epsilon / steps."""
 
     def on(classifier: nn.Module, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -134,8 +134,8 @@ def pgd(norm: str, steps: int, generator: Generator, name: str = "PGD") -> Attac
             def loss(moved: Tensor) -> Tensor:
                 return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
 
-            start = random_change(x, 2 * epsilon, norm, generator)
-            return (climb(loss, 2 * x - 1, 2 * epsilon, norm, steps, start) + 1) / 2
+            start = random_start(x, 2 * epsilon, norm, generator)
+            return (pgd(loss, 2 * x - 1, 2 * epsilon, norm, steps, start) + 1) / 2
 
         return perturb
 
@@ -202,7 +202,7 @@ def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
 def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator | None = None) -> Tensor:
     """The classes (N,) of images (N, C, H, W) in [0, 1]; ``rng`` is what the classifier draws from, if it does."""
     batches = x.split(batch_size)
-    return torch.cat(distributed.divided(batches, lambda x: classifier(x).argmax(1), x.device, rng))
+    return torch.cat(distributed.sharded_map(batches, lambda x: classifier(x).argmax(1), x.device, rng))
 
 
 def survivors(
@@ -238,7 +238,7 @@ def survivors(
                         return classifier(moved).argmax(1) == y[part]
 
                 parts = alive.nonzero().flatten().split(batch_size) if alive.any() else ()
-                for part, kept in zip(parts, distributed.divided(parts, withstand, x.device, rng), strict=True):
+                for part, kept in zip(parts, distributed.sharded_map(parts, withstand, x.device, rng), strict=True):
                     alive[part] = kept
                 done += len(x) * attack.passes
                 bar.update(done - bar.n)  # fallen images need no more passes
@@ -247,7 +247,7 @@ def survivors(
 
 
 def progress_bar(title: str, total: int) -> tqdm:
-    return tqdm(desc=f"{title}: ", total=total, bar_format=BAR, mininterval=patience(), leave=False)
+    return tqdm(desc=f"{title}: ", total=total, bar_format=BAR, mininterval=bar_interval(), leave=False)
 
 
 @contextmanager
@@ -353,7 +353,7 @@ def distal_adversarials(
         bar.update(max_steps - step)
         return x.detach(), (-loss.detach()).exp()
 
-    with progress_bar("distal adversarials", distributed.own_share(len(batches)) * (max_steps + 1)) as bar:
-        parts = distributed.divided(batches, climb_to, starts.device)
+    with progress_bar("distal adversarials", distributed.shard_size(len(batches)) * (max_steps + 1)) as bar:
+        parts = distributed.sharded_map(batches, climb_to, starts.device)
     x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, reached

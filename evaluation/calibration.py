@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Interval, Section, bootstrap
 from models.predict import predict
 
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     test, valid = inputs.subset(inputs.data.test), inputs.subset(inputs.data.valid)
     logits = predict(inputs.model, inputs.with_noise(test.images))
     scaled = {"as trained": 1.0}

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section, bootstrap
 from models import log_density
 from models.predict import predict
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     test, train = inputs.subset(inputs.data.test), inputs.subset(inputs.data.train)
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
     correct = logits.argmax(1) == test.labels

@@ -152,7 +152,7 @@ def inception_outputs(
     """Features (N, D) and logits (N, K) of uint8 images, grey or RGB; ``title`` stands at the progress bar."""
     batches = images.split(images_per_batch(BATCH, images.shape[1:]))
     with torch.no_grad():
-        parts = distributed.divided(batches, lambda batch: network(as_rgb(batch)), images.device, title=title)
+        parts = distributed.sharded_map(batches, lambda batch: network(as_rgb(batch)), images.device, title=title)
     features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
     return features, logits
 

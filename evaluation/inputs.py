@@ -12,7 +12,7 @@ from models import JEM
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvalInputs:
     """What is evaluated: a frozen model in evaluation mode and float32, its data, its replay buffer if it has one."""
 
     cfg: Config

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import Split
 from evaluation import ais
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from models import JEM, log_density
 from models.predict import predict
@@ -18,7 +18,7 @@ from models.predict import predict
 AIS_BURN_IN = 200  # HMC steps
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     """log Z and bits per dimension of exp(log p(x) / T), for T = 1 and for the T that suits the validation images."""
     levels = 17 if inputs.cfg.dataset == "digits" else 256
     test, valid, rng = inputs.subset(inputs.data.test), inputs.subset(inputs.data.valid), inputs.rng()
@@ -52,7 +52,7 @@ def tempered(model: JEM, beta: float) -> ais.LogDensity:
     return lambda x: beta * model.log_density(x)
 
 
-def best_inverse_temperature(inputs: Inputs, mean_on_valid: float, rng: Generator) -> float:
+def best_inverse_temperature(inputs: EvalInputs, mean_on_valid: float, rng: Generator) -> float:
     """The first maximum over 1, 2, 4, ... of the mean log-likelihood ``beta * mean_on_valid - log Z(beta)``.
 
     Ends before fewer than a tenth of the chains are effective: from there on log Z is far too low, and the likelihood
@@ -70,7 +70,9 @@ def best_inverse_temperature(inputs: Inputs, mean_on_valid: float, rng: Generato
     return best
 
 
-def sandwich_log_z(inputs: Inputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator) -> None:
+def sandwich_log_z(
+    inputs: EvalInputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator
+) -> None:
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     shape, dim = inputs.data.shape, math.prod(inputs.data.shape)
     density, base = tempered(inputs.model, beta), ais.Box(shape)

@@ -14,11 +14,11 @@ import data
 import distributed
 import image_folder
 from config import Config
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section, bootstrap
 from models import JEM, log_density
 from models.predict import images_per_batch
-from pgd import climb
+from pgd import pgd
 from utils import UserError, printable
 
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
@@ -27,7 +27,7 @@ MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-cas
 BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     """Each score against each set of ``--ood_datasets``, and their histograms."""
     from sklearn.metrics import average_precision_score  # slow to import
 
@@ -36,7 +36,7 @@ def measure(inputs: Inputs, section: Section) -> None:
     outside = {}
     for name in set_names(inputs.cfg):
         try:
-            images = distributed.one_after_another(lambda name=name: foreign_images(name, test.images, inputs))
+            images = distributed.rank0_first(lambda name=name: foreign_images(name, test.images, inputs))
         except UserError as error:
             section.skip(printable(name, "utf-8"), str(error))
             continue
@@ -91,7 +91,7 @@ def check_names(cfg: Config) -> None:
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
-def foreign_images(name: str, test: Tensor, inputs: Inputs) -> Tensor:
+def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
     """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
 
     Of a folder it takes the test part, or all images if it has no parts. Besides data sets and folders: interp, the
@@ -137,7 +137,9 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
     batches = x.split(images_per_batch(BATCH, x.shape[1:]))
-    parts = distributed.divided(batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores")
+    parts = distributed.sharded_map(
+        batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores"
+    )
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
@@ -152,9 +154,9 @@ def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     batches = images.split(images_per_batch(BATCH, images.shape[1:]))
 
     def moved(x: Tensor) -> Tensor:
-        return climb(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
+        return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
 
-    return torch.cat(distributed.divided(batches, moved, images.device))
+    return torch.cat(distributed.sharded_map(batches, moved, images.device))
 
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 import distributed
-from chain_init import NAMES, build_start
+from chain_init import NAMES, build_chain_init
 from config import Config
 from config.checks import FEWEST
 from data import Split, to_float
@@ -24,11 +24,11 @@ from evaluation.fid import (
     inception_score,
     nearest,
 )
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.training_fid import fresh_samples
 from logger.images import image_grid, to_uint8
-from models import JEM, sampling_copy
+from models import JEM, frozen_sampler_model
 from models.predict import predict
 from sgld import SGLD, chain_options, step_protocol
 from utils import UserError, evaluation_packages, pick_dtype
@@ -48,7 +48,7 @@ def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
 # ---------------------------------------------------------------------------------------------- the metric
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     """Scores and pictures of the model's samples, fresh ones and those of the replay buffer, beside real images."""
     cfg, model, feature_model = inputs.cfg, inputs.model, inputs.feature_model
     sets = compared(inputs, section)
@@ -84,7 +84,7 @@ def samples_wanted(cfg: Config) -> int:
     return cfg.n_samples or min(10_000, cfg.max_images or 10_000)
 
 
-def reference(inputs: Inputs) -> tuple[Tensor, str]:
+def reference(inputs: EvalInputs) -> tuple[Tensor, str]:
     """The real images of ``--fid_reference``, uint8 (N, C, H, W), and what they are."""
     data, with_test = inputs.data, inputs.cfg.fid_reference == "train+test"
     parts = [data.train, data.valid, *([data.test] if with_test else [])]
@@ -94,7 +94,7 @@ def reference(inputs: Inputs) -> tuple[Tensor, str]:
     return images, f"{len(images)} {'training, validation and test' if with_test else 'training and validation'} images"
 
 
-def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
+def compared(inputs: EvalInputs, section: Section) -> dict[str, tuple[Tensor, str]]:
     """The sets of samples, uint8 (N, C, H, W), by name, each with its protocol; those that cannot be are skipped."""
     cfg, n, no_labels = inputs.cfg, samples_wanted(inputs.cfg), "the model was trained without labels"
     sets = chains(inputs, n)
@@ -121,13 +121,13 @@ def compared(inputs: Inputs, section: Section) -> dict[str, tuple[Tensor, str]]:
     return sets
 
 
-def chains(inputs: Inputs, n: int) -> dict[str, tuple[Tensor, str]]:
+def chains(inputs: EvalInputs, n: int) -> dict[str, tuple[Tensor, str]]:
     """n fresh samples of log p(x) and, of a model that classifies, as many of log p(x|y), and what both start from."""
     cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
     steps = cfg.fresh_steps
     n_classes = len(inputs.data.class_names)
-    sgld = SGLD(sampling_copy(inputs.model, dtype).log_density, **chain_options(cfg))
-    start = build_start(cfg, inputs.data)
+    sgld = SGLD(frozen_sampler_model(inputs.model, dtype).log_density, **chain_options(cfg))
+    start = build_chain_init(cfg, inputs.data)
     targets = {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
@@ -158,7 +158,7 @@ def add_inception_scores(
     section: Section, sets: dict[str, tuple[Tensor, str]], real: tuple[Tensor, str], seed: int
 ) -> None:
     """The table of FID, KID, precision, recall and IS."""
-    network = distributed.one_after_another(lambda: inception(real[0].device))
+    network = distributed.rank0_first(lambda: inception(real[0].device))
 
     def outputs(images: Tensor) -> tuple[Tensor, Tensor]:
         return inception_outputs(network, images, "Inception's features")

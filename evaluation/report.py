@@ -75,7 +75,7 @@ class Section:
         interval: Interval | None = None,
         at: tuple[str, str] | None = None,
     ) -> None:
-        """Record a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
+        """RunLogger a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
         number = Number(float(value), interval, n, protocol)
         if not math.isfinite(number.value):
             self.skip(" ".join((name, *(at or ()))), f"the result is {number.value}")
@@ -85,12 +85,12 @@ class Section:
             self.tables.setdefault(name, {}).setdefault(at[0], {})[at[1]] = number
 
     def mean(self, name: str, values: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """Record the mean of one value an image, (N,), with its bootstrap interval."""
+        """RunLogger the mean of one value an image, (N,), with its bootstrap interval."""
         values = values.double().cpu()
         self.add(name, values.mean().item(), len(values), protocol, bootstrap(torch.mean, values), at)
 
     def share(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """Record the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
+        """RunLogger the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
         from scipy.stats import binomtest  # slow to import
 
         n = len(true)
@@ -101,7 +101,7 @@ class Section:
         self.notes.append(text)
 
     def skip(self, what: str, reason: str) -> None:
-        """Record that something could not be computed, and say so at once."""
+        """RunLogger that something could not be computed, and say so at once."""
         self.absent[what] = reason
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 

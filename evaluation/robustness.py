@@ -22,11 +22,11 @@ from evaluation.attacks import (
     estimate,
     measure_speed,
     no_auto_attack,
-    pgd,
+    pgd_attack,
     predicted,
     survivors,
 )
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from logger.images import image_grid, to_uint8
 from models.predict import images_per_batch
@@ -61,7 +61,7 @@ class Sweep(NamedTuple):
 
     def attacks(self, norm: str) -> list[Attack]:
         names = [f"{self.name}, start {i}" for i in range(1, self.restarts + 1)] if self.restarts > 1 else [self.name]
-        return [pgd(norm, self.steps, self.rng, name) for name in names]
+        return [pgd_attack(norm, self.steps, self.rng, name) for name in names]
 
 
 NORMS = (
@@ -75,7 +75,7 @@ MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is pos
 TITLES = dict(zip(ATTACKS, ("PGD", "PGD through refinement", "AutoAttack", "distal adversarials"), strict=True))
 
 
-def measure(inputs: Inputs, section: Section) -> None:
+def measure(inputs: EvalInputs, section: Section) -> None:
     """Robust accuracies, with and without refinement, and distal adversarials."""
     chosen = choose(inputs, section)
     if not chosen:
@@ -101,7 +101,7 @@ def measure(inputs: Inputs, section: Section) -> None:
         add_distal_adversarials(inputs, section)
 
 
-def choose(inputs: Inputs, section: Section) -> list[str]:
+def choose(inputs: EvalInputs, section: Section) -> list[str]:
     """Those of ``--attacks`` that can be run; the report says of the others why they are absent."""
     cfg = inputs.cfg
     absent = {name: "left out by --attacks" for name in ATTACKS if name not in cfg.chosen_attacks}
@@ -119,7 +119,7 @@ def choose(inputs: Inputs, section: Section) -> list[str]:
     return [name for name in ATTACKS if name not in absent]
 
 
-def pgd_sweeps(inputs: Inputs, n: int) -> dict[str, Sweep]:
+def pgd_sweeps(inputs: EvalInputs, n: int) -> dict[str, Sweep]:
     """PGD on n images, and on fewer through the refinement, by their names in ``--attacks``."""
     cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(BATCH, inputs.data.shape)
     rng, rng_refined = inputs.rng(), inputs.rng()
@@ -136,7 +136,9 @@ def pgd_sweeps(inputs: Inputs, n: int) -> dict[str, Sweep]:
     }
 
 
-def durations(inputs: Inputs, chosen: list[str], sweeps: dict[str, Sweep], x: Tensor, y: Tensor) -> dict[str, float]:
+def durations(
+    inputs: EvalInputs, chosen: list[str], sweeps: dict[str, Sweep], x: Tensor, y: Tensor
+) -> dict[str, float]:
     """Seconds that each attack takes at most, by its title, from the measured time of a pass."""
     shape, n_classes = inputs.data.shape, len(inputs.data.class_names)
     batch = images_per_batch(BATCH, shape)
@@ -152,10 +154,10 @@ def durations(inputs: Inputs, chosen: list[str], sweeps: dict[str, Sweep], x: Te
         times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in NORMS)
     if "distal" in chosen:
         times["distal"] = N_DISTAL * n_classes * (DISTAL_STEPS + 1) * plain.gradient
-    return {TITLES[name]: seconds / distributed.place().size for name, seconds in times.items()}
+    return {TITLES[name]: seconds / distributed.current_world().size for name, seconds in times.items()}
 
 
-def add_auto_attack(section: Section, norm: Norm, inputs: Inputs, x: Tensor, y: Tensor, axes: Axes) -> None:
+def add_auto_attack(section: Section, norm: Norm, inputs: EvalInputs, x: Tensor, y: Tensor, axes: Axes) -> None:
     epsilon, n_classes = norm.epsilons[norm.standard], len(inputs.data.class_names)
     attacks, batch = auto_attack(norm.name, n_classes, inputs.cfg.seed), images_per_batch(BATCH, inputs.data.shape)
     kept = survivors(Classifier(inputs.model), attacks, x, y, [epsilon], batch, norm.name)[-1]
@@ -204,7 +206,7 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         )
 
 
-def add_distal_adversarials(inputs: Inputs, section: Section) -> None:
+def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     names = inputs.data.class_names
     x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
     section.mean(

@@ -17,7 +17,7 @@ from config import Config
 from config.options import METRICS as METRIC_NAMES
 from evaluation import calibration, classification, likelihood, ood, quality, robustness
 from evaluation.compare import read_report
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
 from logger.files import disk_errors
@@ -26,13 +26,13 @@ from sgld import finite_images
 from utils import UserError, evaluation_packages
 
 MEASURES = [m.measure for m in (classification, calibration, ood, robustness, quality, likelihood)]
-METRICS: dict[str, Callable[[Inputs, Section], None]] = dict(zip(METRIC_NAMES, MEASURES, strict=True))
+METRICS: dict[str, Callable[[EvalInputs, Section], None]] = dict(zip(METRIC_NAMES, MEASURES, strict=True))
 NEED_LABELS = ("classification", "calibration", "robustness")
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
-    other = distributed.from_first(lambda: read_report(cfg.compare)) if cfg.compare else None
+    other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
@@ -42,10 +42,13 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
     trained = Config.from_dict(content["config"], str(path))
     images = replace(images, class_names=class_names)
-    inputs = Inputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
+    inputs = EvalInputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
     ood.check_names(cfg)
 
-    directory, writes = distributed.from_first(lambda: report_directory(cfg, path)), distributed.place().rank == 0
+    directory, writes = (
+        distributed.broadcast_from_rank0(lambda: report_directory(cfg, path)),
+        distributed.current_world().rank == 0,
+    )
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {
         "checkpoint": f"{path}{chosen}",
@@ -93,11 +96,11 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     return 0
 
 
-def measure(metric: Callable[[Inputs, Section], None], inputs: Inputs, section: Section) -> None:
+def measure(metric: Callable[[EvalInputs, Section], None], inputs: EvalInputs, section: Section) -> None:
     """Run one metric. If it fails, the others still run, and its section says why it is missing."""
     try:
         with evaluation_packages():
-            distributed.failing_together(f"ends {section.name}", lambda: metric(inputs, section))
+            distributed.raise_on_all_ranks(f"ends {section.name}", lambda: metric(inputs, section))
     except UserError as error:
         section.skip(section.name, str(error))
     except Exception as error:

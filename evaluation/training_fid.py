@@ -10,7 +10,7 @@ from data import ImageData
 from evaluation.fid import BATCH, Features, frechet_distance, inception, inception_outputs
 from logger.images import to_uint8
 from models.predict import images_per_batch, predict
-from sgld import SGLD, Start
+from sgld import SGLD, ChainInit
 from utils import UserError, evaluation_packages
 
 IMAGES, REFERENCE = 2000, 10_000  # samples, unless --n_samples says another number; training images
@@ -19,7 +19,7 @@ IMAGES, REFERENCE = 2000, 10_000  # samples, unless --n_samples says another num
 def fresh_samples(
     sgld: SGLD,
     n: int,
-    start: Start,
+    start: ChainInit,
     n_classes: int,
     steps: int,
     sgld_lr: float,
@@ -38,7 +38,7 @@ def fresh_samples(
         ends = sgld(x, steps, sgld_lr, sgld_std, generator, y).x
         return to_uint8(x[: n - first]), to_uint8(ends[: n - first])
 
-    parts = distributed.divided(range(0, n, batch), samples, generator.device, generator, "fresh samples")
+    parts = distributed.sharded_map(range(0, n, batch), samples, generator.device, generator, "fresh samples")
     starts, ends = (torch.cat(part) for part in zip(*parts, strict=True))
     return starts, ends
 
@@ -50,7 +50,7 @@ class SampleQuality:
     time. Raises UserError if there is no such network.
     """
 
-    def __init__(self, cfg: Config, images: ImageData, start: Start, device: torch.device):
+    def __init__(self, cfg: Config, images: ImageData, start: ChainInit, device: torch.device):
         self.cfg, self.start, self.n_classes, self.device = cfg, start, len(images.class_names), device
         self.n = cfg.n_samples or IMAGES
         with evaluation_packages():
@@ -66,7 +66,7 @@ class SampleQuality:
 
     def inception(self) -> torch.nn.Module:
         try:
-            return distributed.one_after_another(lambda: inception(self.device))
+            return distributed.rank0_first(lambda: inception(self.device))
         except UserError as error:
             raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
 
@@ -74,7 +74,9 @@ class SampleQuality:
         """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W)."""
         sizes = self.cfg.fresh_steps, self.cfg.sgld_lr, self.cfg.sgld_std
         starts, fresh = fresh_samples(sgld, self.n, self.start, self.n_classes, *sizes, rng)
-        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: distributed.own_share(self.n)]
-        held = distributed.exchanged("images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu())
+        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: distributed.shard_size(self.n)]
+        held = distributed.all_gather_object(
+            "images of the replay buffer", to_uint8(buffer[chosen].nan_to_num(0)).cpu()
+        )
         sets = {"fresh_samples": fresh, "chain_starts": starts, "buffer": torch.cat(held).to(self.device)}
         return {f"quality/{name}": self.distance(self.features(images)) for name, images in sets.items()}

@@ -70,8 +70,8 @@ def run_chains(
             bar.update(after - before)
         return Result(x.cpu(), logits_start.cpu(), model.logits(x).cpu(), torch.stack(film))
 
-    n_steps = distributed.own_share(len(batches)) * recorded[-1]
+    n_steps = distributed.shard_size(len(batches)) * recorded[-1]
     with tqdm(total=n_steps, desc="SGLD", unit="step") as bar:
-        results = distributed.divided(batches, run_batch, "cpu", rng)
+        results = distributed.sharded_map(batches, run_batch, "cpu", rng)
     *parts, films = zip(*results, strict=True)
     return Result(*map(torch.cat, parts), torch.cat(films, 1))

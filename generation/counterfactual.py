@@ -20,7 +20,7 @@ from logger.images import captioned, image_grid, save_each, save_png, to_uint8
 from logger.run_dir import RunDir
 from models import JEM, log_density
 from models.predict import predict
-from pgd import climb
+from pgd import pgd
 from utils import UserError
 
 RADIUS = 2.5  # L2 on images in [0, 1]
@@ -65,9 +65,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "batch_size": cfg.batch_size,
     }
 
-    directory = distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+    directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     change = changed(model, test, targets, radius, steps, cfg.batch_size)
-    if distributed.place().rank:
+    if distributed.current_world().rank:
         return 0
     directory.write_config(asdict(cfg), utils.environment(device))
     save_png(directory.path / "counterfactual.png", picture(change, len(targets), class_names))
@@ -117,7 +117,7 @@ def changed(model: JEM, test: Split, targets: list[int], radius: float, steps: i
     def work(batch: tuple[Tensor, Tensor]) -> Tensor:
         return moved(model, data.to_float(batch[0]), batch[1], radius, steps)
 
-    x = torch.cat(distributed.divided(batches, work, target.device, title="counterfactuals"))
+    x = torch.cat(distributed.sharded_map(batches, work, target.device, title="counterfactuals"))
     return Change(original, target, x, predict(model, original.images), predict(model, x))
 
 
@@ -132,7 +132,7 @@ def moved(model: JEM, x: Tensor, y: Tensor, radius: float, steps: int) -> Tensor
         x: float32 (N, C, H, W) in [-1, 1]; y: int64 (N,), the classes aimed at.
         radius: how far an image may move, L2, on the [0, 1] scale.
     """
-    return climb(lambda x: model.log_density(x, y).sum(), x, 2 * radius, "L2", steps)
+    return pgd(lambda x: model.log_density(x, y).sum(), x, 2 * radius, "L2", steps)
 
 
 # ------------------------------------------------------------------------------------------ what is written

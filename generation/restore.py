@@ -24,7 +24,7 @@ def restoration_start(cfg: Config, path: Path, content: dict[str, Any], rng: Gen
     images = load_data(cfg, path, content, rng.device)
     known = None
     if cfg.inpaint:
-        known = ~distributed.from_first(lambda: unknown_pixels(cfg.inpaint, *images.shape[1:])).to(rng.device)
+        known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *images.shape[1:])).to(rng.device)
     n = cfg.n_samples or COLUMNS
     test = data.evenly_spaced(images.test, n, f"test images of {cfg.dataset}")
     x = data.to_float(test.images)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 import data
 import distributed
 import utils
-from chain_init import UniformStart, build_start
+from chain_init import UniformInit, build_chain_init
 from checkpoints.load import load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
@@ -22,7 +22,7 @@ from generation.restore import restoration_picture, restoration_start
 from logger.files import save_arrays
 from logger.images import captioned, image_grid, save_each, save_gif, save_png, to_uint8
 from logger.run_dir import RunDir
-from models import JEM, log_density, sampling_copy
+from models import JEM, frozen_sampler_model, log_density
 from models.predict import predict
 from sgld import chain_options, finite_images
 from utils import UserError
@@ -38,7 +38,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     dtype = utils.pick_dtype(cfg.precision, device)
-    model = sampling_copy(load_model(cfg, path, content).to(device), dtype)
+    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype)
     rng = Generator(device).manual_seed(cfg.seed)
     if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
         raise UserError(f"{path} was trained without labels: leave --class_cond out")
@@ -63,10 +63,10 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     batches = torch.arange(len(start.x), device=device).tensor_split(math.ceil(len(start.x) / cfg.batch_size))
     check_variance(cfg, tuple(start.x.shape[1:]), len(batches[-1]))  # the smallest
-    directory = distributed.from_first(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+    directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     recorded = recorded_steps(steps)
     result = run_chains(model, start, batches, recorded, cfg, rng)
-    if distributed.place().rank:
+    if distributed.current_world().rank:
         return 0
     directory.write_config(asdict(cfg), utils.environment(device))
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
@@ -106,8 +106,8 @@ def sampling_start(model: JEM, cfg: Config, path: Path, content: dict[str, Any],
             order = by_class(predict(model, images[order]).argmax(1), n, content["data"]["class_names"], order)
         return Start("buffer", images[order[:n]], y)
     if cfg.start == "uniform":  # needs no training images
-        return Start("uniform", UniformStart(content["data"]["shape"])(classes.tolist(), rng), y)
-    start = build_start(cfg, load_data(cfg, path, content, rng.device))
+        return Start("uniform", UniformInit(content["data"]["shape"])(classes.tolist(), rng), y)
+    start = build_chain_init(cfg, load_data(cfg, path, content, rng.device))
     return Start(cfg.start, start(classes.tolist(), rng), y)
 
 

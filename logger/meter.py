@@ -33,8 +33,8 @@ class Meter:
         Waits for the device.
         """
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
-        means = distributed.mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
-        counts = {name: distributed.total(value).tolist() for name, value in self.sums.items() if value.ndim}
+        means = distributed.all_reduce_mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
+        counts = {name: distributed.all_reduce_sum(value).tolist() for name, value in self.sums.items() if value.ndim}
         self.reset()
         return dict(zip(numbers, means, strict=True)) | counts
 

@@ -32,7 +32,7 @@ OUTPUTS = (
 )
 
 
-def patience() -> float:
+def bar_interval() -> float:
     """Seconds between two states of a bar: a cluster's log file wants fewer of them than a terminal."""
     return 0.1 if sys.stderr.isatty() else 10
 
@@ -41,7 +41,7 @@ class Progress:
     """A bar with the speed, and how long the rest will take."""
 
     def __init__(self, step: int, total_steps: int, batch_size: int):
-        self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=patience())
+        self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=bar_interval())
         self.total_steps, self.batch_size = total_steps, batch_size
         self.clock: tuple[float, int] | None = None  # when and at which step the speed was last measured
         self.estimated = False

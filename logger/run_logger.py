@@ -20,7 +20,7 @@ from logger.run_dir import RunDir
 from utils import UserError
 
 
-class Record:
+class RunLogger:
     """A run's directory, log, progress bar, and the thread that writes its pictures and checkpoints."""
 
     def __init__(self, run: RunDir, cfg: Config, step: int, total_steps: int, log_position: int):
@@ -33,7 +33,7 @@ class Record:
         self.speed, self.show, self.line = self.progress.speed, self.progress.show, self.progress.write
         self.values, self.hyperparameters = self.log.values, self.log.hyperparameters
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "RunLogger":
         with ExitStack() as stack:
             stack.enter_context(self.run)
             stack.enter_context(closing(self.log))
@@ -83,10 +83,10 @@ class Record:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
 
 
-class NoRecord:
-    """In place of a ``Record`` where another process writes: whatever it is told, it does nothing."""
+class NoRunLogger:
+    """In place of a ``RunLogger`` where another process writes: whatever it is told, it does nothing."""
 
-    def __enter__(self) -> "NoRecord":
+    def __enter__(self) -> "NoRunLogger":
         return self
 
     def __exit__(self, *_) -> None:

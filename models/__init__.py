@@ -2,20 +2,20 @@
 
 import torch
 
-from models.batch_norm import batch_norms, frozen_statistics
-from models.jem import JEM, StepLogits, copy_weights, log_density, sampling_copy
+from models.batch_norm import batch_norms, no_running_stats_update
+from models.jem import JEM, JointForward, copy_weights, frozen_sampler_model, log_density
 from models.wide_resnet import BACKBONES, WideResNet
 
 __all__ = [
     "JEM",
-    "StepLogits",
+    "JointForward",
     "WideResNet",
     "batch_norms",
     "build_model",
     "copy_weights",
-    "frozen_statistics",
+    "no_running_stats_update",
     "log_density",
-    "sampling_copy",
+    "frozen_sampler_model",
 ]
 
 

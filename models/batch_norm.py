@@ -13,13 +13,13 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def keeps_statistics(model: nn.Module) -> bool:
+def tracks_running_stats(model: nn.Module) -> bool:
     """Whether a batch in training mode changes running statistics."""
     return any(module.track_running_stats for module in batch_norms(model))
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
+def no_running_stats_update(model: nn.Module) -> Iterator[None]:
     """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
     modules = [module for module in batch_norms(model) if module.track_running_stats]
     for module in modules:
@@ -32,11 +32,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def share_statistics(model: nn.Module) -> None:
+def average_running_stats(model: nn.Module) -> None:
     """Give every process the mean of all processes' running statistics."""
     kept = [buffer for module in batch_norms(model) for buffer in (module.running_mean, module.running_var)]
     if kept:
-        together = distributed.mean(torch.cat(kept))
+        together = distributed.all_reduce_mean(torch.cat(kept))
         torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
 
 
@@ -50,12 +50,12 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
         if not self.training:
             return super().forward(x)
-        n = distributed.place().size * x.numel() // x.shape[1]
+        n = distributed.current_world().size * x.numel() // x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             h = x.float()
             variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
             near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
-            mean, square = distributed.mean(torch.stack([mean, variance + (mean - near).square()]))
+            mean, square = distributed.all_reduce_mean(torch.stack([mean, variance + (mean - near).square()]))
             variance = (square - (mean - near).square()).clamp(min=0)
             if self.track_running_stats:
                 self.num_batches_tracked += 1
@@ -68,7 +68,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         return h.to(x.dtype)
 
 
-def synced(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """The model itself, its batch normalisation by all processes' batches together."""
     for module in batch_norms(model):
         module.__class__ = SyncedBatchNorm  # the same parameters and buffers, by the same names

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, frozen_statistics
+from models.batch_norm import batch_norms, no_running_stats_update
 from models.wide_resnet import WideResNet
 
 
@@ -47,7 +47,7 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
     return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
 
 
-class StepLogits(nn.Module):
+class JointForward(nn.Module):
     """The logits of all images of a training step in one call, which is what DistributedDataParallel wraps."""
 
     def __init__(self, model: JEM, logits: Callable[[Tensor], Tensor]):
@@ -62,7 +62,7 @@ class StepLogits(nn.Module):
         """
         if batch_norms(self.model):
             logits = [None if view is None else self.one(view) for view in (x, x_real)]
-            with frozen_statistics(self.model):
+            with no_running_stats_update(self.model):
                 return [*logits, None if samples is None else self.one(samples)]
         views = (x, x_real, samples)
         given = [view for view in views if view is not None]
@@ -70,7 +70,7 @@ class StepLogits(nn.Module):
         return [None if view is None else next(logits) for view in views]
 
 
-def sampling_copy(model: JEM, dtype: torch.dtype) -> JEM:
+def frozen_sampler_model(model: JEM, dtype: torch.dtype) -> JEM:
     """A frozen copy that sees images as the loss does, whose backbone computes in ``dtype`` and its head in float32.
 
     Dropout is off; batch normalisation uses each batch's own statistics and keeps none, so that chains climb the

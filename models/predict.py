@@ -40,7 +40,7 @@ def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dt
     """
     with evaluation_mode(network), autocast(images.device, dtype):
         batches = images.split(images_per_batch(500, images.shape[1:]))
-        outputs = distributed.divided(batches, lambda batch: network(to_float(batch)), images.device)
+        outputs = distributed.sharded_map(batches, lambda batch: network(to_float(batch)), images.device)
     return torch.cat(outputs)
 
 

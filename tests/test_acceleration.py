@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_flatten
 
 import acceleration
 import data
-from acceleration import CapturedGradient, compiles
+from acceleration import CUDAGraphBackward, compiles
 from config import Config
-from models.batch_norm import batch_norms, frozen_statistics, keeps_statistics
+from models.batch_norm import batch_norms, no_running_stats_update, tracks_running_stats
 from trainer import Trainer
-from utils import copy_tree
+from utils import tree_to
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def digits():
 
 
 class Graph:
-    """In place of a CapturedStep: it writes into the same tensors each time, and Python's part is as it was then."""
+    """In world of a CUDAGraphStep: it writes into the same tensors each time, and Python's part is as it was then."""
 
     def __init__(self, run, function, *example):
         for _ in range(3):
             function(*example)
         self.function, self.run, self.modules = function, run, batch_norms(run.model)
         self.state = self.python_state()
-        self.outputs = copy_tree(function(*example))
+        self.outputs = tree_to(function(*example))
 
     def python_state(self):
         return [module.track_running_stats for module in self.modules], dict(self.run.recovery.remedies)
@@ -72,13 +72,13 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
 
     def trained(captured):
         run = Trainer(Config(**base | options), digits, torch.device("cpu"))
-        monkeypatch.setattr(acceleration, "CapturedStep", partial(Graph, run))
+        monkeypatch.setattr(acceleration, "CUDAGraphStep", partial(Graph, run))
         if captured:
-            run.captured = CapturedGradient(run.model)
+            run.captured = CUDAGraphBackward(run.model)
         for run.step in (1, 2, 3):
             run.training_step()
         assert not captured or len(run.captured.graphs) == n_graphs
-        state = copy_tree(run.state_dict())
+        state = tree_to(run.state_dict())
         state["recovery"]["remedies"]["energy_l2"] = 0.5
         run.load_state_dict(state)
         for run.step in (4, 5):
@@ -90,7 +90,7 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
 
 
 def test_other_shapes_have_a_graph_of_their_own(digits, monkeypatch):
-    monkeypatch.setattr(acceleration, "CapturedStep", lambda function, *example: function)
+    monkeypatch.setattr(acceleration, "CUDAGraphStep", lambda function, *example: function)
     model = torch.nn.Linear(2, 1)
 
     def function(inputs):
@@ -99,11 +99,11 @@ def test_other_shapes_have_a_graph_of_their_own(digits, monkeypatch):
         total.backward()
         return {"total": total}
 
-    captured = CapturedGradient(model)
+    captured = CUDAGraphBackward(model)
     for n in (3, 5, 3):
-        captured(function, namedtuple("Inputs", "x y")(torch.ones(n, 2), None), True)
+        captured(function, namedtuple("StepBatch", "x y")(torch.ones(n, 2), None), True)
         assert model.weight.grad.tolist() == [[n, n]]
-    captured(function, namedtuple("Inputs", "x y")(torch.ones(3, 2), torch.ones(3)), True)
+    captured(function, namedtuple("StepBatch", "x y")(torch.ones(3, 2), torch.ones(3)), True)
     assert len(captured.graphs) == 3
 
 
@@ -122,11 +122,11 @@ def test_a_trainer_is_freed_when_nobody_has_it(digits):
 
 def test_frozen_statistics_nest():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    with frozen_statistics(model):
-        with frozen_statistics(model):
+    with no_running_stats_update(model):
+        with no_running_stats_update(model):
             pass
-        assert not keeps_statistics(model)
-    assert keeps_statistics(model)
+        assert not tracks_running_stats(model)
+    assert tracks_running_stats(model)
 
 
 @pytest.mark.parametrize(

@@ -314,14 +314,14 @@ def test_a_damaged_download_is_named_and_not_called_missing(name, damage, tmp_pa
     """Only the archive is there, as a broken transfer leaves it."""
     WRITERS[name](tmp_path / "source", monkeypatch) if name != "svhn" else write_svhn(tmp_path, monkeypatch)
     cls = data.TORCHVISION[name][0]
-    place = {
+    world = {
         "cifar10": "cifar-10-python.tar.gz",
         "cifar100": "cifar-100-python.tar.gz",
         "svhn": "test_32x32.mat",
         "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
         "fashion_mnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
     }[name]
-    path = tmp_path / place
+    path = tmp_path / world
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w:gz") as tar:

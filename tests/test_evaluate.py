@@ -27,7 +27,7 @@ from data import Split, load
 from evaluation import likelihood, ood, robustness
 from evaluation.attacks import Speed
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
 from evaluation.report import Section, bootstrap
 from main import main
@@ -50,7 +50,7 @@ def model():
 @pytest.fixture(scope="module")
 def inputs(model):
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=40)
-    return Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
+    return EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -134,7 +134,7 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
     monkeypatch.setattr(ood.data, "load", lambda name, place, device: places.append(str(place)) or load("digits"))
     for dataset, place in (("folder", "data"), ("digits", str(tmp_path))):
         cfg = Config(mode="test", dataset=dataset, data_dir=str(tmp_path), max_images=40)
-        inputs = Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
+        inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
         assert foreign_images("mnist", inputs.data.test.images[:20], inputs).shape == (20, 1, 8, 8)
         assert places.pop() == str(Path(place).absolute())
     cfg = Config(mode="test", dataset="folder", max_images=40)  # in data/, the default
@@ -295,7 +295,7 @@ def test_the_report_s_numbers_by_a_slow_computation(run):
     model = build_model(1, 10, depth=10, width=1).eval()
     model.load_state_dict(torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]["ema"])
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=80, sigma_test=0.3)
-    inputs = Inputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
+    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
     test, train, valid = (inputs.subset(part) for part in (inputs.data.test, inputs.data.train, inputs.data.valid))
     others = foreign_images("shuffled", test.images, inputs)
     with torch.no_grad():

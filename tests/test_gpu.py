@@ -14,7 +14,7 @@ import trainer
 import utils
 from checkpoints.files import load_checkpoint
 from config import Config
-from models import build_model, copy_weights, sampling_copy
+from models import build_model, copy_weights, frozen_sampler_model
 from sgld import SGLD, reference_chain, uniform_images
 
 pytestmark = [
@@ -36,7 +36,7 @@ def generator(seed=0):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return sampling_copy(build_model(3, 4, 10, 1).cuda(), torch.float32)
+    return frozen_sampler_model(build_model(3, 4, 10, 1).cuda(), torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ CHANGES = {  # option: what of a trainer it changes, and to what
     "weight_decay=0.1": (lambda run: run.optimizer.param_groups[0]["weight_decay"], 0.1),
     "buffer_size=32": (lambda run: len(run.sampler.buffer.images), 32),
     "batch_size=8": (lambda run: [len(x) for x in (run.batches.next()[0], parts_of(run)[0].samples)], [8, 8]),
-    "precision=bf16": (lambda run: run.sampling_model.f.conv1.weight.dtype, torch.bfloat16),
+    "precision=bf16": (lambda run: run.sampler_model.f.conv1.weight.dtype, torch.bfloat16),
     "reinit_freq=1": (lambda run: (run.sampler(16, 1), run.sampler(16, 1), run.sampler.buffer.age.max().item())[-1], 1),
 }
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 
 from evaluation.fid import Features
 from losses import Weights, joint_loss
-from models import build_model, copy_weights, log_density, sampling_copy
+from models import build_model, copy_weights, frozen_sampler_model, log_density
 from models.predict import predict
 
 
@@ -187,7 +187,7 @@ def test_gradient_of_the_joint_loss_against_finite_differences():
 
 def test_sampling_copy_is_frozen_and_follows_the_weights():
     model = tiny(norm="batch", dropout_rate=0.3)
-    frozen = sampling_copy(model, torch.bfloat16)
+    frozen = frozen_sampler_model(model, torch.bfloat16)
     modes = {type(m).__name__: m.training for m in frozen.modules()}
     assert modes["BatchNorm2d"] and not modes["Dropout"] and not modes["JEM"]
     assert not any(p.requires_grad for p in frozen.parameters())

@@ -21,7 +21,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.resume import before_restart
 from config import Config
 from config.checks import check_sizes
-from distributed import Place, own_state
+from distributed import World, shard_state
 from logger.metrics_log import read_log
 from utils import UserError
 
@@ -75,7 +75,7 @@ class Twins:
     def __init__(self, monkeypatch):
         self.rank, self.barrier, self.given = threading.local(), threading.Barrier(2, timeout=60), {}
         monkeypatch.setattr(distributed, "mean", self.mean)
-        monkeypatch.setattr(distributed, "place", lambda: Place(self.rank.value, 2))
+        monkeypatch.setattr(distributed, "world", lambda: World(self.rank.value, 2))
 
     def exchanged(self, x):
         self.given[self.rank.value] = x.detach().clone()
@@ -125,13 +125,13 @@ class Twins:
 def joined(both):
     """The images of a step of two processes, as one process has them."""
     pairs = zip(both[0]["inputs"], both[1]["inputs"], strict=True)
-    return trainer.Inputs(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+    return trainer.StepBatch(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
 
 
 class TestTwoProcesses:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_equal_two_shards_in_one_process_bit_for_bit(self, name, ranks, digits, monkeypatch):
-        runs = [run_of(name, digits, Place(rank, 2)) for rank in (0, 1)]
+        runs = [run_of(name, digits, World(rank, 2)) for rank in (0, 1)]
         for process, twin in zip(ranks[name], Twins(monkeypatch).train(runs), strict=True):
             assert process.keys() == twin.keys()
             for part in process.keys() - {"inputs"}:
@@ -197,7 +197,7 @@ class TestCommandLine:
         assert found["state"]["step"] == 20 and len(read_log(run / "metrics.jsonl")) == 2
         with monkeypatch.context() as patches:
             cfg = Config.from_dict(found["config"], "")
-            runs = [trainer.Trainer(cfg, digits, torch.device("cpu"), Place(rank, 2)) for rank in (0, 1)]
+            runs = [trainer.Trainer(cfg, digits, torch.device("cpu"), World(rank, 2)) for rank in (0, 1)]
             twins = Twins(patches).train(runs, 20)
         for rank, (twin, own) in enumerate(zip(twins, found["state"]["processes"], strict=True)):
             assert all(torch.equal(twin[f"model.{name}"], value) for name, value in found["state"]["model"].items())
@@ -264,11 +264,11 @@ class TestPlace:
     def test_a_state_of_other_processes_is_divided_anew(self):
         buffer = {"images": torch.arange(12)}
         three = {"step": 5, "processes": [{"rng": rank} for rank in range(3)], "buffer": buffer}
-        assert [own_state(three, Place(rank, 3))["rng"] for rank in range(3)] == [0, 1, 2]
-        parts = [own_state(three, Place(rank, 2)) for rank in range(2)]
+        assert [shard_state(three, World(rank, 3))["rng"] for rank in range(3)] == [0, 1, 2]
+        parts = [shard_state(three, World(rank, 2)) for rank in range(2)]
         assert [part["rng"] for part in parts] == [0, 0]
         assert sorted(torch.cat([part["buffer"]["images"] for part in parts]).tolist()) == list(range(12))
-        assert own_state(three, Place())["buffer"]["images"].tolist() == list(range(12))
+        assert shard_state(three, World())["buffer"]["images"].tolist() == list(range(12))
 
     def test_one_process_that_torchrun_starts_again_knows_it(self, monkeypatch):
         server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -281,7 +281,7 @@ class TestPlace:
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(int(again)))
             distributed.shared = None
             distributed.connect()
-            assert distributed.restarted() == again and not distributed.several()
+            assert distributed.restarted() == again and not distributed.is_distributed()
             assert distributed.remembered("run") == ("there" if again else None)
             distributed.remember("run", "there")
 

@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import trainer
-from chain_init import UniformStart
+from chain_init import UniformInit
 from checkpoints.files import load_checkpoint
 from checkpoints.resume import continued
 from config import Config
@@ -25,7 +25,7 @@ from evaluation.fid import (
     inception_score,
     nearest,
 )
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.quality import most_confident
 from evaluation.report import Section
 from evaluation.training_fid import fresh_samples
@@ -208,7 +208,7 @@ def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
         return -(x.flatten(1) - goal).square().sum(1)
 
     shape, rng = (1, 4, 4), seeded(3)
-    starts, ends = fresh_samples(SGLD(log_density), 6, UniformStart(shape), 3, 3, 0.1, 0.01, seeded(3), class_cond)
+    starts, ends = fresh_samples(SGLD(log_density), 6, UniformInit(shape), 3, 3, 0.1, 0.01, seeded(3), class_cond)
     first, last = [], []
     seeds = torch.randint(2**31, (3,), generator=rng).tolist()  # each batch has randomness of its own
     for classes, seed in zip(([0, 1, 2, 0], [1, 2, 0, 1]), seeds, strict=False):
@@ -226,7 +226,9 @@ def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
 def inputs_with(buffer=None, **options):
     torch.manual_seed(0)
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
-    return Inputs(cfg, build_model(1, 10, depth=10, width=1).eval(), load("digits"), buffer, None, torch.device("cpu"))
+    return EvalInputs(
+        cfg, build_model(1, 10, depth=10, width=1).eval(), load("digits"), buffer, None, torch.device("cpu")
+    )
 
 
 def rows(images):

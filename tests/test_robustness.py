@@ -19,12 +19,12 @@ from evaluation.attacks import (
     distal_adversarials,
     estimate,
     no_auto_attack,
-    pgd,
+    pgd_attack,
     seconds,
     standard_version,
     survivors,
 )
-from evaluation.inputs import Inputs
+from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Norm, Sweep, add_sweep
 from models import build_model
@@ -52,12 +52,12 @@ def images():
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = survivors(classifier, 2 * [pgd(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
+    alive = survivors(classifier, 2 * [pgd_attack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
     counts = [kept.sum().item() for kept in alive]
     assert counts[0] == 8 and counts[-1] < counts[0]
     assert counts == sorted(counts, reverse=True)
 
-    attacked = pgd(norm, 20, seeded()).on(classifier, epsilons[1])(images, labels)
+    attacked = pgd_attack(norm, 20, seeded()).on(classifier, epsilons[1])(images, labels)
     order = math.inf if norm == "Linf" else 2
     assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)
     assert attacked.min() >= 0 and attacked.max() <= 1
@@ -75,7 +75,7 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     refined = RefinedClassifier(model, 1, 1e-6, 0.0, n_chains=1, generator=seeded())
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
     labels = model(2 * images - 1).argmax(1)
-    kept = survivors(classifier, [pgd("Linf", 1, seeded())], images, labels, [1e-7], 8)[-1]
+    kept = survivors(classifier, [pgd_attack("Linf", 1, seeded())], images, labels, [1e-7], 8)[-1]
     assert kept.all() and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -106,7 +106,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     shifts = torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     labels = torch.zeros(3, dtype=torch.int64)
-    alive = survivors(Linear(), [pgd("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    alive = survivors(Linear(), [pgd_attack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
     assert [kept.tolist() for kept in alive] == [
         [True, True, True],
         [False, True, True],
@@ -136,7 +136,7 @@ def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, ima
     labels = classifier(images).argmax(1)
     epsilons = [1e-4, 0.05, 0.1]
     alive = survivors(classifier, auto_attack("Linf", 4, seed=0), images, labels, epsilons, 8)
-    against_pgd = survivors(classifier, [pgd("Linf", 10, seeded())], images, labels, epsilons, 8)
+    against_pgd = survivors(classifier, [pgd_attack("Linf", 10, seeded())], images, labels, epsilons, 8)
     assert alive[1].all()
     for ours, plain in zip(alive, against_pgd, strict=True):
         assert ours.sum() <= plain.sum()
@@ -190,7 +190,7 @@ def test_each_attack_needs_the_passes_that_the_estimate_counts(monkeypatch):
     x, y = torch.rand(1, 1, 4, 4, generator=seeded()), torch.tensor([0])
     members = auto_attack("Linf", 4, 0)
     assert [member.name.split()[1] for member in members] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
-    for attack in [pgd("L2", 7, seeded()), *members]:
+    for attack in [pgd_attack("L2", 7, seeded()), *members]:
         classifier = Sure()
         survivors(classifier, [attack], x, y, [1e-3], 1)
         gradients = sum(classifier.passes)
@@ -207,7 +207,15 @@ def test_the_bar_says_which_attack_runs_and_moves_with_each_pass(monkeypatch):
 
     monkeypatch.setattr(attacks, "tqdm", Bar)
     x, y = torch.rand(5, 1, 4, 4, generator=seeded()), torch.tensor([0, 0, 0, 0, 1])  # the last is wrong from the start
-    survivors(Sure(), [pgd("Linf", 3, seeded(), "one"), pgd("Linf", 1, seeded(), "two")], x, y, [0.01], 2, "Linf")
+    survivors(
+        Sure(),
+        [pgd_attack("Linf", 3, seeded(), "one"), pgd_attack("Linf", 1, seeded(), "two")],
+        x,
+        y,
+        [0.01],
+        2,
+        "Linf",
+    )
     one, two = (("Linf 0.01, " + name + ": ", "4 of 5 images not fooled") for name in ("one", "two"))
     assert shown == [(n, *one) for n in (2, 4, 6, 8, 10, 12, 14, 16, 20)] + [(n, *two) for n in (22, 24, 26, 28, 30)]
 
@@ -247,7 +255,7 @@ def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
             return torch.stack([0 * x.sum((1, 2, 3))] * 2, 1)
 
     def start(seed):
-        return pgd(norm, 3, seeded(seed)).on(Flat(), 0.1)(images, torch.zeros(8, dtype=torch.int64))
+        return pgd_attack(norm, 3, seeded(seed)).on(Flat(), 0.1)(images, torch.zeros(8, dtype=torch.int64))
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
     distance = torch.linalg.vector_norm((start(1) - images).flatten(1), order, dim=1)
@@ -266,7 +274,7 @@ def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
 
 def test_refinement_runs_the_chains_of_training():
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", sgld_grad_clamp=0.5, sgld_clamp=True)
-    inputs = Inputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
+    inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     sweep = robustness.pgd_sweeps(inputs, 60)["refined"]
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in sweep.protocol
     assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.classifier.chain.keywords.items()
@@ -275,7 +283,7 @@ def test_refinement_runs_the_chains_of_training():
 def test_the_first_images_of_a_subset_are_of_all_classes():
     """Folders are read class by class, and some attacks take the first images alone."""
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=200)
-    inputs = Inputs(cfg, torch.nn.Identity(), load("digits"), None, None, torch.device("cpu"))
+    inputs = EvalInputs(cfg, torch.nn.Identity(), load("digits"), None, None, torch.device("cpu"))
     labels = torch.arange(10).repeat_interleave(100)
     chosen = inputs.subset(Split(labels[:, None, None, None], labels))
     assert len(chosen) == 200 and torch.equal(chosen.images.flatten(), chosen.labels)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import build_model, sampling_copy
+from models import build_model, frozen_sampler_model
 from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, normal_like, reference_chain, uniform_images
 
 SHAPE = (3, 8, 8)
@@ -55,7 +55,7 @@ def test_engine_equals_reference_in_fp32(options, labels):
     torch.manual_seed(0)
     model = build_model(3, 3, 10, 1, **options)
     x = uniform_images(4, SHAPE, generator())
-    fast_model = sampling_copy(model, torch.float32)
+    fast_model = frozen_sampler_model(model, torch.float32)
     model.train() if options.get("norm") == "batch" else model.eval()
     slow = reference_chain(model.log_density, x, 10, 1.0, 0.01, generator(1), labels)
     fast = SGLD(fast_model.log_density)(x, 10, 1.0, 0.01, generator(1), labels)
@@ -74,9 +74,9 @@ def test_bf16_gradients_are_as_good_as_those_of_mixed_precision(norm):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return SGLD(model.log_density)(x, 1, 1.0, 0.0, generator()).grad.flatten(1)
 
-    exact = gradient(sampling_copy(model, torch.float32))
-    ours = gradient(sampling_copy(model, torch.bfloat16))
-    usual = gradient(sampling_copy(model, torch.float32), torch.bfloat16)
+    exact = gradient(frozen_sampler_model(model, torch.float32))
+    ours = gradient(frozen_sampler_model(model, torch.bfloat16))
+    usual = gradient(frozen_sampler_model(model, torch.float32), torch.bfloat16)
     assert (ours - exact).norm() < 1.1 * (usual - exact).norm()
     assert (
         torch.cosine_similarity(ours, exact).mean()
@@ -267,7 +267,7 @@ class TestSampler:
 )
 def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, normalize, compile):
     torch.manual_seed(0)
-    model = sampling_copy(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
+    model = frozen_sampler_model(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
     x = uniform_images(4, SHAPE, generator())
     slow = reference_chain(model.log_density, x, 4, 3.0, 0.01, generator(1), None, grad_clamp, clamp, normalize)
     fast = SGLD(model.log_density, grad_clamp, clamp, normalize, compile)(x, 4, 3.0, 0.01, generator(1))
@@ -282,7 +282,7 @@ def test_clamped_chains_equal_the_slow_loop(grad_clamp, clamp, normalize, compil
 def test_outer_and_inner_steps_of_jem_plus_plus_are_one_clamped_step():
     """JEM++ (section 4.1): 5 inner steps of 0.2 through the first layer alone, whose output's gradient stays fixed."""
     torch.manual_seed(0)
-    model = sampling_copy(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
+    model = frozen_sampler_model(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
     start = uniform_images(4, SHAPE, generator()) * 0.9
     x = start
     for _ in range(2):

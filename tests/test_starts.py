@@ -5,7 +5,7 @@ import torch
 
 import chain_init
 import data
-from chain_init import GaussianStart, UniformStart, build_start
+from chain_init import GaussianInit, UniformInit, build_chain_init
 from config import Config
 
 
@@ -35,7 +35,7 @@ def assert_same_statistics(samples, images, noise=0.01):
 def test_few_and_many_images_give_their_mean_and_covariance(n):
     """With 10 images of 16 pixels by the images themselves, with 400 by a Cholesky factor."""
     images = grey_images(n)
-    start = GaussianStart(data.Split(images, torch.zeros(n, dtype=torch.int64)), None, images.device)
+    start = GaussianInit(data.Split(images, torch.zeros(n, dtype=torch.int64)), None, images.device)
     assert start.gaussians[0][1].shape == (min(n, 16), 16)
     assert_same_statistics(start([0] * 20_000, generator()), images)
 
@@ -43,7 +43,7 @@ def test_few_and_many_images_give_their_mean_and_covariance(n):
 def test_each_class_has_its_own_gaussian():
     images = torch.cat([grey_images(300, seed=1) // 2 + 60, grey_images(200, seed=2)])
     labels = torch.tensor([0] * 300 + [1] * 200)
-    start = GaussianStart(data.Split(images, labels), 2, images.device)
+    start = GaussianInit(data.Split(images, labels), 2, images.device)
     classes = [1, 0, 0] * 10_000
     samples = start(classes, generator())
     for k in (0, 1):
@@ -60,7 +60,7 @@ def test_too_many_large_images_are_represented_by_some(monkeypatch):
 
 @pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])
 def test_starts_are_images_and_follow_their_generator(name):
-    start = build_start(Config(start=name), data.load("digits"))
+    start = build_chain_init(Config(start=name), data.load("digits"))
     one, two, other = (start([3, 1, 4, 1], generator(seed)) for seed in (1, 1, 2))
     assert one.shape == (4, 1, 8, 8) and one.dtype == torch.float32 and one.abs().max() <= 1
     assert one.is_contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def test_starts_are_images_and_follow_their_generator(name):
 
 def test_a_class_gaussian_knows_no_label_that_the_training_does_not():
     digits = data.load("digits")
-    start = build_start(Config(start="class_gaussian", labels_per_class=1), digits)
+    start = build_chain_init(Config(start="class_gaussian", labels_per_class=1), digits)
     own = data.to_float(data.some_of_each_class(digits.train, 1, 10).images)  # of one image, noise alone is around it
     order = data.some_of_each_class(digits.train, 1, 10).labels.tolist()
     assert (start(order, generator()) - own).abs().max() < 0.06  # standard deviation 0.01
@@ -78,11 +78,11 @@ def test_a_class_gaussian_knows_no_label_that_the_training_does_not():
 
 def test_a_class_gaussian_looks_like_its_class():
     digits = data.load("digits")
-    start = build_start(Config(start="class_gaussian"), digits)
+    start = build_chain_init(Config(start="class_gaussian"), digits)
     x, y = data.to_float(digits.test.images).flatten(1), digits.test.labels
     means = torch.stack([x[y == k].mean(0) for k in range(10)])
     classes = [i % 10 for i in range(200)]
     nearest = torch.cdist(start(classes, generator()).flatten(1), means).argmin(1)
     assert (nearest == torch.tensor(classes)).float().mean() > 0.75
-    noise = UniformStart((1, 8, 8))(classes, generator())
+    noise = UniformInit((1, 8, 8))(classes, generator())
     assert (torch.cdist(noise.flatten(1), means).argmin(1) == torch.tensor(classes)).float().mean() < 0.3

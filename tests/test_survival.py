@@ -132,9 +132,9 @@ def at_step(monkeypatch, step, action):
 
 def recorded_checkpoints(monkeypatch):
     """The names and steps of the checkpoints that are written from now on."""
-    saved, write = [], run_logger.Record.write_checkpoint
+    saved, write = [], run_logger.RunLogger.write_checkpoint
     monkeypatch.setattr(
-        run_logger.Record,
+        run_logger.RunLogger,
         "write_checkpoint",
         lambda self, name, content: (saved.append((name, content["state"]["step"])), write(self, name, content)),
     )
@@ -566,7 +566,7 @@ class TestDivergence:
 
         def always_diverging(self):
             samples = original(self)
-            self.alarm.fill_(True)
+            self.diverged.fill_(True)
             return samples
 
         monkeypatch.setattr(trainer.Trainer, "training_step", always_diverging)
@@ -591,7 +591,7 @@ class TestDivergence:
     def test_a_divergence_soon_after_another_calls_for_a_remedy_and_a_late_one_does_not(self, tmp_path, monkeypatch):
         monkeypatch.setattr(divergence, "STATE_EVERY", 2)  # soon: within 10 steps
         for step in (10, 20, 34):
-            at_step(monkeypatch, step, lambda run: run.alarm.fill_(True))
+            at_step(monkeypatch, step, lambda run: run.diverged.fill_(True))
         _, run = start(tmp_path)
         messages = [line["message"] for line in metrics(run) if "event" in line]
         for message, words in zip(
@@ -666,7 +666,7 @@ class TestDivergence:
         seen, original = [], trainer.Trainer.checkpoint
 
         def checkpoint(self, name):
-            seen.append(self.average.f.bn1.running_mean.abs().max().item())
+            seen.append(self.ema.f.bn1.running_mean.abs().max().item())
             original(self, name)
 
         monkeypatch.setattr(trainer.Trainer, "checkpoint", checkpoint)
@@ -694,10 +694,10 @@ class TestDivergence:
         assert state(undisturbed, "best.pt").keys() == {"step", "model", "ema"}
 
     def test_a_state_is_copied_once_a_step(self, tmp_path, monkeypatch):
-        copied, original = [], trainer.copy_tree
+        copied, original = [], trainer.tree_to
         monkeypatch.setattr(
             trainer,
-            "copy_tree",
+            "tree_to",
             lambda tree, device: (copied.append(tree["step"]) if "step" in tree else None, original(tree, device))[1],
         )
         start(tmp_path)

@@ -14,10 +14,10 @@ import optim
 import sgld
 import trainer
 from acceleration import CompiledOrEager
-from chain_init import UniformStart
+from chain_init import UniformInit
 from config import Config
 from data import Split
-from distributed import Place
+from distributed import World
 from logger import progress
 from losses import Weights
 from models import build_model, copy_weights
@@ -50,7 +50,7 @@ def digits():
 def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on(digits):
     cfg = config(norm="batch", sync_batch_norm=True, compile="on")
     alone = trainer.Trainer(cfg, digits, torch.device("cpu"))
-    several = trainer.Trainer(cfg, digits, torch.device("cpu"), Place(0, 2))
+    several = trainer.Trainer(cfg, digits, torch.device("cpu"), World(0, 2))
     assert isinstance(alone.forward, CompiledOrEager) and not isinstance(several.forward, CompiledOrEager)
     assert alone.film.capture and not several.film.capture
 
@@ -61,7 +61,7 @@ def plain_losses(cfg, images, steps):
     data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
     model = build_model(1, 10, cfg.depth, cfg.width, cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-    start = UniformStart(images.shape)
+    start = UniformInit(images.shape)
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
     sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
     per_epoch, losses = len(images.train) // cfg.batch_size, []
@@ -115,7 +115,7 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
     """Two forward passes with batch normalisation, one without."""
     for norm, sizes in (("batch", [16, 16]), ("group", [32])):
         run, seen = trainer.Trainer(config(norm=norm), digits, torch.device("cpu")), []
-        run.step_logits.one = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
+        run.joint_forward.one = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
         run.step = 1
         run.training_step()
         assert seen == sizes
@@ -135,10 +135,10 @@ def test_sampler_and_loss_see_one_energy(options, precision, digits):
     run = trainer.Trainer(config(**options, precision=precision), images, torch.device("cpu"))
     for run.step in range(1, 4):  # the running statistics are no longer those of the start
         samples = run.training_step()
-    copy_weights(run.model, run.sampling_model)
+    copy_weights(run.model, run.sampler_model)
     with torch.no_grad():
-        climbed = run.sampling_model.log_density(samples)
-    scored = run.backward(trainer.Inputs(samples, torch.zeros(16, dtype=torch.int64), None, samples, None))
+        climbed = run.sampler_model.log_density(samples)
+    scored = run.backward(trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), None, samples, None))
     tolerance = 1e-5 if precision == "fp32" else 0.01
     for name in ("log_density/real", "log_density/sampled"):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=tolerance)
@@ -161,10 +161,10 @@ def test_averaged_weights_get_statistics_of_their_own(digits):
     for run.step in range(1, 6):
         run.training_step()
     seen, before = {}, torch.get_rng_state()
-    first = run.average.f.layer1[0]
-    optim.refit_statistics(run.average, digits.train.images[:300])
+    first = run.ema.f.layer1[0]
+    optim.recalibrate_batch_norm(run.ema, digits.train.images[:300])
     first.bn1.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
-    run.average(data.to_float(digits.train.images[:300]))
+    run.ema(data.to_float(digits.train.images[:300]))
     torch.testing.assert_close(first.bn1.running_mean, seen["x"].mean((0, 2, 3)))
     torch.testing.assert_close(first.bn1.running_var, seen["x"].var((0, 2, 3)))
     assert torch.equal(torch.get_rng_state(), before)
@@ -214,8 +214,8 @@ def test_running_statistics_weigh_each_image_alike(digits, monkeypatch):
     run, means = trainer.Trainer(config(norm="batch", ema=0.9), digits, torch.device("cpu")), []
     for size in (500, 501):
         monkeypatch.setattr(optim, "images_per_batch", lambda *_, size=size: size)
-        optim.refit_statistics(run.average, digits.train.images[:501])
-        means.append(run.average.f.layer1[0].bn1.running_mean.clone())
+        optim.recalibrate_batch_norm(run.ema, digits.train.images[:501])
+        means.append(run.ema.f.layer1[0].bn1.running_mean.clone())
     torch.testing.assert_close(*means, rtol=0, atol=1e-3)
     assert means[0].abs().max() > 0.1
 
@@ -261,7 +261,7 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(di
     run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
     assert progress.compiled(run.forward, run.sampler) == "network"
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
-        run.rehearse()
+        run.warm_up()
     assert progress.compiled(run.forward, run.sampler) == "nothing"
     eager = trainer.Trainer(config(mode="baseline_train"), digits, torch.device("cpu"))
     for trained in (run, eager):
@@ -283,9 +283,9 @@ def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path)
             future.set_result(bucket.buffer())
             return future
 
-        run.step_logits.register_comm_hook(None, noted)
+        run.joint_forward.register_comm_hook(None, noted)
         before = copy.deepcopy(run.state_dict())
-        run.rehearse()
+        run.warm_up()
         torch.testing.assert_close(run.state_dict(), before, rtol=0, atol=0)
         for run.step in (1, 2):
             run.training_step()
@@ -318,14 +318,14 @@ def test_average_of_the_weights(digits):
     """Decay min(ema, (1 + step) / (10 + step)), so that the untrained start is soon forgotten."""
     run = trainer.Trainer(config(ema=0.5), digits, torch.device("cpu"))
     run.model.class_output.bias.data.fill_(0)
-    run.average.class_output.bias.fill_(0)
+    run.ema.class_output.bias.fill_(0)
     expected = 0.0
     for run.step in range(1, 21):
         run.model.class_output.bias.data.fill_(run.step)
-        optim.update_average(run.average, run.model, 0.5, run.step)
+        optim.update_ema(run.ema, run.model, 0.5, run.step)
         decay = min(0.5, (1 + run.step) / (10 + run.step))
         expected = decay * expected + (1 - decay) * run.step
-        assert run.average.class_output.bias.tolist() == pytest.approx([expected] * 10)
+        assert run.ema.class_output.bias.tolist() == pytest.approx([expected] * 10)
 
 
 def test_learning_rate():

@@ -26,8 +26,8 @@ CONFIGS = {
 }
 
 
-def run_of(name: str, images: data.ImageData, place: distributed.Place = data.ALONE) -> trainer.Trainer:
-    return trainer.Trainer(Config(**(COMMON | CONFIGS[name])), images, torch.device("cpu"), place)
+def run_of(name: str, images: data.ImageData, world: distributed.World = data.ALONE) -> trainer.Trainer:
+    return trainer.Trainer(Config(**(COMMON | CONFIGS[name])), images, torch.device("cpu"), world)
 
 
 def tensors(run: trainer.Trainer) -> dict[str, torch.Tensor]:
@@ -61,9 +61,9 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
 def divided_work() -> list:
     """What comes of items, what the next number of their generator is, and of what one process alone fails."""
     rng = torch.Generator().manual_seed(1)
-    results = distributed.divided(range(5), lambda i: (i, i + torch.rand(2, generator=rng)), "cpu", rng)
+    results = distributed.sharded_map(range(5), lambda i: (i, i + torch.rand(2, generator=rng)), "cpu", rng)
     try:
-        distributed.divided(range(2), lambda i: int(["1", "ten"][i]), "cpu")
+        distributed.sharded_map(range(2), lambda i: int(["1", "ten"][i]), "cpu")
     except Exception as error:
         return [results, torch.rand((), generator=rng), type(error).__name__, str(error)]
 
@@ -72,10 +72,10 @@ def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     (folder,) = options
     distributed.connect()
-    images, place = data.load("digits", n_valid=COMMON["n_valid"]), distributed.place()
-    done = {name: train(run_of(name, images, place)) for name in CONFIGS} | {"divided": divided_work()}
+    images, world = data.load("digits", n_valid=COMMON["n_valid"]), distributed.current_world()
+    done = {name: train(run_of(name, images, world)) for name in CONFIGS} | {"divided": divided_work()}
     done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
-    torch.save(done, Path(folder) / f"{place.rank}.pt")
+    torch.save(done, Path(folder) / f"{world.rank}.pt")
     distributed.disconnect()
 
 
@@ -84,7 +84,7 @@ def dies(options: list[str]) -> int:
     training_step = trainer.Trainer.training_step
 
     def deadly(self):
-        if self.step == 15 and distributed.place().rank == 1 and not distributed.restarted():
+        if self.step == 15 and distributed.current_world().rank == 1 and not distributed.restarted():
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self)
 
