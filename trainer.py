@@ -423,7 +423,7 @@ class Trainer:
         """How far samples are from training images; their randomness is their own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         copy_weights(self.eval_model, self.sampler_model)
-        return self.quality(self.film, self.sampler.buffer.images, rng)
+        return self.quality(self.sampler_model, self.sampler.buffer.images, rng)
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy."""

@@ -1,106 +1,126 @@
-"""How far images lie from real ones in a network's features: Inception's, or a classifier's.
+"""FID, KID, IS, precision and recall, in the features of Inception or of a classifier.
 
-Images are uint8 (N, C, H, W).
+Images are uint8 (N, C, H, W), features float32 (N, D).
 """
 
 import contextlib
 import io
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pickle import UnpicklingError
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import distributed
-from data import to_float
 from models import JEM
-from models.predict import images_per_batch
+from models.predict import images_per_batch, predict
 from utils import UserError
 
-BATCH = 250  # images of 3x32x32
-CHUNK = 1000  # rows of a matrix of distances, or of features in float64
+INCEPTION_BATCH = 250  # images of 3x32x32
+CHUNK = 1000  # rows of a matrix of distances, of 50,000 columns
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
-NO_SYNC = {"sync_on_compute": False}  # each process has all features; torchmetrics would add those of the others
+EXACT = "donot_use_mm_for_euclid_dist"  # so that an image lies at distance 0 from itself
 
 
-class Features(nn.Module):
-    """A JEM's features (N, D) of images, uint8 or float in [-1, 1]."""
+class Outputs(NamedTuple):
+    """What a network makes of images."""
 
-    def __init__(self, model: JEM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.f(to_float(images)).float()
+    features: Tensor  # float32 (N, D)
+    logits: Tensor | None  # float32 (N, K), from which IS is computed
 
 
-@dataclass(frozen=True)
-class Distances:
-    """How far features lie from real ones.
+class InceptionSpace:
+    """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
 
-    ``kid`` is the mean and the standard deviation over ``KID_SUBSETS`` subsets of ``subset_size`` images.
+    The features are its pool layer (N, 2048), the logits are without their bias (N, 1008). Raises UserError if the
+    weights cannot be loaded.
     """
 
-    frechet: float
-    kid: tuple[float, float]
-    subset_size: int
-    precision: float
-    recall: float
+    table, frechet_name, network_name = "Inception scores", "FID", "Inception-v3 of torch-fidelity"
+
+    def __init__(self, device: torch.device):
+        self.network = distributed.rank0_first(load_inception).to(device)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> Outputs:
+        batches = images.expand(-1, 3, -1, -1).split(images_per_batch(INCEPTION_BATCH, images.shape[1:]))  # grey: RGB
+        parts = distributed.sharded_map(batches, self.network, images.device, title="Inception's features")
+        return Outputs(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
 
 
-def distances_to(real: Tensor) -> Callable[[Tensor], Distances]:
-    """The distances of features (N, D) to ``real``, (M, D), as a function of those features; N and M above 3.
+def load_inception() -> nn.Module:
+    """It maps uint8 (N, 3, H, W) to features and logits."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    Fréchet distance (Heusel et al. 2017), kernel distance (KID, Binkowski et al. 2018), and improved precision and
-    recall (Kynkäänniemi et al. 2019). KID draws its subsets with torch's global generator.
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
+            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
+        raise UserError(
+            f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
+            f"into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+
+
+class ClassifierSpace:
+    """The features of a classifier, which ``--feature_ckpt`` names."""
+
+    table, frechet_name = "in a classifier's features", "Fréchet distance"
+
+    def __init__(self, model: JEM, name: str):
+        self.backbone, self.network_name = model.f, f"features of {name}"
+
+    def outputs(self, images: Tensor) -> Outputs:
+        return Outputs(predict(self.backbone, images), None)
+
+
+def feature_statistics(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean and covariance, float64, of features (N, D), N above 1, as torch-fidelity has them."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.cpu().double())
+
+
+def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """The Fréchet distance (FID, Heusel et al. 2017) of two ``feature_statistics``."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+class FeatureDistances:
+    """The distances of sets of features (N, D) to those of real images, (M, D); N and M above ``NEIGHBOURS``.
+
+    Fréchet distance and kernel distance (KID, Bińkowski et al. 2018) are torch-fidelity's; so would be improved
+    precision and recall (Kynkäänniemi et al. 2019) if it did not compute the real images' part anew for each set.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
 
-    frechet, radii = frechet_distance(real), neighbour_distance(real)
-    kid = KernelInceptionDistance(
-        PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, reset_real_features=False, **NO_SYNC
-    ).to(real.device)
-    kid.update(real, real=True)
+    def __init__(self, real: Tensor):
+        self.real, self.statistics, self.radii = real, feature_statistics(real), neighbour_distance(real)
 
-    def distances(features: Tensor) -> Distances:
-        kid.reset()
-        kid.subset_size = min(KID_SUBSET_SIZE, len(features) - 1, len(real) - 1)
-        kid.update(features, real=False)
-        mean, std = (value.item() for value in kid.compute())
-        precision = share_within(features, real, radii)
-        recall = share_within(real, features, neighbour_distance(features))
-        return Distances(frechet(features), (mean, std), kid.subset_size, precision, recall)
+    def __call__(self, features: Tensor, subset_size: int, frechet_name: str = "FID") -> dict[str, float]:
+        """The distances by name; KID is the mean over ``KID_SUBSETS`` random subsets of ``subset_size`` images."""
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    return distances
-
-
-def frechet_distance(real: Tensor) -> Callable[[Tensor], float]:
-    """The Fréchet distance of features (N, D) to ``real``, (M, D), as a function of those features."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(PrecomputedFeatures(real.shape[1]), reset_real_features=False, **NO_SYNC).to(
-        real.device
-    )
-    for part in real.split(CHUNK):  # it works in float64
-        metric.update(part, real=True)
-
-    def distance(features: Tensor) -> float:
-        metric.reset()
-        for part in features.split(CHUNK):
-            metric.update(part, real=False)
-        return metric.compute().item()
-
-    return distance
+        kid = kid_features_to_metric(
+            features, self.real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
+        )
+        return {
+            frechet_name: frechet_distance(feature_statistics(features), self.statistics),
+            "KID": kid[KEY_METRIC_KID_MEAN],
+            "KID, standard deviation": kid[KEY_METRIC_KID_STD],
+            "precision": share_within(features, self.real, self.radii),
+            "recall": share_within(self.real, features, neighbour_distance(features)),
+        }
 
 
 def neighbour_distance(points: Tensor) -> Tensor:
     """Distance (N,) from each of the points (N, D) to its ``NEIGHBOURS``-th nearest other one."""
     k = NEIGHBOURS + 1  # each point is its own nearest one
-    found = [torch.cdist(part, points).topk(k, largest=False).values[:, -1] for part in points.split(CHUNK)]
-    return torch.cat(found)
+    nearest_k = [torch.cdist(part, points).topk(k, largest=False).values for part in points.split(CHUNK)]
+    return torch.cat(nearest_k)[:, -1]
 
 
 def share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
@@ -109,71 +129,16 @@ def share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     return torch.cat(inside).float().mean().item()
 
 
-def inception_score(logits: Tensor) -> tuple[float, float]:
-    """IS (Salimans et al. 2016) from Inception's logits (N, K): mean and standard deviation over 10 splits.
+def inception_score(logits: Tensor) -> dict[str, float]:
+    """IS (Salimans et al. 2016) from Inception's logits (N, K), and its standard deviation over 10 random parts."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    torch's global generator draws the splits.
-    """
-    from torchmetrics.image.inception import InceptionScore
-
-    metric = InceptionScore(PrecomputedFeatures(logits.shape[1]), **NO_SYNC).to(logits.device)
-    metric.update(logits)
-    mean, std = metric.compute()
-    return mean.item(), std.item() * math.sqrt((metric.splits - 1) / metric.splits)  # the authors divide by n
-
-
-class PrecomputedFeatures(nn.Identity):
-    """The feature network of features (N, ``num_features``) that are there already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-
-def inception(device: torch.device) -> nn.Module:
-    """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
-
-    It maps uint8 (N, 3, H, W) to the pool layer (N, 2048) and the logits without their bias (N, 1008). torchmetrics'
-    own variant of it resizes otherwise, which moves every score. Raises UserError if the weights cannot be loaded.
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
-        raise UserError(inception_help(error)) from None
-    return network.to(device).eval()
-
-
-def inception_outputs(
-    network: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, title: str
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and logits (N, K) of uint8 images, grey or RGB; ``title`` stands at the progress bar."""
-    batches = images.split(images_per_batch(BATCH, images.shape[1:]))
-    with torch.no_grad():
-        parts = distributed.sharded_map(batches, lambda batch: network(as_rgb(batch)), images.device, title=title)
-    features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-    return features, logits
-
-
-def inception_help(error: Exception) -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return (
-        f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
-        f"into {torch.hub.get_dir()}/checkpoints"
-    )
-
-
-def as_rgb(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    score = isc_features_to_metric(logits.cpu())
+    return {"IS": score[KEY_METRIC_ISC_MEAN], "IS, standard deviation": score[KEY_METRIC_ISC_STD]}
 
 
 def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,) to each point's nearest reference, and that one's index; (N, ...), (M, ...)."""
-    found = []
-    references = references.flatten(1)
-    for batch in points.flatten(1).split(100):  # a distance matrix of 100 x 50,000
-        found.append(torch.cdist(batch.float(), references.float(), compute_mode="donot_use_mm_for_euclid_dist").min(1))
+    points, references = points.flatten(1).float(), references.flatten(1).float()
+    found = [torch.cdist(part, references, compute_mode=EXACT).min(1) for part in points.split(CHUNK)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

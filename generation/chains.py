@@ -1,4 +1,4 @@
-"""Run chains from given starts: what --mode sample shows."""
+"""SGLD chains that draw samples: those that --mode sample shows, and --mode test and --quality_every measure."""
 
 import math
 from collections.abc import Sequence
@@ -13,29 +13,31 @@ import distributed
 from config import Config
 from logger.images import to_uint8
 from models import JEM
-from sgld import SGLD, chain_options
+from sgld import SGLD, ChainInit, chain_options
 
-COLUMNS = 10  # images in a row of a picture
-SHOWN = 100  # images in a picture or film; of a class, COLUMNS
 FRAMES = 60  # at most, in a film
 
 
-class Start(NamedTuple):
-    """Where chains begin, and what holds them."""
+class StartImages(NamedTuple):
+    """Where ``n`` chains begin, and what holds them."""
 
     name: str  # for people
-    x: Tensor  # float32 (N, C, H, W)
-    y: Tensor | None = None  # int64 (N,), the classes whose log p(x, y) they climb; None: they climb log p(x)
+    n: int
+    images: Tensor | ChainInit  # float32 (M, C, H, W), which chains start from in turn, or what draws new ones
+    classes: Sequence[int]  # of the chains, in turn
+    class_cond: bool = False  # chains climb log p(x|y) of their class instead of log p(x)
     known: Tensor | None = None  # bool (H, W), the pixels that keep their value
-    originals: Tensor | None = None  # uint8 (N, C, H, W), the test images that x was made from
+    originals: Tensor | None = None  # uint8 (n, C, H, W), the images that the starts were made from
 
 
-class Result(NamedTuple):
-    """Where chains have gone."""
+class ChainResult(NamedTuple):
+    """Where n chains have begun and gone, on the CPU; values of images may lie outside [-1, 1]."""
 
-    x: Tensor  # the chains' ends, float32 (N, C, H, W) on the CPU; values may lie outside [-1, 1]
-    logits_start: Tensor  # float32 (N, K), at the chains' starts
-    logits: Tensor  # float32 (N, K), at their ends
+    start: Tensor  # float32 (n, C, H, W)
+    x: Tensor  # their ends, of the same shape
+    logits_start: Tensor  # float32 (n, K), at their starts
+    logits: Tensor  # float32 (n, K), at their ends
+    labels: Tensor  # int64 (n,), the classes that the chains climb, or else the most probable at their ends
     frames: Tensor  # the first M chains at the recorded steps, uint8 (T, M, C, H, W)
 
 
@@ -46,32 +48,53 @@ def recorded_steps(steps: int) -> list[int]:
 
 @torch.no_grad()
 def run_chains(
-    model: JEM, start: Start, batches: Sequence[Tensor], recorded: list[int], cfg: Config, rng: Generator
-) -> Result:
-    """SGLD from every start, a batch of them at a time, up to the last of the steps ``recorded``.
+    model: JEM, start: StartImages, steps: int, cfg: Config, rng: Generator, n_filmed: int = 0
+) -> ChainResult:
+    """SGLD of ``steps`` steps from every start, by all processes together.
 
-    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). ``batches``, places of starts, are of
-    about equal size: with batch normalisation, images depend on how many there are in their batch.
+    With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). With batch normalisation an image
+    depends on its batch. So batches are always whole, of as many chains as in training (``cfg.n_chains``): the last one
+    is filled up with chains that are then left out. Each batch has randomness of its own: a seed's first chains are the
+    same however many follow.
+
+    Args:
+        model: a ``frozen_sampler_model``, on the device of ``rng``.
+        n_filmed: of how many chains ``frames`` shows the way.
     """
-    sgld = SGLD(model.log_density, **chain_options(cfg), compile=cfg.compile == "on")
-    shown = max(SHOWN, COLUMNS * model.class_output.out_features)
+    compiled = cfg.compile == "on" and cfg.mode == "sample"  # in training it would take longer than the chains
+    sgld = SGLD(model.log_density, **chain_options(cfg), compile=compiled)
+    batches = [range(first, first + cfg.n_chains) for first in range(0, start.n, cfg.n_chains)]
+    n_steps = distributed.shard_size(len(batches)) * steps
+    bar = tqdm(total=n_steps, desc="SGLD", unit="step", leave=False)
 
-    def run_batch(batch: Tensor) -> Result:
-        x, y = start.x[batch], None if start.y is None else start.y[batch]
-        held, logits_start = x, model.logits(x)
-        filmed = max(0, shown - batch[0].item())
-        film = [to_uint8(x[:filmed]).cpu()]
-        for before, after in pairwise(recorded):
-            for _ in range(after - before):
-                x = sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x
-                if start.known is not None:
-                    x = torch.where(start.known, held, x)
-            film.append(to_uint8(x[:filmed]).cpu())
+    def run_batch(numbers: range) -> ChainResult:
+        classes = [start.classes[i % len(start.classes)] for i in numbers]
+        y = torch.tensor(classes, device=rng.device) if start.class_cond else None
+        if isinstance(start.images, Tensor):
+            first = start.images[torch.tensor(numbers, device=rng.device) % len(start.images)]
+        else:
+            first = start.images(classes, rng)
+        n_frames = max(0, n_filmed - numbers[0])  # chains of this batch that are filmed
+        x, frames = first, [to_uint8(first[:n_frames]).cpu()]
+        for before, after in pairwise(recorded_steps(steps)):
+            if start.known is None:
+                x = sgld(x, after - before, cfg.sgld_lr, cfg.sgld_std, rng, y).x
+            else:
+                for _ in range(after - before):
+                    x = torch.where(start.known, first, sgld(x, 1, cfg.sgld_lr, cfg.sgld_std, rng, y).x)
+            frames.append(to_uint8(x[:n_frames]).cpu())
             bar.update(after - before)
-        return Result(x.cpu(), logits_start.cpu(), model.logits(x).cpu(), torch.stack(film))
+        logits_start, logits = model.logits(first).cpu(), model.logits(x).cpu()
+        labels = logits.argmax(1) if y is None else y.cpu()
+        return ChainResult(first.cpu(), x.cpu(), logits_start, logits, labels, torch.stack(frames))
 
-    n_steps = distributed.shard_size(len(batches)) * recorded[-1]
-    with tqdm(total=n_steps, desc="SGLD", unit="step") as bar:
+    with bar:
         results = distributed.sharded_map(batches, run_batch, "cpu", rng)
-    *parts, films = zip(*results, strict=True)
-    return Result(*map(torch.cat, parts), torch.cat(films, 1))
+    return ChainResult(
+        start=torch.cat([result.start for result in results])[: start.n],
+        x=torch.cat([result.x for result in results])[: start.n],
+        logits_start=torch.cat([result.logits_start for result in results])[: start.n],
+        logits=torch.cat([result.logits for result in results])[: start.n],
+        labels=torch.cat([result.labels for result in results])[: start.n],
+        frames=torch.cat([result.frames for result in results], 1)[:, : start.n],
+    )

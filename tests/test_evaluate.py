@@ -507,7 +507,7 @@ def new_report(logdir_or_run, before):
         ("torchmetrics", "calibration", "calibration"),
         ("pyautoattack", "robustness", "AutoAttack"),
         ("torch_fidelity", "quality", "FID, IS, KID"),
-        ("torchmetrics", "quality", "Fréchet distance in a classifier's features"),
+        ("torch_fidelity", "quality", "Fréchet distance in a classifier's features"),
     ],
 )
 def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from evaluation.fid import Features
 from losses import Weights, joint_loss
 from models import build_model, copy_weights, frozen_sampler_model, log_density
 from models.predict import predict
@@ -97,7 +96,7 @@ def test_activation(name, value):
 def test_predict_leaves_every_part_in_its_mode():
     """A wrapper is in training mode when it is made; what it holds is to stay in evaluation mode."""
     model, x = tiny(norm="batch").eval(), torch.rand(9, 1, 8, 8) * 2 - 1
-    wrapper, expected = Features(model), model.f(x)
+    wrapper, expected = torch.nn.Sequential(model.f), model.f(x)
     mean = model.f.bn1.running_mean.clone()
     assert wrapper.training
     torch.testing.assert_close(predict(wrapper, x), expected)

@@ -11,8 +11,10 @@ from PIL import Image, ImageSequence
 from sklearn.datasets import load_digits
 
 import main
+from evaluation import quality
 from generation.counterfactual import target_classes
-from generation.sample import by_class, unknown_pixels
+from generation.restore import unknown_pixels
+from generation.sample import by_class
 from models import build_model
 from sgld import reference_chain, uniform_images
 from utils import UserError
@@ -41,23 +43,8 @@ def baseline(tmp_path_factory):
 def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[str, np.ndarray]]:
     """Run --mode sample; returns its run directory and the content of its archive."""
     before = set(logdir.glob("*"))
-    assert (
-        main.main(
-            [
-                "--mode",
-                "sample",
-                "--load_ckpt",
-                str(checkpoint),
-                "--gpu",
-                "cpu",
-                *([] if "--counterfactual" in options else ["--precision", "fp32"]),
-                "--logdir",
-                str(logdir),
-                *options,
-            ]
-        )
-        == 0
-    )
+    command = ["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu", "--logdir", str(logdir), *options]
+    assert main.main([*command, *([] if "--counterfactual" in options else ["--precision", "fp32"])]) == 0
     (run,) = set(logdir.glob("*")) - before
     (archive,) = run.glob("*.npz")
     with np.load(archive) as content:
@@ -98,11 +85,15 @@ def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
-    run, content = sample(jem, tmp_path, "--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02")
+    """Of 12 chains, 8 at a time: the second batch is whole, too, and is then cut."""
+    options = ["--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02", "--batch_size", "8"]
+    run, content = sample(jem, tmp_path, *options)
     model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(1)
-    start = uniform_images(12, (1, 8, 8), rng)
-    rng.manual_seed(torch.randint(2**31, (2,), generator=rng)[0].item())  # each batch has randomness of its own
-    x = reference_chain(model.log_density, start, 5, 1.0, 0.02, rng).x
+    seeds, ends = torch.randint(2**31, (3,), generator=rng).tolist(), []
+    for seed in seeds[:2]:  # each batch has randomness of its own
+        rng.manual_seed(seed)
+        ends.append(reference_chain(model.log_density, uniform_images(8, (1, 8, 8), rng), 5, 1.0, 0.02, rng).x)
+    x = torch.cat(ends)[:12]
     torch.testing.assert_close(torch.from_numpy(content["x"]), x)
     logits = model(x).numpy()
     np.testing.assert_allclose(content["log_p_x"], np.log(np.exp(logits).sum(1)), rtol=1e-4, atol=1e-4)
@@ -114,6 +105,26 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     assert settings["checkpoint"] == str(jem / "ckpt" / "last.pt")
     assert (settings["steps"], settings["sgld_lr"], settings["sgld_std"]) == (5, 1.0, 0.02)
     assert (settings["start"], settings["target"], settings["weights"]) == ("uniform", "log p(x)", "last")
+
+
+def test_the_images_are_those_that_quality_measures(tmp_path, monkeypatch):
+    """With batch normalisation they depend on their batch, which is as large as the chains of training."""
+    run = train(tmp_path / "train", "--recipe", "sada-jem", "--batch_size", "20", "--p_x_batch_size", "16")
+    measured, sample_sets = {}, quality.sample_sets
+
+    def spy(*inputs):
+        measured.update(sample_sets(*inputs))
+        return dict(measured)
+
+    monkeypatch.setattr(quality, "sample_sets", spy)
+    options = "--n_sample_steps 3 --seed 5".split()
+    test = ["--mode", "test", "--eval", "quality", "--load_ckpt", str(run), "--gpu", "cpu", "--precision", "fp32"]
+    assert main.main([*test, *options, "--n_samples", "90", "--no_log"]) == 0
+    for name, asked in {"fresh": [], "fresh, class-conditional": ["--class_cond"]}.items():
+        for n in (90, 30):  # the first ones are the same, however many there are
+            _, content = sample(run, tmp_path / "samples", *options, *asked, "--n_samples", str(n))
+            expected = measured[name].images[:n].permute(0, 2, 3, 1)
+            np.testing.assert_array_equal(content["images"], expected)
 
 
 def test_pictures_and_films_show_the_chains(jem, tmp_path):
@@ -260,13 +271,15 @@ def test_what_is_transparent_in_a_mask_is_known(tmp_path):
         np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
 
 
-@pytest.mark.parametrize("limit", [10, 50])  # above twice the limit Pillow raises, below it warns
-def test_a_mask_of_too_many_pixels_is_one_line(limit, jem, tmp_path, monkeypatch, capfd):
+def test_a_mask_of_too_many_pixels_is_one_line(tmp_path, monkeypatch, recwarn):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(UserError, match="mask.png is too large, the images have 8x8 pixels: resize it"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises, below it warns
+    with pytest.raises(UserError, match="not .*mask.png: Image size .64 pixels. exceeds limit"):
         unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
-    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(UserError, match="mask.png has 8x8 pixels, but the images have 9x9: resize it"):
+        unknown_pixels(str(tmp_path / "mask.png"), 9, 9)
+    assert not recwarn.list
 
 
 def by_hand(model, image: np.ndarray, y: int, radius: float, steps: int) -> torch.Tensor:
@@ -290,9 +303,9 @@ def moved_images(content: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Te
 
 
 def counterfactual_tiles(picture: np.ndarray, columns: int) -> np.ndarray:
-    """The 8x8 images (rows, columns, 8, 8) of a picture: a heading, then rows of two lines of text and an image."""
+    """The 8x8 images (rows, columns, 8, 8) of a picture: a heading, then rows of a line of text and an image."""
     side, gap, line = 96, 2, 16
-    rows = [strip[2 * line :] for strip in np.split(picture[line:], len(picture) // (2 * line + side + 2 * gap))]
+    rows = [strip[line:] for strip in np.split(picture[line:], len(picture) // (line + side + 2 * gap))]
     pixels = side // 16 + np.arange(8) * 12
     return np.stack(
         [[row[np.ix_(gap + pixels, gap + c * (side + gap) + pixels)][..., 0] for c in range(columns)] for row in rows]
@@ -406,9 +419,9 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "more than the 64 images"),
     "two starts": (["JEM", "--from_buffer", "--denoise", "0.3"], "give one of them"),
     "no noise": (["JEM", "--denoise", "0"], "--denoise must be above 0"),
-    "no mask": (["JEM", "--inpaint", "right"], "no mask at"),
-    "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "torn.pt is no readable picture"),
-    "mask is a folder": (["JEM", "--inpaint", "."], "is no readable picture"),
+    "no mask": (["JEM", "--inpaint", "right"], "right: [Errno 2] No such file"),
+    "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
+    "mask is a folder": (["JEM", "--inpaint", "."], "Is a directory"),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
@@ -446,13 +459,13 @@ BAD = {  # the checkpoint and other options, and what is said of them
 def test_a_batch_of_one_that_leaves_no_variance_is_refused(tmp_path, capfd):
     run = train(tmp_path / "train", "--norm", "batch", "--stages", "4")
     options = ["--mode", "sample", "--gpu", "cpu", "--load_ckpt", str(run), "--logdir", str(tmp_path / "out")]
-    for one in (["--n_samples", "1"], ["--n_samples", "5", "--batch_size", "2"]):
-        capfd.readouterr()
-        assert main.main([*options, *one]) == 2
-        stderr = capfd.readouterr().err
-        assert "one value of each channel" in stderr and stderr.count("\n") == 1
-        assert not (tmp_path / "out").exists()
-    assert main.main([*options, "--n_samples", "4", "--batch_size", "2", "--n_sample_steps", "1"]) == 0
+    capfd.readouterr()
+    assert main.main([*options, "--batch_size", "1"]) == 2
+    stderr = capfd.readouterr().err
+    assert "one value of each channel" in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    one = ["--n_samples", "1", "--batch_size", "2", "--n_sample_steps", "1"]  # it has another beside it
+    assert main.main([*options, *one]) == 0
 
 
 @pytest.mark.parametrize("case", BAD)
