@@ -1,34 +1,21 @@
-"""Distances and scores of samples against closed forms, and the choice of images."""
+"""Distances and scores of samples against closed forms and torch-fidelity, and the choice of images."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from scipy import linalg
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 import trainer
-from chain_init import UniformInit
 from checkpoints.files import load_checkpoint
 from checkpoints.resume import continued
 from config import Config
-from data import load
+from data import load, to_float
 from evaluation import fid, quality, training_fid
-from evaluation.fid import (
-    Features,
-    as_rgb,
-    distances_to,
-    frechet_distance,
-    inception,
-    inception_score,
-    nearest,
-)
 from evaluation.inputs import EvalInputs
-from evaluation.quality import most_confident
 from evaluation.report import Section
-from evaluation.training_fid import fresh_samples
 from logger.images import to_uint8
 from logger.metrics_log import read_log
 from main import main
@@ -41,15 +28,38 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class Tiny(torch.nn.Module):
-    """uint8 RGB images to (N, 4): a fixed random projection."""
+class Tiny(torch_fidelity.FeatureExtractorBase):
+    """uint8 RGB images to features (N, 4), a fixed random projection, which are their logits, too."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, name="tiny", features_list=("features",), **options):
+        super().__init__(name, features_list)
         self.register_buffer("weight", torch.randn(3 * 16, 4, generator=seeded(9)) / 255)
 
+    @staticmethod
+    def get_provided_features_list():
+        return ("features",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "features"
+
     def forward(self, images):
-        return images.flatten(1).float() @ self.weight
+        return (images.flatten(1).float() @ self.weight,)
+
+
+def tiny_features(images):
+    return Tiny()(images)[0]
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
 
 
 @pytest.fixture
@@ -66,68 +76,47 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_frechet_distance_is_the_closed_form(images):
-    real, fake = images
-    distance = frechet_distance(Tiny()(real))
-    for other in (fake, real[:150], fake):  # the second use starts afresh
-        expected = closed_form(Tiny()(real).double().numpy(), Tiny()(other).double().numpy())
-        assert distance(Tiny()(other)) == pytest.approx(expected, rel=1e-3)
+    real, fake = (tiny_features(part) for part in images)
+    distance = fid.frechet_distance(fid.feature_statistics(fake), fid.feature_statistics(real))
+    assert distance == pytest.approx(closed_form(real.double().numpy(), fake.double().numpy()), rel=1e-6)
 
 
-def test_distances_and_inception_score_of_a_tiny_network(images):
-    real, fake = images
-    torch.manual_seed(0)
-    distances = distances_to(Tiny()(real))
-    distances(Tiny()(real[:150]))  # what was measured before leaves no trace
-    torch.manual_seed(0)
-    found = distances(Tiny()(fake))
-    x, y = Tiny()(real).double(), Tiny()(fake).double()
-    assert found.frechet == pytest.approx(closed_form(x.numpy(), y.numpy()), rel=1e-3)
-    # on all images at once, where the metric takes the mean over ten parts of them
-    log_p = y.log_softmax(1)
-    divergence = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
-    assert inception_score(Tiny()(fake))[0] == pytest.approx(divergence.mean().exp().item(), rel=0.1)
-    torch.manual_seed(3)
-    _, deviation = inception_score(y)
-    torch.manual_seed(3)
-    parts = [part.softmax(1) for part in y[torch.randperm(len(y))].chunk(10)]
-    scores = [(p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item() for p in parts]
-    assert deviation == pytest.approx(np.std(scores), rel=1e-4)
-    # the unbiased squared MMD with the kernel (x.y / 4 + 1)^3, on all images instead of subsets
-    k_xx, k_yy, k_xy = ((a @ b.T / 4 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    mmd = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_xx, k_yy)) - 2 * k_xy.mean()
-    assert found.kid[0] == pytest.approx(mmd.item(), rel=0.15)
-    assert found.subset_size == 199
-
-
-def within(point, others):
-    """Whether a point lies no farther from one of the others than the third nearest of the rest lies from that one."""
-    for i, other in enumerate(others):
-        rest = sorted(np.linalg.norm(other - p) for k, p in enumerate(others) if k != i)
-        if np.linalg.norm(point - other) <= rest[2]:
-            return True
-    return False
-
-
-def test_precision_and_recall_are_the_slow_loop_and_those_of_torch_fidelity(monkeypatch):
+def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monkeypatch):
+    """Of its program as a whole, which is given images."""
     monkeypatch.setattr(fid, "CHUNK", 7)
-    real, fake = torch.randn(25, 3, generator=seeded(1)), 1.5 * torch.randn(32, 3, generator=seeded(2)) + 0.7
-    found = distances_to(real)(fake)
-    precision = np.mean([within(point, real.numpy()) for point in fake.numpy()])
-    recall = np.mean([within(point, fake.numpy()) for point in real.numpy()])
-    assert (found.precision, found.recall) == pytest.approx((precision, recall)) and precision != recall
-    theirs = prc_features_to_metric(fake, real, verbose=False)
-    assert (found.precision, found.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
+    real, fake = images
+    torch_fidelity.register_feature_extractor("tiny", Tiny)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(fake),
+        input2=Images(real),
+        feature_extractor="tiny",
+        **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
+        **dict.fromkeys(("cuda", "cache", "verbose"), False),
+        kid_subset_size=150,
+        save_cpu_ram=True,  # no processes of its own
+    )
+    distances = fid.FeatureDistances(tiny_features(real))
+    distances(tiny_features(real[:150]), 20)  # what was measured before leaves no trace
+    found = distances(tiny_features(fake), 150) | fid.inception_score(tiny_features(fake))
+    names = {"FID": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
+    names |= {"KID": "kernel_inception_distance_mean", "KID, standard deviation": "kernel_inception_distance_std"}
+    names |= {"IS": "inception_score_mean", "IS, standard deviation": "inception_score_std"}
+    assert found == {name: pytest.approx(theirs[their_name], rel=1e-4) for name, their_name in names.items()}
+    assert 0 < found["recall"] != found["precision"] < 1
 
 
 def test_distances_of_few_images_carry_a_warning_or_a_reason(images, tmp_path):
     real, fake = images
     section, sets = Section("quality", tmp_path), {"some": (fake[:70], "drawn"), "one": (fake[:1], "drawn")}
 
-    def network(images):
-        return images.flatten(1).float() / 255, None
+    class Space:
+        table, frechet_name, network_name = "t", "FID", "pixels"
+
+        def outputs(self, images):
+            return fid.Outputs(images.flatten(1).float() / 255, None)
 
     for n_real in (300, 47):  # 48 features
-        quality.add_distances(section, "t", "FID", sets, (real[:n_real], "real ones"), network, "pixels", 1)
+        quality.add_distances(section, Space(), sets, quality.ImageSet(real[:n_real], "real ones"))
     assert section.absent == {"t, one": "needs at least 20 samples and real images, not 1"}
     (note,) = section.notes
     assert note.startswith("**FID means little here** (some)") and "fewer images than the 48 features" in note
@@ -138,51 +127,33 @@ def test_distances_of_few_images_carry_a_warning_or_a_reason(images, tmp_path):
 
 def test_without_inception_weights_one_line_says_where_to_get_them(network):
     with pytest.raises(UserError, match=r"no network.*weights-inception-2015-12-05-6726825d.pth into .*checkpoints"):
-        inception(torch.device("cpu"))
+        fid.InceptionSpace(torch.device("cpu"))
     assert len(network) == 1
 
 
-def test_inception_takes_small_uint8_images_and_resizes_as_tensorflow_does(monkeypatch):
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
-    # The weights stay random, and the network in training mode, in which torch-fidelity 0.3 leaves it.
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-    original = FeatureExtractorInceptionV3.__init__
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "__init__", lambda *a: original(*a) or a[0].train() and None)
-    seen = []
-    network = inception(torch.device("cpu"))
-    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=seeded(3))
-    with torch.no_grad():
-        pool, logits = network(images)
-    assert pool.shape == (2, 2048) and logits.shape == (2, 1008) and not network.training
+def test_inception_takes_small_grey_images_and_resizes_as_tensorflow_does(monkeypatch):
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(f"{module}.FeatureExtractorInceptionV3.load_state_dict", lambda *_: None)  # they stay random
+    space, seen = fid.InceptionSpace(torch.device("cpu")), []
+    space.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8, generator=seeded(3))
+    features, logits = space.outputs(images)
+    assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     # TensorFlow 1 samples at i * 32 / 299, without the half pixel that torch's interpolate adds
     at = torch.arange(299) * 32 / 299
     low, weight = at.long(), (at - at.long()).float()
     high = (low + 1).clamp(max=31)
     rows = images.float()[:, :, low] * (1 - weight)[:, None] + images.float()[:, :, high] * weight[:, None]
     expected = rows[..., low] * (1 - weight) + rows[..., high] * weight
-    torch.testing.assert_close(seen[0], (expected - 128) / 128, atol=1e-4, rtol=0)
-
-
-def test_grey_images_become_rgb():
-    grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
-    assert torch.equal(as_rgb(grey), grey.repeat(1, 3, 1, 1))
-
-
-def test_features_are_the_backbones():
-    model = build_model(1, 3, depth=10, width=1).eval()
-    grey = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
-    network = Features(model)
-    torch.testing.assert_close(network(grey), model.f(grey / 127.5 - 1))
-    torch.testing.assert_close(model.class_output(network(grey)), model(grey / 127.5 - 1))
-    torch.testing.assert_close(network(grey), network(grey / 127.5 - 1))
+    torch.testing.assert_close(seen[0], (expected.repeat(1, 3, 1, 1) - 128) / 128, atol=1e-4, rtol=0)
 
 
 def test_the_most_confident_of_each_class_are_kept():
     torch.manual_seed(0)
     logits = 3 * torch.randn(100, 3)
     p, classes = logits.softmax(1).max(1)
-    kept = most_confident(logits, 0.9)
+    kept = quality.most_confident(logits, 0.9)
     for k in range(3):
         mine = [i for i in range(100) if classes[i] == k]
         best = sorted(mine, key=lambda i: -p[i])[: round(0.9 * len(mine))]
@@ -191,33 +162,12 @@ def test_the_most_confident_of_each_class_are_kept():
 
 def test_nearest_is_the_slow_loop():
     points, references = torch.randn(7, 2, 3, generator=seeded(1)), torch.randn(130, 2, 3, generator=seeded(2))
-    distance, index = nearest(points, references)
+    distance, index = fid.nearest(points, references)
     for i in range(7):
         slow = [(points[i] - reference).square().sum().sqrt().item() for reference in references]
         assert index[i] == int(np.argmin(slow))
         assert distance[i].item() == pytest.approx(min(slow), rel=1e-5)
-    assert nearest(references[5:6], references)[0].item() == 0
-
-
-@pytest.mark.parametrize("class_cond", [False, True])
-def test_fresh_samples_are_chains_from_the_start(class_cond, monkeypatch):
-    monkeypatch.setattr(training_fid, "images_per_batch", lambda *_: 4)
-
-    def log_density(x, y=None):
-        goal = 0 if y is None else y[:, None] / 10
-        return -(x.flatten(1) - goal).square().sum(1)
-
-    shape, rng = (1, 4, 4), seeded(3)
-    starts, ends = fresh_samples(SGLD(log_density), 6, UniformInit(shape), 3, 3, 0.1, 0.01, seeded(3), class_cond)
-    first, last = [], []
-    seeds = torch.randint(2**31, (3,), generator=rng).tolist()  # each batch has randomness of its own
-    for classes, seed in zip(([0, 1, 2, 0], [1, 2, 0, 1]), seeds, strict=False):
-        rng.manual_seed(seed)
-        first.append(uniform_images(4, shape, rng))
-        y = torch.tensor(classes) if class_cond else None
-        last.append(reference_chain(log_density, first[-1], 3, 0.1, 0.01, rng, y).x)
-    assert torch.equal(starts, to_uint8(torch.cat(first))[:6])
-    assert ends.shape == (6, *shape) and torch.equal(ends, to_uint8(torch.cat(last))[:6])
+    assert fid.nearest(references[5:6], references)[0].item() == 0
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
@@ -253,12 +203,12 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     buffer[200:, 0, 0, 0] = torch.nan
     found = []
     for seed in (1, 1, 2):
-        sets = quality.compared(inputs_with(finite_images(buffer), seed=seed), Section("quality", tmp_path))
-        found.append(sets["buffer"][0][:, 0, 0, 0].tolist())
+        sets = quality.sample_sets(inputs_with(finite_images(buffer), seed=seed), Section("quality", tmp_path))
+        found.append(sets["buffer"].images[:, 0, 0, 0].tolist())
     assert found[0] == found[1] != found[2]
     assert len(set(found[0])) == 30 and max(found[0]) in range(150, 200) and min(found[0]) < 50
     assert sorted(found[0]) != found[0]
-    assert len(sets["buffer, filtered"][0]) == pytest.approx(27, abs=3)
+    assert len(sets["buffer, filtered"].images) == pytest.approx(27, abs=3)
 
 
 TINY = "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 40 --max_steps 2 --sgld_step 1".split()
@@ -272,9 +222,7 @@ def trained(logdir, *options):
 
 def measured(run, *options, features=None):
     before = set(run.glob("eval*"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "nearest_figure", lambda rows: np.zeros((1, 1, 3), np.uint8))  # it takes its time
-        assert main([*TEST, "--load_ckpt", str(run), "--feature_ckpt", str(features or run), *options]) == 0
+    assert main([*TEST, "--load_ckpt", str(run), "--feature_ckpt", str(features or run), *options]) == 0
     (report,) = set(run.glob("eval*")) - before
     return json.loads((report / "results.json").read_text())["quality"]
 
@@ -289,10 +237,15 @@ def reports(tmp_path_factory):
         classes.append(y)
         return chain(self, x, steps, step_size, noise_std, generator, y)
 
-    weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255
+    class Projection(torch.nn.Module):
+        weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255
+
+        def forward(self, x):
+            return (x.flatten(1).float() @ self.weight,) * 2
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SGLD, "__call__", spy)
-        patch.setattr(quality, "inception", lambda _: lambda x: (x.flatten(1).float() @ weight,) * 2)
+        patch.setattr(fid, "load_inception", lambda: Projection())
         return {name: measured(run, "--fid_reference", name) for name in ("train", "train+test")}, classes
 
 
@@ -329,12 +282,11 @@ def test_the_test_images_change_only_what_is_measured_against_them(reports):
     assert after["in a classifier's features"]["test images"]["precision"]["value"] == 1
 
 
-def test_conditional_chains_are_as_many_of_each_class_and_the_others_of_none(reports):
-    for y in reports[1][::2]:
-        assert y is None
-    for y in reports[1][1::2]:
-        assert y.bincount().tolist() == [3] * 10
-    assert len(reports[1]) == 4
+def test_conditional_chains_have_classes_in_turn_and_the_others_none(reports):
+    asked = [y for y in reports[1] if y is not None]
+    assert len(reports[1]) == 2 * len(asked)
+    for y in asked:
+        assert torch.equal(y, (y[0] + torch.arange(len(y))) % 10)
 
 
 def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
@@ -359,7 +311,7 @@ TINY = TINY.split()  # 13 steps an epoch
 def test_quality_while_training(tmp_path, monkeypatch):
     """The distances are those of a slow computation, the best step's weights are kept, training is as without."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
-    monkeypatch.setattr(training_fid, "REFERENCE", 500)
+    monkeypatch.setattr(training_fid, "N_REFERENCE", 500)
 
     def train(folder, *options):
         assert main([*TINY, "--logdir", str(tmp_path / folder), *options]) == 0
@@ -385,14 +337,15 @@ def test_quality_while_training(tmp_path, monkeypatch):
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
     model.load_state_dict(state["model"])
     network.load_state_dict(load_checkpoint(features / "ckpt" / "best.pt")["state"]["model"])
-    rng = seeded(1 + 39)
-    rng.manual_seed(torch.randint(2**31, (2,), generator=rng)[0].item())
-    starts = uniform_images(150, (1, 8, 8), rng)
-    fresh = reference_chain(model.log_density, starts, 3, 1.0, 0.01, rng).x
-    of = lambda images: Features(network.eval())(images).double().detach().numpy()  # noqa: E731
-    real = of(images.train.images[torch.randperm(1337, generator=seeded())[:500]])
+    rng, starts, fresh = seeded(1 + 39), [], []
+    for seed in torch.randint(2**31, (3,), generator=rng).tolist()[:2]:  # of two batches, as large as in training
+        rng.manual_seed(seed)
+        starts.append(uniform_images(100, (1, 8, 8), rng))
+        fresh.append(reference_chain(model.log_density, starts[-1], 3, 1.0, 0.01, rng).x)
+    of = lambda images: network.eval().f(images).double().detach().numpy()  # noqa: E731
+    real = of(to_float(images.train.images[torch.randperm(1337, generator=seeded())[:500]]))
     for name, samples in {"fresh_samples": fresh, "chain_starts": starts}.items():
-        expected = closed_form(of(to_uint8(samples)), real)
+        expected = closed_form(of(to_float(to_uint8(torch.cat(samples)[:150]))), real)
         assert lines[39][f"quality/{name}"] == pytest.approx(expected, rel=0.02), name
 
 
