@@ -198,20 +198,17 @@ def add_nearest(section: Section, sets: dict[str, ImageSet], train: Tensor, back
         )
         shown = images[:10]
         distance_in_features, like_in_features = fid.nearest(predict(backbone, shown), in_features)
-        rows = [
-            row_of_images(shown, [""] * len(shown)),
-            row_of_images(train[like[:10]], [f"{d:.3g}" for d in distance[:10]]),
-            row_of_images(train[like_in_features], [f"{d:.3g}" for d in distance_in_features]),
-        ]
+        rows = {
+            "image": (shown, [""] * len(shown)),
+            "nearest in pixels": (train[like[:10]], [f"{d:.3g}" for d in distance[:10]]),
+            "nearest in features": (train[like_in_features], [f"{d:.3g}" for d in distance_in_features]),
+        }
+        strips = [captioned(image_grid(row, len(row), tile=96), columns=captions) for row, captions in rows.values()]
         section.picture(
             f"nearest_{as_file(name)}",
             f"Images ({name}) and the training image nearest to each, with its L2 distance above it",
-            captioned(np.concatenate(rows), rows=["image", "nearest in pixels", "nearest in features"]),
+            captioned(np.concatenate(strips), rows=list(rows)),
         )
-
-
-def row_of_images(images: Tensor, captions: list[str]) -> np.ndarray:
-    return captioned(image_grid(images, len(images), tile=96), columns=captions)
 
 
 def as_file(name: str) -> str:

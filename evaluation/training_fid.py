@@ -26,8 +26,8 @@ class SampleQuality:
 
     def __init__(self, cfg: Config, images: ImageData, chain_init: ChainInit, device: torch.device):
         self.cfg, self.device = cfg, device
-        n_samples, n_classes = cfg.n_samples or N_SAMPLES, len(images.class_names)
-        self.start = StartImages(cfg.start, n_samples, chain_init, range(n_classes))
+        classes = range(len(images.class_names))
+        self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes)
         with evaluation_packages():
             self.space = self.feature_space(images)
             order = torch.randperm(len(images.train), generator=Generator().manual_seed(0))[:N_REFERENCE]

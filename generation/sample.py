@@ -1,6 +1,5 @@
 """--mode sample: images drawn from a trained model, and test images filled in or cleaned by it."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     print(summary(start, result, settings))
     arrays = {"x": result.x, "labels": result.labels, "logits": result.logits}
     if start.originals is not None:
-        arrays |= {
-            "originals": start.originals.permute(0, 2, 3, 1),
-            "start": result.start,
-        }  # (N, H, W, C), (N, C, H, W)
+        arrays["originals"] = start.originals.permute(0, 2, 3, 1)  # uint8 (N, H, W, C)
+        arrays["start"] = result.start  # float32 (N, C, H, W)
     if start.known is not None:
         arrays["known"] = start.known  # bool (H, W)
     write_result(directory, name, arrays, settings, cfg, device)
@@ -82,32 +79,38 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def start_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> StartImages:
-    """Test images; or random images of the replay buffer; or what the model's training started its chains from."""
-    class_names, n, available = content["data"]["class_names"], cfg.n_samples, math.inf
+    """Test images; or images of the replay buffer; or what the model's training started its chains from."""
+    classes = range(len(content["data"]["class_names"]))
     if cfg.inpaint or cfg.denoise:
         test = load_data(cfg, path, content, rng.device).test
-        test = data.evenly_spaced(test, n or PICTURE_COLUMNS, f"test images of {cfg.dataset}")
+        test = data.evenly_spaced(test, cfg.n_samples or PICTURE_COLUMNS, f"test images of {cfg.dataset}")
         return restoration_start(cfg, test.to(rng.device), rng)
+    n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
+    if cfg.class_cond and n % len(classes):
+        raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
     if cfg.from_buffer:
-        if "buffer" not in content["state"]:
-            raise UserError(f"{path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
-        images = finite_images(content["state"]["buffer"]["images"]).to(rng.device)
-        available = len(images)
-    n = n or (PICTURE_COLUMNS * len(class_names) if cfg.class_cond else min(PICTURE_IMAGES, available))
-    if n > available:
-        raise UserError(f"{n} samples are more than the {available} images of the replay buffer: give --n_samples")
-    if cfg.class_cond and n % len(class_names):
-        raise UserError(f"--n_samples {n} must be a multiple of the {len(class_names)} classes for --class_cond")
-    if cfg.from_buffer:
-        order = torch.randperm(available, generator=rng, device=rng.device)
-        if cfg.class_cond:
-            order = by_class(predict(model, images[order]).argmax(1), n, class_names, order)
-        return StartImages("buffer", n, images[order[:n]], range(len(class_names)), cfg.class_cond)
+        images = buffer_images(model, n, cfg, path, content, rng)
+        return StartImages("buffer", len(images), images, classes, cfg.class_cond)
     if cfg.start == "uniform":  # needs no training images
         chain_init = UniformInit(content["data"]["shape"])
     else:
         chain_init = build_chain_init(cfg, load_data(cfg, path, content, rng.device))
-    return StartImages(cfg.start, n, chain_init, range(len(class_names)), cfg.class_cond)
+    return StartImages(cfg.start, n, chain_init, classes, cfg.class_cond)
+
+
+def buffer_images(model: JEM, n: int, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Tensor:
+    """n random images (n, C, H, W) of the replay buffer; with ``--class_cond`` as the model sees classes, in turn."""
+    if "buffer" not in content["state"]:
+        raise UserError(f"{path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
+    images = finite_images(content["state"]["buffer"]["images"]).to(rng.device)
+    if not (cfg.n_samples or cfg.class_cond):
+        n = min(n, len(images))
+    if n > len(images):
+        raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
+    order = torch.randperm(len(images), generator=rng, device=rng.device)
+    if cfg.class_cond:
+        order = by_class(predict(model, images[order]).argmax(1), n, content["data"]["class_names"], order)
+    return images[order[:n]]
 
 
 def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> Tensor:

@@ -164,13 +164,6 @@ def test_the_seed_decides(jem, tmp_path):
     assert first != other
 
 
-def test_buffer_images_are_the_start(jem, tmp_path):
-    _, content = sample(jem, tmp_path, "--from_buffer", "--n_samples", "64", "--n_sample_steps", "0")
-    buffer = state_of(jem)["buffer"]["images"].numpy()
-    ordered = [images[np.lexsort(images.reshape(64, -1).T)] for images in (content["x"], buffer)]
-    np.testing.assert_array_equal(ordered[0], ordered[1])
-
-
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     predicted, order = torch.tensor([2, 0, 1, 2, 0, 1, 1]), torch.tensor([6, 5, 4, 3, 2, 1, 0])
     chosen = by_class(predicted, 6, ("a", "b", "c"), order)
@@ -193,14 +186,10 @@ def test_averaged_weights_are_taken_where_they_are(tmp_path):
 
 
 def true_labels(originals: np.ndarray) -> list[int]:
+    """Of images, uint8 (N, 8, 8, 1), that are digits; a KeyError if one is not."""
     images = load_digits()
     label = {(image * 255 / 16).round().tobytes(): y for image, y in zip(images.images, images.target, strict=True)}
     return [label[image.astype(float).tobytes()] for image in originals[..., 0]]
-
-
-def digits_in(originals: np.ndarray) -> bool:
-    known = {image.astype(int).tobytes() for image in load_digits().images}
-    return all(np.rint(image / 255 * 16).astype(int).tobytes() in known for image in originals[..., 0])
 
 
 MASKS = {
@@ -218,7 +207,7 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
         Image.fromarray(unknown * np.uint8(255)).save(name)
     options = ["--inpaint", name, "--n_samples", "5", "--n_sample_steps", "9"]
     run, content = sample(jem, tmp_path / "out", *options)
-    assert digits_in(content["originals"])
+    assert len(true_labels(content["originals"])) == 5
     np.testing.assert_array_equal(content["known"], ~unknown)
     truth = torch.from_numpy(content["originals"]).permute(0, 3, 1, 2).float() / 127.5 - 1
     for x in (content["start"], content["x"]):
@@ -233,7 +222,6 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
 
 def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     run, content = sample(jem, tmp_path, "--denoise", "0.5", "--n_samples", "100", "--class_cond")
-    assert digits_in(content["originals"])
     noise = content["start"] - (content["originals"].transpose(0, 3, 1, 2) / 127.5 - 1)
     assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
     settings = json.loads(str(content["settings"]))
@@ -315,7 +303,7 @@ def counterfactual_tiles(picture: np.ndarray, columns: int) -> np.ndarray:
 def test_counterfactuals_climb_to_the_class_inside_their_ball(jem, tmp_path, capsys):
     options = ["--n_samples", "6", "--n_sample_steps", "15", "--counterfactual_eps", "1.5", "--batch_size", "4"]
     run, content = sample(jem, tmp_path, "--counterfactual", "7", *options, "--save_images")
-    assert (content["labels"] == 7).all() and digits_in(content["originals"])
+    assert (content["labels"] == 7).all()
     np.testing.assert_array_equal(content["original_labels"], true_labels(content["originals"]))
     assert 7 not in content["original_labels"]
     before, after = moved_images(content)
@@ -385,20 +373,15 @@ def changed_checkpoint(run: Path, path: Path, **options) -> Path:
     return path
 
 
-def test_a_checkpoint_of_class_conditional_chains_has_counterfactuals(jem, tmp_path):
-    checkpoint = changed_checkpoint(jem, tmp_path / "conditional.pt", class_cond=True)
-    _, content = sample(checkpoint, tmp_path, "--counterfactual", "0", "--n_samples", "2", "--n_sample_steps", "1")
-    assert (content["labels"] == 0).all()
-    before, after = moved_images(content)
-    assert json.loads(str(content["settings"]))["counterfactual_eps"] == 2.5
-    assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
-
-
-def test_classes_are_drawn_only_if_asked_for(jem, tmp_path):
+def test_a_checkpoint_of_class_conditional_chains_draws_classes_only_if_asked_for(jem, tmp_path):
     checkpoint = changed_checkpoint(jem, tmp_path / "conditional.pt", class_cond=True)
     for options, target in (([], "log p(x)"), (["--class_cond"], "log p(x|y)")):
         _, content = sample(checkpoint, tmp_path, "--n_samples", "20", "--n_sample_steps", "1", *options)
         assert json.loads(str(content["settings"]))["target"] == target
+    _, content = sample(checkpoint, tmp_path, "--counterfactual", "0", "--n_samples", "2", "--n_sample_steps", "1")
+    before, after = moved_images(content)
+    assert json.loads(str(content["settings"]))["counterfactual_eps"] == 2.5
+    assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
 
 
 def test_images_of_the_buffer_that_are_not_finite_are_left_out(jem, tmp_path):
