@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from reference import reference_chain
 from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -33,7 +34,7 @@ from logger.images import to_uint8
 from logger.metrics_log import read_log
 from main import main
 from models import build_model
-from sgld import SGLD, finite_images, reference_chain, uniform_images
+from sgld import SGLD, finite_images, uniform_images
 from utils import UserError
 
 

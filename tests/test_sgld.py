@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from reference import reference_chain
 
 from models import build_model, frozen_sampler_model
-from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, normal_like, reference_chain, uniform_images
+from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, normal_like, uniform_images
 
 SHAPE = (3, 8, 8)
 
