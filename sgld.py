@@ -219,8 +219,7 @@ class Sampler:
         self.host_rng = random.Random(rng.initial_seed())
 
     def reseed(self) -> None:
-        """Take the host's randomness from ``rng``'s seed."""
-        self.host_rng.seed(self.rng.initial_seed())
+        self.host_rng.seed(self.rng.initial_seed())  # to be called after ``rng`` got another seed
 
     def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Starts of n chains (n, C, H, W), their places (n,) and, where asked for, their classes (n,), in turn.
