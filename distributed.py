@@ -160,11 +160,10 @@ def sharded_map(
     """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
 
     Item i is done in the process of rank i modulo their number. ``rng``, from which ``work`` may draw, gets a seed for
-    each item, so that results do not depend on who does it. ``device`` is where the tensors are that ``work`` returns,
-    alone or in tuples; ``title`` stands at a progress bar. For errors see ``raise_on_all_ranks``.
+    each item and one for afterwards: no number depends on who does what. ``device`` is where the tensors are that
+    ``work`` returns, alone or in tuples; ``title`` stands at a progress bar. For errors see ``raise_on_all_ranks``.
     """
     rank, size = current_world()
-    # one for each item, and one for what is drawn afterwards
     seeds = [] if rng is None else torch.randint(2**31, (len(items) + 1,), generator=rng, device=rng.device).tolist()
 
     def do_own() -> list[T]:

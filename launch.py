@@ -26,8 +26,8 @@ def launched() -> bool:
         n = started_together()
         if n > 1:
             raise UserError(
-                f"this is one of {n} equal runs that srun or mpirun started: for one run of {n} processes start "
-                f"torchrun --nproc_per_node={n} main.py once a machine, or for one process srun --ntasks=1"
+                f"this is one of {n} equal runs that srun (SLURM) or mpirun started: start one run of {n} processes "
+                f"with torchrun --nproc_per_node={n}, or of a single process with srun --ntasks=1"
             )
         return False
     if os.environ.get("WORLD_SIZE", "1") == "1":
