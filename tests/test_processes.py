@@ -211,17 +211,8 @@ class TestCommandLine:
         assert state["step"] == 22 and "processes" not in state
 
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
-        test = [
-            *test.split(),
-            "--n_sample_steps",
-            "2",
-            "--gpu",
-            "cpu",
-            "--feature_ckpt",
-            str(run),
-            "--load_ckpt",
-            str(run),
-        ]
+        test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
+        test += ["--feature_ckpt", str(run), "--load_ckpt", str(run)]
         status, _, err = end(torchrun(HERE / "under_torchrun.py", "measures", *test))
         shorten_attacks(monkeypatch.setattr)
         assert status == 0 and main.main(test) == 0, err
