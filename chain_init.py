@@ -1,10 +1,9 @@
-"""Where chains start: uniform noise, Gaussians fitted to the training images, or other images.
+"""Initialization of chains: uniform noise, Gaussians fitted to the training images, or other images.
 
-A start is called with the classes of the images that are wanted, a list on the host, and a generator; it returns
+It is called with the classes of the images that are wanted, a list on the host, and a generator; it returns
 float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and never waits for the device.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
 
-
-NAMES = {  # for people
+NAMES = {  # what reports call them
     "uniform": "uniform noise",
     "gaussian": "a Gaussian fitted to the training images",
     "class_gaussian": "a Gaussian fitted to each class's training images",
@@ -31,10 +29,7 @@ NAMES = {  # for people
 
 
 def build_chain_init(cfg, images: ImageData) -> ChainInit:
-    """The start that ``--start`` names, fitted to the training images or from the images of ``--start_dir``.
-
-    Where it needs labels, it uses those of ``--labels_per_class`` alone.
-    """
+    """What ``--start`` names. A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
     if cfg.start == "uniform":
         return UniformInit(images.shape)
     if cfg.start == "folder":
@@ -47,8 +42,7 @@ def build_chain_init(cfg, images: ImageData) -> ChainInit:
     if 0 in counts:
         empty = images.class_names[counts.index(0)]
         raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
-    labelled = some_of_each_class(images.train, cfg.labels_per_class, n_classes)
-    return GaussianInit(labelled, n_classes, images.device)
+    return GaussianInit(some_of_each_class(images.train, cfg.labels_per_class, n_classes), n_classes, images.device)
 
 
 class UniformInit:
@@ -62,16 +56,12 @@ class UniformInit:
 
 
 class FolderInit:
-    """Random images of another set, uint8 (N, C, H, W), whatever the class, as DAT starts its chains.
-
-    Grey images become RGB, or RGB images grey, as the training images are; they must have the same size.
-    """
+    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT)."""
 
     def __init__(self, images: Tensor, like: ImageData):
         self.shape = like.shape
         if images.shape[2:] != self.shape[1:]:
-            height, width = self.shape[1:]
-            raise UserError(f"--start_dir works only with square training images, and these are {width}x{height}")
+            raise UserError(f"--start_dir needs square training images, and these are {self.shape[2]}x{self.shape[1]}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
         self.images = images.to(like.device)
@@ -82,13 +72,9 @@ class FolderInit:
 
 
 class GaussianInit:
-    """A Gaussian with the images' mean and full covariance plus 1e-4 I, of each class or of all, clamped to [-1, 1].
+    """Samples of a Gaussian with the images' mean and full covariance plus 1e-4 I, clamped to [-1, 1].
 
-    One for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM. A sample is
-    mean + z @ factor, with a factor of at most ``MAX_ROWS`` rows, of one of two kinds. With more images than
-    dimensions D it is the Cholesky factor of the covariance, (D, D). Otherwise it is the centred images themselves over
-    sqrt(N), (N, D), and noise of variance 1e-4 is added: z @ factor has exactly the images' covariance, without
-    computing it. If N and D are both above ``MAX_ROWS``, the factor is made of that many random images.
+    One Gaussian for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM (n_classes None).
     """
 
     def __init__(self, split: Split, n_classes: int | None, device: torch.device):
@@ -97,27 +83,28 @@ class GaussianInit:
         self.gaussians = [fit(group, device) for group in groups]
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        if not classes:
+            return torch.empty(0, *self.shape, device=rng.device)
         if len(self.gaussians) == 1:
             classes = [0] * len(classes)
-        samples = {k: iter(self._sample(k, n, rng)) for k, n in Counter(classes).items()}
-        c, h, w = self.shape
-        x = torch.empty(len(classes), c * h * w, device=rng.device)
-        if classes:
-            torch.stack([next(samples[k]) for k in classes], out=x)
-        return x.view(-1, c, h, w).contiguous(memory_format=torch.channels_last)
-
-    def _sample(self, k: int, n: int, rng: Generator) -> Tensor:
-        mean, factor, noise = self.gaussians[k]
-        x = mean + torch.randn(n, len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
-        if noise:
-            x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
-        return x.clamp(-1, 1)
+        rows = [None] * len(classes)
+        for k in dict.fromkeys(classes):
+            own = [i for i, of_class in enumerate(classes) if of_class == k]
+            mean, factor, noise = self.gaussians[k]
+            x = mean + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
+            if noise:
+                x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
+            for i, row in zip(own, x.clamp(-1, 1), strict=True):
+                rows[i] = row  # an index on the device would wait for it
+        return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
 
 
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Mean (D,), factor (R, D) and the standard deviation of the additional noise, of images uint8 (N, C, H, W).
+    """Mean (D,), factor (R, D) and noise of a Gaussian: its samples are mean + normal @ factor + noise * normal.
 
-    The images may be elsewhere than ``device``, where the Gaussian is.
+    If there are more images, uint8 (N, C, H, W), than dimensions D, the factor is the Cholesky factor of the covariance
+    plus 1e-4 I, and noise 0. If not, it is the centred images over sqrt(N): normal @ factor then has their covariance;
+    noise is 0.01. If N and D are both above ``MAX_ROWS``, so many random images are taken.
     """
     n, d = len(images), images[0].numel()
     if min(n, d) > MAX_ROWS:

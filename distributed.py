@@ -1,16 +1,12 @@
-"""Several processes of one run, a device each, as torchrun starts them: which one this is, and what all agree on.
+"""Several processes of one run, a device each: rank, exchange, sharding of work and of a run's state.
 
-PyTorch's own process group carries everything: NCCL between GPUs, gloo between CPUs and for what lies on the host.
-Where there is one process, nothing is sent and every function gives back what it was given.
+PyTorch's process group carries everything (see launch.py): NCCL between GPUs, gloo for what lies on the host. Where
+there is one process, nothing is sent and every function gives back what it was given.
 """
 
 import math
 import os
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,8 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from utils import UserError, tree_to
-
-TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 
 PER_PROCESS = ("rng", "sampler", "meter")  # parts of a run's state that differ between processes, besides the buffer
 
@@ -40,137 +34,13 @@ class World(NamedTuple):
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-shared: dist.Store | None = None  # torchrun's, which outlives processes
-store: dist.Store | None = None  # the part of it that these processes have to themselves
-attempts = 1  # how often torchrun has started the program, this time included
-alone = False  # see working_alone
-
-
-def launched() -> bool:
-    """Whether torchrun, or something like it, started this process as one of several.
-
-    Raises UserError if it did not say all that it should.
-    """
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        return False
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        value = os.environ.get(name)
-        if value is None:
-            raise UserError(f"RANK is set as for one of several processes, but {name} is not: start them with torchrun")
-        if name != "MASTER_ADDR" and not value.isdecimal():
-            raise UserError(f"the environment variable {name} is {value!r}, no number: start processes with torchrun")
-    return True
-
-
-def connect() -> None:
-    """Join the other processes that torchrun started, if it did."""
-    global shared, store, attempts
-    if launched() and not dist.is_initialized():
-        shared, rank, size = next(dist.rendezvous("env://"))
-        name, attempts = agree_on_attempt(rank, size)
-        store = dist.PrefixStore(name, shared)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    elif "TORCHELASTIC_RUN_ID" in os.environ and shared is None:  # one process, which torchrun may start again
-        attempts = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        with suppress(RuntimeError):  # torchrun has gone and left its variables
-            shared = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))[0]
-
-
-def agree_on_attempt(rank: int, size: int) -> tuple[str, int]:
-    """A name for this attempt, and the number of attempts so far.
-
-    torchrun keeps one store for all attempts, so it may hold addresses of processes that are gone. Rank 0 chooses a new
-    name and sends it to each process until that process confirms it. Questions of processes that are gone stay without
-    an answer.
-    """
-    if rank:
-        asked = shared.add(f"question/{rank}", 1)
-        name, count = shared.get(f"name/{rank}/{asked}").decode().split()
-        shared.set(f"answer/{rank}/{name}", "")
-        return name, int(count)
-    name, count = uuid.uuid4().hex, shared.add("attempts", 1)
-    for other in range(1, size):
-        while not shared.check([f"answer/{other}/{name}"]):
-            shared.set(f"name/{other}/{shared.add(f'question/{other}', 0)}", f"{name} {count}")
-            time.sleep(0.05)
-    return name, count
-
-
-def restarted() -> bool:
-    """Whether torchrun started the program again after a process of it had gone (``--max_restarts``)."""
-    return attempts > 1
-
-
-def remember(name: str, value: str) -> None:
-    """Keep something for the time after a restart."""
-    if shared is not None:
-        shared.set(f"kept/{name}", value)
-
-
-def remembered(name: str) -> str | None:
-    """What an earlier attempt has kept, if it has."""
-    key = f"kept/{name}"
-    return shared.get(key).decode() if shared is not None and shared.check([key]) else None
-
-
-def disconnect() -> None:
-    """Leave the process group. All processes must call this: after an error in only one of them it would wait."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def is_distributed() -> bool:
     """Whether there are other processes to agree with."""
-    return dist.is_initialized() and not alone
-
-
-@contextmanager
-def working_alone() -> Iterator[None]:
-    """Inside, nothing is exchanged: for what may fail in one process alone."""
-    global alone
-    alone = True
-    try:
-        yield
-    finally:
-        alone = False
+    return dist.is_initialized()
 
 
 def current_world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if is_distributed() else World()
-
-
-def first_to_say(message: str) -> bool:
-    """Whether no other process has come with this message before, so that a terminal shows it once."""
-    if store is None:
-        return True
-    try:
-        return store.add(f"said/{message}", 1) == 1
-    except RuntimeError:  # the store has gone with torchrun
-        return True
-
-
-@contextmanager
-def only_rank0_prints() -> Iterator[None]:
-    """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
-    if current_world().rank == 0:
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-
-
-def lost_connection(error: Exception) -> bool:
-    """Whether processes cannot go on together, most often because one has gone."""
-    return is_distributed() and (isinstance(error, dist.DistError | OutOfStep) or "gloo" in str(error).lower())
-
-
-# ---------------------------------------------------------------------------------------------- agreement
-
-
-def all_reduce_mean(x: Tensor) -> Tensor:
-    """The mean of x over all processes, on the device, and differentiable: see ``AllReduceMean``."""
-    return AllReduceMean.apply(x) if is_distributed() else x
 
 
 class AllReduceMean(torch.autograd.Function):
@@ -185,6 +55,11 @@ class AllReduceMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return AllReduceMean.forward(ctx, gradient)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """The mean of x over all processes, on the device, and differentiable."""
+    return AllReduceMean.apply(x) if is_distributed() else x
 
 
 def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
@@ -206,46 +81,45 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
     """The largest of each number in any process. Waits for the other hosts, not for a device."""
     if not is_distributed():
         return numbers
-    everyone = torch.tensor(numbers)
-    dist.all_reduce(everyone, dist.ReduceOp.MAX)
-    return tuple(everyone.tolist())
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
-class OutOfStep(RuntimeError):
-    """Processes do not do the same any more."""
+def barrier() -> None:
+    all_reduce_max(0)
 
 
 def all_gather_object(what: str, value: T) -> list[T]:
     """The values of all processes, by rank, in each of them. ``value`` holds tensors of the CPU alone.
 
-    Raises OutOfStep if the others are about to exchange something else than ``what``.
+    Raises DistError if the others are about to exchange something else than ``what``.
     """
     if not is_distributed():
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (what, value))
-    names = {name for name, _ in everyone}
+    names = sorted({name for name, _ in everyone})
     if len(names) > 1:
-        raise OutOfStep(f"processes do different things, one {' and another '.join(sorted(names))}")
+        raise dist.DistError(f"processes do different things, one {' and another '.join(names)}")
     return [value for _, value in everyone]
 
 
-def raise_on_all_ranks(what: str, call: Callable[[], T] | None) -> T | None:
-    """What ``call`` returns, or None without one; an error of one process is an error of all.
+def raise_on_all_ranks(what: str, call: Callable[[], T]) -> T:
+    """What ``call`` returns; an error of one process is an error of all.
 
-    Raises what ``call`` raises. In the others it is a UserError if it was one, or else a RuntimeError.
+    Raises what ``call`` raises. In the other processes it is a UserError if it was one, or else a RuntimeError.
     """
-    result, failure = None, None
     try:
-        result = call() if call else None
+        result = call()
     except Exception as error:
-        failure = error  # raised below: first tell the other processes, which are waiting
-    heard = failure and (isinstance(failure, UserError), str(failure) or type(failure).__name__)
-    messages = all_gather_object(what, heard)
-    if failure:
-        raise failure
-    for message in filter(None, messages):
-        raise (UserError if message[0] else RuntimeError)(message[1])
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        told = kind(str(error) or type(error).__name__)
+        all_gather_object(what, told)  # the other processes wait to hear of it
+        raise
+    for failure in all_gather_object(what, None):
+        if failure is not None:
+            raise failure
     return result
 
 
@@ -253,18 +127,9 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Call ``make`` in rank 0 and return its result in every process. An error is raised in every process."""
     if not is_distributed():
         return make()
-    result = [raise_on_all_ranks("waits for the first", make if dist.get_rank() == 0 else None)]
+    result = [raise_on_all_ranks("waits for the first", make if dist.get_rank() == 0 else lambda: None)]
     dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     return result[0]
-
-
-def gather(value: T) -> list[T]:
-    """The values of all processes, by rank, in rank 0; elsewhere an empty list. Tensors must be on the CPU."""
-    if not is_distributed():
-        return [value]
-    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values or []
 
 
 def rank0_first(load: Callable[[], T]) -> T:
@@ -274,8 +139,9 @@ def rank0_first(load: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return load()
-    turn = 0 if dist.get_rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    results = [raise_on_all_ranks("loads", load if turn == now else None) for now in range(3)]
+    first_of_machine = os.environ["LOCAL_RANK"] == "0"
+    turn = 0 if dist.get_rank() == 0 else (1 if first_of_machine else 2)
+    results = [raise_on_all_ranks("loads", load if now == turn else lambda: None) for now in range(3)]
     return results[turn]
 
 
@@ -293,52 +159,47 @@ def sharded_map(
 ) -> list[T]:
     """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
 
-    The results are those of one process: what ``work`` draws from ``rng``, which is seeded for each item, depends on
-    that item alone.
-
-    Args:
-        device: where the tensors are that ``work`` returns, alone or in tuples.
-        title: what stands at a progress bar, if there is to be one.
-
-    Raises:
-        What ``work`` raises; see ``raise_on_all_ranks``.
+    Item i is done in the process of rank i modulo their number. ``rng``, from which ``work`` may draw, gets a seed for
+    each item and one for afterwards: no number depends on who does what. ``device`` is where the tensors are that
+    ``work`` returns, alone or in tuples; ``title`` stands at a progress bar. For errors see ``raise_on_all_ranks``.
     """
+    rank, size = current_world()
     seeds = [] if rng is None else torch.randint(2**31, (len(items) + 1,), generator=rng, device=rng.device).tolist()
-    own = range(len(items))[current_world().rank :: current_world().size]
-    done: list[T] = []
 
-    def do_own() -> None:
-        for i in tqdm(own, desc=title, unit="batch", leave=False, disable=title is None):
+    def do_own() -> list[T]:
+        own = []
+        for i in tqdm(range(rank, len(items), size), desc=title, unit="batch", leave=False, disable=title is None):
             if rng is not None:
                 rng.manual_seed(seeds[i])
-            done.append(work(items[i]))
+            own.append(work(items[i]))
+        return own
 
     what = f"does {len(items)} of {title or work.__qualname__}"
-    raise_on_all_ranks(what, do_own)
+    own = raise_on_all_ranks(what, do_own)
     if rng is not None:
         rng.manual_seed(seeds[-1])
-    if not is_distributed():
-        return done
-    everyone = all_gather_object(what, tree_to(done, torch.device("cpu")))
-    return [tree_to(everyone[i % len(everyone)][i // len(everyone)], device) for i in range(len(items))]
-
-
-def barrier() -> None:
-    all_reduce_max(0)
-
-
-# ---------------------------------------------------------------------------------------------- a run's state
+    if size == 1:
+        return own
+    results: list[Any] = [None] * len(items)
+    for other, part in enumerate(all_gather_object(what, tree_to(own, torch.device("cpu")))):
+        results[other::size] = tree_to(part, device)
+    return results
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
 
-    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together as one process has
-    them. Elsewhere the state as it is.
+    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together. Elsewhere the
+    state as it is.
     """
-    parts = gather({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state})
-    buffers = [part.pop("buffer") for part in parts if "buffer" in part]
-    if buffers:
+    own = {name: state[name] for name in (*PER_PROCESS, "buffer") if name in state}
+    rank, size = current_world()
+    parts = [None] * size if rank == 0 else None
+    dist.gather_object(own, parts, dst=0)
+    if parts is None:
+        return state
+    if "buffer" in state:
+        buffers = [part.pop("buffer") for part in parts]
         whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
         state = state | {"buffer": whole}
     return state | {"processes": parts}

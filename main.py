@@ -18,6 +18,7 @@ import torch
 import data
 import distributed
 import evaluation.run
+import launch
 import utils
 from checkpoints import export
 from checkpoints.files import set_aside
@@ -47,12 +48,12 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
-        distributed.connect()
-        with distributed.only_rank0_prints():
+        launch.connect()
+        with launch.only_rank0_prints():
             status = run(arguments)
         if distributed.is_distributed():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        distributed.disconnect()
+        launch.disconnect()
         return status
     except UserError as error:
         complain("error", one_line(error))
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         complain("failed", one_line(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        if distributed.lost_connection(error):
+        if launch.lost_connection(error):
             reason = str(error).strip().partition("\n")[0]
             complain("failed", f"a process of this run has ended or cannot be reached ({one_line(reason)})")
             return 1
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 def complain(kind: str, message: str) -> None:
     """One line on stderr, from one of several processes that have the same to say."""
-    if distributed.first_to_say(message):
+    if launch.first_to_say(message):
         print(f"{kind}: {message}", file=sys.stderr)
 
 
@@ -167,7 +168,7 @@ def train(given: dict) -> int:
 
 def started(trainer: Trainer, directory: RunDir, log_position: int = 0) -> int:
     """Train in a run directory, which torchrun's next attempt will find if this one fails."""
-    distributed.remember("run", str(directory.path))
+    launch.remember("run", str(directory.path))
     return trainer.train(directory, log_position)
 
 

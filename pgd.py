@@ -1,4 +1,4 @@
-"""Images changed a little, so that a function of them becomes as large as it can."""
+"""Projected gradient ascent (PGD) in an L2 or Linf ball around images."""
 
 from collections.abc import Callable
 
@@ -12,22 +12,20 @@ NORMS = ("L2", "Linf")
 def adversarial_images(
     logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int
 ) -> Tensor:
-    """What makes the classifier most wrong: ``pgd`` on the cross-entropy with the labels y, int64 (N,)."""
+    """Adversarial examples: ``pgd`` on the classifier's cross-entropy with the labels y, int64 (N,)."""
     return pgd(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
 
 
 def pgd(
     function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int, start: Tensor | None = None
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al., ICLR 2018) on the sum of a function of each image.
-
-    Nothing waits for the device.
+    """Projected gradient ascent (Madry et al., ICLR 2018), step size 2.5 radius / steps. Never waits for the device.
 
     Args:
-        function: of images, with that sum as its value.
+        function: what is to grow: the sum of a value of each image.
         x: float32 (N, C, H, W) in [-1, 1].
         radius: of the ball around each image, on the [-1, 1] scale; norm: "L2" or "Linf".
-        start: what is added to x at first, inside the ball (default: nothing).
+        start: added to x before the first step, inside the ball (default: nothing).
 
     Returns:
         Images like x, inside the ball and [-1, 1].
@@ -49,8 +47,7 @@ def pgd(
 
 
 def random_start(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
-    """A random start inside the ball for images x (N, C, H, W): uniform in it for "Linf"; for "L2" in a uniform
-    direction, at a uniform distance."""
+    """Random starts in the ball, like x (N, C, H, W): "Linf" uniform in it; "L2" uniform in direction and distance."""
     if norm == "Linf":
         return radius * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
     direction = torch.randn(x.shape, generator=generator, device=x.device)
@@ -59,5 +56,5 @@ def random_start(x: Tensor, radius: float, norm: str, generator: Generator) -> T
 
 
 def l2_norms(x: Tensor) -> Tensor:
-    """The L2 norm of each image, (N, 1, 1, 1), and a little more than 0."""
+    """The L2 norm of each image, (N, 1, 1, 1), a little more than 0, so that one can divide by it."""
     return x.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12

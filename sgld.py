@@ -9,84 +9,78 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from acceleration import CompiledOrEager, CUDAGraphStep
 
 LogDensity = Callable[..., Tensor]
-ChainInit = Callable[[Sequence[int], torch.Generator], Tensor]  # fresh images of given classes; see starts.py
+ChainInit = Callable[[Sequence[int], Generator], Tensor]  # fresh images of given classes; see chain_init.py
 
 
 class Chain(NamedTuple):
     x: Tensor  # the chains' end, float32 (N, C, H, W)
-    grad: Tensor  # d log_density / dx at the last step's start, same shape
+    grad: Tensor  # d log_density / dx at the last step's start, same shape, with the limits of a step
 
 
-def uniform_images(n: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def uniform_images(n: int, shape: tuple[int, int, int], generator: Generator) -> Tensor:
     """Fresh chain starts: uniform in [-1, 1], float32 (n, C, H, W) in channels_last memory."""
     c, h, w = shape
     x = torch.rand(n, h, w, c, generator=generator, device=generator.device)
     return x.mul_(2).sub_(1).permute(0, 3, 1, 2)
 
 
-def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise in the shape and memory format of ``x``, a channels_last (N, C, H, W).
-
-    Drawn into a contiguous (N, H, W, C): filling a channels_last tensor takes ten times longer on a CPU.
-    """
-    n, c, h, w = x.shape
+def normal_like(x: Tensor, generator: Generator) -> Tensor:
+    """Standard normal noise in the shape and memory format of ``x``, a channels_last (N, C, H, W)."""
+    n, c, h, w = x.shape  # drawn as (N, H, W, C): filling a channels_last tensor takes ten times longer on a CPU
     return torch.randn(n, h, w, c, generator=generator, device=x.device).permute(0, 3, 1, 2)
+
+
+def langevin_step(
+    x: Tensor,
+    grad: Tensor,
+    noise: Tensor,
+    step_size: float | Tensor,
+    noise_std: float | Tensor,
+    grad_clamp: float | None = None,
+    clamp: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """The Langevin step of all chains: x + step_size * grad + noise_std * noise (JEM, equation 2).
+
+    x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). ``clamp`` keeps images in
+    [-1, 1] (JEM++, section 4.1); for grad_clamp and normalize see ``limited``.
+    """
+    x = x + step_size * limited(grad, grad_clamp, normalize) + noise_std * noise
+    return x.clamp(-1, 1) if clamp else x
+
+
+def limited(grad: Tensor, grad_clamp: float | None, normalize: bool) -> Tensor:
+    """The gradient (N, C, H, W) with L2 norm 1 for each image (DAT), then clamped in each pixel (JEM++)."""
+    if normalize:
+        grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
+    if grad_clamp is not None:
+        grad = grad.clamp(-grad_clamp, grad_clamp)
+    return grad
 
 
 def input_gradient(log_density: LogDensity, x: Tensor, y: Tensor | None) -> Tensor:
     """d log_density / dx, of the shape of x (N, C, H, W)."""
-    given = () if y is None else (y,)
+
+    def total(x: Tensor) -> Tensor:
+        return (log_density(x) if y is None else log_density(x, y)).sum()
+
+    if torch.compiler.is_compiling():  # it takes this form whole; run eagerly, the form below is faster and smaller
+        return torch.func.grad(total)(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(log_density(x, *given).sum(), x)[0]
-
-
-def traceable_input_gradient(log_density: LogDensity, x: Tensor, y: Tensor | None) -> Tensor:
-    """The same in the form that torch.compile takes whole; run eagerly it is slower and needs 1.5 times the memory."""
-    given = () if y is None else (y,)
-    return torch.func.grad(lambda x: log_density(x, *given).sum())(x)
-
-
-def reference_chain(
-    log_density: LogDensity,
-    x: Tensor,
-    steps: int,
-    step_size: float,
-    noise_std: float,
-    generator: torch.Generator,
-    y: Tensor | None = None,
-    grad_clamp: float | None = None,
-    clamp: bool = False,
-    normalize: bool = False,
-) -> Chain:
-    """SGLD as one reads it in the papers: what ``SGLD`` must agree with, given the same generator state."""
-    grad = torch.zeros_like(x)
-    for _ in range(steps):
-        x = x.detach().requires_grad_()
-        density = log_density(x) if y is None else log_density(x, y)
-        (grad,) = torch.autograd.grad(density.sum(), x)
-        if normalize:
-            grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
-        if grad_clamp is not None:
-            grad = grad.clamp(-grad_clamp, grad_clamp)
-        x = x.detach() + step_size * grad + noise_std * normal_like(x, generator)
-        if clamp:
-            x = x.clamp(-1, 1)
-    return Chain(x.detach(), grad)
+        return torch.autograd.grad(total(x), x)[0]
 
 
 class SGLD:
-    """The same chains, fast: the whole step compiled where asked, and replayed as a CUDA graph on a GPU.
+    """Runs chains of ``langevin_step``: compiled where asked, and each step replayed as a CUDA graph on a GPU.
 
-    ``grad_clamp`` limits the gradient in each pixel and ``clamp`` keeps images in [-1, 1] (JEM++, section 4.1);
-    ``normalize`` brings each image's gradient to length 1 (DAT). A graph reads the weights where they were when it was
-    captured, so they must be updated in place; ``capture`` False uses no graphs, which a network needs that
-    communicates with other processes. Nothing in a chain waits for the device.
+    A graph reads the weights where they were when it was captured, so they must be updated in place. A network that
+    communicates with other processes needs ``capture`` False: no graphs. Nothing in a chain waits for the device.
     """
 
     def __init__(
@@ -98,42 +92,33 @@ class SGLD:
         compile: bool = False,
         capture: bool = True,
     ):
-        def step(x, y, noise, step_size, noise_std, gradient=input_gradient):  # JEM, equation 2
-            grad = gradient(log_density, x, y)
-            if normalize:
-                grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
-            if grad_clamp is not None:
-                grad = grad.clamp(-grad_clamp, grad_clamp)
-            x = x + step_size * grad + noise_std * noise
-            return x.clamp(-1, 1) if clamp else x, grad
-
-        def traceable(*inputs):
-            return step(*inputs, traceable_input_gradient)
-
-        self.step, self.capture = CompiledOrEager(traceable, fallback=step) if compile else step, capture
+        self.log_density, self.capture = log_density, capture
+        self.grad_clamp, self.clamp, self.normalize = grad_clamp, clamp, normalize
+        self.step = CompiledOrEager(self.one_step) if compile else self.one_step
         self.graphs: dict[tuple, CUDAGraphStep] = {}
+
+    def one_step(self, x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        grad = input_gradient(self.log_density, x, y)
+        return langevin_step(x, grad, noise, size, std, self.grad_clamp, self.clamp, self.normalize), grad
 
     @torch.no_grad()
     def __call__(
-        self,
-        x: Tensor,
-        steps: int,
-        step_size: float,
-        noise_std: float,
-        generator: torch.Generator,
-        y: Tensor | None = None,
+        self, x: Tensor, steps: int, step_size: float, noise_std: float, generator: Generator, y: Tensor | None = None
     ) -> Chain:
         """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
-        size, std = (torch.full((), value, device=x.device) for value in (step_size, noise_std))
-        capture = self.capture and x.is_cuda
-        step = self.captured(x, y, size, std) if capture else self.step
-        no_noise = torch.zeros_like(x) if noise_std == 0 else None
+        size, std = torch.full((), step_size, device=x.device), torch.full((), noise_std, device=x.device)
+        captured = self.capture and x.is_cuda
+        step = self.captured_step(x, y, size, std) if captured else self.step
+        noise = torch.zeros_like(x)
         for _ in range(steps):
-            x, grad = step(x, y, normal_like(x, generator) if no_noise is None else no_noise, size, std)
-        return Chain(x.clone(), grad.clone()) if capture else Chain(x, grad)  # the next replay overwrites a graph's
+            if noise_std > 0:
+                noise = normal_like(x, generator)
+            x, grad = step(x, y, noise, size, std)
+        grad = limited(grad, self.grad_clamp, self.normalize)
+        return Chain(x.clone(), grad.clone()) if captured else Chain(x, grad)  # the next replay overwrites a graph's
 
-    def captured(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CUDAGraphStep:
+    def captured_step(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CUDAGraphStep:
         key = (x.shape, y is None)
         if key not in self.graphs:
             self.graphs[key] = CUDAGraphStep(self.step, x, y, torch.zeros_like(x), size, std)
@@ -147,26 +132,19 @@ def chain_options(cfg) -> dict[str, Any]:
 
 def step_protocol(cfg) -> str:
     """The same in words, with step size and noise."""
-    words = [f"step size {cfg.sgld_lr:g}, noise {cfg.sgld_std:g}"]
-    words += [f"gradient clamped to {cfg.sgld_grad_clamp:g}"] if cfg.sgld_grad_clamp else []
-    words += ["images clamped to [-1, 1]"] if cfg.sgld_clamp else []
-    words += ["gradients of length 1"] if cfg.sgld_normalize else []
-    return ", ".join(words)
+    gradient = f", gradient clamped to {cfg.sgld_grad_clamp:g}" if cfg.sgld_grad_clamp else ""
+    images = ", images clamped to [-1, 1]" if cfg.sgld_clamp else ""
+    length = ", gradients of length 1" if cfg.sgld_normalize else ""
+    return f"step size {cfg.sgld_lr:g}, noise {cfg.sgld_std:g}{gradient}{images}{length}"
 
 
 def annealed_chain(
-    sgld: SGLD,
-    x: Tensor,
-    sgld_lr: float,
-    sgld_std: float,
-    generator: torch.Generator,
-    every: int = 1,
+    sgld: SGLD, x: Tensor, sgld_lr: float, sgld_std: float, generator: Generator, every: int = 1
 ) -> Tensor:
     """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
-    Ten levels of 30 steps lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and keeps the
-    training chain's ratio of noise to step size (the annealing of Song & Ermon, NeurIPS 2019). Clamped to [-1, 1] after
-    each step.
+    Ten levels of 30 steps lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and the noise keeps
+    the training chain's ratio to it (Song & Ermon, NeurIPS 2019). Images are clamped to [-1, 1] after each step.
     """
     frames = [x]
     sizes = (0.01 * (torch.logspace(0, -1, 10, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(30)
@@ -189,24 +167,22 @@ class ReplayBuffer:
     Image i is of class i * n_classes // size, which matters where draws name classes.
     """
 
-    def __init__(self, size: int, n_classes: int, start: ChainInit, generator: torch.Generator):
+    def __init__(self, size: int, n_classes: int, start: ChainInit, generator: Generator):
         self.n_classes = n_classes
         self.images = start([i * n_classes // size for i in range(size)], generator)
         self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
 
-    def places(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
-        """n different random places, int64 (n,); with classes y (n,), of images of these classes.
+    def places(self, n: int, generator: Generator) -> Tensor:
+        """n different random places, int64 (n,)."""
+        return torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
 
-        There must be at most size // n_classes of a class in y.
-        """
-        if y is None:
-            return torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
-        size, k = len(self.images), self.n_classes
-        first = (torch.arange(k, device=y.device) * size + k - 1) // k  # of each class; all have at least size // k
-        order = torch.rand(k, size // k, generator=generator, device=y.device).argsort(1)
-        of_class = y[:, None] == torch.arange(k, device=y.device)  # (n, K)
-        rank = (of_class.cumsum(0) - 1).gather(1, y[:, None])  # which of its class each is, (n, 1)
-        return first[y] + order[y].gather(1, rank).squeeze(1)
+    def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
+        """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
+        size, k, device = len(self.images), self.n_classes, y.device
+        first = (torch.arange(k, device=device) * size + k - 1) // k  # each class's first place, (K,)
+        shuffled = torch.rand(k, size // k, generator=generator, device=device).argsort(1)  # all have size // k places
+        turn = torch.arange(len(y), device=device) // k  # how many of its class come before it, (n,)
+        return first[y] + shuffled[y, turn]
 
     def store(self, index: Tensor, x: Tensor) -> None:
         """Put the chains' ends (n, C, H, W) back into their places (n,)."""
@@ -224,8 +200,8 @@ class ReplayBuffer:
 class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
-    All randomness comes from ``rng``, except how many chains start afresh, and of which classes: this must be known
-    without waiting for the device, and comes from a generator on the host. Nothing waits for the device.
+    Randomness comes from ``rng``, except how many chains start afresh and of which classes: that comes from a generator
+    on the host, because nothing here waits for the device.
     """
 
     def __init__(
@@ -236,31 +212,31 @@ class Sampler:
         reinit_freq: float,
         step_size: float,
         noise_std: float,
-        rng: torch.Generator,
+        rng: Generator,
     ):
         self.engine, self.buffer, self.start, self.rng = engine, buffer, start, rng
         self.reinit_freq, self.step_size, self.noise_std = reinit_freq, step_size, noise_std
         self.host_rng = random.Random(rng.initial_seed())
 
     def reseed(self) -> None:
-        """Take the host's randomness from ``rng``'s seed."""
-        self.host_rng.seed(self.rng.initial_seed())
+        self.host_rng.seed(self.rng.initial_seed())  # to be called after ``rng`` got another seed
 
     def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Starts of n chains (n, C, H, W), their places (n,) and, where asked for, their classes (n,).
+        """Starts of n chains (n, C, H, W), their places (n,) and, where asked for, their classes (n,), in turn.
 
-        A start is an image of the buffer or, with probability ``reinit_freq``, a fresh one; one that holds a value that
-        is not finite is replaced by noise. Classes are as many of each as can be.
+        A start is an image of the buffer (noise, if a value of it is not finite) or, with probability ``reinit_freq``,
+        a fresh one.
         """
         k, buffer = self.buffer.n_classes, self.buffer
         fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
-        shift, y = self.host_rng.randrange(k), None
+        first = self.host_rng.randrange(k)
         if class_cond:
-            classes = [(i + shift) % k for i in range(fresh)]
-            y = (torch.arange(n, device=self.rng.device) + shift) % k
+            classes = [(first + i) % k for i in range(fresh)]
+            y = (first + torch.arange(n, device=self.rng.device)) % k
+            index = buffer.places_of_classes(y, self.rng)
         else:
             classes = [self.host_rng.randrange(k) for _ in range(fresh)]
-        index = buffer.places(n, self.rng, y)
+            y, index = None, buffer.places(n, self.rng)
         x = buffer.images[index].contiguous(memory_format=torch.channels_last)
         finite = x.isfinite().all(dim=(1, 2, 3))
         x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))

@@ -142,10 +142,13 @@ class Trainer:
             return
         state, inputs = tree_to(self.state_dict()), self.next_inputs(sgld_steps=1)[0]
         if compiling:
-            averaging, self.joint_forward = self.joint_forward, JointForward(self.model, self.forward)
-            with distributed.working_alone():  # it may fail in one process alone
-                self.forward.prove(lambda _: self.backward(inputs))
-            self.joint_forward = averaging
+
+            def trial(_) -> None:
+                with utils.autocast(self.device, self.dtype):  # not in joint_forward, where processes wait for others
+                    logits = JointForward(self.model, self.forward)(inputs.x, inputs.x_real, inputs.samples)
+                sum(part.sum() for part in logits if part is not None).backward()
+
+            self.forward.prove(trial)
             if distributed.all_reduce_max(not self.forward.works)[0]:
                 self.forward.give_up()
         if distributed.is_distributed():

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distributed  # noqa: E402
+import launch  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
@@ -47,7 +48,7 @@ def options() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> None:
     """What each of the processes does: time its training steps."""
-    distributed.connect()
+    launch.connect()
     place = distributed.current_world()
     torch.set_num_threads(1)
     device = utils.pick_device("cpu" if args.device == "cpu" else "0")
@@ -80,7 +81,7 @@ def work(args: argparse.Namespace) -> None:
         parameters = sum(p.numel() for p in run.model.parameters())
         result = medians | spread | about | {"batch_size": cfg.batch_size, "parameters": parameters}
         Path(args.worker).write_text(json.dumps(result))
-    distributed.disconnect()
+    launch.disconnect()
 
 
 def timed(n: int, args: argparse.Namespace) -> dict:

@@ -53,9 +53,8 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
     try:
         model.load_state_dict(state.get("ema", state["model"]))
     except RuntimeError as error:
-        raise UserError(
-            f"{path} holds other weights than its options say: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} holds other weights than its options say: {reason}") from None
 
 
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
@@ -83,11 +82,7 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
 def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Which weights ``load_model`` takes, for the record of what they are used for."""
     state = content["state"]
-    return {
-        "checkpoint": str(path),
-        "training_steps": state["step"],
-        "weights": "ema" if "ema" in state else "last",
-    }
+    return {"checkpoint": str(path), "training_steps": state["step"], "weights": "ema" if "ema" in state else "last"}
 
 
 def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
@@ -99,12 +94,11 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     if not place:
         return None
     path, content = distributed.broadcast_from_rank0(lambda: open_checkpoint(place, {"dataset": dataset}))
-    described = content["data"]
-    if described.get("assumed"):  # it does not say which images it was trained on
-        known = described["shape"][0], len(described["class_names"])
-        same = known == (images.shape[0], len(images.class_names))
+    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
+    if content["data"].get("assumed"):  # it does not say which images it was trained on
+        same = (shape[0], len(class_names)) == (images.shape[0], len(images.class_names))
     else:
-        same = described["shape"] == list(images.shape) and described["class_names"] == list(images.class_names)
+        same = (shape, class_names) == (list(images.shape), list(images.class_names))
     if not same:
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
     cfg = Config.from_dict(content["config"], str(path))

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import distributed
+import launch
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import CHANGEABLE, Config
 from config.cli import as_typed
@@ -51,7 +51,7 @@ def continued(given: dict, run: str) -> Resumed:
 
 def before_restart(given: dict) -> Resumed | None:
     """The result of ``continued`` for the run that an earlier torchrun attempt started, if it has a checkpoint."""
-    run = distributed.remembered("run") if distributed.restarted() else None
+    run = launch.remembered("run")
     if run is None or not any(Path(run, "ckpt").glob("*.pt")):
         return None
     began = with_recipe(given) if given.get("resume", "auto") == "auto" else given  # --resume RUN keeps the run's own

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ import distributed
 from logger.progress import bar_interval
 from models import JEM
 from models.predict import images_per_batch
-from pgd import l2_norms, pgd, random_start
-from sgld import normal_like, uniform_images
+from pgd import pgd, random_start
+from sgld import LogDensity, langevin_step, normal_like, uniform_images
 
 BATCH = 100  # images of 3x32x32 at once; these need the memory of training
 BAR = "{desc}{percentage:3.0f}% [{remaining} left{postfix}]"
@@ -64,32 +63,32 @@ class RefinedClassifier(nn.Module):
         generator: Generator,
         **limits: Any,
     ):
-        """``limits``: those of a chain's steps, as for ``SGLD``."""
+        """``limits``: those of a chain's steps, as for ``langevin_step``."""
         super().__init__()
-        self.model, self.steps, self.n_chains = model, steps, n_chains
-        self.chain = partial(differentiable_chain, model.log_density, steps=steps, sgld_lr=sgld_lr, sgld_std=sgld_std)
-        self.chain = partial(self.chain, generator=generator, **limits)
+        self.model, self.n_chains, self.generator = model, n_chains, generator
+        self.steps, self.sgld_lr, self.sgld_std, self.limits = steps, sgld_lr, sgld_std, limits
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
         x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
-        log_p = self.model(self.chain(x)).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
+        x = differentiable_chain(
+            self.model.log_density, x, self.steps, self.sgld_lr, self.sgld_std, self.generator, **self.limits
+        )
+        log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
         return log_p.logsumexp(0) - math.log(self.n_chains)
 
 
 def differentiable_chain(
-    log_density,
+    log_density: LogDensity,
     x: Tensor,
     steps: int,
     sgld_lr: float,
     sgld_std: float,
     generator: Generator,
-    grad_clamp: float | None = None,
-    clamp: bool = False,
-    normalize: bool = False,
+    **limits,
 ) -> Tensor:
-    """SGLD (see ``reference_chain``) whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1].
+    """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1]; ``limits`` as above.
 
     Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, because
     storing the graph of all steps would need ``steps`` times the memory of one.
@@ -100,12 +99,7 @@ def differentiable_chain(
         with torch.enable_grad():
             start = x if x.requires_grad else x.detach().requires_grad_()
             (grad,) = torch.autograd.grad(log_density(start).sum(), start, create_graph=attacked)
-        if normalize:
-            grad = grad / l2_norms(grad)
-        if grad_clamp is not None:
-            grad = grad.clamp(-grad_clamp, grad_clamp)
-        x = x + sgld_lr * grad + sgld_std * noise
-        return x.clamp(-1, 1) if clamp else x
+        return langevin_step(x, grad, noise, sgld_lr, sgld_std, **limits)
 
     for _ in range(steps):
         noise = normal_like(x, generator)

@@ -215,7 +215,7 @@ def test_vera_and_the_re_implementation(tmp_path, form):
     assert content["config"]["dropout_rate"] == {vera: 0.3, resnet_and_linear: 0.25}[form]
 
 
-@pytest.mark.parametrize("form", ["bare", "module", "average", "both"])
+@pytest.mark.parametrize("form", ["bare", "module", "average", "both", "empty"])
 def test_robust_classifiers(tmp_path, capsys, form):
     w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
     other = {name: value + 1 for name, value in w.items()}
@@ -224,19 +224,13 @@ def test_robust_classifiers(tmp_path, capsys, form):
         "module": prefixed("module.", w),
         "average": prefixed("module.module.", w) | {"n_averaged": torch.tensor(4)},
         "both": {"model_state_dict": other, "ema_state_dict": OrderedDict(w), "lr": np.float32(0.1)},
+        "empty": {"model_state_dict": w, "ema_state_dict": None},
     }[form]
     model, content = opened(tmp_path, raw)
     assert_same(model, x, robust_logits(w, x))
     assert (content["config"]["recipe"], content["config"]["backbone"]) == ("dat", "robust")
-    assert ("its averaged weights" in capsys.readouterr().err) == ("ema" in content["state"]) == (form == "both")
-
-
-def test_a_place_for_averages_that_is_empty(tmp_path, capsys):
-    w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
-    model, content = opened(tmp_path, {"model_state_dict": w, "ema_state_dict": None})
-    assert_same(model, x, robust_logits(w, x))
     told = capsys.readouterr().err
-    assert "averaged" not in told and "ema" not in content["state"]
+    assert ("its averaged weights" in told) == ("ema" in content["state"]) == (form == "both")
     assert "images of 32x32 (assumed)" in told
 
 

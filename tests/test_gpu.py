@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import reference_chain
 from torch.utils._pytree import tree_flatten
 
 import data
@@ -15,7 +16,7 @@ import utils
 from checkpoints.files import load_checkpoint
 from config import Config
 from models import build_model, copy_weights, frozen_sampler_model
-from sgld import SGLD, reference_chain, uniform_images
+from sgld import SGLD, uniform_images
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,6 +14,7 @@ from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shor
 
 import data
 import distributed
+import launch
 import main
 import trainer
 import utils
@@ -74,8 +75,8 @@ class Twins:
 
     def __init__(self, monkeypatch):
         self.rank, self.barrier, self.given = threading.local(), threading.Barrier(2, timeout=60), {}
-        monkeypatch.setattr(distributed, "mean", self.mean)
-        monkeypatch.setattr(distributed, "world", lambda: World(self.rank.value, 2))
+        monkeypatch.setattr(distributed, "all_reduce_mean", self.mean)
+        monkeypatch.setattr(distributed, "current_world", lambda: World(self.rank.value, 2))
 
     def exchanged(self, x):
         self.given[self.rank.value] = x.detach().clone()
@@ -210,17 +211,8 @@ class TestCommandLine:
         assert state["step"] == 22 and "processes" not in state
 
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
-        test = [
-            *test.split(),
-            "--n_sample_steps",
-            "2",
-            "--gpu",
-            "cpu",
-            "--feature_ckpt",
-            str(run),
-            "--load_ckpt",
-            str(run),
-        ]
+        test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
+        test += ["--feature_ckpt", str(run), "--load_ckpt", str(run)]
         status, _, err = end(torchrun(HERE / "under_torchrun.py", "measures", *test))
         shorten_attacks(monkeypatch.setattr)
         assert status == 0 and main.main(test) == 0, err
@@ -275,23 +267,18 @@ class TestPlace:
         setting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port)}
         for name, value in (setting | {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
-        for name in ("shared", "attempts"):
-            monkeypatch.setattr(distributed, name, getattr(distributed, name))
-        for again in (False, True):
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(int(again)))
-            distributed.shared = None
-            distributed.connect()
-            assert distributed.restarted() == again and not distributed.is_distributed()
-            assert distributed.remembered("run") == ("there" if again else None)
-            distributed.remember("run", "there")
+        for earlier in (None, "there"):
+            monkeypatch.setattr(launch, "torchrun_store", None)
+            launch.connect()
+            assert not distributed.is_distributed() and launch.remembered("run") == earlier
+            launch.remember("run", "there")
 
     def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
         """Those of its recipe that another value replaced, too."""
         begun = [*SMALL, "--recipe", "sada-jem", "--p_x_batch_size", "20", "--max_steps", "1"]
         assert main.main([*begun, "--logdir", str(tmp_path)]) == 0
         (run,) = map(str, tmp_path.iterdir())
-        monkeypatch.setattr(distributed, "attempts", 2)
-        monkeypatch.setattr(distributed, "remembered", lambda name: run)
+        monkeypatch.setattr(launch, "remembered", lambda name: run)
         cfg = before_restart({"resume": run, "recipe": "sada-jem", "batch_size": 20}).cfg
         assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
         with pytest.raises(UserError, match="--p_x_batch_size 64 needs a new run"):  # begun without --resume
@@ -303,7 +290,46 @@ class TestPlace:
         for variable, value in (setting | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", name: "x1"}).items():
             monkeypatch.setenv(variable, value)
         assert main.main([]) == 2
-        assert capsys.readouterr().err.startswith(f"error: the environment variable {name} is 'x1', no number")
+        assert capsys.readouterr().err.startswith(f"error: the environment variable {name} is 'x1': start")
+
+    def test_processes_find_each_other_after_others_have_gone(self):
+        """A process that was started and ended before it was answered, and a whole attempt, leave their traces."""
+        whole = torch.distributed.HashStore()
+        whole.set("ticket/1", "of one that has gone")
+        for attempt in ("first", "second"):
+            parts = {}
+
+            def start(rank, parts=parts):
+                parts[rank] = launch.unused_part(whole, rank, 2)
+
+            threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout=20)
+            assert not parts[1].check(["attempt"])
+            parts[0].set("attempt", attempt)
+            assert parts[1].get("attempt").decode() == attempt
+
+    @pytest.mark.parametrize(
+        "variables, n",
+        [
+            ("SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_PROCID=1", 2),
+            ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=4 ENVIRONMENT=BATCH", 4),  # srun -n 4 in a script
+            ("OMPI_COMM_WORLD_SIZE=2 SLURM_NTASKS=8 SLURM_PROCID=0 ENVIRONMENT=BATCH", 2),  # mpirun -n 2 in a script
+            ("SLURM_NTASKS=1 SLURM_PROCID=0", 1),
+            ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", 1),  # srun -n 1 in a job of 8 tasks
+            ("SLURM_NTASKS=8 SLURM_PROCID=0 ENVIRONMENT=BATCH", 1),  # the script itself
+            ("SLURM_NTASKS=8", 1),  # the shell of salloc
+            ("SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 RANK=0 WORLD_SIZE=1", 1),  # srun torchrun
+        ],
+    )
+    def test_equal_runs_of_srun_and_mpirun_are_refused(self, variables, n, monkeypatch, capsys):
+        for pair in variables.split():
+            monkeypatch.setenv(*pair.split("="))
+        assert main.main(["--no_such_option"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: there is no option" if n == 1 else f"error: this is one of {n} equal runs")
 
     @pytest.mark.parametrize(
         "changes, words",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from reference import reference_chain
 from scipy import linalg
 
 import trainer
@@ -20,7 +21,7 @@ from logger.images import to_uint8
 from logger.metrics_log import read_log
 from main import main
 from models import build_model
-from sgld import SGLD, finite_images, reference_chain, uniform_images
+from sgld import SGLD, finite_images, uniform_images
 from utils import UserError
 
 

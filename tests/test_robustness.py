@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from matplotlib.figure import Figure
+from reference import reference_chain
 
 from config import Config
 from data import Split, load
@@ -28,7 +29,6 @@ from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Norm, Sweep, add_sweep
 from models import build_model
-from sgld import reference_chain
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -277,7 +277,7 @@ def test_refinement_runs_the_chains_of_training():
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     sweep = robustness.pgd_sweeps(inputs, 60)["refined"]
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in sweep.protocol
-    assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.classifier.chain.keywords.items()
+    assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.classifier.limits.items()
 
 
 def test_the_first_images_of_a_subset_are_of_all_classes():

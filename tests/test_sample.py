@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from reference import reference_chain
 from sklearn.datasets import load_digits
 
 import main
@@ -16,7 +17,7 @@ from generation.counterfactual import target_classes
 from generation.restore import unknown_pixels
 from generation.sample import by_class
 from models import build_model
-from sgld import reference_chain, uniform_images
+from sgld import uniform_images
 from utils import UserError
 
 TRAIN = (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import reference_chain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -22,7 +23,7 @@ from logger import progress
 from losses import Weights
 from models import build_model, copy_weights
 from models.wide_resnet import NORMS
-from sgld import ReplayBuffer, Sampler, reference_chain
+from sgld import ReplayBuffer, Sampler
 
 
 def config(**changes):
@@ -230,7 +231,7 @@ def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(sgld, "traceable_input_gradient", None)
+    monkeypatch.setattr(torch.func, "grad", None)
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
         chain = sgld.SGLD(lambda x: -x.square().flatten(1).sum(1), compile=True)
         found = chain(torch.ones(2, 1, 4, 4), 2, 0.25, 0.0, torch.Generator())

@@ -10,6 +10,7 @@ import torch
 
 import data
 import distributed
+import launch
 import main
 import trainer
 from config import Config
@@ -32,7 +33,7 @@ def run_of(name: str, images: data.ImageData, world: distributed.World = data.AL
 
 def tensors(run: trainer.Trainer) -> dict[str, torch.Tensor]:
     """Whatever a run's steps change."""
-    parts = {"model": run.model, "average": run.average}
+    parts = {"model": run.model, "ema": run.ema}
     named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.state_dict().items()}
     return named | {"buffer": run.sampler.buffer.images, "age": run.sampler.buffer.age}
 
@@ -71,20 +72,22 @@ def divided_work() -> list:
 def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     (folder,) = options
-    distributed.connect()
+    launch.connect()
     images, world = data.load("digits", n_valid=COMMON["n_valid"]), distributed.current_world()
     done = {name: train(run_of(name, images, world)) for name in CONFIGS} | {"divided": divided_work()}
     done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
     torch.save(done, Path(folder) / f"{world.rank}.pt")
-    distributed.disconnect()
+    launch.disconnect()
 
 
 def dies(options: list[str]) -> int:
     """main.py, whose process of rank 1 is killed in step 15 unless torchrun has started it anew."""
     training_step = trainer.Trainer.training_step
 
+    first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
     def deadly(self):
-        if self.step == 15 and distributed.current_world().rank == 1 and not distributed.restarted():
+        if self.step == 15 and distributed.current_world().rank == 1 and first_attempt:
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self)
 
