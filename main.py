@@ -18,7 +18,6 @@ import torch
 import data
 import distributed
 import evaluation.run
-import launch
 import utils
 from checkpoints import export
 from checkpoints.files import set_aside
@@ -28,6 +27,7 @@ from config import Config
 from config.cli import absolute_paths, add_options, option_names
 from config.recipes import with_recipe
 from config.use import check_training, check_use
+from distributed import launch
 from generation import sample
 from logger import terminal
 from logger.run_dir import RunDir

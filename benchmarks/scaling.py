@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import distributed  # noqa: E402
 import launch  # noqa: E402
+
+import distributed  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402

@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launch
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import CHANGEABLE, Config
 from config.cli import as_typed
 from config.recipes import with_recipe
+from distributed import launch
 from logger.run_dir import RunDir, read_config
 from utils import UserError
 

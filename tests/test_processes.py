@@ -14,7 +14,6 @@ from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shor
 
 import data
 import distributed
-import launch
 import main
 import trainer
 import utils
@@ -22,7 +21,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.resume import before_restart
 from config import Config
 from config.checks import check_sizes
-from distributed import World, shard_state
+from distributed import World, launch, shard_state
 from logger.metrics_log import read_log
 from utils import UserError
 

@@ -10,10 +10,10 @@ import torch
 
 import data
 import distributed
-import launch
 import main
 import trainer
 from config import Config
+from distributed import launch
 from evaluation import robustness
 
 COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
