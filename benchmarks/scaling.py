@@ -22,13 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import launch  # noqa: E402
-
 import distributed  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
+from distributed import launch  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 
