@@ -212,7 +212,7 @@ def after_a_step(run):
 
 
 CHANGES = {  # option: what of a trainer it changes, and to what
-    "seed=2": (lambda run: run.rng["data"].initial_seed(), 4),
+    "seed=2": (lambda run: run.rng.data.initial_seed(), 4),
     "n_valid=90": (lambda run: len(run.data.valid), 90),
     "depth=16": (lambda run: sum(type(m).__name__ == "Block" for m in run.model.modules()), 6),
     "width=2": (lambda run: run.model.f.n_features, 128),

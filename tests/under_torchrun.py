@@ -32,7 +32,7 @@ def run_of(name: str, images: data.ImageData, world: distributed.World = data.AL
 
 def tensors(run: trainer.Trainer) -> dict[str, torch.Tensor]:
     """Whatever a run's steps change."""
-    parts = {"model": run.model, "average": run.average}
+    parts = {"model": run.model, "ema": run.ema}
     named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.state_dict().items()}
     return named | {"buffer": run.sampler.buffer.images, "age": run.sampler.buffer.age}
 
@@ -45,9 +45,9 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
     """Some steps; what the first one saw, its gradient, and what all have made."""
     seen, backward = {}, run.backward
 
-    def recorded(inputs):
-        parts = backward(inputs)
-        seen.setdefault("inputs", inputs)
+    def recorded(batch, update_statistics):
+        parts = backward(batch, update_statistics)
+        seen.setdefault("inputs", batch)
         seen.setdefault("gradient", gradient(run))
         return parts
 
