@@ -132,12 +132,13 @@ def at_step(monkeypatch, step, action):
 
 def recorded_checkpoints(monkeypatch):
     """The names and steps of the checkpoints that are written from now on."""
-    saved, write = [], run_logger.RunLogger.write_checkpoint
-    monkeypatch.setattr(
-        run_logger.RunLogger,
-        "write_checkpoint",
-        lambda self, name, content: (saved.append((name, content["state"]["step"])), write(self, name, content)),
-    )
+    saved, save = [], trainer.save_checkpoint
+
+    def recorded(directory, name, content, *keep):
+        saved.append((name, content["state"]["step"]))
+        save(directory, name, content, *keep)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", recorded)
     return saved
 
 
