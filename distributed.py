@@ -43,7 +43,6 @@ class World(NamedTuple):
 shared: dist.Store | None = None  # torchrun's, which outlives processes
 store: dist.Store | None = None  # the part of it that these processes have to themselves
 attempts = 1  # how often torchrun has started the program, this time included
-alone = False  # see working_alone
 
 
 def launched() -> bool:
@@ -122,18 +121,7 @@ def disconnect() -> None:
 
 def is_distributed() -> bool:
     """Whether there are other processes to agree with."""
-    return dist.is_initialized() and not alone
-
-
-@contextmanager
-def working_alone() -> Iterator[None]:
-    """Inside, nothing is exchanged: for what may fail in one process alone."""
-    global alone
-    alone = True
-    try:
-        yield
-    finally:
-        alone = False
+    return dist.is_initialized()
 
 
 def current_world() -> World:
