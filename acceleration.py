@@ -17,10 +17,7 @@ def compiles(choice: str, device: torch.device, steps: int) -> bool:
 
 
 class CompiledOrEager:
-    """torch.compile of a function; once that has failed, ``fallback``, or the function itself.
-
-    works: whether calls run compiled.
-    """
+    """torch.compile of a function; once that has failed (``works`` is False), ``fallback``, or the function itself."""
 
     def __init__(self, function: Callable, fallback: Callable | None = None):
         self.compiled, self.fallback, self.works = torch.compile(function, dynamic=False), fallback or function, True
@@ -68,9 +65,8 @@ class CUDAGraphStep:
 class CUDAGraphBackward:
     """CUDA graphs of ``backward(batch, update_statistics)``, which leaves gradients in a model's parameters.
 
-    There is one graph for each value of ``update_statistics`` and each combination of shapes in ``batch``, a named
-    tuple of tensors and None. Results come as detached copies. Capturing leaves the model's buffers and the random
-    generators as they were.
+    There is one graph for each ``update_statistics`` and combination of shapes in ``batch``, a named tuple of tensors
+    and None. Results come as detached copies. Capturing leaves the model's buffers and the random generators alone.
     """
 
     def __init__(self, model: nn.Module):
@@ -78,8 +74,7 @@ class CUDAGraphBackward:
         self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     def __call__(self, backward: Callable, batch: tuple, update_statistics: bool) -> dict[str, Tensor]:
-        shapes = tuple(None if tensor is None else tensor.shape for tensor in batch)
-        key = (update_statistics, shapes)
+        key = (update_statistics, *(None if tensor is None else tensor.shape for tensor in batch))
         if key not in self.graphs:
             self.graphs[key] = self.capture(backward, batch, update_statistics)
         results, gradients = self.graphs[key](*batch)

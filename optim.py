@@ -1,7 +1,4 @@
-"""Optimizers, the learning rate's schedule, and the moving average of the weights (EMA).
-
-``cfg`` is a Config, or anything with the options that a function reads.
-"""
+"""Optimizers, learning-rate schedules, and the moving average of the weights; ``cfg`` is a run's Config."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -78,12 +75,10 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, cycle_ends: Sequenc
     return cosine_learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
 
 
-def step_learning_rate(
-    step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], decay_rate: float
-) -> float:
-    """Linear warm-up, then ``peak`` times ``decay_rate`` for each of ``decay_steps`` that has passed; from step 1."""
+def step_learning_rate(step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], rate: float) -> float:
+    """Linear warm-up, then ``peak`` times ``rate`` for each of ``decay_steps`` that has passed; from step 1."""
     n_passed = sum(step > decay_step for decay_step in decay_steps)
-    return peak * min(1, step / max(1, warmup_steps)) * decay_rate**n_passed
+    return peak * min(1, step / max(1, warmup_steps)) * rate**n_passed
 
 
 def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:

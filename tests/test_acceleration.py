@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 import acceleration
 import data
-from acceleration import CUDAGraphBackward, compiles
+from acceleration import CompiledOrEager, CUDAGraphBackward, compiles
 from config import Config
 from trainer import Trainer
 from utils import tree_to
@@ -109,6 +109,23 @@ def test_a_trainer_is_freed_when_nobody_has_it(digits):
         assert model() is None
     finally:
         gc.enable()
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    """An error of the function itself is not hidden."""
+
+    def broken(function, **_):
+        def call(*_):
+            raise OSError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    plus_one, integer = CompiledOrEager(lambda x: x + 1), CompiledOrEager(int)
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here .OSError."):
+        assert plus_one(1) == 2 and not plus_one.works
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="invalid literal"):
+        integer("one")
 
 
 @pytest.mark.parametrize(

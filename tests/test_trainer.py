@@ -268,6 +268,17 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(di
     assert run.meter.sums["loss/total"] == eager.meter.sums["loss/total"]
 
 
+def test_where_one_process_cannot_compile_all_go_on_without(digits, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
+    run.warm_up()
+    assert run.forward.works
+    monkeypatch.setattr(trainer.distributed, "all_reduce_max", lambda failed: (1,))
+    with pytest.warns(RuntimeWarning, match="in another process"):
+        run.warm_up()
+    assert not run.forward.works
+
+
 def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path):
     """So the first step after a resume has the rounding of a later one. The trial before it leaves no trace."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
