@@ -27,8 +27,10 @@ class CompiledOrEager:
             try:
                 return self.compiled(*args)
             except Exception as error:  # the compiler's exceptions share no public base class
+                result = self.fallback(*args)  # an error of the function itself comes out here
                 self.give_up(type(error).__name__)
-        return self.fallback(*args)  # an error that is not the compiler's comes up here again
+                return result
+        return self.fallback(*args)
 
     def give_up(self, reason: str) -> None:
         """From now on calls run the fallback."""

@@ -366,7 +366,7 @@ def test_no_weights_are_kept_that_diverged_before_their_evaluation(tmp_path, mon
         if self.step == 8:
             for p in self.model.parameters():
                 p.data.fill_(torch.nan)
-            self.alarm.fill_(True)
+            self.diverged.fill_(True)
         return samples
 
     monkeypatch.setattr(Trainer, "training_step", diverging)
