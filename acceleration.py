@@ -16,6 +16,28 @@ def compiles(choice: str, device: torch.device, steps: int) -> bool:
     return choice == "on" or (choice == "auto" and device.type == "cuda" and steps >= 20_000)
 
 
+class CompiledOrEager:
+    """torch.compile of a function; once that has failed (``works`` is False), the function itself."""
+
+    def __init__(self, function: Callable):
+        self.function, self.compiled, self.works = function, torch.compile(function, dynamic=False), True
+
+    def __call__(self, *args: Any) -> Any:
+        if self.works:
+            try:
+                return self.compiled(*args)
+            except Exception as error:  # the compiler's exceptions share no public base class
+                result = self.function(*args)  # an error of the function itself comes out here
+                self.give_up(type(error).__name__)
+                return result
+        return self.function(*args)
+
+    def give_up(self, reason: str) -> None:
+        """From now on calls run the function itself."""
+        self.works = False
+        warnings.warn(f"torch.compile does not work here ({reason}); running without it", RuntimeWarning, stacklevel=2)
+
+
 class CUDAGraphStep:
     """A function of tensors (and None) as a CUDA graph, which starts all its operations on the GPU at once.
 
@@ -43,76 +65,36 @@ class CUDAGraphStep:
 
 
 class CUDAGraphBackward:
-    """CUDA graphs of a function of a named tuple that leaves gradients in a model's parameters.
+    """CUDA graphs of ``backward(batch, update_statistics)``, which leaves gradients in a model's parameters.
 
-    There is one graph for each pair of ``variant`` and shapes of the inputs, and with the same pair the function must
-    run the same operations. Its results come as detached copies. Capturing leaves the model's buffers and the random
-    generators as they were.
+    There is one graph for each ``update_statistics`` and combination of shapes in ``batch``, a named tuple of tensors
+    and None. Results come as detached copies. Capturing leaves the model's buffers and the random generators alone.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.graphs: dict[tuple, CUDAGraphStep] = {}
 
-    def __call__(
-        self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...], variant: Any
-    ) -> dict[str, Tensor]:
-        key = (variant, *(tensor if tensor is None else tensor.shape for tensor in inputs))
+    def __call__(self, backward: Callable, batch: tuple, update_statistics: bool) -> dict[str, Tensor]:
+        key = (update_statistics, *(None if tensor is None else tensor.shape for tensor in batch))
         if key not in self.graphs:
-            self.graphs[key] = self.capture(function, inputs)
-        results, gradients = self.graphs[key](*inputs)
+            self.graphs[key] = self.capture(backward, batch, update_statistics)
+        results, gradients = self.graphs[key](*batch)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # each graph has its own
         return {name: value.clone() for name, value in results.items()}
 
-    def capture(self, function: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor | None, ...]) -> CUDAGraphStep:
-        def with_gradients(*tensors):
-            results = {name: value.detach() for name, value in function(type(inputs)(*tensors)).items()}
-            return results, [parameter.grad for parameter in self.model.parameters()]
+    def capture(self, backward: Callable, batch: tuple, update_statistics: bool) -> CUDAGraphStep:
+        def with_gradients(*tensors: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+            results = backward(type(batch)(*tensors), update_statistics)
+            detached = {name: value.detach() for name, value in results.items()}
+            return detached, [parameter.grad for parameter in self.model.parameters()]
 
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            graph = CUDAGraphStep(with_gradients, *inputs)
+            graph = CUDAGraphStep(with_gradients, *batch)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         return graph
-
-
-class CompiledOrEager:
-    """torch.compile of a function; without a working compiler, one warning and ``fallback``, or the function itself."""
-
-    def __init__(self, function: Callable, fallback: Callable | None = None):
-        self.fallback = fallback or function
-        self.compiled = torch.compile(function, dynamic=False)
-        self.proven = False
-
-    @property
-    def works(self) -> bool:
-        """Whether calls run compiled."""
-        return self.compiled is not self.fallback
-
-    def give_up(self) -> None:
-        """From now on the fallback runs."""
-        self.compiled = self.fallback
-
-    def __call__(self, *args):
-        if self.proven:
-            return self.compiled(*args)
-        return self.prove(lambda call: call(*args))
-
-    def prove(self, trial: Callable[[Callable], Any]) -> Any:
-        """Call ``trial`` with this object; if that fails, use the fallback from now on and call ``trial`` again."""
-        self.proven = True
-        try:
-            return trial(self)
-        except Exception as error:  # the compiler's exceptions share no public base class
-            self.give_up()
-            result = trial(self)  # an error of the function itself comes out here
-            warnings.warn(
-                f"torch.compile does not work here ({type(error).__name__}); running without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return result

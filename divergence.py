@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from config import Config
 from utils import TrainingFailed, tree_to
 
@@ -12,7 +9,7 @@ STATE_EVERY = 200  # steps between states that training can go back to
 
 
 class Recovery:
-    """Two states to go back to, in memory, and what divergence has changed.
+    """Two states to go back to, in the host's memory, and what divergence has changed.
 
     proven: the state to go back to: training went on well for a while after it. latest: a later state, which is proven
     when the next one comes. ``remedies`` change the options of the rest of the run; they are those that JEM's authors
@@ -30,7 +27,8 @@ class Recovery:
 
     def keep(self, state: dict[str, Any]) -> None:
         """``state`` is the latest, and the one before it has proven good."""
-        self.proven, self.latest = self.latest or state, state
+        self.proven = state if self.latest is None else self.latest
+        self.latest = state
 
     def go_back(self, step: int) -> tuple[dict[str, Any], str]:
         """The state to continue from after a divergence at ``step``, and in words what is changed.
@@ -68,23 +66,3 @@ class Recovery:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in tree_to(state).items():
             setattr(self, name, value)
-
-
-def state_device(device: torch.device, state: dict[str, Any]) -> torch.device:
-    """Where states to go back to are kept: on the device if four of them would fit beside what is there."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if free > 4 * tree_nbytes(state) else torch.device("cpu")
-
-
-def tree_nbytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
-    match tree:
-        case Tensor():
-            return tree.nbytes
-        case dict():
-            return sum(map(tree_nbytes, tree.values()))
-        case list() | tuple():
-            return sum(map(tree_nbytes, tree))
-    return 0

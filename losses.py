@@ -1,44 +1,23 @@
-"""From logits to a loss and its parts: pure functions."""
+"""The JEM loss: from logits to a number and its parts. Pure functions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Config
 from models import log_density
 
 
-class Weights(NamedTuple):
-    """The factors of the loss's terms, by the names of their options."""
-
-    p_y_x_weight: float = 1.0
-    p_x_weight: float = 1.0
-    p_x_y_weight: float = 0.0
-    energy_l2: float = 0.0
-    mean_energy_l2: float = 0.0
-    logistic: bool = False  # the generative term of log p(x)
-
-    @classmethod
-    def of(cls, cfg: Config, energy_l2: float) -> "Weights":
-        """Those of a run, with a penalty that may have grown; a plain classifier has no penalty on log-densities."""
-        factors = {
-            name: getattr(cfg, name) for name in ("p_y_x_weight", "p_x_weight", "p_x_y_weight", "mean_energy_l2")
-        }
-        if cfg.mode == "baseline_train":
-            factors["mean_energy_l2"] = energy_l2 = 0.0
-        return cls(**factors, energy_l2=energy_l2, logistic=cfg.generative == "logistic")
-
-
 def joint_loss(
+    cfg: Any,
     logits: Tensor,
     y: Tensor,
     logits_real: Tensor,
     logits_sampled: Tensor | None,
     y_sampled: Tensor | None,
-    weights: Weights,
+    energy_l2: float = 0.0,
     mean: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
@@ -47,19 +26,23 @@ def joint_loss(
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT), in which
     real images and samples count alike. The penalties keep log-densities small: ``energy_l2`` the mean square of all of
     them (Du & Mordatch, NeurIPS 2019), ``mean_energy_l2`` the squares of the two means, over all processes' images
-    (M-JEM, section 3).
+    (M-JEM, section 3). A plain classifier has none.
 
     Args:
+        cfg: a Config, or anything with its options mode, generative, and the weights p_y_x_weight, p_x_weight,
+            p_x_y_weight and mean_energy_l2.
         logits, y: of the labelled images (N, K), (N,).
         logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
         logits_sampled: of the negative samples (M, K), or None for a plain classifier.
         y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
+        energy_l2: the weight of that penalty, which may grow in a run.
         mean: of a tensor over all processes, if there are several.
 
     Returns:
         The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
     """
     classification = F.cross_entropy(logits, y)
+    loss = cfg.p_y_x_weight * classification
     real = log_density(logits_real)
     parts = {
         "loss/classification": classification,
@@ -67,13 +50,13 @@ def joint_loss(
         "log_density/real": real.mean(),
         "log_density/real_std": real.std(correction=0),
     }
-    loss = weights.p_y_x_weight * classification
-    means, everything = [real.mean()], [real]
+    log_densities = [real]
     if logits_sampled is not None:
         sampled = log_density(logits_sampled)
+        log_densities.append(sampled)
         generative = sampled.mean() - real.mean()
         logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
-        loss = loss + weights.p_x_weight * (logistic if weights.logistic else generative)
+        loss = loss + cfg.p_x_weight * (logistic if cfg.generative == "logistic" else generative)
         parts |= {
             "loss/generative": generative,
             "loss/logistic": logistic,
@@ -82,18 +65,16 @@ def joint_loss(
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": class_counts(logits_sampled),
         }
-        if y_sampled is not None:
-            joint = log_density(logits_sampled, y_sampled).mean() - log_density(logits, y).mean()
-            loss = loss + weights.p_x_y_weight * joint
-            parts |= {
-                "loss/joint": joint,
-                "accuracy/sampled": (logits_sampled.argmax(1) == y_sampled).float().mean(),
-            }
-        means.append(sampled.mean())
-        everything.append(sampled)
-    loss = loss + weights.energy_l2 * torch.cat(everything).square().mean()
-    if weights.mean_energy_l2:
-        loss = loss + weights.mean_energy_l2 * mean(torch.stack(means)).square().sum()
+    if y_sampled is not None:
+        joint = log_density(logits_sampled, y_sampled).mean() - log_density(logits, y).mean()
+        loss = loss + cfg.p_x_y_weight * joint
+        parts["loss/joint"] = joint
+        parts["accuracy/sampled"] = (logits_sampled.argmax(1) == y_sampled).float().mean()
+    if cfg.mode != "baseline_train":
+        loss = loss + energy_l2 * torch.cat(log_densities).square().mean()
+        if cfg.mean_energy_l2:
+            means = torch.stack([values.mean() for values in log_densities])
+            loss = loss + cfg.mean_energy_l2 * mean(means).square().sum()
     return loss, {"loss/total": loss, **parts}
 
 

@@ -1,17 +1,13 @@
-"""Optimizers, the learning rate's schedule, and the average of the weights."""
+"""Optimizers, learning-rate schedules, and the moving average of the weights; ``cfg`` is a run's Config."""
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config import Config
 from data import to_float
-from models import no_running_stats_update
 from models.predict import images_per_batch
 from utils import autocast
 
@@ -19,7 +15,7 @@ FINAL_LR = 1e-6
 REFIT_IMAGES = 5000  # enough for means and variances of channels
 
 
-def build_optimizer(cfg: Config, model: nn.Module) -> "torch.optim.Optimizer | SAM":
+def build_optimizer(cfg: Any, model: nn.Module) -> "torch.optim.Optimizer | SAM":
     """What ``--optimizer`` names, with momentum 0.9 for SGD; inside SAM with ``--sam_rho``."""
     shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     match cfg.optimizer:
@@ -29,9 +25,7 @@ def build_optimizer(cfg: Config, model: nn.Module) -> "torch.optim.Optimizer | S
             optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, fused=True, **shared)
         case "rmsprop":
             optimizer = torch.optim.RMSprop(model.parameters(), **shared)
-    if not cfg.sam_rho:
-        return optimizer
-    return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive, partial(no_running_stats_update, model))
+    return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive) if cfg.sam_rho else optimizer
 
 
 class SAM:
@@ -39,17 +33,11 @@ class SAM:
 
     A step has two passes: the gradient g at the weights w, then the gradient at w + e, with which the optimizer updates
     w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|, the norms over all
-    parameters together. ``second_pass()`` is a context for the second pass, in which nothing but gradients may change.
+    parameters together.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rho: float,
-        adaptive: bool,
-        second_pass: Callable[[], AbstractContextManager] = nullcontext,
-    ):
-        self.optimizer, self.rho, self.adaptive, self.second_pass = optimizer, rho, adaptive, second_pass
+    def __init__(self, optimizer: torch.optim.Optimizer, rho: float, adaptive: bool):
+        self.optimizer, self.rho, self.adaptive = optimizer, rho, adaptive
         self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
         self.state_dict = optimizer.state_dict
 
@@ -57,9 +45,13 @@ class SAM:
         self.optimizer.load_state_dict(state)
         self.param_groups = self.optimizer.param_groups  # it makes new ones
 
-    def step(self, closure: Callable[[], Any]) -> Any:
-        """One update; ``closure`` leaves gradients in the parameters. Returns the result of its first call."""
-        result = closure()
+    def step(self, closure: Callable[..., Any]) -> Any:
+        """One update; returns the result of the closure's first call.
+
+        ``closure(update_statistics=...)`` leaves gradients in the parameters. Running statistics are to follow the
+        first pass alone: nobody evaluates the network at w + e.
+        """
+        result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():
             before = [p.clone() for p in parameters]
@@ -68,43 +60,45 @@ class SAM:
             if self.adaptive:
                 torch._foreach_mul_(ascent, torch._foreach_abs(before))
             torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-12)))
-        with self.second_pass():
-            closure()
+        closure(update_statistics=False)
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)
         self.optimizer.step()
         return result
 
 
-def scheduled_rate(cfg: Config, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:
-    """The learning rate of a step, counted from 1, by ``--schedule``; ``cycle_ends`` as for ``learning_rate``."""
+def learning_rate(cfg: Any, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:
+    """By ``--schedule``, of a step that counts from 1; ``cycle_ends`` as for ``cosine_learning_rate``."""
     if cfg.schedule == "step":
         decay_steps = [epoch * steps_per_epoch for epoch in cfg.decay_at]
         return step_learning_rate(step, cfg.lr, cfg.warmup_steps, decay_steps, cfg.decay_rate)
-    return learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
+    return cosine_learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
 
 
-def step_learning_rate(
-    step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], decay_rate: float
-) -> float:
-    """Linear warm-up, then ``peak`` times ``decay_rate`` for each of ``decay_steps`` that has passed; from step 1."""
-    passed = sum(step > decay for decay in decay_steps)
-    return peak * min(1, step / max(1, warmup_steps)) * decay_rate**passed
+def step_learning_rate(step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], rate: float) -> float:
+    """Linear warm-up, then ``peak`` times ``rate`` for each of ``decay_steps`` that has passed; from step 1."""
+    n_passed = sum(step > decay_step for decay_step in decay_steps)
+    return peak * min(1, step / max(1, warmup_steps)) * rate**n_passed
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:
+def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:
     """Linear warm-up, then a cosine to 1e-6 (or a lower ``peak``); ``step`` counts from 1.
 
     ``cycle_ends``, ascending: a run has one cycle that ends with its last step. Each time that a run is made longer,
     another cycle follows (Loshchilov & Hutter, ICLR 2017), whose warm-up takes at most a tenth of it.
     """
-    start = max((end for end in cycle_ends if end < step), default=0)
-    length = next(end for end in cycle_ends if step <= end) - start
-    warmup = min(warmup_steps, length // 10) if start else warmup_steps
-    step -= start
-    if step <= warmup:
-        return peak * step / warmup
-    done, final = (step - warmup) / max(1, length - warmup), min(FINAL_LR, peak)
+    start, end = 0, cycle_ends[0]
+    for next_end in cycle_ends[1:]:
+        if step > end:
+            start, end = end, next_end
+    length = end - start
+    if start > 0:
+        warmup_steps = min(warmup_steps, length // 10)
+    step_of_cycle = step - start
+    if step_of_cycle <= warmup_steps:
+        return peak * step_of_cycle / warmup_steps
+    done = (step_of_cycle - warmup_steps) / max(1, length - warmup_steps)  # from 0 to 1
+    final = min(FINAL_LR, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -221,6 +221,44 @@ def tree_to(tree: Any, device: torch.device | None = None) -> Any:
     return tree
 
 
+class Generators:
+    """The random generators of a run, PyTorch's global one among them, from which dropout draws.
+
+    data, p_x: of the two streams of images, the same in all processes; sgld: of chains, another in each process, as the
+    global one is.
+    """
+
+    FAR = 2**18  # between the seeds of two processes; a generator on the CPU uses only the last 32 bits of a seed
+
+    def __init__(self, device: torch.device, rank: int):
+        self.device, self.rank = device, rank
+        self.data, self.p_x, self.sgld = torch.Generator(device), torch.Generator(device), torch.Generator(device)
+
+    def seed(self, seed: int, own_alone: bool = False) -> None:
+        """``own_alone``: only the generators that differ between processes."""
+        if not own_alone:
+            self.data.manual_seed(2 * seed)
+            self.p_x.manual_seed(2**31 + seed)
+        self.sgld.manual_seed(2 * seed + 1 + self.FAR * self.rank)
+        torch.manual_seed(seed + self.FAR * self.rank)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {name: getattr(self, name).get_state() for name in ("data", "p_x", "sgld")}
+        state["torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises RuntimeError if the state is of another kind of device; the global generator has it all the same."""
+        state = tree_to(state, torch.device("cpu"))  # where generators of all devices take their states from
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        for name in ("data", "p_x", "sgld"):
+            getattr(self, name).set_state(state[name])
+
+
 @contextmanager
 def evaluation_packages() -> Iterator[None]:
     """Inside, an evaluation package that is not installed is a UserError, which skips what needs it."""

@@ -203,7 +203,7 @@ def main() -> None:
         against_plain(
             "sampler",
             lambda: plain_sampler(network, start, args.sgld_step, 1.0, 0.01),
-            lambda: ours.sampler.engine(start, args.sgld_step, 1.0, 0.01, ours.rng["sgld"]),
+            lambda: ours.sampler.engine(start, args.sgld_step, 1.0, 0.01, ours.rng.sgld),
             sampling_flops,
         )
     if "step" in parts:
@@ -213,7 +213,7 @@ def main() -> None:
     if "data" in parts:
         batch = torch.arange(args.batch_size, device=device)
         times = measure(
-            {"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.rng["data"])}, device, 20
+            {"data": lambda: data.augment(images.train.images[batch], True, 0.03, ours.rng.data)}, device, 20
         )
         rows.append(show("batch and augmentation", times["data"]))
     if "loop" in parts:

@@ -43,11 +43,10 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
     options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
     if options:
         raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
-    mine = model.f.conv1.in_channels, model.class_output.out_features
-    if mine != (channels, n_classes):
+    if (model.in_channels, model.n_classes) != (channels, n_classes):
         raise UserError(
             f"{path} holds a network for images of {channels} channels in {n_classes} classes, and this one has "
-            f"{mine[0]} channels and {mine[1]} classes: choose another --dataset or --data_dir"
+            f"{model.in_channels} channels and {model.n_classes} classes: choose another --dataset or --data_dir"
         )
     state = content["state"]
     try:

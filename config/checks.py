@@ -11,8 +11,6 @@ FEWEST = 20  # images that a distance between sets of images needs
 
 def check_options(cfg) -> None:
     """Raise UserError for the first options of a Config that do not go together."""
-    if (cfg.depth - 4) % 6:
-        raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {cfg.depth}")
     if cfg.gpu != "cpu" and not all(index.isdecimal() for index in cfg.gpu.split(",")):
         raise UserError(f"--gpu takes the index of a CUDA device or cpu, not {cfg.gpu!r}")
     if cfg.image_size is not None and cfg.dataset != "folder":

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from config.cli import option
 from config.recipes import RECIPES
 from data import DATASETS
-from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
+from models import BACKBONES
+from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")

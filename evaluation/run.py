@@ -56,7 +56,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
         "data set": cfg.dataset,
-        "network": f"WRN-{cfg.depth}-{cfg.width}",
+        "network": model.name,
         "seed": cfg.seed,
     }
     if trained.labels_per_class:

@@ -109,7 +109,7 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
         "device": device_name(trainer.device) + (f", {ran['processes']} processes" if ran["processes"] > 1 else ""),
         "precision": f"{ran['precision']}, compiled: {ran['compiled']}",
         "recipe": cfg.recipe,
-        "network": f"WRN-{cfg.depth}-{cfg.width}, {parameters:,} parameters",
+        "network": f"{trainer.model.name}, {parameters:,} parameters",
         "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
         "steps": f"{trainer.total_steps}, {trainer.steps_per_epoch} an epoch",
     }

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from checkpoints.files import save_checkpoint
 from config import Config
 from logger.files import Writer, disk_errors, replace_file
 from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
@@ -23,7 +22,10 @@ from utils import UserError
 class RunLogger:
     """A run's directory, log, progress bar, and the thread that writes its pictures and checkpoints."""
 
-    def __init__(self, run: RunDir, cfg: Config, step: int, total_steps: int, log_position: int):
+    def __new__(cls, run: RunDir | None, *_) -> "RunLogger | NoRunLogger":
+        return NoRunLogger() if run is None else object.__new__(cls)
+
+    def __init__(self, run: RunDir | None, cfg: Config, step: int, total_steps: int, log_position: int):
         """Go on behind ``step`` and byte ``log_position`` of metrics.jsonl; 0 and 0 for a new run."""
         self.run, self.tensorboard = run, not cfg.no_log
         self.log = Log(run.path, self.tensorboard, log_position, step)
@@ -49,21 +51,21 @@ class RunLogger:
         """A grid of samples, float (N, C, H, W) in [-1, 1]."""
         self.writer.submit(write_samples, self.run.path, self.log, step, image_grid(to_uint8(x).cpu()))
 
-    def film(self, step: int, frames: Tensor, every: int) -> None:
+    def gif(self, step: int, frames: Tensor, every: int) -> None:
         """A long chain, float (T, N, C, H, W), with ``every`` SGLD steps between its frames."""
         pictures = [image_grid(images, columns=4) for images in to_uint8(frames).cpu()]
-        self.writer.submit(write_film, self.run.path, self.log, step, pictures, every)
+        self.writer.submit(write_gif, self.run.path, self.log, step, pictures, every)
 
     def curves(self) -> None:
         self.writer.submit(plot_curves, self.run.path)
 
-    def checkpoint(self, name: str, content: dict[str, Any]) -> None:
-        """Have a checkpoint written by the writer's thread, after all that was recorded before."""
-        self.writer.submit(self.write_checkpoint, name, content | {"log_position": self.log.position()})
+    def checkpoint(self, save: Callable[..., None], name: str, content: dict[str, Any]) -> None:
+        """Have a checkpoint written by the writer's thread with ``save``, after all that was recorded before."""
+        self.writer.submit(self.write_checkpoint, save, name, content | {"log_position": self.log.position()})
 
-    def write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
+    def write_checkpoint(self, save: Callable[..., None], name: str, content: dict[str, Any]) -> None:
         self.log.flush()
-        save_checkpoint(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
+        save(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
 
     def recovery(self, step: int, back_to: int, change: str) -> None:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
@@ -117,7 +119,7 @@ def write_samples(run: Path, log: Log, step: int, picture: np.ndarray) -> None:
 
 
 @by_product
-def write_film(run: Path, log: Log, step: int, pictures: Sequence[np.ndarray], every: int) -> None:
+def write_gif(run: Path, log: Log, step: int, pictures: Sequence[np.ndarray], every: int) -> None:
     """A long chain, a picture (H, W, 3) each ``every`` SGLD steps; the newest is found at the top of the run."""
     captions = [f"training step {step}, SGLD step {every * i}" for i in range(len(pictures))]
     gif = save_gif(run / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)

@@ -1,22 +1,20 @@
-"""Networks: input to output, no sampler, no buffer, no device."""
+"""Networks: images to logits, no sampler, no buffer, no options of a run.
+
+A new network is a class in a file of its own and a line in ``BACKBONES``, whose names ``--backbone`` takes;
+``models.jem.JEM`` says what the class must have.
+"""
+
+from typing import Any
 
 import torch
 
-from models.batch_norm import batch_norms, no_running_stats_update
-from models.jem import JEM, JointForward, copy_weights, frozen_sampler_model, log_density
-from models.wide_resnet import BACKBONES, WideResNet
+from models.jem import JEM, JointForward, Logits, copy_weights, frozen_sampler_model, log_density
+from models.wide_resnet import RobustWideResNet, WideResNet
 
-__all__ = [
-    "JEM",
-    "JointForward",
-    "WideResNet",
-    "batch_norms",
-    "build_model",
-    "copy_weights",
-    "no_running_stats_update",
-    "log_density",
-    "frozen_sampler_model",
-]
+__all__ = ["BACKBONES", "JEM", "JointForward", "Logits", "build_model"]
+__all__ += ["copy_weights", "frozen_sampler_model", "log_density"]
+
+BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}
 
 
 def build_model(
@@ -24,13 +22,15 @@ def build_model(
     n_classes: int,
     depth: int = 28,
     width: int = 10,
-    norm: str = "none",
-    dropout_rate: float = 0.0,
-    activation: str = "leaky_relu",
-    separate_energy: bool = False,
-    stages: int = 3,
+    *,
     backbone: str = "jem",
+    separate_energy: bool = False,
+    **options: Any,
 ) -> JEM:
-    """A JEM on a Wide-ResNet, freshly initialised from PyTorch's global generator, in channels_last memory."""
-    f = BACKBONES[backbone](channels, depth, width, norm, dropout_rate, activation, stages)
-    return JEM(f, n_classes, separate_energy).to(memory_format=torch.channels_last)
+    """A JEM for images of ``channels`` channels, freshly initialised from PyTorch's global generator, channels_last.
+
+    depth, width and ``options`` (norm, dropout_rate, activation, stages) go to the backbone, which raises UserError if
+    it cannot be built with them.
+    """
+    features = BACKBONES[backbone](channels, depth, width, **options)
+    return JEM(features, n_classes, separate_energy).to(memory_format=torch.channels_last)

@@ -1,75 +1,27 @@
-"""Batch normalisation: which statistics it uses and keeps, and one that several processes share."""
+"""Batch normalisation: which batches change its running statistics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
-
-import distributed
+from torch import nn
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch normalisation layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def tracks_running_stats(model: nn.Module) -> bool:
-    """Whether a batch in training mode changes running statistics."""
-    return any(module.track_running_stats for module in batch_norms(model))
-
-
 @contextmanager
-def no_running_stats_update(model: nn.Module) -> Iterator[None]:
-    """Inside, batch normalisation in training mode uses each batch's statistics and leaves the running ones alone."""
-    modules = [module for module in batch_norms(model) if module.track_running_stats]
-    for module in modules:
-        module.track_running_stats = False
+def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, if not ``enabled``, batches in training mode leave the running statistics of batch normalisation alone.
+
+    They are normalised by their own statistics all the same.
+    """
+    layers = [] if enabled else [layer for layer in batch_norms(model) if layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
-
-
-@torch.no_grad()
-def average_running_stats(model: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics."""
-    kept = [buffer for module in batch_norms(model) for buffer in (module.running_mean, module.running_var)]
-    if kept:
-        together = distributed.all_reduce_mean(torch.cat(kept))
-        torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
-
-
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by the statistics of all processes' batches together, which have one size.
-
-    ``torch.nn.SyncBatchNorm`` is the same for GPUs alone; this one runs on CPUs too.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
-        if not self.training:
-            return super().forward(x)
-        n = distributed.current_world().size * x.numel() // x.shape[1]
-        with torch.autocast(x.device.type, enabled=False):
-            h = x.float()
-            variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
-            near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
-            mean, square = distributed.all_reduce_mean(torch.stack([mean, variance + (mean - near).square()]))
-            variance = (square - (mean - near).square()).clamp(min=0)
-            if self.track_running_stats:
-                self.num_batches_tracked += 1
-                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-                with torch.no_grad():
-                    self.running_mean.lerp_(mean, share)
-                    self.running_var.lerp_(variance * n / (n - 1), share)
-            scale = self.weight * (variance + self.eps).rsqrt()
-            h = h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-        return h.to(x.dtype)
-
-
-def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """The model itself, its batch normalisation by all processes' batches together."""
-    for module in batch_norms(model):
-        module.__class__ = SyncedBatchNorm  # the same parameters and buffers, by the same names
-    return model
+        for layer in layers:
+            layer.track_running_stats = True

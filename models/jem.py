@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, no_running_stats_update
-from models.wide_resnet import WideResNet
+from models.batch_norm import batch_norms, running_stats_update
 
 
 class JEM(nn.Module):
@@ -16,13 +16,18 @@ class JEM(nn.Module):
     Images are float tensors (N, C, H, W) in [-1, 1], labels int64 (N,). With ``separate_energy`` log p(x) comes from a
     linear head of its own (M-JEM): the same number is added to all logits of an image, so that their logsumexp is the
     output of that head. This leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
+
+    The backbone ``f`` maps float32 images to features (N, n_features). It casts them to the type of its weights, has
+    the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError, which names the option, for
+    images or sizes that it cannot be built for.
     """
 
-    def __init__(self, backbone: WideResNet, n_classes: int, separate_energy: bool = False):
+    def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
         super().__init__()
         self.f = backbone
         self.class_output = nn.Linear(backbone.n_features, n_classes)
         self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
+        self.in_channels, self.n_classes, self.name = backbone.in_channels, n_classes, backbone.name
 
     def logits(self, x: Tensor) -> Tensor:
         """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image."""
@@ -47,27 +52,42 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
     return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
 
 
+class Logits(NamedTuple):
+    """Logits of a training step's images, float32 (N, K), each of its own N."""
+
+    labelled: Tensor
+    real: Tensor  # of log p(x): those of the labelled images where there are no others
+    sampled: Tensor | None
+
+
 class JointForward(nn.Module):
     """The logits of all images of a training step in one call, which is what DistributedDataParallel wraps."""
 
     def __init__(self, model: JEM, logits: Callable[[Tensor], Tensor]):
         """``logits``: ``model.logits``, or the same compiled."""
         super().__init__()
-        self.model, self.one = model, logits
+        self.model, self.logits = model, logits
+        self.has_batch_norm = len(batch_norms(model)) > 0
 
-    def forward(self, x: Tensor, x_real: Tensor | None, samples: Tensor | None) -> list[Tensor | None]:
-        """Logits (N, K) of labelled images, other real ones and samples, in one forward pass where that is the same.
+    def forward(
+        self, x: Tensor, x_real: Tensor | None, samples: Tensor | None, update_statistics: bool = True
+    ) -> Logits:
+        """Logits of labelled images, other real ones and samples, if there are any, (N, C, H, W) each.
 
-        Batch normalisation must not mix them, and keeps the running statistics of real images alone.
+        Batch normalisation must not mix them. Its running statistics follow the real images, unless
+        ``update_statistics`` is False, and never the samples.
         """
-        if batch_norms(self.model):
-            logits = [None if view is None else self.one(view) for view in (x, x_real)]
-            with no_running_stats_update(self.model):
-                return [*logits, None if samples is None else self.one(samples)]
-        views = (x, x_real, samples)
-        given = [view for view in views if view is not None]
-        logits = iter(self.one(torch.cat(given)).split([len(view) for view in given]))
-        return [None if view is None else next(logits) for view in views]
+        if self.has_batch_norm:
+            with running_stats_update(self.model, enabled=update_statistics):
+                labelled = self.logits(x)
+                real = labelled if x_real is None else self.logits(x_real)
+            with running_stats_update(self.model, enabled=False):
+                sampled = None if samples is None else self.logits(samples)
+            return Logits(labelled, real, sampled)
+        sizes = [0 if images is None else len(images) for images in (x, x_real, samples)]
+        together = torch.cat([images for images in (x, x_real, samples) if images is not None])
+        labelled, real, sampled = self.logits(together).split(sizes)
+        return Logits(labelled, labelled if x_real is None else real, None if samples is None else sampled)
 
 
 def frozen_sampler_model(model: JEM, dtype: torch.dtype) -> JEM:
@@ -80,15 +100,16 @@ def frozen_sampler_model(model: JEM, dtype: torch.dtype) -> JEM:
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     frozen.f.to(dtype)
-    for module in batch_norms(frozen):
-        module.float().train()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
-        module.track_running_stats = False
+    for layer in batch_norms(frozen):
+        layer.float().train()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
+        layer.track_running_stats = False
     return frozen
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and buffers in place, casting to the target's types."""
-    pairs = list(zip(target.state_dict().values(), source.state_dict().values(), strict=True))
-    for dtype in {to.dtype for to, _ in pairs}:  # a list of one type is copied by one kernel
-        torch._foreach_copy_(*zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True))
+    old, new = list(target.state_dict().values()), list(source.state_dict().values())
+    for dtype in {tensor.dtype for tensor in old}:  # one kernel copies a list of one type
+        same = [i for i, tensor in enumerate(old) if tensor.dtype == dtype]
+        torch._foreach_copy_([old[i] for i in same], [new[i] for i in same])

@@ -63,7 +63,7 @@ class WideResNet(nn.Module):
 
     A 3x3 stem of 16 channels, three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels and
     strides 1, 2, 2, a last activation and global average pooling. A fourth stage (SADA-JEM, for images of 64x64 and
-    more) has 128 times ``width`` channels, which then are the features.
+    more) has 128 times ``width`` channels, which then are the features. Raises UserError for other depths.
     """
 
     block: type[nn.Module] = Block
@@ -81,15 +81,16 @@ class WideResNet(nn.Module):
     ):
         super().__init__()
         if (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4, not {depth}")
-
-        def stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
-            ins, strides = [channels_in, *[channels] * (n - 1)], [stride, *[1] * (n - 1)]
-            return nn.Sequential(
-                *(self.block(i, channels, s, norm, dropout_rate, activation) for i, s in zip(ins, strides, strict=True))
-            )
-
+            raise UserError(f"--depth must be 6n + 4 (10, 16, 22, 28, ...), not {depth}")
         n = (depth - 4) // 6
+
+        def stage(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+            options = norm, dropout_rate, activation
+            blocks = [self.block(c_in, c_out, stride, *options)]
+            blocks += [self.block(c_out, c_out, 1, *options) for _ in range(n - 1)]
+            return nn.Sequential(*blocks)
+
+        self.name, self.in_channels = f"WRN-{depth}-{width}", channels_in
         self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=self.stem_bias)
         self.layer1 = stage(16, 16 * width, 1)
         self.layer2 = stage(16 * width, 32 * width, 2)
@@ -151,6 +152,3 @@ class RobustWideResNet(WideResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward((x - self.mean) / self.deviation)
-
-
-BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}

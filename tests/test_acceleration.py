@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_flatten
 
 import acceleration
 import data
-from acceleration import CUDAGraphBackward, compiles
+from acceleration import CompiledOrEager, CUDAGraphBackward, compiles
 from config import Config
-from models.batch_norm import batch_norms, no_running_stats_update, tracks_running_stats
 from trainer import Trainer
 from utils import tree_to
 
@@ -24,29 +23,19 @@ def digits():
 
 
 class Graph:
-    """In world of a CUDAGraphStep: it writes into the same tensors each time, and Python's part is as it was then."""
+    """In place of a CUDAGraphStep: it writes into the same tensors each time, with the remedies of its capture."""
 
     def __init__(self, run, function, *example):
         for _ in range(3):
             function(*example)
-        self.function, self.run, self.modules = function, run, batch_norms(run.model)
-        self.state = self.python_state()
+        self.function, self.run, self.remedies = function, run, dict(run.recovery.remedies)
         self.outputs = tree_to(function(*example))
 
-    def python_state(self):
-        return [module.track_running_stats for module in self.modules], dict(self.run.recovery.remedies)
-
-    def set_python_state(self, state):
-        tracked, remedies = state
-        for module, flag in zip(self.modules, tracked, strict=True):
-            module.track_running_stats = flag
-        self.run.recovery.remedies.update(remedies)
-
     def __call__(self, *inputs):
-        before = self.python_state()
-        self.set_python_state(self.state)
+        before = dict(self.run.recovery.remedies)
+        self.run.recovery.remedies.update(self.remedies)
         results, gradients = self.function(*inputs)
-        self.set_python_state(before)
+        self.run.recovery.remedies.update(before)
         for name, value in results.items():
             self.outputs[0][name].copy_(value)
         for static, gradient in zip(self.outputs[1], gradients, strict=True):
@@ -59,14 +48,14 @@ class Graph:
     "options, n_graphs",
     [
         ({"norm": "batch", "sam_rho": 2.0, "p_x_batch_size": 12, "dropout_rate": 0.2, "max_steps": 20}, 2),
-        ({"sam_rho": 0.5, "dropout_rate": 0.2}, 1),
+        ({"sam_rho": 0.5, "dropout_rate": 0.2}, 2),
         ({"mode": "baseline_train", "norm": "batch"}, 1),
         ({"adversarial_eps": 0.5, "adversarial_steps": 2, "norm": "batch", "dropout_rate": 0.2}, 1),
     ],
     ids=["batch norm and SAM", "SAM", "baseline", "adversarial"],
 )
 def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, monkeypatch):
-    """Warm-up leaves no trace, each pass has a graph of its own where they differ, and a remedy has new ones."""
+    """Warm-up leaves no trace, each pass of SAM has a graph of its own, and a remedy has new ones."""
     base = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2, "buffer_size": 100}
     base |= {"max_steps": 20, "warmup_steps": 5}
 
@@ -74,10 +63,10 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
         run = Trainer(Config(**base | options), digits, torch.device("cpu"))
         monkeypatch.setattr(acceleration, "CUDAGraphStep", partial(Graph, run))
         if captured:
-            run.captured = CUDAGraphBackward(run.model)
+            run.cuda_graphs = CUDAGraphBackward(run.model)
         for run.step in (1, 2, 3):
             run.training_step()
-        assert not captured or len(run.captured.graphs) == n_graphs
+        assert not captured or len(run.cuda_graphs.graphs) == n_graphs
         state = tree_to(run.state_dict())
         state["recovery"]["remedies"]["energy_l2"] = 0.5
         run.load_state_dict(state)
@@ -89,22 +78,24 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_other_shapes_have_a_graph_of_their_own(digits, monkeypatch):
+def test_other_shapes_and_other_passes_have_a_graph_of_their_own(monkeypatch):
     monkeypatch.setattr(acceleration, "CUDAGraphStep", lambda function, *example: function)
     model = torch.nn.Linear(2, 1)
 
-    def function(inputs):
+    def backward(batch, update_statistics):
         model.zero_grad()
-        total = model(inputs.x).sum()
+        total = model(batch.x).sum() * (1 if update_statistics else 2)
         total.backward()
         return {"total": total}
 
-    captured = CUDAGraphBackward(model)
+    graphs, batch = CUDAGraphBackward(model), namedtuple("StepBatch", "x y")
     for n in (3, 5, 3):
-        captured(function, namedtuple("StepBatch", "x y")(torch.ones(n, 2), None), True)
+        graphs(backward, batch(torch.ones(n, 2), None), True)
         assert model.weight.grad.tolist() == [[n, n]]
-    captured(function, namedtuple("StepBatch", "x y")(torch.ones(3, 2), torch.ones(3)), True)
-    assert len(captured.graphs) == 3
+    graphs(backward, batch(torch.ones(3, 2), torch.ones(3)), True)
+    assert len(graphs.graphs) == 3
+    graphs(backward, batch(torch.ones(3, 2), None), False)
+    assert len(graphs.graphs) == 4 and model.weight.grad.tolist() == [[6, 6]]
 
 
 def test_a_trainer_is_freed_when_nobody_has_it(digits):
@@ -120,13 +111,22 @@ def test_a_trainer_is_freed_when_nobody_has_it(digits):
         gc.enable()
 
 
-def test_frozen_statistics_nest():
-    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    with no_running_stats_update(model):
-        with no_running_stats_update(model):
-            pass
-        assert not tracks_running_stats(model)
-    assert tracks_running_stats(model)
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    """An error of the function itself is not hidden."""
+
+    def broken(function, **_):
+        def call(*_):
+            raise OSError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    plus_one, integer = CompiledOrEager(lambda x: x + 1), CompiledOrEager(int)
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here .OSError."):
+        assert plus_one(1) == 2 and not plus_one.works
+    with pytest.raises(ValueError, match="invalid literal"):
+        integer("one")
+    assert integer.works
 
 
 @pytest.mark.parametrize(

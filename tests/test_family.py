@@ -264,7 +264,7 @@ def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others()
 
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
     run = trained(sgld_step_max=4, sgld_step_auroc=0.6)
-    run.record = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
+    run.logger = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
     seen, made, original = [], [], trainer.SGLD.__call__
     monkeypatch.setattr(
         trainer.SGLD, "__call__", lambda self, x, steps, *a: (made.append(steps), original(self, x, steps, *a))[1]
@@ -306,7 +306,7 @@ def test_sam_on_a_quadratic(adaptive):
     rho, lr, expected, velocity = 0.3, 0.05, w.detach().clone(), torch.zeros(3, dtype=torch.float64)
     sam = optim.SAM(torch.optim.SGD([w], lr=lr, momentum=0.9), rho, adaptive)
 
-    def closure():
+    def closure(update_statistics):
         sam.zero_grad()
         loss = w @ a @ w / 2
         loss.backward()

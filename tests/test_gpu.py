@@ -51,7 +51,7 @@ def trained(digits, captures=True, **changes):
     base |= {"max_steps": 50, "warmup_steps": 5, "compile": "off"}
     run = trainer.Trainer(Config(**(base | changes)), digits, torch.device("cuda", 0))
     if not captures:
-        run.captured = None
+        run.cuda_graphs = None
     for run.step in (1, 2):
         run.training_step()
     return run
@@ -92,9 +92,9 @@ def test_two_shapes_have_a_graph_each(model):
     assert len(engine.graphs) == 2
 
 
-def test_memory_stays_flat_over_films(digits):
+def test_memory_stays_flat_over_gifs(digits):
     run, used = trained(digits), []
-    run.record = SimpleNamespace(film=lambda *_: None)
+    run.logger = SimpleNamespace(gif=lambda *_: None)
     for _ in range(4):
         run.dump_gif()
         torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def test_captured_gradients_are_those_of_the_loss(options, digits, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     one, other = (trained(digits, **options, precision="fp32", captures=captures) for captures in (True, False))
     other.load_state_dict(one.state_dict())
-    assert one.captured.graphs and not other.captured
+    assert one.cuda_graphs.graphs and other.cuda_graphs is None
     for run in (one, other):
         run.step = 3
         run.training_step()
@@ -142,19 +142,18 @@ def test_no_step_waits_for_the_device(options, digits):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_training_goes_back_to_a_state_that_is_kept_on_the_device(digits):
+def test_training_goes_back_to_a_state_that_is_kept_on_the_host(digits):
     run = trained(digits)
-    run.keep_state()
+    run.recovery.keep(utils.tree_to(run.state_dict(), torch.device("cpu")))
     kept, recorded = run.recovery.latest, []
-    assert kept["model"]["class_output.weight"].is_cuda
-    run.record = SimpleNamespace(recovery=lambda *line: recorded.append(line), checkpoint=lambda *_: None)
+    run.logger = SimpleNamespace(recovery=lambda *line: recorded.append(line), checkpoint=lambda *_: None)
     run.step = 3
     run.training_step()
     run.recover()
     assert run.step == 2 and recorded[0][:2] == (3, 2)
     found = run.state_dict()
     for part in ("model", "buffer"):
-        assert all(torch.equal(found[part][name], kept[part][name]) for name in kept[part])
+        assert all(torch.equal(found[part][name].cpu(), kept[part][name]) for name in kept[part])
     run.step = 3
     assert run.training_step().isfinite().all()
 

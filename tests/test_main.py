@@ -212,7 +212,7 @@ def after_a_step(run):
 
 
 CHANGES = {  # option: what of a trainer it changes, and to what
-    "seed=2": (lambda run: run.rng["data"].initial_seed(), 4),
+    "seed=2": (lambda run: run.rng.data.initial_seed(), 4),
     "n_valid=90": (lambda run: len(run.data.valid), 90),
     "depth=16": (lambda run: sum(type(m).__name__ == "Block" for m in run.model.modules()), 6),
     "width=2": (lambda run: run.model.f.n_features, 128),
@@ -366,7 +366,7 @@ def test_no_weights_are_kept_that_diverged_before_their_evaluation(tmp_path, mon
         if self.step == 8:
             for p in self.model.parameters():
                 p.data.fill_(torch.nan)
-            self.alarm.fill_(True)
+            self.diverged.fill_(True)
         return samples
 
     monkeypatch.setattr(Trainer, "training_step", diverging)

@@ -1,19 +1,34 @@
 """The network and the densities read from its logits."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from losses import Weights, joint_loss
-from models import build_model, copy_weights, frozen_sampler_model, log_density
+import models
+from losses import joint_loss
+from models import JointForward, build_model, copy_weights, frozen_sampler_model, log_density
+from models.batch_norm import running_stats_update
 from models.predict import predict
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 def tiny(**options):
     torch.manual_seed(0)
     return build_model(1, 3, **({"depth": 10, "width": 1} | options))
+
+
+def loss_options(**changes):
+    """The options that ``joint_loss`` reads, as plain JEM has them."""
+    weights = {"p_y_x_weight": 1.0, "p_x_weight": 1.0, "p_x_y_weight": 0.0, "mean_energy_l2": 0.0}
+    return SimpleNamespace(**{"mode": "energy_train", "generative": "difference"} | weights | changes)
 
 
 def test_wrn_28_10_has_the_published_size():
@@ -55,6 +70,37 @@ def test_parameter_names_are_those_of_the_authors_checkpoints():
     } <= names
 
 
+def test_a_new_network_is_a_class_and_a_line(monkeypatch):
+    class Linear(torch.nn.Linear):
+        def __init__(self, channels, depth, width, norm):
+            super().__init__(channels * 64, depth)
+            self.in_channels, self.n_features, self.name = channels, depth, f"linear-{depth}-{norm}"
+
+        def forward(self, x):
+            return super().forward(x.flatten(1))
+
+    monkeypatch.setitem(models.BACKBONES, "linear", Linear)
+    model = build_model(1, 3, depth=11, norm="any", backbone="linear")
+    assert (model.name, model.in_channels, model.n_classes) == ("linear-11-any", 1, 3)
+    assert model.log_density(torch.rand(2, 1, 8, 8)).shape == (2,)
+
+
+def test_a_network_says_what_it_is_and_refuses_what_it_cannot_be():
+    model = build_model(3, 7, 16, 2, backbone="robust")
+    assert (model.name, model.in_channels, model.n_classes) == ("WRN-16-2", 3, 7)
+    with pytest.raises(UserError, match="--depth must be 6n \\+ 4"):
+        build_model(3, 7, 17, 2)
+    with pytest.raises(UserError, match="--backbone robust"):
+        build_model(1, 7, 16, 2, backbone="robust")
+
+
+def test_the_loss_imports_networks_and_nothing_else_of_the_program():
+    files = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    code = "import sys, losses; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert files & set(done.stdout.split()) == {"losses", "models", "utils"}
+
+
 def test_a_block_by_hand():
     torch.manual_seed(0)
     model = build_model(3, 10, 10, 1)
@@ -84,6 +130,34 @@ def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
     assert out.mean(dims).abs().max() < 1e-4
     assert (out.var(dims, correction=0) - 1).abs().max() < 0.05  # eps, where a channel hardly varies
     assert (seen["x"].mean(dims).abs().max() > 0.05) and not torch.equal(out, seen["x"])
+
+
+def test_running_statistics_are_left_alone_where_they_are_told_to():
+    """The output is that of training all the same, and what was off before stays off."""
+    model, x = tiny(norm="batch").train(), torch.rand(6, 1, 8, 8)
+    model.f.layer1[0].bn1.track_running_stats = False
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with running_stats_update(model, enabled=False):
+        with running_stats_update(model, enabled=False):
+            pass
+        frozen = model(x)
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    with running_stats_update(model, enabled=True):
+        assert torch.equal(model(x), frozen)
+    assert model.f.bn1.num_batches_tracked == 1 and model.f.layer1[0].bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_all_images_of_a_step_in_one_call(norm):
+    """Each batch's logits are those of the batch by itself."""
+    model = tiny(norm=norm).train()
+    forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6)]
+    together = forward(*batches)
+    for logits, batch in zip(together, batches, strict=True):
+        torch.testing.assert_close(logits, model.logits(batch))
+    plain = forward(batches[0], None, batches[2])
+    assert plain.real is plain.labelled and len(plain.sampled) == 6
+    assert forward(batches[0], None, None).sampled is None and len(forward(*batches[:2], None).real) == 5
 
 
 @pytest.mark.parametrize("name, value", [("leaky_relu", -0.2), ("silu", -1 / (1 + math.e))])
@@ -133,7 +207,8 @@ def test_joint_loss_against_a_direct_computation():
     torch.manual_seed(0)
     labelled, real, sampled = torch.randn(4, 3), torch.randn(5, 3), torch.randn(6, 3)
     y, y_sampled = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 2, 1, 0])
-    loss, parts = joint_loss(labelled, y, real, sampled, y_sampled, Weights(0.7, 1.3, 0.4, 0.1, 0.2))
+    cfg = loss_options(p_y_x_weight=0.7, p_x_weight=1.3, p_x_y_weight=0.4, mean_energy_l2=0.2)
+    loss, parts = joint_loss(cfg, labelled, y, real, sampled, y_sampled, 0.1)
 
     def density(row):
         return math.log(sum(math.exp(v) for v in row))
@@ -150,7 +225,8 @@ def test_joint_loss_against_a_direct_computation():
     assert parts["loss/generative"].item() == pytest.approx(m_sampled - m_real, rel=1e-5)
     logistic = sum(math.log1p(math.exp(-d)) for d in d_real) / 10 + sum(math.log1p(math.exp(d)) for d in d_sampled) / 12
     assert parts["loss/logistic"].item() == pytest.approx(logistic, rel=1e-5)
-    swapped = joint_loss(labelled, y, real, sampled, y_sampled, Weights(0.0, 1.3, logistic=True))[0]
+    cfg = loss_options(p_y_x_weight=0.0, p_x_weight=1.3, generative="logistic")
+    swapped = joint_loss(cfg, labelled, y, real, sampled, y_sampled)[0]
     assert swapped.item() == pytest.approx(1.3 * logistic, rel=1e-5)
     won = [(a > b) + 0.5 * (a == b) for a in d_real for b in d_sampled]
     assert parts["sgld/auroc"].item() == pytest.approx(sum(won) / 30, abs=1e-6)
@@ -179,7 +255,7 @@ def test_gradient_of_the_joint_loss_against_finite_differences():
             )
             return h @ values[list(chosen).index("class_output.weight")].T + model.class_output.bias
 
-        return joint_loss(logits(real), y, logits(real), logits(sampled), None, Weights(energy_l2=0.1))[0]
+        return joint_loss(loss_options(), logits(real), y, logits(real), logits(sampled), None, 0.1)[0]
 
     assert gradcheck(loss, tuple(p.detach().requires_grad_() for p in chosen.values()), atol=1e-6)
 

@@ -105,8 +105,8 @@ class Twins:
             self.rank.value = rank
             backward = run.backward
 
-            def averaged(inputs):
-                parts = backward(inputs)
+            def averaged(*inputs):
+                parts = backward(*inputs)
                 for p in run.model.parameters():
                     p.grad = self.exchanged(p.grad)
                 return parts
@@ -202,7 +202,7 @@ class TestCommandLine:
         for rank, (twin, own) in enumerate(zip(twins, found["state"]["processes"], strict=True)):
             assert all(torch.equal(twin[f"model.{name}"], value) for name, value in found["state"]["model"].items())
             assert torch.equal(twin["buffer"], found["state"]["buffer"]["images"][rank::2])
-            assert torch.equal(runs[rank].rng["sgld"].get_state(), own["rng"]["sgld"])
+            assert torch.equal(runs[rank].rng.sgld.get_state(), own["rng"]["sgld"])
 
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out

@@ -20,7 +20,6 @@ from config import Config
 from data import Split
 from distributed import World
 from logger import progress
-from losses import Weights
 from models import build_model, copy_weights
 from models.wide_resnet import NORMS
 from sgld import ReplayBuffer, Sampler
@@ -53,14 +52,14 @@ def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on(digits):
     alone = trainer.Trainer(cfg, digits, torch.device("cpu"))
     several = trainer.Trainer(cfg, digits, torch.device("cpu"), World(0, 2))
     assert isinstance(alone.forward, CompiledOrEager) and not isinstance(several.forward, CompiledOrEager)
-    assert alone.film.capture and not several.film.capture
+    assert alone.gif_engine.capture and not several.gif_engine.capture
 
 
 def plain_losses(cfg, images, steps):
     """Losses of a plain loop: the model itself sampled with autograd.grad, a forward pass for each term of the loss."""
     torch.manual_seed(cfg.seed)
     data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
-    model = build_model(1, 10, cfg.depth, cfg.width, cfg.norm)
+    model = build_model(1, 10, cfg.depth, cfg.width, norm=cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     start = UniformInit(images.shape)
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
@@ -116,7 +115,7 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
     """Two forward passes with batch normalisation, one without."""
     for norm, sizes in (("batch", [16, 16]), ("group", [32])):
         run, seen = trainer.Trainer(config(norm=norm), digits, torch.device("cpu")), []
-        run.joint_forward.one = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
+        run.joint_forward.logits = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
         run.step = 1
         run.training_step()
         assert seen == sizes
@@ -238,12 +237,11 @@ def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
     torch.testing.assert_close(found.x, torch.full((2, 1, 4, 4), 0.25))
 
 
-def test_a_plain_classifier_has_no_penalty_on_log_densities():
+def test_a_plain_classifier_has_no_penalty_on_log_densities(digits):
     penalties = {"energy_l2": 0.3, "mean_energy_l2": 0.5}
-    weights = Weights.of(config(mode="baseline_train", **penalties), 0.3)
-    assert (weights.energy_l2, weights.mean_energy_l2) == (0, 0)
-    weights = Weights.of(config(**penalties), 0.3)
-    assert (weights.energy_l2, weights.mean_energy_l2) == (0.3, 0.5)
+    run = trainer.Trainer(config(mode="baseline_train", **penalties), digits, torch.device("cpu"))
+    parts = run.backward(run.next_inputs(0)[0])
+    assert parts["loss/total"] == parts["loss/classification"]
 
 
 def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(digits, monkeypatch):
@@ -269,6 +267,17 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(di
         trained.step = 1
         trained.training_step()
     assert run.meter.sums["loss/total"] == eager.meter.sums["loss/total"]
+
+
+def test_where_one_process_cannot_compile_all_go_on_without(digits, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
+    run.warm_up()
+    assert run.forward.works
+    monkeypatch.setattr(trainer.distributed, "all_reduce_max", lambda failed: (1,))
+    with pytest.warns(RuntimeWarning, match="in another process"):
+        run.warm_up()
+    assert not run.forward.works
 
 
 def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path):
@@ -331,23 +340,23 @@ def test_average_of_the_weights(digits):
 
 def test_learning_rate():
     peak = 0.1
-    assert [optim.learning_rate(s, peak, 10, [100]) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
-    assert optim.learning_rate(55, peak, 10, [100]) == pytest.approx((peak + 1e-6) / 2)
-    assert optim.learning_rate(100, peak, 10, [100]) == pytest.approx(1e-6)
-    assert optim.learning_rate(1, peak, 0, [1]) == pytest.approx(1e-6)
-    assert optim.learning_rate(3, peak, 10, [3]) == pytest.approx(0.03)
-    assert optim.learning_rate(50, 1e-7, 10, [100]) == pytest.approx(1e-7)  # below the cosine's end: constant
+    assert [optim.cosine_learning_rate(s, peak, 10, [100]) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
+    assert optim.cosine_learning_rate(55, peak, 10, [100]) == pytest.approx((peak + 1e-6) / 2)
+    assert optim.cosine_learning_rate(100, peak, 10, [100]) == pytest.approx(1e-6)
+    assert optim.cosine_learning_rate(1, peak, 0, [1]) == pytest.approx(1e-6)
+    assert optim.cosine_learning_rate(3, peak, 10, [3]) == pytest.approx(0.03)
+    assert optim.cosine_learning_rate(50, 1e-7, 10, [100]) == pytest.approx(1e-7)  # below the cosine's end: constant
 
 
 def test_a_longer_run_gets_another_cycle():
     """The first one's rates stay; a short warm-up and another cosine follow."""
     ends, peak = [100, 140], 0.1
-    assert [optim.learning_rate(s, peak, 10, ends) for s in range(1, 101)] == [
-        optim.learning_rate(s, peak, 10, [100]) for s in range(1, 101)
+    assert [optim.cosine_learning_rate(s, peak, 10, ends) for s in range(1, 101)] == [
+        optim.cosine_learning_rate(s, peak, 10, [100]) for s in range(1, 101)
     ]
-    assert [optim.learning_rate(s, peak, 10, ends) for s in (101, 104)] == pytest.approx([peak / 4, peak])
-    assert optim.learning_rate(122, peak, 10, ends) == pytest.approx((peak + 1e-6) / 2)
-    assert optim.learning_rate(140, peak, 10, ends) == pytest.approx(1e-6)
+    assert [optim.cosine_learning_rate(s, peak, 10, ends) for s in (101, 104)] == pytest.approx([peak / 4, peak])
+    assert optim.cosine_learning_rate(122, peak, 10, ends) == pytest.approx((peak + 1e-6) / 2)
+    assert optim.cosine_learning_rate(140, peak, 10, ends) == pytest.approx(1e-6)
 
 
 class Waits(TorchDispatchMode):
