@@ -15,6 +15,7 @@ import divergence
 import utils
 from acceleration import CompiledOrEager, CUDAGraphBackward, compiles
 from chain_init import build_chain_init
+from checkpoints.files import save_checkpoint
 from checkpoints.load import build_for, load_weights
 from config import Config
 from config.checks import check_sizes
@@ -24,7 +25,7 @@ from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
 from logger.progress import announce, compiled
 from logger.run_dir import RunDir
-from logger.run_logger import NoRunLogger, RunLogger
+from logger.run_logger import RunLogger
 from losses import Weights, joint_loss
 from models import JointForward, copy_weights, frozen_sampler_model
 from models.batch_norm import average_running_stats, convert_sync_batchnorm, tracks_running_stats
@@ -118,10 +119,10 @@ class Trainer:
         ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
         ran |= {"processes": self.world.size}
         announce(self, run.path, ran)
-        self.record = NoRunLogger()
-        if self.world.rank == 0:
+        writes = self.world.rank == 0
+        if writes:
             run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
-            self.record = RunLogger(run, self.cfg, self.step, self.total_steps, log_position)
+        self.record = RunLogger(run if writes else None, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.record:
                 self.keep_state()
@@ -383,7 +384,9 @@ class Trainer:
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
         elif self.world.size > 1:
             state = gather_state(state)
-        self.record.checkpoint(name, {"config": asdict(self.cfg), "data": self.data.description, "state": state})
+        self.record.checkpoint(
+            save_checkpoint, name, {"config": asdict(self.cfg), "data": self.data.description, "state": state}
+        )
 
     def recover(self) -> None:
         """Training diverged: go back to the last proven state with new randomness and, perhaps, gentler settings."""
@@ -417,7 +420,7 @@ class Trainer:
         copy_weights(self.eval_model, self.sampler_model)
         x = self.start([i % len(self.data.class_names) for i in range(16)], rng)
         frames = annealed_chain(self.film, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
-        self.record.film(self.step, frames, FRAME_EVERY)
+        self.record.gif(self.step, frames, FRAME_EVERY)
 
     def measure_quality(self) -> dict[str, float]:
         """How far samples are from training images; their randomness is their own and leaves training alone."""

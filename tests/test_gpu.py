@@ -93,7 +93,7 @@ def test_two_shapes_have_a_graph_each(model):
 
 def test_memory_stays_flat_over_films(digits):
     run, used = trained(digits), []
-    run.record = SimpleNamespace(film=lambda *_: None)
+    run.record = SimpleNamespace(gif=lambda *_: None)
     for _ in range(4):
         run.dump_gif()
         torch.cuda.synchronize()
