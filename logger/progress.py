@@ -67,6 +67,6 @@ def check_room(trainer, logdir: Path) -> None:
     needed, free = room_for_checkpoints(trainer), shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
-            f"the run's checkpoints need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free: free some "
+            f"the run's checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free: free some "
             "space, or choose another --logdir, or a smaller --buffer_size, --width or --depth"
         )
