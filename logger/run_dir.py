@@ -1,6 +1,7 @@
 """A run's directory: how it is made, found again and held by one process."""
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -44,7 +45,7 @@ class RunDir:
         path = Path(name)
         if path.name in ("last.pt", "previous.pt"):
             path = path.resolve().parent.parent
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):
             raise UserError(
                 f"{name} is not a run directory, nor its last.pt or previous.pt, one of which --resume takes; "
                 "--load_ckpt starts a new run from any checkpoint"

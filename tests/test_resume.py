@@ -34,7 +34,7 @@ def other_images(images):
 
 
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory, short_epochs):
+def stopped_run(tmp_path_factory, undisturbed):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         return start(tmp_path_factory.mktemp("stopped"))[1]
@@ -105,8 +105,9 @@ class TestResume:
         first = load_checkpoint(run / "ckpt" / "previous.pt")["state"]
         assert equal(first["model"], state(undisturbed)["ema"]) and equal(first["ema"], state(undisturbed)["ema"])
 
-    def test_a_checkpoint_file(self, stopped, undisturbed):
-        assert main.main(["--resume", str(stopped / "ckpt" / "last.pt")]) == 0
+    def test_a_checkpoint_file(self, stopped, undisturbed, monkeypatch):
+        monkeypatch.chdir(stopped / "ckpt")
+        assert main.main(["--resume", "last.pt"]) == 0
         assert_same_run(stopped, undisturbed)
 
     def test_what_came_after_the_checkpoint_is_superseded(self, tmp_path, undisturbed):
@@ -243,20 +244,10 @@ class TestResume:
         assert_same_run(stopped, undisturbed)
         assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == later
 
-    def test_a_relative_file(self, stopped, undisturbed, monkeypatch):
-        monkeypatch.chdir(stopped / "ckpt")
-        assert main.main(["--resume", "last.pt"]) == 0
-        assert_same_run(stopped, undisturbed)
-
     def test_other_files_are_refused(self, stopped, capsys):
-        for place, words in (
-            (stopped / "ckpt" / "best.pt", "--load_ckpt"),
-            ("x" * 300, "cannot read"),
-            (stopped / "config.json", "--load_ckpt"),
-            (stopped.parent, "is not a run directory"),
-        ):
+        for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):
             assert main.main(["--resume", str(place)]) == 2
-            assert words in capsys.readouterr().err
+            assert "is not a run directory, nor its last.pt or previous.pt" in capsys.readouterr().err
 
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
         """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
