@@ -89,11 +89,11 @@ class Log:
             from torch.utils.tensorboard.summary import hparams
 
             known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
-            rows = "\n".join(f"| {k} | {v} |" for k, v in known.items())
+            rows = [f"| {k} | {v} |" for k, v in known.items()]
             with disk_errors(self.path):
                 for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
                     self.board.file_writer.add_summary(summary)
-                self.board.add_text("options", f"| option | value |\n|---|---|\n{rows}", 0)
+                self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
 
     def position(self) -> int:
         """Length of metrics.jsonl in bytes."""

@@ -24,7 +24,6 @@ from logger.run_dir import RunDir
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
 BESIDE_BAR = {"loss": "loss/total", "accuracy": "accuracy/train", "log p(real)": "log_density/real"}
 BESIDE_BAR |= {"log p(sampled)": "log_density/sampled"}
-OUTPUTS = "samples SGLD_process_demo.gif test_accuracy.png loss.png metrics.jsonl ckpt/best.pt ckpt/last.pt".split()
 MAX_WAITING = 4  # jobs of the writer; the end of an epoch brings as many: two checkpoints, samples, curves
 
 
@@ -167,14 +166,8 @@ class RunLogger:
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on."""
-        if self.run is None:
-            return
-        if status:
+        if self.run is not None and status:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
-            return
-        print(f"Done after {step} steps. Look at")
-        for name in OUTPUTS:
-            if (self.run.path / name).exists():
-                print(f"  {self.run.path / name}")
-        if not self.cfg.no_log:
-            print(f"or run: tensorboard --logdir {self.run.path.parent}")
+        elif self.run is not None:
+            board = "" if self.cfg.no_log else f", or run: tensorboard --logdir {self.run.path.parent}"
+            print(f"Done after {step} steps. Look at the pictures in {self.run.path}{board}")

@@ -72,11 +72,6 @@ class TestResume:
         assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
         assert_same_run(stopped, undisturbed)
 
-    def test_auto_starts_a_new_run_if_there_is_none(self, tmp_path, undisturbed, capsys):
-        status, run = start(tmp_path, "--resume", "auto")
-        assert status == 0 and "starting a new one" in capsys.readouterr().out
-        assert equal(state(run), state(undisturbed))
-
     def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
         """As in cross-validation: the same options, another fold."""
         original = main.data.load
