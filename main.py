@@ -1,15 +1,20 @@
 """Command line of the program: options to a Config, a Config to one mode."""
 
+import os
 import signal
 
-if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):  # before the seconds in which torch is imported
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
+if __name__ == "__main__":  # before the seconds in which torch and Matplotlib are imported
+    os.environ.pop(
+        "MPLBACKEND", None
+    )  # a notebook's: Matplotlib refuses one that is not installed, and needs none here
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
 
 import argparse
 import difflib
-import os
 import re
 import sys
+import threading
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -30,6 +35,7 @@ from config.use import check_training, check_use
 from distributed import launch
 from generation import sample
 from logger import terminal
+from logger.progress import check_room
 from logger.run_dir import RunDir
 from trainer import Trainer
 from utils import TrainingFailed, UserError
@@ -125,6 +131,8 @@ def run(arguments: list[str]) -> int:
 
 def train(given: dict) -> int:
     """Start a run, or continue the one that ``--resume`` names."""
+    if not threading.main_thread().is_alive():
+        raise UserError("the Python script that started this thread has ended: let it join() the thread")
     resume = given.get("resume", "")
     if resume and resume != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
@@ -149,6 +157,7 @@ def train(given: dict) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
+        check_room(trainer, Path(cfg.logdir))
         return started(trainer, distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
 
     _, directory, path, content = resumed

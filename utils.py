@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -41,15 +42,8 @@ def printable(text: object, encoding: str | None = None) -> str:
     encoding: None is the terminal's; for what goes into files and pictures it is "utf-8".
     """
     encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
-    return "".join(c if c.isprintable() and _encodable(c, encoding) else ascii(c)[1:-1] for c in str(text))
-
-
-def _encodable(character: str, encoding: str) -> bool:
-    try:
-        character.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
+    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return visible.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def pick_device(gpu: str) -> torch.device:
@@ -182,7 +176,8 @@ class Signals:
 
     def __enter__(self):
         self.received, self.status, self.before = False, 0, {}
-        for name in self.NAMES:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
+        for name in self.NAMES if in_main_thread else ():
             number = getattr(signal, name, None)
             if number and (name == "SIGUSR1" or signal.getsignal(number) != signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self._note)

@@ -52,6 +52,8 @@ def absolute_paths(config: type, options: dict[str, Any]) -> dict[str, str]:
         path, words = options.get(f.name, ""), f.metadata["path_but"]
         if words is None or path in ("", *words):
             continue
+        if "://" in path:
+            raise UserError(f"--{f.name} {path} is not on this machine: mount it and give the folder, or copy it")
         try:
             paths[f.name] = os.path.abspath(Path(path).expanduser())
         except RuntimeError as error:  # no such user

@@ -20,7 +20,7 @@ from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
 from evaluation.output import copy_pictures, to_tensorboard, write_files
 from evaluation.report import Report, Section
-from logger.files import disk_errors
+from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
 from sgld import finite_images
 from utils import UserError, evaluation_packages
@@ -117,7 +117,7 @@ def report_directory(cfg: Config, path: Path) -> Path:
         try:
             if hasattr(os, "geteuid") and run.stat().st_uid != os.geteuid():  # Windows has none
                 raise PermissionError(errno.EACCES, "it belongs to another user")
-            return new_eval(run)
+            return first_free(run / "eval", Path.mkdir)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise UserError(f"cannot write to {run}: {error.strerror}") from None
@@ -125,15 +125,4 @@ def report_directory(cfg: Config, path: Path) -> Path:
             print(utils.printable(reason), flush=True)
     run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
-        return new_eval(run)
-
-
-def new_eval(run: Path) -> Path:
-    """Make the first of ``eval``, ``eval-2``, ... that is not there yet."""
-    for end in ("", *(f"-{n}" for n in range(2, 1000))):
-        try:
-            (run / f"eval{end}").mkdir()
-        except FileExistsError:
-            continue
-        return run / f"eval{end}"
-    raise UserError(f"{run} holds 999 evaluations; remove some")
+        return first_free(run / "eval", Path.mkdir)

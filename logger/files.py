@@ -1,23 +1,18 @@
-"""Files that are written whole or not at all, in the calling thread or behind it."""
+"""Files that are written whole or not at all, and what a run says where that fails."""
 
-import errno
-import io
+import itertools
 import json
 import os
-import queue
-import threading
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
-from utils import UserError
-
-NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+from utils import UserError, printable
 
 
 @contextmanager
@@ -26,83 +21,63 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_SPACE:
-            advice = "; free some space, then run it again (training: with --resume)"
-        elif error.errno in NO_PERMISSION:
-            advice = "; check its permissions, then run it again (training: with --resume)"
-        else:
-            advice = ""
-        raise UserError(f"cannot write to {path}: {error.strerror or error}{advice}") from None
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write to {path}: {reason}; put that right and run it again (training: with --resume)"
+        ) from None
+
+
+@contextmanager
+def warn_on_error(what: str) -> Iterator[None]:
+    """What fails inside is a warning on stderr, "``what``: the reason": training is worth more than its pictures."""
+    try:
+        yield
+    except (UserError, OSError, ValueError) as error:
+        print(printable(f"Warning: {what}: {error}"), file=sys.stderr)
+
+
+@contextmanager
+def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` once it is complete and on disk; if writing fails, nothing changes.
+
+    Its folder is made. The file that it replaces is renamed to ``keep``.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, and its folder, so that a reader finds the old or the new content, whatever happens meanwhile."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Write a file so that a reader finds the old or the new content, whatever happens meanwhile."""
+    with disk_errors(path), whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save_arrays(path: Path, arrays: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Write tensors, and settings as JSON text, as a compressed NumPy archive; equal ones give equal bytes."""
-    archive = io.BytesIO()
-    np.savez_compressed(
-        archive,
-        settings=json.dumps(settings),
-        **{name: array.cpu().contiguous().numpy() for name, array in arrays.items()},
-    )
-    with disk_errors(path):
-        replace_file(path, archive.getvalue())
+    content = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
+    with disk_errors(path), whole_file(path) as file:
+        np.savez_compressed(file, settings=json.dumps(settings), **content)
 
 
-class Writer:
-    """Runs writing jobs in one thread, in order; at most 8 wait, so that a slow disk slows training, not memory.
+def first_free(path: Path, claim: Callable[[Path], None], suffix: str = "") -> Path:
+    """Take the first of ``path``, ``path``-2, ``path``-3, ... for which ``claim`` raises no FileExistsError.
 
-    Jobs call no torch operation (``torch.save`` of CPU tensors is none): in a second thread it would start a second
-    OpenMP team, after which the threads of both sleep between operations and a step on the CPU takes twice as long.
+    ``claim`` makes the directory (``Path.mkdir``) or file, so that no two processes get the same.
     """
-
-    def __init__(self):
-        self.jobs: queue.Queue = queue.Queue(maxsize=8)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        """Wait until everything is written, unless Ctrl-C asks to stop at once."""
+    for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        free = path.with_name(f"{path.name}{end}{suffix}")
         try:
-            if kind is None or issubclass(kind, Exception):
-                self.jobs.put(None)
-                self.thread.join()
-                kind or self.check()
-            else:
-                self.error = error
-        except BaseException as interruption:
-            self.error = self.error or interruption  # what waits is left undone
-            raise
-
-    def _work(self):
-        while task := self.jobs.get():
-            job, args = task
-            try:
-                if not self.error:  # after a checkpoint that failed, what the one before it needs must stay
-                    job(*args)
-            except Exception as error:
-                self.error = error
-            finally:
-                self.jobs.task_done()
-
-    def submit(self, job: Callable, *args: Any) -> None:
-        self.check()
-        self.jobs.put((job, args))
-
-    def check(self) -> None:
-        """Raise, in the caller's thread, what a job raised."""
-        if self.error:
-            raise self.error
+            claim(free)
+        except FileExistsError:
+            continue
+        return free

@@ -1,11 +1,9 @@
 """What a run measures and when: metrics.jsonl, and the same in TensorBoard."""
 
-import functools
 import json
 import math
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,9 @@ from logger.files import disk_errors
 from utils import UserError, printable
 
 
-def on_disk(method: Callable) -> Callable:
-    """A method of ``Log`` in which the file system's errors are UserErrors."""
-
-    @functools.wraps(method)
-    def guarded(self, *args):
-        with disk_errors(self.path):
-            return method(self, *args)
-
-    return guarded
-
-
 def tensorboard_writer(directory: Path, purge_step: int | None = None):
     """A SummaryWriter. Errors of its background thread are raised at the next call, and not printed as well."""
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     threading.excepthook = print_thread_error
     try:
@@ -47,7 +34,8 @@ def print_thread_error(args: threading.ExceptHookArgs) -> None:
 class Log:
     """metrics.jsonl (one object a line) and, unless switched off, the same in TensorBoard's event file.
 
-    Lines of measurements carry "step" and the values; lines of events carry "step", "event" and a message.
+    Lines of measurements carry "step" and the values; lines of events carry "step", "event" and a message. The file
+    is opened for each line, so that another takes its place if somebody removes it.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, position: int = 0, step: int = 0):
@@ -57,80 +45,72 @@ class Log:
             self.path.touch()
             whole = self.path.read_bytes()[:position].rfind(b"\n") + 1  # a file that lost its end may stop in a line
             os.truncate(self.path, whole)
-            self.file = open(self.path, "a")
             self.board = tensorboard_writer(directory, step + 1) if tensorboard else None
+
+    def values(self, step: int, values: dict[str, float | list[int]]) -> None:
+        """Scalars; a list holds how often each of K classes occurred, in TensorBoard a histogram."""
+        with disk_errors(self.path):
+            self._line({"step": step, **values})
+            if self.board:
+                for name, value in values.items():
+                    if isinstance(value, list):
+                        classes = np.repeat(np.arange(len(value)), value)
+                        self.board.add_histogram(name, classes, step, bins=np.arange(len(value) + 1) - 0.5)
+                    else:
+                        self.board.add_scalar(name, value, step)
 
     def _line(self, content: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(json.dumps(plain) + "\n")
 
-    @on_disk
-    def values(self, step: int, values: dict[str, float | list[int]]) -> None:
-        """Scalars; a list holds how often each of K classes occurred, in TensorBoard a histogram."""
-        self._line({"step": step, **values})
-        if not self.board:
-            return
-        for name, value in values.items():
-            if isinstance(value, list):
-                classes = np.repeat(np.arange(len(value)), value)
-                self.board.add_histogram(name, classes, step, bins=np.arange(len(value) + 1) - 0.5)
-            else:
-                self.board.add_scalar(name, value, step)
-
-    @on_disk
     def recovery(self, step: int, back_to: int, message: str) -> None:
         """Training diverged at ``step``; the measurements after ``back_to`` no longer count (see ``read_log``)."""
-        if self.board:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        with disk_errors(self.path):
+            self._line({"step": step, "event": "recovery", "back_to": back_to, "message": message})
+            if self.board:
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
-            self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
-        self._line({"step": step, "event": "recovery", "back_to": back_to, "message": message})
-        self.text(step, "event/recovery", message)
+                start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
+                self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
+                self.board.add_text("event/recovery", message, step)
 
-    @on_disk
-    def text(self, step: int, name: str, text: str) -> None:
-        if self.board:
-            self.board.add_text(name, text, step)
-
-    @on_disk
-    def encoded_image(self, step: int, name: str, encoded: bytes, height: int, width: int) -> None:
-        """A PNG or GIF file's bytes as an image; TensorBoard plays a GIF."""
+    def image(self, step: int, name: str, encoded: bytes, height: int, width: int) -> None:
+        """A PNG or GIF file's bytes; TensorBoard plays a GIF."""
         if self.board:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
-    @on_disk
     def hyperparameters(self, options: dict[str, Any]) -> None:
         """The options as TensorBoard's HPARAMS tab and as a table."""
         if self.board:
             from torch.utils.tensorboard.summary import hparams
 
             known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
-            for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
-                self.board.file_writer.add_summary(summary)
-            rows = "\n".join(f"| {k} | {v} |" for k, v in known.items())
-            self.text(0, "options", f"| option | value |\n|---|---|\n{rows}")
+            rows = [f"| {k} | {v} |" for k, v in known.items()]
+            with disk_errors(self.path):
+                for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
+                    self.board.file_writer.add_summary(summary)
+                self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
 
     def position(self) -> int:
         """Length of metrics.jsonl in bytes."""
-        return self.file.tell()
+        with open(self.path, "ab") as file:
+            return file.tell()
 
-    @on_disk
     def flush(self) -> None:
         """Have all of it on disk."""
-        if self.board:
-            self.board.flush()
-        os.fsync(self.file.fileno())
+        with disk_errors(self.path), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            if self.board:
+                self.board.flush()
 
-    @on_disk
     def close(self) -> None:
-        self.file.close()
         if self.board:
-            self.board.close()
+            with disk_errors(self.path):
+                self.board.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A run's directory: how it is made, found again and held by one process."""
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -9,25 +10,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from logger.files import NO_PERMISSION, NO_SPACE, disk_errors, replace_file
+from logger.files import disk_errors, first_free, replace_file
 from utils import UserError
 
 
 class RunDir:
-    """A run's directory ``path``, held by one process at a time."""
+    """A run's directory ``path``, held by one process from its creation to ``close``, or to the end of the process."""
 
     def __init__(self, path: Path):
         self.path, self.lock = path, FileLock(path / "lock", timeout=0, fallback_to_soft=False)
+        with disk_errors(path):
+            (path / "lock").touch()
         try:
-            self.lock.acquire()  # the system frees it when the process ends
+            self.lock.acquire()
         except Timeout:
             raise UserError(f"{path} is in use by another running process; wait for it or stop it") from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NO_PERMISSION):
-                with disk_errors(path):
-                    raise
-            reason = getattr(error, "strerror", None) or "its file system has no locks"
-            print(f"Warning: {path} cannot be locked ({reason}): make sure that one process uses it.", file=sys.stderr)
+        except (OSError, NotImplementedError) as error:  # a file system without locks
+            print(f"Warning: {path} cannot be locked ({error}): make sure that one process uses it.", file=sys.stderr)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # a copy in another process does not hold it
@@ -38,40 +37,22 @@ class RunDir:
         name = "_".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), mode, note)))
         with disk_errors(Path(logdir)):
             Path(logdir).mkdir(parents=True, exist_ok=True)
-            for end in ("", *(f"-{n}" for n in range(2, 100))):
-                path = Path(logdir) / (name + end)
-                try:
-                    path.mkdir()
-                except FileExistsError:
-                    continue
-                return cls(path)
-        raise UserError(f"{Path(logdir) / name} and 98 directories like it exist already; choose another --note")
+            return cls(first_free(Path(logdir, name), Path.mkdir))
 
     @classmethod
     def of(cls, name: str) -> "RunDir":
         """The run that ``--resume`` names by its directory, or by its newest checkpoint or the one before that."""
         path = Path(name)
-        try:
-            if not path.is_dir():
-                if not path.exists():
-                    raise UserError(f"no checkpoint at {name}")
-                if path.name not in ("last.pt", "previous.pt"):
-                    raise UserError(
-                        f"--resume takes a run directory, or its last.pt or previous.pt; {name} can start "
-                        "a new run with --load_ckpt"
-                    )
-                path = path.resolve().parent.parent
-            if not (path / "config.json").is_file():
-                raise UserError(f"{path} is not a run directory: it has no config.json")
-        except OSError as error:
-            raise UserError(f"cannot read {name}: {error.strerror}") from None
+        if path.name in ("last.pt", "previous.pt"):
+            path = path.resolve().parent.parent
+        if not os.path.isfile(path / "config.json"):
+            raise UserError(
+                f"{name} is not a run directory, nor its last.pt or previous.pt, one of which --resume takes; "
+                "--load_ckpt starts a new run from any checkpoint"
+            )
         return cls(path)
 
-    def __enter__(self) -> "RunDir":
-        self.remove_unfinished()
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.remove_unfinished()
         self.lock.release()
 
@@ -84,8 +65,7 @@ class RunDir:
 
     def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
         content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"
-        with disk_errors(self.path):
-            replace_file(self.path / "config.json", content.encode())
+        replace_file(self.path / "config.json", content.encode())
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -1,128 +1,173 @@
 """What a training run leaves behind: measurements, pictures, checkpoints, and what the terminal shows meanwhile."""
 
-import functools
-import sys
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from config import Config
-from logger.files import Writer, disk_errors, replace_file
+from logger.files import replace_file, warn_on_error
 from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
 from logger.metrics_log import Log
-from logger.progress import Progress, evaluation_line, summary
+from logger.progress import bar_interval
 from logger.run_dir import RunDir
-from utils import UserError
+
+BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
+BESIDE_BAR = {"loss": "loss/total", "accuracy": "accuracy/train", "log p(real)": "log_density/real"}
+BESIDE_BAR |= {"log p(sampled)": "log_density/sampled"}
+MAX_WAITING = 4  # jobs of the writer; the end of an epoch brings as many: two checkpoints, samples, curves
 
 
 class RunLogger:
-    """A run's directory, log, progress bar, and the thread that writes its pictures and checkpoints."""
+    """A run's directory, log, progress bar, and the thread that writes its pictures and checkpoints.
 
-    def __new__(cls, run: RunDir | None, *_) -> "RunLogger | NoRunLogger":
-        return NoRunLogger() if run is None else object.__new__(cls)
+    ``run`` is None in the processes that leave all that to the one of rank 0: there every method does nothing.
+    """
 
     def __init__(self, run: RunDir | None, cfg: Config, step: int, total_steps: int, log_position: int):
         """Go on behind ``step`` and byte ``log_position`` of metrics.jsonl; 0 and 0 for a new run."""
-        self.run, self.tensorboard = run, not cfg.no_log
-        self.log = Log(run.path, self.tensorboard, log_position, step)
-        self.progress = Progress(step, total_steps, cfg.batch_size)
-        # What the loop tells the terminal, and the log's lines.
-        self.advance, self.start_clock = self.progress.advance, self.progress.start_clock
-        self.speed, self.show, self.line = self.progress.speed, self.progress.show, self.progress.write
-        self.values, self.hyperparameters = self.log.values, self.log.hyperparameters
+        self.run, self.cfg, self.total_steps = run, cfg, total_steps
+        self.timed_from: float | None = None  # seconds: when the speed was last measured
+        self.timed_step = step  # and at which step
+        self.estimated = False  # whether it was said how long the run will take
+        if run is not None:
+            run.remove_unfinished()
+            self.log = Log(run.path, not cfg.no_log, log_position, step)
+            self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=bar_interval())
+            self.writer, self.jobs = ThreadPoolExecutor(max_workers=1), deque()
 
     def __enter__(self) -> "RunLogger":
-        with ExitStack() as stack:
-            stack.enter_context(self.run)
-            stack.enter_context(closing(self.log))
-            self.writer = stack.enter_context(Writer())
-            stack.enter_context(self.progress)
-            self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
-        self.stack.__exit__(*error)
+    def __exit__(self, kind, error, traceback) -> None:
+        """Wait until everything is written, unless Ctrl-C asks to stop at once."""
+        if self.run is not None:
+            with closing(self.run), closing(self.log), closing(self.bar):
+                try:
+                    if kind is None or issubclass(kind, Exception):
+                        wait(self.jobs)
+                    while kind is None and self.jobs:
+                        self.jobs.popleft().result()
+                finally:
+                    self.writer.shutdown(wait=False, cancel_futures=True)
 
-    def samples(self, step: int, x: Tensor) -> None:
-        """A grid of samples, float (N, C, H, W) in [-1, 1]."""
-        self.writer.submit(write_samples, self.run.path, self.log, step, image_grid(to_uint8(x).cpu()))
+    def write(self, job: Callable, *args: Any) -> None:
+        """Have the writer's thread do a job after all that it has to do; raises what an earlier job has raised.
 
-    def gif(self, step: int, frames: Tensor, every: int) -> None:
-        """A long chain, float (T, N, C, H, W), with ``every`` SGLD steps between its frames."""
-        pictures = [image_grid(images, columns=4) for images in to_uint8(frames).cpu()]
-        self.writer.submit(write_gif, self.run.path, self.log, step, pictures, every)
+        Jobs call no torch operation (``torch.save`` of CPU tensors is none): in a second thread it would start a second
+        OpenMP team, after which the threads of both sleep between operations and a step on the CPU takes twice as long.
+        """
+        while self.jobs and (self.jobs[0].done() or len(self.jobs) == MAX_WAITING):  # a slow disk slows training down
+            self.jobs.popleft().result()
+        self.jobs.append(self.writer.submit(job, *args))
 
-    def curves(self) -> None:
-        self.writer.submit(plot_curves, self.run.path)
+    def advance(self) -> None:
+        """One step is done."""
+        if self.run is not None:
+            self.bar.update()
 
-    def checkpoint(self, save: Callable[..., None], name: str, content: dict[str, Any]) -> None:
-        """Have a checkpoint written by the writer's thread with ``save``, after all that was recorded before."""
-        self.writer.submit(self.write_checkpoint, save, name, content | {"log_position": self.log.position()})
+    def start_clock(self, step: int) -> None:
+        """Measure the speed from here on: the first step's time is compilation and warm-up, and does not count."""
+        if self.timed_from is None:
+            self.timed_from, self.timed_step = time.perf_counter(), step
 
-    def write_checkpoint(self, save: Callable[..., None], name: str, content: dict[str, Any]) -> None:
-        self.log.flush()
-        save(self.run.path / "ckpt", name, content, "previous.pt" if name == "last.pt" else None)
+    def speed(self, step: int) -> float:
+        """Images a second since the last call; NaN before the clock runs. Says once how long the rest will take."""
+        if self.run is None or self.timed_from is None:
+            return math.nan
+        now = time.perf_counter()
+        speed = (step - self.timed_step) * self.cfg.batch_size / (now - self.timed_from)
+        self.timed_from, self.timed_step = now, step
+        remaining = self.total_steps - step
+        if not self.estimated and remaining:
+            self.estimated = True
+            duration = timedelta(seconds=round(remaining * self.cfg.batch_size / speed))
+            self.line(f"The remaining {remaining} steps will take about {duration} (hours:minutes:seconds).")
+        return speed
+
+    def show(self, speed: float, values: dict[str, float]) -> None:
+        """Some of the log's numbers behind the bar, when it is drawn next."""
+        if self.run is not None:
+            shown = {name: f"{values[key]:.3g}" for name, key in BESIDE_BAR.items() if key in values}
+            self.bar.set_postfix({"images/s": f"{speed:.0f}"} | shown, refresh=False)
+
+    def line(self, text: str) -> None:
+        """A line above the bar."""
+        if self.run is not None:
+            self.bar.write(text)
+
+    def values(self, step: int, values: dict[str, float | list[int]]) -> None:
+        """Measurements into the log: numbers, and lists of how often each of K classes occurred."""
+        if self.run is not None:
+            self.log.values(step, values)
+
+    def hyperparameters(self, options: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.log.hyperparameters(options)
+
+    def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Print what an evaluation has found."""
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.line(f"step {step}, epoch {epoch:.4g}: {found}")
 
     def recovery(self, step: int, back_to: int, change: str) -> None:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
-        message = f"diverged at step {step}; back to step {back_to} with {change}"
-        self.progress.go_back(back_to)
-        self.line(message)
-        self.log.recovery(step, back_to, message)
+        if self.run is not None:
+            message = f"diverged at step {step}; back to step {back_to} with {change}"
+            self.bar.n, self.timed_from, self.timed_step = back_to, time.perf_counter(), back_to
+            self.line(message)
+            self.log.recovery(step, back_to, message)
 
-    def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        self.line(evaluation_line(step, epoch, values))
+    def samples(self, step: int, x: Tensor) -> None:
+        """A grid of samples, float (N, C, H, W) in [-1, 1]."""
+        if self.run is not None:
+            self.write(self._samples, step, image_grid(to_uint8(x)))
+
+    def _samples(self, step: int, picture: np.ndarray) -> None:
+        with warn_on_error(f"the samples of step {step} could not be written"):
+            png = save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
+            self.log.image(step, "samples", png, *picture.shape[:2])
+
+    def gif(self, step: int, frames: Tensor, every: int) -> None:
+        """A long chain, float (T, N, C, H, W) in [-1, 1], with ``every`` SGLD steps between its frames."""
+        if self.run is not None:
+            pictures = [image_grid(images, columns=4) for images in to_uint8(frames)]
+            captions = [f"training step {step}, SGLD step {every * i}" for i in range(len(pictures))]
+            self.write(self._gif, step, pictures, captions)
+
+    def _gif(self, step: int, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        with warn_on_error(f"the GIF of step {step} could not be written"):
+            gif = save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
+            replace_file(self.run.path / "SGLD_process_demo.gif", gif)  # the newest, at the top of the run
+            self.log.image(step, "SGLD_process_demo", gif, 1, 1)
+
+    def curves(self) -> None:
+        """The newest curves of the log, as pictures."""
+        if self.run is not None:
+            self.write(plot_curves, self.run.path)
+
+    def checkpoint(self, save: Callable[[Path, str, dict], None], name: str, content: dict[str, Any]) -> None:
+        """Have ``save(folder, name, content)`` write a checkpoint, after all that was logged before."""
+        if self.run is not None:
+            self.write(self._checkpoint, save, name, content | {"log_position": self.log.position()})
+
+    def _checkpoint(self, save: Callable[[Path, str, dict], None], name: str, content: dict[str, Any]) -> None:
+        self.log.flush()
+        save(self.run.path / "ckpt", name, content)
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on."""
-        if status == 0:
-            summary(self.run.path, step, self.tensorboard)
-        else:
+        if self.run is not None and status:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
-
-
-class NoRunLogger:
-    """In place of a ``RunLogger`` where another process writes: whatever it is told, it does nothing."""
-
-    def __enter__(self) -> "NoRunLogger":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
-
-
-def by_product(write: Callable[..., None]) -> Callable[..., None]:
-    """What cannot be written is a warning: training is worth more than its pictures."""
-
-    @functools.wraps(write)
-    def warning(*args):
-        try:
-            write(*args)
-        except (UserError, OSError) as error:
-            print(f"Warning: {error}", file=sys.stderr)
-
-    return warning
-
-
-@by_product
-def write_samples(run: Path, log: Log, step: int, picture: np.ndarray) -> None:
-    """A grid of samples (H, W, 3)."""
-    png = save_png(run / "samples" / f"sampled_image_{step:08d}.png", picture)
-    log.encoded_image(step, "samples", png, *picture.shape[:2])
-
-
-@by_product
-def write_gif(run: Path, log: Log, step: int, pictures: Sequence[np.ndarray], every: int) -> None:
-    """A long chain, a picture (H, W, 3) each ``every`` SGLD steps; the newest is found at the top of the run."""
-    captions = [f"training step {step}, SGLD step {every * i}" for i in range(len(pictures))]
-    gif = save_gif(run / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
-    with disk_errors(run):
-        replace_file(run / "SGLD_process_demo.gif", gif)
-    log.encoded_image(step, "SGLD_process_demo", gif, 1, 1)
+        elif self.run is not None:
+            board = "" if self.cfg.no_log else f", or run: tensorboard --logdir {self.run.path.parent}"
+            print(f"Done after {step} steps. Look at the pictures in {self.run.path}{board}")

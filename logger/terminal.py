@@ -1,49 +1,27 @@
 """The terminal is not essential: whatever happens to stdout and stderr, a run goes on."""
 
+import io
 import os
 import sys
-from typing import Any, TextIO
 
 
-class Forgiving:
-    """A text stream whose errors are ignored: a closed pipe, a full disk behind it. After the first it is silent."""
+class Forgiving(io.FileIO):
+    """The file behind a text stream; what it cannot write is lost: a closed pipe, a full disk behind it."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, content: bytes) -> int:
         try:
-            return self._stream.write(text)
-        except (OSError, ValueError):
-            self._silence()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._silence()
-
-    def _silence(self) -> None:
-        """Let all that follows, and what is still in the buffer, go nowhere."""
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-        except (OSError, ValueError):  # it has no descriptor
-            self._stream = open(os.devnull, "w")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            return super().write(content)
+        except OSError:
+            return len(content)
 
 
 def protect() -> None:
     """Make stdout and stderr forgiving; what their encoding lacks is printed as an escape sequence."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where the descriptor was closed
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Forgiving(stream))
+        file = io.BufferedWriter(Forgiving(os.dup(stream.fileno()), "w"))
+        forgiving = io.TextIOWrapper(file, stream.encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, forgiving)
 
 
 def leave(status: int, at_once: bool = False) -> None:

@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,11 +47,13 @@ def test_broken_streams_end_nothing(redirection, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="arguments are no bytes there")
 @pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("utf-8", "caf\udce9")])
 def test_any_encoding(encoding, note, tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    """And any Matplotlib backend: a notebook's, which its shell commands inherit, may not be installed here."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "MPLBACKEND": "one of a notebook"}
     arguments = [os.fsencode(word) for word in command(tmp_path / "runs", "--note", note)]
     done = subprocess.run(arguments, capture_output=True, env=environment)
     if note.isprintable():
         assert done.returncode == 0 and finished(tmp_path / "runs"), done.stderr
+        assert len(list(tmp_path.glob("runs/*/loss.png"))) == 1 and b"Warning" not in done.stderr
         assert ascii(note)[1:-1].encode() in done.stdout
     else:
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"--note" in done.stderr
@@ -57,7 +62,8 @@ def test_any_encoding(encoding, note, tmp_path):
 SLOW = """
 import os, sys, time
 import torch
-import main\nfrom logger import terminal
+import main
+from logger import terminal
 original = torch.save
 
 def slow(content, file):
@@ -74,28 +80,47 @@ terminal.leave(main.main(sys.argv[1:]))
 """
 
 
-def training(command):
-    """The process of a command that trains, after ten steps."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "steps will take about" in line:
-            break
-    return process
+@pytest.fixture
+def begin():
+    """Start a command in a process group of its own, which is killed at the end of the test, whatever happens.
+
+    It obeys SIGHUP also where the tests run under nohup.
+    """
+    started = []
+
+    def begin(command, until=None):
+        """The process, if ``until`` is given once it has printed that."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        obey = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        process = subprocess.Popen(command, **pipes, cwd=HERE, start_new_session=True, preexec_fn=obey)
+        started.append(process)
+        wait_for(process, until)
+        return process
+
+    yield begin
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process, text):
+    while text and text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+TENTH_STEP = "steps will take about"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 class TestSignals:
-    def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, tmp_path):
+    def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, begin, tmp_path):
         """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""
-        arguments = [sys.executable, "-c", SLOW, *command(tmp_path / "runs", "--max_steps", "100000")[2:]]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, text=True)
-        for line in process.stdout:
-            if "steps will take about" in line:
-                break
+        process = begin(
+            [sys.executable, "-c", SLOW, *command(tmp_path / "runs", "--max_steps", "100000")[2:]], TENTH_STEP
+        )
         process.send_signal(signal.SIGINT)
-        for line in process.stdout:
-            if line == "writing\n":
-                break
+        wait_for(process, "writing")
         time.sleep(0.2)
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -108,16 +133,16 @@ class TestSignals:
         assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
 
     @pytest.mark.parametrize("name, status", [("SIGHUP", 129), ("SIGTERM", 143)])
-    def test_a_stopped_process_has_saved(self, name, status, tmp_path):
-        process = training(command(tmp_path / "runs", "--max_steps", "100000"))
+    def test_a_stopped_process_has_saved(self, name, status, begin, tmp_path):
+        process = begin(command(tmp_path / "runs", "--max_steps", "100000"), TENTH_STEP)
         process.send_signal(getattr(signal, name))
         process.communicate(timeout=60)
         (run,) = (tmp_path / "runs").iterdir()
         assert process.returncode == status
         assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] >= 10
 
-    def test_sighup_stays_ignored_under_nohup(self, tmp_path):
-        process = training(["nohup", *command(tmp_path / "runs", "--max_steps", "100000")])
+    def test_sighup_stays_ignored_under_nohup(self, begin, tmp_path):
+        process = begin(["nohup", *command(tmp_path / "runs", "--max_steps", "100000")], TENTH_STEP)
         process.send_signal(signal.SIGHUP)
         time.sleep(1)
         assert process.poll() is None
@@ -126,13 +151,22 @@ class TestSignals:
         assert process.returncode == 143
 
     @pytest.mark.slow
-    def test_sigusr1_is_harmless_while_the_program_starts(self, tmp_path):
-        process = subprocess.Popen(command(tmp_path / "runs"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def test_sigusr1_is_harmless_while_the_program_starts(self, begin, tmp_path):
+        process = begin(command(tmp_path / "runs"))
         time.sleep(0.5)  # Python itself has started, torch is being imported
         while process.poll() is None:
             process.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
-        assert process.returncode == 0, process.stderr.read().decode()
+        assert process.returncode == 0, process.stderr.read()
+
+    def test_in_a_thread_that_is_not_the_main_one(self, tmp_path):
+        """As in a notebook: there Python has no signals."""
+        status = []
+        arguments = [*TINY, "--logdir", str(tmp_path / "runs")]
+        thread = threading.Thread(target=lambda: status.append(main.main(arguments)))
+        thread.start()
+        thread.join()
+        assert status == [0] and finished(tmp_path / "runs")
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path):
         assert main.main([*TINY, "--logdir", str(tmp_path)]) == 0
@@ -178,6 +212,9 @@ class TestPaths:
         assert not (tmp_path / "~").exists() and len(list((tmp_path / "samples").iterdir())) == 1
         assert main.main([*TINY, "--logdir", "~nobody_of_this_name/runs"]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: --logdir ~nobody_of_this_name/runs")
+        assert main.main([*TINY, "--logdir", "gs://bucket/runs"]) == 2
+        assert "error: --logdir gs://bucket/runs is not on this machine" in capsys.readouterr().err
+        assert not (tmp_path / "gs:").exists()
 
     def test_an_error_says_that_a_path_comes_from_the_checkpoint(self, tmp_path, monkeypatch, capsys):
         for i in range(40):

@@ -1,0 +1,94 @@
+"""Short runs on the digits that tests stop, break and compare."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+import trainer
+from checkpoints.files import load_checkpoint
+from logger import run_logger
+from logger.metrics_log import read_log
+
+TINY = (  # 13 steps an epoch
+    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100 "
+    "--warmup_steps 2 --precision fp32 --dropout_rate 0.1 --ema 0.9 --lr 1e-3 --sample_every 5 --gif_every 1000 "
+    "--max_steps 34"
+).split()
+HARSH = "--lr 0.1 --optimizer sgd --sgld_step 1 --ema 0 --dropout_rate 0".split()  # under which training diverges
+
+
+def start(logdir, *options):
+    """A new run; returns the exit status and the run directory."""
+    before = set(logdir.glob("*"))
+    status = main.main([*TINY, "--logdir", str(logdir), *options])
+    (run,) = set(logdir.glob("*")) - before
+    return status, run
+
+
+def state(run, name="last.pt"):
+    return load_checkpoint(run / "ckpt" / name)["state"]
+
+
+def metrics(run):
+    """The lines of the log without the speed, which is no two times the same."""
+    lines = read_log(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def equal(one, two):
+    match one:
+        case torch.Tensor():
+            return torch.equal(one, two)
+        case dict():
+            return one.keys() == two.keys() and all(equal(one[k], two[k]) for k in one)
+        case list() | tuple():
+            return len(one) == len(two) and all(map(equal, one, two))
+    return one == two
+
+
+def assert_same_run(one, two):
+    assert equal(state(one), state(two))
+    assert equal(state(one, "best.pt"), state(two, "best.pt"))
+    assert metrics(one) == metrics(two)
+    for part in ("samples", "sgld"):
+        ours, theirs = ({p.name: p.read_bytes() for p in run.glob(f"{part}/*")} for run in (one, two))
+        assert ours == theirs
+    assert scalars(one) == scalars(two)
+
+
+def scalars(run):
+    """(tag, step) -> value of TensorBoard's scalars; a step that came twice would be there twice."""
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    board.Reload()
+    return {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if not tag.startswith("speed/")
+    }
+
+
+@contextmanager
+def short_epochs():
+    """Inside, each of the 13 steps long epochs ends with an evaluation and a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MIN_EPOCH", 1)
+        patch.setattr(run_logger, "plot_curves", lambda run: None)  # two pictures at each evaluation
+        yield
+
+
+def at_step(monkeypatch, step, action):
+    """Call ``action(trainer)`` once, after the update of ``step``."""
+    original, done = trainer.Trainer.training_step, []
+
+    def patched(self):
+        samples = original(self)
+        if self.step == step and not done:
+            done.append(True)
+            action(self)
+        return samples
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", patched)
+    return done

@@ -1,0 +1,224 @@
+"""Runs that diverge go back, change their settings, and end well.
+
+``SURVIVAL_FAULTS=100 python -m pytest tests/test_divergence.py`` is the long form.
+"""
+
+import math
+import os
+import random
+import signal
+
+import pytest
+import torch
+from small_runs import HARSH, at_step, equal, metrics, short_epochs, start, state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import divergence
+import main
+import trainer
+
+FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(tmp_path_factory):
+    """The directory of a run that nothing happens to; all runs of this file have short epochs."""
+    with short_epochs():
+        status, run = start(tmp_path_factory.mktemp("undisturbed"))
+        assert status == 0
+        yield run
+
+
+def nan_gradients(run):
+    for p in run.model.parameters():  # what an update with NaN gradients leaves
+        p.data.fill_(math.nan)
+
+
+def nan_in_buffer(run):
+    run.sampler.buffer.images[::3, 0, 0, 0] = math.nan
+
+
+def huge_step(run):
+    for p in run.model.parameters():  # what one update at a learning rate of 1e10 leaves
+        p.data.add_(torch.randn_like(p), alpha=1e10)
+
+
+def runaway_energy(run):
+    run.model.class_output.weight.data.mul_(1e6)
+
+
+FAULT_KINDS = {
+    "NaN gradients": nan_gradients,
+    "NaN in the buffer": nan_in_buffer,
+    "lr 1e10": huge_step,
+    "runaway energy": runaway_energy,
+}
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("i", range(FAULTS))
+    def test_injected_faults_are_survived(self, i, tmp_path, monkeypatch, capsys):
+        rng = random.Random(i)
+        name = list(FAULT_KINDS)[i % len(FAULT_KINDS)]
+        monkeypatch.setattr(divergence, "STATE_EVERY", 10)
+        injected = at_step(monkeypatch, rng.randint(1, 33), FAULT_KINDS[name])
+        status, run = start(tmp_path, "--seed", str(i))
+        end = state(run)
+        assert injected and status == 0 and end["step"] == 34
+        assert all(t.isfinite().all() for t in end["model"].values())
+        assert end["buffer"]["images"].isfinite().all() or name == "NaN in the buffer"
+        events = [line for line in metrics(run) if "event" in line]
+        assert end["recovery"]["recoveries"] == len(events) == (0 if name == "NaN in the buffer" else 1)
+        steps = [line["step"] for line in metrics(run) if "event" not in line]
+        assert steps == sorted(set(steps)) and steps[-1] == 34
+        last = metrics(run)[-1]
+        assert math.isfinite(last["loss/total"]) and abs(last["loss/generative"]) < 1e3
+        if events:
+            assert "diverged at step" in capsys.readouterr().out
+            board = EventAccumulator(str(run))
+            board.Reload()
+            assert "event/recovery/text_summary" in board.Tags()["tensors"]
+
+    def test_a_snapshot_is_good_only_when_training_went_on_well(self, tmp_path, monkeypatch, undisturbed):
+        """Ill weights that pass the check of step 20 are in the snapshot of that step; it must not be used.
+
+        From step 10 on the run has new randomness.
+        """
+        monkeypatch.setattr(divergence, "STATE_EVERY", 10)
+        at_step(monkeypatch, 20, huge_step)
+        status, run = start(tmp_path)
+        (event,) = [line for line in metrics(run) if "event" in line]
+        assert status == 0 and "back to step 10" in event["message"]
+        assert not equal(state(run)["model"], state(undisturbed)["model"])
+
+    def test_remedies_come_in_order_and_then_the_run_fails(self, tmp_path, monkeypatch, capsys):
+        original = trainer.Trainer.training_step
+
+        def always_diverging(self):
+            samples = original(self)
+            self.diverged.fill_(True)
+            return samples
+
+        monkeypatch.setattr(trainer.Trainer, "training_step", always_diverging)
+        status, run = start(tmp_path, "--max_recoveries", "5")
+        assert status == 1
+        messages = [line["message"] for line in metrics(run) if "event" in line]
+        for message, words in zip(
+            messages,
+            [
+                "new randomness",
+                "2 times the SGLD steps",
+                "learning rate x 0.5",
+                "energy_l2 0.1",
+                "learning rate x 0.25",
+            ],
+            strict=True,
+        ):
+            assert "diverged at step 10; back to step 0" in message and words in message
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("failed: ") and "--sgld_step" in err and "--lr" in err
+
+    def test_a_divergence_soon_after_another_calls_for_a_remedy_and_a_late_one_does_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(divergence, "STATE_EVERY", 2)  # soon: within 10 steps
+        for step in (10, 20, 34):
+            at_step(monkeypatch, step, lambda run: run.diverged.fill_(True))
+        _, run = start(tmp_path)
+        messages = [line["message"] for line in metrics(run) if "event" in line]
+        for message, words in zip(
+            messages, ["new randomness", "2 times the SGLD steps", "new randomness"], strict=True
+        ):
+            assert words in message
+
+    def test_remedies_act(self, monkeypatch):
+        seen, original = [], trainer.SGLD.__call__
+        monkeypatch.setattr(
+            trainer.SGLD, "__call__", lambda self, x, steps, *a: (seen.append(steps), original(self, x, steps, *a))[1]
+        )
+        cfg = main.Config(dataset="digits", depth=10, width=1, batch_size=16, sgld_step=2, buffer_size=64)
+        run = trainer.Trainer(cfg, main.data.load("digits"), torch.device("cpu"))
+        run.step = 1
+        before = run.lr
+        run.recovery.remedies |= {"sgld_step_factor": 3, "lr_factor": 0.5, "energy_l2": 0.1}
+        run.training_step()
+        assert seen == [6] and run.lr == before / 2
+        sums = run.meter.sums
+        penalty = sums["loss/total"] - sums["loss/classification"] - sums["loss/generative"]
+        assert penalty.item() == pytest.approx(0.1 * 2.3**2, rel=0.3)  # log-densities begin near log 10
+
+    @pytest.mark.slow
+    def test_a_run_that_really_diverges_is_saved(self, tmp_path):
+        """A high learning rate and chains of one step: lost without recovery, a usable model with it."""
+        harsh = [*HARSH, "--max_steps", "120", "--sample_every", "1000"]
+        status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
+        assert status == 1
+        status, run = start(tmp_path / "with", *harsh)
+        assert status == 0 and state(run)["recovery"]["recoveries"] >= 1
+        assert metrics(run)[-1]["accuracy/test"] > 0.85
+
+    def test_a_resumed_run_goes_back_to_its_checkpoint(self, tmp_path, monkeypatch):
+        """States to go back to are in memory only: after a resume the checkpoint is the first of them."""
+        at_step(monkeypatch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        _, run = start(tmp_path)
+        at_step(monkeypatch, 20, nan_gradients)
+        assert main.main(["--resume", str(run)]) == 0
+        (event,) = [line for line in metrics(run) if "event" in line]
+        assert "back to step 17 with new randomness" in event["message"]
+
+    @pytest.mark.parametrize("step, back_to", [(3, 0), (16, 13)])
+    def test_killed_in_the_middle_of_a_recovery(self, step, back_to, tmp_path, monkeypatch):
+        """After the recovery is logged, before its checkpoint is written."""
+
+        class Killed(BaseException):
+            pass
+
+        original = trainer.Trainer.checkpoint
+
+        def killed(self, name):
+            if self.recovery.recoveries:
+                raise Killed
+            original(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.Trainer, "checkpoint", killed)
+            at_step(patch, step, nan_gradients)
+            with pytest.raises(Killed):
+                start(tmp_path)
+        (run,) = tmp_path.iterdir()
+        assert any("event" in line for line in metrics(run)) and state(run)["recovery"]["recoveries"] == 0
+        at_step(monkeypatch, step, nan_gradients)
+        assert main.main(["--resume", str(run)]) == 0
+        (event,) = [line for line in metrics(run) if "event" in line]
+        assert f"back to step {back_to} " in event["message"] and state(run)["step"] == 34
+
+    def test_averaged_weights_are_saved_with_statistics_of_their_own(self, tmp_path, monkeypatch):
+        """The state that a recovery goes back to was kept between evaluations, when nobody had asked for them."""
+        at_step(monkeypatch, 15, nan_gradients)
+        seen, original = [], trainer.Trainer.checkpoint
+
+        def checkpoint(self, name):
+            seen.append(self.ema.f.bn1.running_mean.abs().max().item())
+            original(self, name)
+
+        monkeypatch.setattr(trainer.Trainer, "checkpoint", checkpoint)
+        status, run = start(tmp_path, "--norm", "batch", "--ema", "0.9", "--max_steps", "17")
+        events = [line for line in metrics(run) if "event" in line]
+        assert status == 0 and len(events) == 1
+        assert seen[0] == 0 and min(seen[1:]) > 0  # of the first step's weights there is nothing to estimate yet
+
+    def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
+        """best.pt stays on disk, so a worse model of after the recovery must not replace it."""
+        scores = iter([0.9, 1.0, 0.5, 1.0, 0.5, 1.0])  # of validation and test images, in turn
+        monkeypatch.setattr(trainer, "accuracy", lambda *_: next(scores))
+        at_step(monkeypatch, 15, nan_gradients)
+        _, run = start(tmp_path, "--max_steps", "25")
+        assert (
+            state(run)["recovery"]["recoveries"] == 1
+            and state(run, "best.pt")["step"] == 13
+            and state(run)["best"] == {"best.pt": 0.9}
+        )
+
+    def test_what_a_run_leaves_on_disk(self, undisturbed):
+        """No states but the checkpoints; best.pt holds what measuring and sampling need."""
+        assert {path.name for path in (undisturbed / "ckpt").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+        assert {path.name for path in undisturbed.iterdir() if path.is_dir()} == {"ckpt", "samples"}
+        assert state(undisturbed, "best.pt").keys() == {"step", "model", "ema"}

@@ -1,0 +1,262 @@
+"""Which run ``--resume`` and ``--load_ckpt`` take, and that it goes on bit for bit."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import TINY, assert_same_run, at_step, equal, metrics, short_epochs, start, state
+
+import main
+from checkpoints.files import load_checkpoint
+from logger.run_dir import RunDir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(tmp_path_factory):
+    """The directory of a run that nothing happens to; all runs of this file have short epochs."""
+    with short_epochs():
+        status, run = start(tmp_path_factory.mktemp("undisturbed"))
+        assert status == 0
+        yield run
+
+
+def other_images(images):
+    """The same numbers of images, of which one has another pixel."""
+    changed = images.train.images.clone()
+    changed[0, 0, 0, 0] += 1
+    return dataclasses.replace(images, train=dataclasses.replace(images.train, images=changed))
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, undisturbed):
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        return start(tmp_path_factory.mktemp("stopped"))[1]
+
+
+class TestResume:
+    @pytest.fixture
+    def stopped(self, stopped_run, tmp_path):
+        return shutil.copytree(stopped_run, tmp_path / stopped_run.name)
+
+    def test_auto_takes_the_newest_run_with_the_same_configuration(self, stopped, tmp_path, undisturbed, capsys):
+        start(tmp_path, "--seed", "5", "--max_steps", "3")  # newer, but another run
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        assert_same_run(stopped, undisturbed)
+
+    def test_auto_leaves_a_run_that_started_from_other_weights(self, tmp_path, undisturbed, capsys):
+        status, tuned = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "2")
+        assert main.main(["--resume", str(tuned), "--max_steps", "3"]) == 0
+        before = (tuned / "ckpt" / "last.pt").read_bytes()
+        status, run = start(tmp_path, "--max_steps", "3", "--resume", "auto")
+        assert status == 0 and "starting a new one" in capsys.readouterr().out
+        assert (tuned / "ckpt" / "last.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("foreign", ["null", "[]", '{"options": [1]}', "torn"])
+    def test_auto_passes_over_what_is_no_run(self, foreign, tmp_path, capsys):
+        (tmp_path / "other" / "ckpt").mkdir(parents=True)
+        (tmp_path / "other" / "ckpt" / "last.pt").write_bytes(b"")
+        (tmp_path / "other" / "config.json").write_text(foreign)
+        assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
+
+    def test_auto_knows_a_run_that_is_older_than_an_option(self, stopped, tmp_path, undisturbed):
+        content = json.loads((stopped / "config.json").read_text())
+        del content["options"]["no_flip"]
+        (stopped / "config.json").write_text(json.dumps(content))
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        assert_same_run(stopped, undisturbed)
+
+    def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
+        """As in cross-validation: the same options, another fold."""
+        original = main.data.load
+        status, first = start(tmp_path, "--max_steps", "2")
+        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
+        status, second = start(tmp_path, "--max_steps", "2", "--resume", "auto")
+        assert status == 0 and f"Skipping {first}" in capsys.readouterr().out
+        status, third = start(tmp_path, "--max_steps", "2", "--resume", "auto", "--note", "mine")
+        assert status == 0 and third.name.endswith("_mine")
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "2", "--resume", "auto"]) == 0
+        assert f"{second} is finished" in capsys.readouterr().out
+
+    def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
+        """One command line for fine-tuning on a machine that may be taken away."""
+        options = ["--load_ckpt", str(undisturbed), "--max_steps", "6", "--resume", "auto"]
+        at_step(monkeypatch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        status, run = start(tmp_path, *options)
+        assert status == 143 and "Starting from the averaged weights" in capsys.readouterr().out
+        assert main.main([*TINY, "--logdir", str(tmp_path), *options]) == 0
+        assert "continuing after step 3" in " ".join(capsys.readouterr().out.split())
+        assert state(run)["step"] == 6
+
+    def test_load_ckpt_starts_from_the_averaged_weights(self, tmp_path, undisturbed):
+        """Those that were measured, as everywhere else."""
+        status, run = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "1")
+        first = load_checkpoint(run / "ckpt" / "previous.pt")["state"]
+        assert equal(first["model"], state(undisturbed)["ema"]) and equal(first["ema"], state(undisturbed)["ema"])
+
+    def test_a_checkpoint_file(self, stopped, undisturbed, monkeypatch):
+        monkeypatch.chdir(stopped / "ckpt")
+        assert main.main(["--resume", "last.pt"]) == 0
+        assert_same_run(stopped, undisturbed)
+
+    def test_what_came_after_the_checkpoint_is_superseded(self, tmp_path, undisturbed):
+        """As after a crash: the log is ahead of the checkpoint, its last line torn."""
+        run = tmp_path / "run"
+        shutil.copytree(undisturbed, run)
+        os.replace(run / "ckpt" / "previous.pt", run / "ckpt" / "last.pt")  # the one of step 26
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 35, "loss/to')
+        assert main.main(["--resume", str(run)]) == 0
+        assert_same_run(run, undisturbed)
+
+    def test_a_finished_run_says_so(self, undisturbed, capsys):
+        before = (undisturbed / "metrics.jsonl").read_bytes()
+        assert main.main(["--resume", str(undisturbed)]) == 0
+        assert "is finished after 34 steps; a larger --max_steps continues it" in capsys.readouterr().out
+        assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+    def test_more_steps_continue_a_finished_run_with_another_cycle(self, tmp_path, undisturbed, capsys):
+        run = tmp_path / "run"
+        shutil.copytree(undisturbed, run)
+        assert main.main(["--resume", str(run), "--max_steps", "45"]) == 0
+        assert "from step 34 the learning rate rises to its peak again" in capsys.readouterr().out
+        assert state(run)["step"] == 45 and state(run)["cycle_ends"] == [34, 45]
+        lr = {line["step"]: line["lr"] for line in metrics(run) if "lr" in line}
+        assert lr[34] == pytest.approx(1e-6) and lr[45] == pytest.approx(1e-6) and 1e-4 < lr[40] < 1e-3
+        assert json.loads((run / "config.json").read_text())["options"]["max_steps"] == 45
+        steps = [line["step"] for line in metrics(run)]
+        assert steps == sorted(set(steps)) and steps[-1] == 45
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "--width 2",
+            "--seed 3",
+            "--dataset mnist",
+            "--lr 0.5",
+            "--sgld_step 3",
+            "--norm batch",
+            "--n_valid 90",
+            "--no_flip",
+            "--mode baseline_train",
+        ],
+    )
+    def test_another_run_is_refused(self, option, stopped, capsys):
+        before = (stopped / "ckpt" / "last.pt").read_bytes()
+        assert main.main(["--resume", str(stopped), *option.split()]) == 2
+        err = capsys.readouterr().err
+        assert option.split()[0] in err.splitlines()[-1] and "needs a new run" in err
+        assert (stopped / "ckpt" / "last.pt").read_bytes() == before
+
+    def test_other_data_is_refused(self, stopped, monkeypatch, capsys):
+        original = main.data.load
+        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
+        assert main.main(["--resume", str(stopped)]) == 2
+        assert "--data_dir" in capsys.readouterr().err
+
+    def test_dumps_may_change(self, stopped, undisturbed):
+        assert main.main(["--resume", str(stopped), "--sample_every", "7", "--gif_every", "9", "--no_log"]) == 0
+        assert equal(state(stopped), state(undisturbed))
+
+    @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
+    def test_a_file_system_without_locks(self, number, stopped, undisturbed, monkeypatch, capsys):
+        def unsupported(*_):
+            raise OSError(number, "Operation not supported")
+
+        monkeypatch.setattr("fcntl.flock", unsupported)
+        assert main.main(["--resume", str(stopped)]) == 0
+        assert "cannot be locked (" in capsys.readouterr().err
+        assert_same_run(stopped, undisturbed)
+        assert not [path.name for path in stopped.glob("lock?*")]
+
+    def test_a_run_in_use_is_refused(self, stopped, capsys):
+        holder = RunDir.of(str(stopped))
+        assert main.main(["--resume", str(stopped)]) == 2
+        assert "in use by another running process" in capsys.readouterr().err
+        holder.lock.release()
+        assert main.main(["--resume", str(stopped), "--max_steps", "18"]) == 0
+
+    @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
+    def test_a_broken_last_checkpoint_costs_the_steps_since_the_one_before(self, damage, stopped, undisturbed, capsys):
+        last = stopped / "ckpt" / "last.pt"
+        content = bytearray(last.read_bytes())
+        match damage:
+            case "truncate":
+                last.write_bytes(content[:-1000])
+            case "flip":
+                content[len(content) // 2] ^= 4
+                last.write_bytes(content)
+            case "empty":
+                last.write_bytes(b"")
+            case "remove":
+                last.unlink()
+        assert main.main(["--resume", str(stopped)]) == 0
+        warning = capsys.readouterr().err
+        assert damage == "remove" or ("last.pt" in warning and "previous.pt instead" in warning)
+        assert_same_run(stopped, undisturbed)
+
+    @pytest.mark.parametrize(
+        "error, words",
+        [
+            (OSError(errno.EIO, "Input/output error"), "cannot read"),
+            (RuntimeError("can't allocate memory"), "not enough memory"),
+            (None, "format 99, which this version does not know"),
+        ],
+        ids=["disk", "memory", "version"],
+    )
+    def test_a_checkpoint_that_is_whole_is_not_set_aside(self, error, words, stopped, monkeypatch, capsys):
+        last, original = stopped / "ckpt" / "last.pt", torch.load
+        if error is None:
+            torch.save(original(last, weights_only=True) | {"format": 99}, last)
+        whole = last.read_bytes()
+
+        def failing(path, **options):
+            if Path(path).name == "last.pt" and error:
+                raise error
+            return original(path, **options)
+
+        monkeypatch.setattr(torch, "load", failing)
+        assert main.main(["--resume", str(stopped)]) == 2
+        assert words in capsys.readouterr().err and last.read_bytes() == whole
+
+    def test_a_broken_last_checkpoint_is_set_aside(self, stopped):
+        (stopped / "ckpt" / "last_set_aside.pt").write_bytes(b"earlier")
+        (stopped / "ckpt" / "last.pt").write_bytes(b"broken")
+        assert main.main(["--resume", str(stopped), "--max_steps", "15"]) == 0
+        assert [state(stopped, name)["step"] for name in ("last.pt", "previous.pt")] == [15, 13]
+        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == b"earlier"
+        assert (stopped / "ckpt" / "last_set_aside-2.pt").read_bytes() == b"broken"
+
+    def test_an_earlier_checkpoint_by_name_leaves_the_later_one(self, stopped, undisturbed):
+        later = (stopped / "ckpt" / "last.pt").read_bytes()
+        assert main.main(["--resume", str(stopped / "ckpt" / "previous.pt")]) == 0
+        assert_same_run(stopped, undisturbed)
+        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == later
+
+    def test_other_files_are_refused(self, stopped, capsys):
+        for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):
+            assert main.main(["--resume", str(place)]) == 2
+            assert "is not a run directory, nor its last.pt or previous.pt" in capsys.readouterr().err
+
+    def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
+        """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
+        path = stopped / "ckpt" / "last.pt"
+        content = load_checkpoint(path)
+        rng = content["state"]["rng"]
+        rng |= {name: rng[name][:16].clone() for name in ("data", "sgld")}
+        torch.save(content, path)
+        assert main.main(["--resume", str(stopped)]) == 0
+        assert "another kind of device" in capsys.readouterr().out
+        assert state(stopped)["step"] == 34 and not equal(state(stopped)["model"], state(undisturbed)["model"])
+
+    def test_both_checkpoints_broken(self, stopped, capsys):
+        for name in ("last.pt", "previous.pt"):
+            (stopped / "ckpt" / name).write_bytes(b"broken")
+        assert main.main(["--resume", str(stopped)]) == 2
+        assert "last.pt" in capsys.readouterr().err
