@@ -41,7 +41,7 @@ from models.predict import images_per_batch
 from utils import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
-BATCH = 250  # points of 3x32x32 whose gradient is computed at once
+CHAIN_BATCH = 250  # points of 3x32x32 whose gradient is computed at once
 N_LEAPFROG = 3  # steps of a proposal
 ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
 TUNING_CHAINS = 64  # at most
@@ -100,7 +100,7 @@ class GeometricPath(NamedTuple):
 
     def point(self, y: Tensor) -> Point:
         ratios, grads = [], []
-        for part in y.detach().split(images_per_batch(BATCH, y.shape[1:])):
+        for part in y.detach().split(images_per_batch(CHAIN_BATCH, y.shape[1:])):
             with torch.enable_grad():
                 part = part.requires_grad_()
                 ratio = self.base.log_ratio(self.log_density, part)

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import distributed
+from evaluation.inputs import GRADIENT_BATCH
 from logger.progress import bar_interval
 from models import JEM
 from models.predict import images_per_batch
 from pgd import l2_norms, pgd, random_start
 from sgld import normal_like, uniform_images
 
-BATCH = 100  # images of 3x32x32 at once; these need the memory of training
 BAR = "{desc}{percentage:3.0f}% [{remaining} left{postfix}]"
 AUTO_STEPS, AUTO_TARGETS, AUTO_QUERIES = 100, 9, 5000  # of AutoAttack's standard version
 DISTAL_STEPS, DISTAL_STEP = 500, 0.05
@@ -205,7 +205,7 @@ def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator 
     return torch.cat(distributed.sharded_map(batches, lambda x: classifier(x).argmax(1), x.device, rng))
 
 
-def survivors(
+def robust_mask(
     classifier: nn.Module,
     attacks: list[Attack],
     x: Tensor,
@@ -274,7 +274,7 @@ class Speed(NamedTuple):
     forward: float
 
     def of(self, attacks: list[Attack], n_images: int, n_epsilons: int) -> float:
-        """Seconds that ``survivors`` takes if no image falls."""
+        """Seconds that ``robust_mask`` takes if no image falls."""
         cost = sum(attack.gradients * self.gradient + attack.forwards * self.forward for attack in attacks)
         return n_images * n_epsilons * cost
 
@@ -335,7 +335,9 @@ def distal_adversarials(
     ``DISTAL_STEP`` times the square root of the number of pixels; images that have arrived stand still.
     """
     starts = uniform_images(n_each, shape, generator)
-    batches = torch.arange(n_classes, device=starts.device).split(max(1, images_per_batch(BATCH, shape) // n_each))
+    batches = torch.arange(n_classes, device=starts.device).split(
+        max(1, images_per_batch(GRADIENT_BATCH, shape) // n_each)
+    )
 
     def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
         x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)

@@ -28,7 +28,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             f"minimises the cross-entropy on validation images, {inputs.noise_protocol}",
         )
     else:
-        section.skip("temperature scaling", "there are no validation images; train with --n_valid above 0")
+        section.add_absent("temperature scaling", "there are no validation images; train with --n_valid above 0")
     figure = Figure(figsize=(5 * len(scaled), 5.5), layout="constrained")
     panels = figure.subplots(2, len(scaled), height_ratios=(3, 1), sharex=True, squeeze=False)
     for (name, temperature), axes in zip(scaled.items(), panels.T, strict=True):
@@ -42,9 +42,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         section.add("calibration", ece, len(test), f"{bins}; {drawn}", interval, at)
         section.add("calibration", mce, len(test), bins, at=("maximum calibration error", name))
         brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
-        section.mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
+        section.add_mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
         nll = F.cross_entropy(logits / temperature, test.labels, reduction="none")
-        section.mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
+        section.add_mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
         reliability_panel(axes, p, test.labels, f"{name}, T = {temperature:.3g}, ECE {ece:.3f}")
     section.picture(
         "reliability",

@@ -16,12 +16,12 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
     correct = logits.argmax(1) == test.labels
     protocol = f"test images, {inputs.noise_protocol}"
-    section.share("accuracy", correct, protocol)
-    section.mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
+    section.add_proportion("accuracy", correct, protocol)
+    section.add_mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
 
     on_test, on_train = log_density(logits), log_density(predict(inputs.model, inputs.with_noise(train.images)))
-    section.mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
-    section.mean(
+    section.add_mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
+    section.add_mean(
         "log p(x) of training images (nats)",
         on_train,
         f"training images, {inputs.noise_protocol}; up to the unknown constant log Z",
@@ -35,7 +35,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     )
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
-            section.share("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
+            section.add_proportion(
+                "accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy")
+            )
     pairs = test.labels * len(names) + logits.argmax(1)
     counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1).cpu()
     section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from config.options import METRICS
-from evaluation.report import Number, Report, Section
+from evaluation.report import Measurement, Report, Section
 from utils import UserError
 
 
@@ -57,14 +57,14 @@ def fill(section: Section, content: dict[str, Any]) -> None:
             section.absent[f"picture {name}"] = "its file is missing or broken"
 
 
-def number_of(item: dict[str, Any]) -> Number:
+def number_of(item: dict[str, Any]) -> Measurement:
     value, interval = float(of_type(int | float, item["value"])), item["interval"]
     if not math.isfinite(value):
         raise ValueError("a number that is not finite")
     if interval is not None:
         low, high = (float(of_type(int | float, end)) for end in interval)
         interval = low, high
-    return Number(value, interval, of_type(int, item["n"]), of_type(str, item["protocol"]))
+    return Measurement(value, interval, of_type(int, item["n"]), of_type(str, item["protocol"]))
 
 
 def of_type(kind: Any, value: Any) -> Any:

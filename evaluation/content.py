@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from config import Config
-from evaluation.report import Number, Report, Section
+from evaluation.report import Measurement, Report, Section
 from utils import printable
 
-Rows = dict[str, dict[str, Number]]  # numbers by row and column
+Rows = dict[str, dict[str, Measurement]]  # numbers by row and column
 
 RUNS = ("this run", "other run")  # the second is that of --compare
 DIFFERS = "≠"
@@ -165,7 +165,7 @@ def grid(title: str, corner: str, runs: list[Rows], signs: dict[str, str], alike
     return Table(title, (corner, *names, "n", "protocol"), rows)
 
 
-def shown(number: Number | None, mine: Number | None, alike: bool) -> str:
+def shown(number: Measurement | None, mine: Measurement | None, alike: bool) -> str:
     """A number; marked if this run's number ``mine``, to be compared with it, was measured in another way."""
     if number is None:
         return ""

@@ -14,7 +14,7 @@ import data
 import distributed
 import image_folder
 from config import Config
-from evaluation.inputs import EvalInputs
+from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section, bootstrap
 from models import JEM, log_density
 from models.predict import images_per_batch
@@ -24,7 +24,6 @@ from utils import UserError, printable
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
 MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-case detection
-BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
@@ -38,7 +37,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         try:
             images = distributed.rank0_first(lambda name=name: foreign_images(name, test.images, inputs))
         except UserError as error:
-            section.skip(printable(name, "utf-8"), str(error))
+            section.add_absent(printable(name, "utf-8"), str(error))
             continue
         outside[printable(name, "utf-8")] = scores(inputs.model, inputs.with_noise(images))
         moved = moved_towards_data(inputs.model, images[:MOVED])
@@ -136,7 +135,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
-    batches = x.split(images_per_batch(BATCH, x.shape[1:]))
+    batches = x.split(images_per_batch(GRADIENT_BATCH, x.shape[1:]))
     parts = distributed.sharded_map(
         batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores"
     )
@@ -151,7 +150,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-    batches = images.split(images_per_batch(BATCH, images.shape[1:]))
+    batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
 
     def moved(x: Tensor) -> Tensor:
         return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)

@@ -61,14 +61,14 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         with evaluation_packages():
             add_inception_scores(section, scored, real, cfg.seed)
     except UserError as error:
-        section.skip("FID, IS, KID", str(error))
+        section.add_absent("FID, IS, KID", str(error))
     try:
         if not feature_model:
             raise UserError("no --feature_ckpt names one")
         with evaluation_packages():
             add_feature_distances(section, scored, real, feature_model, cfg)
     except UserError as error:
-        section.skip("Fréchet distance in a classifier's features", str(error))
+        section.add_absent("Fréchet distance in a classifier's features", str(error))
     if feature_model and inputs.classifies:
         add_agreement(section, scored, model, feature_model, cfg.feature_ckpt)
 
@@ -99,9 +99,9 @@ def compared(inputs: EvalInputs, section: Section) -> dict[str, tuple[Tensor, st
     cfg, n, no_labels = inputs.cfg, samples_wanted(inputs.cfg), "the model was trained without labels"
     sets = chains(inputs, n)
     if not inputs.classifies:
-        section.skip("fresh, class-conditional", no_labels)
+        section.add_absent("fresh, class-conditional", no_labels)
     if inputs.buffer is None:
-        section.skip(
+        section.add_absent(
             "samples of the replay buffer",
             "the checkpoint has none: only last.pt of --mode energy_train does, so name the run",
         )
@@ -110,7 +110,7 @@ def compared(inputs: EvalInputs, section: Section) -> dict[str, tuple[Tensor, st
     held = to_uint8(inputs.buffer[order[:n].to(inputs.device)])
     sets["buffer"] = (held, "replay buffer, unfiltered")
     if not inputs.classifies:
-        section.skip("buffer, filtered", no_labels)
+        section.add_absent("buffer, filtered", no_labels)
         return sets
     kept = most_confident(predict(inputs.model, held)).sort().values
     sets["buffer, filtered"] = (
@@ -200,7 +200,7 @@ def add_distances(
     for name, (images, protocol) in sets.items():
         n = min(len(images), len(real_features))
         if n < FEWEST:
-            section.skip(f"{table}, {name}", f"needs at least {FEWEST} samples and real images, not {n}")
+            section.add_absent(f"{table}, {name}", f"needs at least {FEWEST} samples and real images, not {n}")
             continue
         distances = distances or distances_to(real_features)
         features, logits = network(images)
@@ -242,7 +242,7 @@ def add_agreement(
     """How often another classifier and the model itself predict the same class."""
     for name, (images, protocol) in sets.items():
         agree = predict(feature_model, images).argmax(1) == predict(model, images).argmax(1)
-        section.share(
+        section.add_proportion(
             "in a classifier's features",
             agree,
             f"{protocol}; share of images for which {feature_ckpt} and the model predict the same class",
@@ -259,7 +259,7 @@ def add_nearest(section: Section, sets: dict[str, tuple[Tensor, str]], train: Te
     in_pixels, in_features = to_float(train), predict(features, train)
     for name, (images, protocol) in sets.items():
         distance, like = nearest(to_float(images[:1000]), in_pixels)
-        section.mean(
+        section.add_mean(
             "L2 distance to the nearest training image",
             distance,
             f"{protocol}, at most 1,000; pixels in [-1, 1], {len(train)} training images",

@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Number:
+class Measurement:
     """A measurement; ``interval`` is of 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
 
     value: float
@@ -60,8 +60,8 @@ class Section:
 
     def __init__(self, name: str, directory: Path, writes: bool = True):
         self.name, self.directory, self.writes = name, directory, writes
-        self.numbers: dict[str, Number] = {}
-        self.tables: dict[str, dict[str, dict[str, Number]]] = {}
+        self.numbers: dict[str, Measurement] = {}
+        self.tables: dict[str, dict[str, dict[str, Measurement]]] = {}
         self.notes: list[str] = []
         self.absent: dict[str, str] = {}
         self.pictures: dict[str, str] = {}
@@ -75,22 +75,22 @@ class Section:
         interval: Interval | None = None,
         at: tuple[str, str] | None = None,
     ) -> None:
-        """RunLogger a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
-        number = Number(float(value), interval, n, protocol)
+        """A number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
+        number = Measurement(float(value), interval, n, protocol)
         if not math.isfinite(number.value):
-            self.skip(" ".join((name, *(at or ()))), f"the result is {number.value}")
+            self.add_absent(" ".join((name, *(at or ()))), f"the result is {number.value}")
         elif at is None:
             self.numbers[name] = number
         else:
             self.tables.setdefault(name, {}).setdefault(at[0], {})[at[1]] = number
 
-    def mean(self, name: str, values: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """RunLogger the mean of one value an image, (N,), with its bootstrap interval."""
+    def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
+        """The mean of one value an image, (N,), with its bootstrap interval."""
         values = values.double().cpu()
         self.add(name, values.mean().item(), len(values), protocol, bootstrap(torch.mean, values), at)
 
-    def share(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """RunLogger the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
+    def add_proportion(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
+        """The share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
         from scipy.stats import binomtest  # slow to import
 
         n = len(true)
@@ -100,8 +100,8 @@ class Section:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def skip(self, what: str, reason: str) -> None:
-        """RunLogger that something could not be computed, and say so at once."""
+    def add_absent(self, what: str, reason: str) -> None:
+        """Say that something could not be computed, and say so at once."""
         self.absent[what] = reason
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 
@@ -118,7 +118,7 @@ class Section:
                     save_png(path, content)
         self.pictures[name] = caption
 
-    def scalars(self) -> dict[str, Number]:
+    def scalars(self) -> dict[str, Measurement]:
         """Every number under one name: ``measure``, or ``measure/row/column``."""
         cells = {
             f"{name}/{row}/{column}": number

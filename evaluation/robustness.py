@@ -11,7 +11,6 @@ import distributed
 from config.options import ATTACKS
 from evaluation.attacks import (
     AUTO_TARGETS,
-    BATCH,
     DISTAL_STEP,
     DISTAL_STEPS,
     Attack,
@@ -24,9 +23,9 @@ from evaluation.attacks import (
     no_auto_attack,
     pgd_attack,
     predicted,
-    survivors,
+    robust_mask,
 )
-from evaluation.inputs import EvalInputs
+from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from logger.images import image_grid, to_uint8
 from models.predict import images_per_batch
@@ -39,15 +38,15 @@ class Norm(NamedTuple):
 
     name: str
     epsilons: dict[str, float]
-    standard: str
+    autoattack_eps: str
     unit: float  # of the figure's axis
 
-    def grey_epsilon(self, dim: int) -> float:
+    def eps_to_grey(self, dim: int) -> float:
         """From here on any image of ``dim`` values can become plain grey: no model can be right."""
         return 0.5 if self.name == "Linf" else 0.5 * math.sqrt(dim)
 
 
-class Sweep(NamedTuple):
+class PGDSweep(NamedTuple):
     """PGD against a classifier, over a norm's epsilons: a column of the report."""
 
     name: str
@@ -64,11 +63,11 @@ class Sweep(NamedTuple):
         return [pgd_attack(norm, self.steps, self.rng, name) for name in names]
 
 
-NORMS = (
+ATTACK_NORMS = (
     Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
     Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1),
 )
-IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
+ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 N_DISTAL = 10  # of each class
 MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is possible
@@ -80,14 +79,14 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     chosen = choose(inputs, section)
     if not chosen:
         return
-    test = inputs.subset(inputs.data.test, inputs.cfg.max_images or IMAGES)
+    test = inputs.subset(inputs.data.test, inputs.cfg.max_images or ATTACKED_IMAGES)
     x, y = test.images.float() / 255, test.labels
     sweeps = {name: sweep for name, sweep in pgd_sweeps(inputs, len(x)).items() if name in chosen}
     print(estimate(durations(inputs, chosen, sweeps, x, y), len(x)), flush=True)
 
     if set(chosen) - {"distal"}:
         figure = Figure(figsize=(9, 4), layout="constrained")
-        for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
+        for norm, axes in zip(ATTACK_NORMS, figure.subplots(1, 2, sharey=True), strict=True):
             for sweep in sweeps.values():
                 add_sweep(section, norm, sweep, x, y, axes, inputs.cfg.seed)
             if "autoattack" in chosen:
@@ -115,13 +114,13 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
             obstacle = str(error)
         absent |= {"autoattack": obstacle} if obstacle else {}
     for name, reason in absent.items():
-        section.skip(TITLES[name], reason)
+        section.add_absent(TITLES[name], reason)
     return [name for name in ATTACKS if name not in absent]
 
 
-def pgd_sweeps(inputs: EvalInputs, n: int) -> dict[str, Sweep]:
+def pgd_sweeps(inputs: EvalInputs, n: int) -> dict[str, PGDSweep]:
     """PGD on n images, and on fewer through the refinement, by their names in ``--attacks``."""
-    cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(BATCH, inputs.data.shape)
+    cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     rng, rng_refined = inputs.rng(), inputs.rng()
     sizes = cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std
     refined = RefinedClassifier(model, *sizes, CHAINS, rng_refined, **chain_options(cfg))
@@ -131,17 +130,17 @@ def pgd_sweeps(inputs: EvalInputs, n: int) -> dict[str, Sweep]:
     )
     few, small = min(REFINED_IMAGES, n), max(1, batch // (4 * CHAINS))
     return {
-        "pgd": Sweep(TITLES["pgd"], Classifier(model), n, PGD_STEPS, RESTARTS, batch, "", rng),
-        "refined": Sweep(TITLES["refined"], refined, few, REFINED_PGD_STEPS, 1, small, protocol, rng_refined),
+        "pgd": PGDSweep(TITLES["pgd"], Classifier(model), n, PGD_STEPS, RESTARTS, batch, "", rng),
+        "refined": PGDSweep(TITLES["refined"], refined, few, REFINED_PGD_STEPS, 1, small, protocol, rng_refined),
     }
 
 
 def durations(
-    inputs: EvalInputs, chosen: list[str], sweeps: dict[str, Sweep], x: Tensor, y: Tensor
+    inputs: EvalInputs, chosen: list[str], sweeps: dict[str, PGDSweep], x: Tensor, y: Tensor
 ) -> dict[str, float]:
     """Seconds that each attack takes at most, by its title, from the measured time of a pass."""
     shape, n_classes = inputs.data.shape, len(inputs.data.class_names)
-    batch = images_per_batch(BATCH, shape)
+    batch = images_per_batch(GRADIENT_BATCH, shape)
     plain = measure_speed(Classifier(inputs.model), x[:batch], y[:batch])
     times = {}
     for name, sweep in sweeps.items():
@@ -149,33 +148,36 @@ def durations(
         if name == "refined":  # its chains draw: a copy, so that the attack sees the same noise whatever was timed
             copy = pgd_sweeps(inputs, len(x))[name]
             speed = measure_speed(copy.classifier, x[: copy.batch_size], y[: copy.batch_size])
-        times[name] = sum(speed.of(sweep.attacks(n.name), sweep.n, len(n.epsilons) + 1) for n in NORMS)
+        times[name] = sum(speed.of(sweep.attacks(n.name), sweep.n, len(n.epsilons) + 1) for n in ATTACK_NORMS)
     if "autoattack" in chosen:
-        times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in NORMS)
+        times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in ATTACK_NORMS)
     if "distal" in chosen:
         times["distal"] = N_DISTAL * n_classes * (DISTAL_STEPS + 1) * plain.gradient
     return {TITLES[name]: seconds / distributed.current_world().size for name, seconds in times.items()}
 
 
 def add_auto_attack(section: Section, norm: Norm, inputs: EvalInputs, x: Tensor, y: Tensor, axes: Axes) -> None:
-    epsilon, n_classes = norm.epsilons[norm.standard], len(inputs.data.class_names)
-    attacks, batch = auto_attack(norm.name, n_classes, inputs.cfg.seed), images_per_batch(BATCH, inputs.data.shape)
-    kept = survivors(Classifier(inputs.model), attacks, x, y, [epsilon], batch, norm.name)[-1]
-    section.share(
+    epsilon, n_classes = norm.epsilons[norm.autoattack_eps], len(inputs.data.class_names)
+    attacks, batch = (
+        auto_attack(norm.name, n_classes, inputs.cfg.seed),
+        images_per_batch(GRADIENT_BATCH, inputs.data.shape),
+    )
+    kept = robust_mask(Classifier(inputs.model), attacks, x, y, [epsilon], batch, norm.name)[-1]
+    section.add_proportion(
         f"accuracy under {norm.name} attack",
         kept,
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
         f"{min(AUTO_TARGETS, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added",
-        (norm.standard, TITLES["autoattack"]),
+        (norm.autoattack_eps, TITLES["autoattack"]),
     )
     axes.plot(epsilon / norm.unit, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 
-def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes: Axes, seed: int) -> None:
-    grey = norm.grey_epsilon(math.prod(x.shape[1:]))
+def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, x: Tensor, y: Tensor, axes: Axes, seed: int) -> None:
+    grey = norm.eps_to_grey(math.prod(x.shape[1:]))
     epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
     sweep.rng.manual_seed(seed)  # the same for each norm, whichever attacks ran before
-    alive = survivors(
+    alive = robust_mask(
         sweep.classifier,
         sweep.attacks(norm.name),
         x[: sweep.n],
@@ -192,7 +194,7 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         f"{sweep.protocol}"
     )
     for label, kept in zip(["0", *epsilons], alive, strict=True):
-        section.share(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
+        section.add_proportion(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
     shares = [kept.double().mean().item() for kept in alive]
     axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
     answers = predicted(sweep.classifier, x[: sweep.n], sweep.batch_size, sweep.rng)
@@ -209,13 +211,13 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     names = inputs.data.class_names
     x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
-    section.mean(
+    section.add_mean(
         "p(y|x) of distal adversarials",
         reached,
         f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
         f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
     )
-    section.share("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
+    section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
         "distal",
         "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",

@@ -83,7 +83,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         section = report.section(name)
         torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
         if name in NEED_LABELS and not trained.classifies:
-            section.skip(name, "the model was trained without labels")
+            section.add_absent(name, "the model was trained without labels")
         else:
             measure(METRICS[name], inputs, section)
         if writes:
@@ -102,12 +102,12 @@ def measure(metric: Callable[[EvalInputs, Section], None], inputs: EvalInputs, s
         with evaluation_packages():
             distributed.raise_on_all_ranks(f"ends {section.name}", lambda: metric(inputs, section))
     except UserError as error:
-        section.skip(section.name, str(error))
+        section.add_absent(section.name, str(error))
     except Exception as error:
         if distributed.lost_connection(error):
             raise
         traceback.print_exc()
-        section.skip(section.name, f"{type(error).__name__}: {error}")
+        section.add_absent(section.name, f"{type(error).__name__}: {error}")
 
 
 def report_directory(cfg: Config, path: Path) -> Path:

@@ -80,7 +80,7 @@ def test_images_are_moved_up_log_p_x_within_their_ball(inputs):
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
 def test_a_share_has_a_wilson_interval(tmp_path, right, low, high):
     section = Section("robustness", tmp_path)
-    section.share("accuracy", torch.arange(100) < right, "of 100")
+    section.add_proportion("accuracy", torch.arange(100) < right, "of 100")
     number = section.numbers["accuracy"]
     assert (number.value, number.n) == (right / 100, 100)
     assert number.interval == pytest.approx((low, high), abs=5e-4)

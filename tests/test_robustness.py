@@ -20,13 +20,13 @@ from evaluation.attacks import (
     estimate,
     no_auto_attack,
     pgd_attack,
+    robust_mask,
     seconds,
     standard_version,
-    survivors,
 )
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import Norm, Sweep, add_sweep
+from evaluation.robustness import Norm, PGDSweep, add_sweep
 from models import build_model
 from sgld import reference_chain
 
@@ -52,7 +52,7 @@ def images():
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = survivors(classifier, 2 * [pgd_attack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
+    alive = robust_mask(classifier, 2 * [pgd_attack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
     counts = [kept.sum().item() for kept in alive]
     assert counts[0] == 8 and counts[-1] < counts[0]
     assert counts == sorted(counts, reverse=True)
@@ -75,7 +75,7 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     refined = RefinedClassifier(model, 1, 1e-6, 0.0, n_chains=1, generator=seeded())
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
     labels = model(2 * images - 1).argmax(1)
-    kept = survivors(classifier, [pgd_attack("Linf", 1, seeded())], images, labels, [1e-7], 8)[-1]
+    kept = robust_mask(classifier, [pgd_attack("Linf", 1, seeded())], images, labels, [1e-7], 8)[-1]
     assert kept.all() and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -106,7 +106,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     shifts = torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     labels = torch.zeros(3, dtype=torch.int64)
-    alive = survivors(Linear(), [pgd_attack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    alive = robust_mask(Linear(), [pgd_attack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
     assert [kept.tolist() for kept in alive] == [
         [True, True, True],
         [False, True, True],
@@ -135,8 +135,8 @@ def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, ima
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
     epsilons = [1e-4, 0.05, 0.1]
-    alive = survivors(classifier, auto_attack("Linf", 4, seed=0), images, labels, epsilons, 8)
-    against_pgd = survivors(classifier, [pgd_attack("Linf", 10, seeded())], images, labels, epsilons, 8)
+    alive = robust_mask(classifier, auto_attack("Linf", 4, seed=0), images, labels, epsilons, 8)
+    against_pgd = robust_mask(classifier, [pgd_attack("Linf", 10, seeded())], images, labels, epsilons, 8)
     assert alive[1].all()
     for ours, plain in zip(alive, against_pgd, strict=True):
         assert ours.sum() <= plain.sum()
@@ -159,7 +159,7 @@ def test_autoattack_is_the_one_of_its_package(norm, epsilon, model, images, shor
         where = alive.nonzero().flatten()[fooled]
         moved[where], alive[where] = found[fooled], False
     assert torch.equal(moved, attacked)
-    assert torch.equal(survivors(classifier, members, images, labels, [epsilon], 8)[-1], expected)
+    assert torch.equal(robust_mask(classifier, members, images, labels, [epsilon], 8)[-1], expected)
     assert 0 < expected.sum() < 8
 
 
@@ -192,7 +192,7 @@ def test_each_attack_needs_the_passes_that_the_estimate_counts(monkeypatch):
     assert [member.name.split()[1] for member in members] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
     for attack in [pgd_attack("L2", 7, seeded()), *members]:
         classifier = Sure()
-        survivors(classifier, [attack], x, y, [1e-3], 1)
+        robust_mask(classifier, [attack], x, y, [1e-3], 1)
         gradients = sum(classifier.passes)
         assert (gradients, len(classifier.passes) - 1 - gradients) == (attack.gradients, attack.forwards)
 
@@ -207,7 +207,7 @@ def test_the_bar_says_which_attack_runs_and_moves_with_each_pass(monkeypatch):
 
     monkeypatch.setattr(attacks, "tqdm", Bar)
     x, y = torch.rand(5, 1, 4, 4, generator=seeded()), torch.tensor([0, 0, 0, 0, 1])  # the last is wrong from the start
-    survivors(
+    robust_mask(
         Sure(),
         [pgd_attack("Linf", 3, seeded(), "one"), pgd_attack("Linf", 1, seeded(), "two")],
         x,
@@ -343,7 +343,7 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section = Section("robustness", tmp_path)
     norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1", 1)
-    sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "", seeded())
+    sweep = PGDSweep("PGD", Brightness(), 8, 10, 1, 8, "", seeded())
     add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots(), 0)
     column = {row: line["PGD"].value for row, line in section.tables["accuracy under Linf attack"].items()}
     assert column["0"] == 1 and column["0.1"] == 1
@@ -357,7 +357,7 @@ def test_a_constant_classifier_hides_no_gradients(tmp_path):
             return torch.stack([0 * x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3)) + 1], 1)
 
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), Sweep("PGD", Constant(), 8, 3, 1, 8, "", seeded())
+    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), PGDSweep("PGD", Constant(), 8, 3, 1, 8, "", seeded())
     add_sweep(section, norm, sweep, torch.rand(8, 1, 4, 4), labels, Figure().subplots(), 0)
     assert section.tables["accuracy under Linf attack"]["0.5 (check)"]["PGD"].value == 0.5
     assert not section.notes
