@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from config.cli import option
 from config.recipes import RECIPES
 from data import DATASETS
+from evaluation import METRICS
 from models.wide_resnet import ACTIVATIONS, BACKBONES, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
 MODES = (*TRAINING, "test", "sample", "export")
-METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 
 
@@ -297,6 +297,12 @@ class Options:
         "test",
         "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
         "distal (noise that becomes a class) (default: all)",
+    )
+    attack_images: int | None = option(
+        None, "test", "test images, at most, that are attacked (default: as --max_images says)", minimum=20
+    )
+    one_epsilon: bool = option(
+        False, "test", "attack at one epsilon of each norm alone, that of AutoAttack: Linf 8/255 and L2 0.5"
     )
     refine_steps: int = option(
         10,

@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.report import Interval, Section, bootstrap
+from evaluation.intervals import Interval, bootstrap
+from evaluation.report import Section
 from models.predict import predict
 
+needs_labels = True
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
 
 

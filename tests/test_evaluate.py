@@ -20,16 +20,15 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import evaluation.run
 import utils
 from config import Config
 from data import Split, load
-from evaluation import likelihood, ood, robustness
-from evaluation.attacks import Speed
+from evaluation import attacks, classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
 from evaluation.inputs import EvalInputs
-from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
-from evaluation.report import Section, bootstrap
+from evaluation.intervals import bootstrap, wilson
+from evaluation.ood import auroc, converted, foreign_images, logits_and_slope
+from evaluation.report import Section
 from main import main
 from models import build_model
 from models import predict as prediction
@@ -78,15 +77,16 @@ def test_images_are_moved_up_log_p_x_within_their_ball(inputs):
 
 
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
-def test_a_share_has_a_wilson_interval(tmp_path, right, low, high):
-    section = Section("robustness", tmp_path)
-    section.add_proportion("accuracy", torch.arange(100) < right, "of 100")
-    number = section.numbers["accuracy"]
-    assert (number.value, number.n) == (right / 100, 100)
-    assert number.interval == pytest.approx((low, high), abs=5e-4)
+def test_a_share_has_a_wilson_interval(right, low, high):
+    assert wilson(torch.arange(100) < right) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_fpr_at_95_scans_every_threshold():
+def test_fpr_at_95_scans_every_threshold(tmp_path):
+    def fpr_at_95(*scores):
+        section = Section("ood", tmp_path)
+        ood.add_detection(section, ("set", "score"), *scores, "")
+        return section.measurements["FPR at 95 % true positives", "set", "score"].value
+
     inside, outside = tied_scores()
     rates = [((inside >= t).float().mean().item(), (outside >= t).float().mean().item()) for t in inside]
     assert fpr_at_95(inside, outside) == pytest.approx(min(fpr for tpr, fpr in rates if tpr >= 0.95))
@@ -258,7 +258,7 @@ def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
     section = Section("one", tmp_path)
     section.add("good", 1.5, 3, "by hand")
     section.add("bad", math.nan, 3, "by hand")
-    assert list(section.scalars()) == ["good"] and "bad" in section.absent
+    assert list(section.as_dict()["results"]) == ["good"] and "bad" in section.absent
     assert "bad: absent" in capsys.readouterr().out
 
 
@@ -279,7 +279,8 @@ def quick(monkeypatch):
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(robustness, "distal_adversarials", partial(robustness.distal_adversarials, max_steps=3))
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 2, seeded(), "AutoAttack")])
+    monkeypatch.setattr(robustness, "AUTOATTACK_PARTS", ("apgd-ce",))
+    monkeypatch.setattr(attacks.AutoAttack, "perturb", lambda self, classifier, eps, x, y: x)
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
@@ -413,7 +414,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     def broken(inputs, section):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setitem(evaluation.run.METRICS, "classification", broken)
+    monkeypatch.setattr(classification, "measure", broken)
     command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
@@ -526,20 +527,13 @@ def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
 
 
 def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
-    """It gives the numbers that it gives among the others, and no others; the line before names it and its time."""
-    monkeypatch.setattr(robustness, "measure_speed", lambda *_: Speed(gradient=0.12, forward=0.06))
-    titles = {
-        "pgd": "PGD",
-        "refined": "PGD through refinement",
-        "autoattack": "AutoAttack",
-        "distal": "distal adversarials",
-    }
-    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1"]
+    """It gives the numbers that it gives among the others, and no others."""
+    titles = robustness.TITLES
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1", "--one_epsilon"]
 
     def measured(*options):
         before = set(run.rglob("results.json"))
         assert main([*command, *options]) == 0
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("robustness: ")]
         section = new_report(run, before)[0]["robustness"]
         numbers = {
             (place, row, column): number
@@ -548,31 +542,22 @@ def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
             for column, number in columns.items()
         }
         numbers |= {("", "", name): n for name, n in section["results"].items() if "value" in n}
-        return numbers, section, line
+        return numbers, section
 
-    everything, section, line = measured()
+    everything, section = measured()
     assert section["absent"] == {} and set(section["pictures"]) == {"robustness", "distal"}
-    seconds = (
-        20 * (6 + 5) * (2 * 0.12 + 0.06),  # 2 steps and a check at each epsilon of both norms
-        20 * (6 + 5) * (0.12 + 0.06),
-        20 * 2 * (2 * 0.12 + 0.06),  # of what takes AutoAttack's place here
-        100 * 501 * 0.12,
-    )
-    minutes = (f"{s / 60:.{0 if s > 600 else 1}f}" for s in seconds)
-    parts = ", ".join(f"{title} {m}" for title, m in zip(titles.values(), minutes, strict=True))
-    assert line == f"robustness: at most about 102 minutes for 20 images ({parts})"
+    assert set(section["results"]["accuracy under L2 attack"]) == {"0", "0.5", "4 (check)"}
     found = {}
     for name, title in titles.items():
-        numbers, section, line = measured("--attacks", name)
+        numbers, section = measured("--attacks", name)
         assert set(section["absent"]) == set(titles.values()) - {title}
         assert set(section["absent"].values()) == {"left out by --attacks"}
         assert set(section["pictures"]) == ({"distal"} if name == "distal" else {"robustness"})
         assert {column.rpartition(" of ")[2] for _, _, column in numbers} == {title}
-        assert line.split("(")[1].rsplit(" ", 1)[0] == title
         found |= numbers
     assert found == everything
 
-    _, section, _ = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
+    _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
     assert set(section["absent"]) == {"PGD", "PGD through refinement"}
 
 
@@ -593,11 +578,14 @@ def test_attacks_that_cannot_be_chosen_are_one_line(options, message, run, capsy
 
 
 def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
-    monkeypatch.setattr(robustness, "no_auto_attack", lambda *_: "it needs at least 4 classes, not 3")
+    def check_autoattack(n_classes, shape):
+        raise UserError("it needs at least 4 classes, not 3")
+
+    monkeypatch.setattr(robustness, "check_autoattack", check_autoattack)
     command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--attacks", "autoattack"]
     assert main(command) == 2
     out, err = capsys.readouterr()
-    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out and "at most about" not in out
+    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out
     assert err.count("\n") == 1 and "nothing could be measured" in err
 
 
@@ -680,17 +668,32 @@ def test_which_images_of_a_folder_are_taken(inputs, tmp_path):
 
 def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_images(tmp_path / "cats, dogs,more", 3)
+    write_images(tmp_path / "cats, dogs", 3)
     write_images(tmp_path / "cats", 5)
     names = {
-        f"noise,{tmp_path}/cats, dogs,more,shuffled": ["noise", f"{tmp_path}/cats, dogs,more", "shuffled"],
-        "~/cats, ~/cats, dogs,more": ["~/cats", "~/cats, dogs,more"],
-        "~/cats,dogs": ["~/cats", "dogs"],
+        f"{tmp_path}/cats, dogs": [f"{tmp_path}/cats, dogs"],
+        "~/cats, dogs": ["~/cats, dogs"],
+        "noise, ~/cats": ["noise", "~/cats"],
     }
     for option, expected in names.items():
         assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
+        ood.check_names(Config(mode="test", ood_datasets=option))
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
-    ood.check_names(Config(mode="test", ood_datasets="~/cats, dogs,more,noise"))
+
+
+def test_test_images_are_no_other_images(inputs, tmp_path, capsys):
+    """As a named set and as a folder; a few among others are only noted."""
+    test = inputs.data.test.images
+    (tmp_path / "some").mkdir()
+    for i in range(20):
+        pixels = test[i, 0].numpy() if i < 4 else np.full((8, 8), i, "u1")
+        Image.fromarray(pixels).save(tmp_path / "some" / f"{i:02d}.png")
+    small = replace(inputs, cfg=replace(inputs.cfg, ood_datasets=f"digits,{tmp_path / 'some'}"))
+    section = Section("ood", tmp_path)
+    ood.measure(small, section)
+    assert section.absent == {"digits": "40 of its 40 images are test images: it is not out of distribution"}
+    (note,) = section.notes
+    assert "some**: 4 of its 20 images are test images" in note
 
 
 def test_histograms_show_every_name_as_it_is():
@@ -716,10 +719,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     options += ["--data_dir", str(data_dir), "--logdir", str(tmp_path / "runs")]
     assert main(options) == 0
     (trained,) = (tmp_path / "runs").iterdir()
-    for name, value in {"PGD_STEPS": 1, "RESTARTS": 1}.items():
-        monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 1, seeded())])
-    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", f"noise,{folder}", "--refine_steps", "0"]
+    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder, "--attacks", "distal"]
     assert main([*command, "--eval", "classification,robustness,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)
@@ -727,10 +727,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     printed = ["$x$ <b>and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
     assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
     assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
-    assert (
-        set(results["robustness"]["absent"]) <= {"AutoAttack", "PGD through refinement"}
-        and "distal" in results["robustness"]["pictures"]
-    )
+    assert "distal" in results["robustness"]["pictures"]
     assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
     report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))
     assert all(f"| {name} |" in unescape(report) and f">{name}<" in unescape(page) for name in printed)
