@@ -86,23 +86,23 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def set_names(cfg: Config) -> list[str]:
-    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper."""
+    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper.
+
+    Raises UserError for the first name that means nothing.
+    """
     if cfg.ood_datasets == "auto":
         return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
     if is_folder(cfg.ood_datasets):  # its name may hold a comma
         return [cfg.ood_datasets]
-    return [name.strip() for name in cfg.ood_datasets.split(",")]
+    names = [name.strip() for name in cfg.ood_datasets.split(",")]
+    for name in names:
+        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
+            raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
+    return names
 
 
 def is_folder(name: str) -> bool:
     return bool(name) and os.path.isdir(os.path.expanduser(name))
-
-
-def check_names(cfg: Config) -> None:
-    """Raise UserError for the first name in ``--ood_datasets`` that means nothing."""
-    for name in set_names(cfg):
-        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
-            raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
 
 
 def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Section) -> None:
@@ -112,7 +112,7 @@ def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Sect
     if shared > len(images) / 2:
         raise UserError(f"{shared} of its {len(images)} images are test images: it is not out of distribution")
     if shared:
-        section.note(f"**{name}**: {shared} of its {len(images)} images are test images, too, which hides differences.")
+        section.note(f"**{name}**: {shared} of its {len(images)} images are test images, too, and lower the numbers.")
 
 
 def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
@@ -138,7 +138,7 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
         case _ if name in NAMED:
             others = data.load(name, download_folder(inputs.cfg), device=inputs.device).test
         case _:
-            images = image_folder.read_unlabelled(test_part(Path(name).expanduser()), h, "--ood_datasets ")
+            images = image_folder.read_test_part(Path(name).expanduser(), image_size=h)
             others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
     return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
 
@@ -151,15 +151,6 @@ def download_folder(cfg: Config) -> str:
     if place == cfg.data_dir:
         raise UserError(f"it would be downloaded into your images in {place}: move them elsewhere")
     return place
-
-
-def test_part(folder: Path) -> Path:
-    """The folder's own folder "test", if it has one beside "train"; else the folder itself."""
-    try:
-        parts = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from None
-    return parts["test"] if {"train", "test"} <= parts.keys() else folder
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

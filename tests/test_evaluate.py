@@ -25,6 +25,7 @@ from config import Config
 from data import Split, load
 from evaluation import attacks, classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
+from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
 from evaluation.intervals import bootstrap, wilson
 from evaluation.ood import auroc, converted, foreign_images, logits_and_slope
@@ -328,28 +329,10 @@ def test_the_report_s_numbers_by_a_slow_computation(run):
 
 @pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
-    command = [
-        "--mode",
-        "test",
-        "--load_ckpt",
-        str(run),
-        "--gpu",
-        "cpu",
-        "--max_images",
-        "30",
-        "--n_sample_steps",
-        "3",
-        "--refine_steps",
-        "2",
-        "--ais_chains",
-        "20",
-        "--ais_temperatures",
-        "3",
-        "--ood_datasets",
-        f"noise,{tmp_path},shuffled",
-        "--feature_ckpt",
-        str(run),
-    ]
+    command = (
+        "--mode test --gpu cpu --max_images 30 --n_sample_steps 3 --refine_steps 2 --ais_chains 20 --ais_temperatures 3"
+    ).split()
+    command += ["--load_ckpt", str(run), "--feature_ckpt", str(run), "--ood_datasets", f"noise,{tmp_path},shuffled"]
     before = set(run.glob("eval*"))
     assert main(command) == 0
     (report,) = set(run.glob("eval*")) - before
@@ -427,28 +410,12 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     renamed = {**content["data"], "class_names": list("abcdefghij")}
     (tmp_path / "run").mkdir()
     torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
-    command = [
-        "--mode",
-        "test",
-        "--gpu",
-        "cpu",
-        "--eval",
-        "classification",
-        "--max_images",
-        "20",
-        "--logdir",
-        str(tmp_path / "runs"),
-        "--load_ckpt",
-    ]
+    command = "--mode test --gpu cpu --eval classification --max_images 20 --load_ckpt".split()
+    command = ["--logdir", str(tmp_path / "runs"), *command]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
     assert main([*command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt")]) == 2
     assert "was trained on other images or classes" in capsys.readouterr().err
-
-
-def test_auto_names_the_usual_sets():
-    assert ood.set_names(Config(mode="test", dataset="digits")) == ["interp", "noise", "constant", "shuffled"]
-    assert ood.set_names(Config(mode="test", dataset="cifar10"))[-2:] == ["svhn", "cifar100"]
 
 
 @pytest.mark.parametrize(
@@ -461,11 +428,6 @@ def test_auto_names_the_usual_sets():
         (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
-        (["--load_ckpt", "RUN", "--sigma", "0.1"], "--sigma is for --mode energy_train or baseline_train"),
-        (["--load_ckpt", "RUN", "--batch_size", "9"], "--batch_size is for --mode energy_train or baseline_train or"),
-        (["--load_ckpt", "RUN", "--p_x_weight", "2"], "--p_x_weight is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--class_cond"], "--class_cond is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--save_images"], "--save_images is for --mode sample"),
         (
             ["--load_ckpt", "RUN", "--fid_reference", "test"],
             "--fid_reference takes one of train, train+test, not 'test'",
@@ -526,7 +488,7 @@ def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
     assert absent in results[metric]["absent"] and "accuracy" in results["classification"]["results"]
 
 
-def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
+def test_each_attack_can_be_measured_alone(run, quick):
     """It gives the numbers that it gives among the others, and no others."""
     titles = robustness.TITLES
     command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1", "--one_epsilon"]
@@ -534,31 +496,24 @@ def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
     def measured(*options):
         before = set(run.rglob("results.json"))
         assert main([*command, *options]) == 0
-        section = new_report(run, before)[0]["robustness"]
-        numbers = {
-            (place, row, column): number
-            for place, table in section["results"].items()
-            for row, columns in (table.items() if "value" not in table else ())
-            for column, number in columns.items()
-        }
-        numbers |= {("", "", name): n for name, n in section["results"].items() if "value" in n}
-        return numbers, section
+        section = read_report(str(new_report(run, before)[1])).sections["robustness"]
+        return section.measurements, section
 
     everything, section = measured()
-    assert section["absent"] == {} and set(section["pictures"]) == {"robustness", "distal"}
-    assert set(section["results"]["accuracy under L2 attack"]) == {"0", "0.5", "4 (check)"}
+    assert section.absent == {} and set(section.pictures) == {"robustness", "distal"}
+    rows = {row for table, row, _ in everything if table == "accuracy under L2 attack"}
+    assert rows == {"0", "0.5", "4 (check)"}
     found = {}
     for name, title in titles.items():
         numbers, section = measured("--attacks", name)
-        assert set(section["absent"]) == set(titles.values()) - {title}
-        assert set(section["absent"].values()) == {"left out by --attacks"}
-        assert set(section["pictures"]) == ({"distal"} if name == "distal" else {"robustness"})
-        assert {column.rpartition(" of ")[2] for _, _, column in numbers} == {title}
+        assert set(section.absent) == set(titles.values()) - {title}
+        assert set(section.absent.values()) == {"left out by --attacks"}
+        assert set(section.pictures) == ({"distal"} if name == "distal" else {"robustness"})
         found |= numbers
     assert found == everything
 
     _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
-    assert set(section["absent"]) == {"PGD", "PGD through refinement"}
+    assert set(section.absent) == {"PGD", "PGD through refinement"}
 
 
 @pytest.mark.parametrize(
@@ -587,12 +542,6 @@ def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out
     assert err.count("\n") == 1 and "nothing could be measured" in err
-
-
-def test_attacks_are_for_mode_test(tmp_path, capsys):
-    assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
-    assert "--attacks is for --mode test" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
@@ -675,9 +624,11 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
         "~/cats, dogs": ["~/cats, dogs"],
         "noise, ~/cats": ["noise", "~/cats"],
     }
+    usual = ["interp", "noise", "constant", "shuffled"]
+    assert ood.set_names(Config(mode="test", dataset="digits")) == usual
+    assert ood.set_names(Config(mode="test", dataset="cifar10")) == [*usual, "svhn", "cifar100"]
     for option, expected in names.items():
         assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
-        ood.check_names(Config(mode="test", ood_datasets=option))
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 from html import unescape
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,9 +251,3 @@ def refused(run, place, message, capsys):
     out, err = capsys.readouterr()
     assert message in err and len(err.strip().splitlines()) == 1 and "classification ..." not in out
     assert sorted(run.rglob("*")) == before
-
-
-@pytest.mark.parametrize("mode", [[], ["--mode", "sample", "--load_ckpt", "x"]])
-def test_compare_is_for_mode_test(mode, capsys):
-    assert main([*mode, "--compare", str(Path.cwd())]) == 2
-    assert "--compare is for --mode test" in capsys.readouterr().err
