@@ -13,7 +13,7 @@ from utils import UserError
 def read_report(place: str) -> Report:
     """The report in an eval folder, or in the folder ``eval`` of a run directory.
 
-    Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is absent.
+    Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is left out.
     """
     folder = next((f for f in (Path(place), Path(place, "eval")) if os.path.isfile(f / "results.json")), None)
     if folder is None:
@@ -43,9 +43,9 @@ def read_section(report: Report, name: str, content: dict[str, dict]) -> None:
                 if interval is not None:
                     low, high = interval
                     interval = float(low), float(high)
-                measurement = Measurement(float(cell["value"]), interval, int(cell["n"]), cell["protocol"])
+                measurement = Measurement(float(cell["value"]), interval, int(cell["n"]), str(cell["protocol"]))
                 section.measurements[table, row, column] = measurement
     section.notes, section.absent = list(content["notes"]), dict(content["absent"])
     for picture, caption in content["pictures"].items():
-        if re.fullmatch(r"[\w-]+", picture) and os.path.isfile(report.directory / f"{picture}.png"):
-            section.pictures[picture] = caption
+        if re.fullmatch(r"[\w-]+", picture) and os.access(report.directory / f"{picture}.png", os.R_OK):
+            section.pictures[picture] = str(caption)
