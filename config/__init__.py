@@ -13,9 +13,9 @@ FRESH_STEPS = 200  # with a training chain's step size, when samples have settle
 CHANGEABLE = frozenset(
     "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
     "sample_every gif_every eval_every quality_every ckpt_every "
-    "eval ood_datasets max_images attacks refine_steps ais_chains ais_temperatures sigma_test feature_ckpt "
-    "fid_reference compare n_samples n_sample_steps from_buffer inpaint denoise counterfactual counterfactual_eps "
-    "save_images export".split()
+    "eval ood_datasets max_images attacks attack_images one_epsilon refine_steps ais_chains ais_temperatures "
+    "sigma_test feature_ckpt fid_reference compare n_samples n_sample_steps from_buffer inpaint denoise counterfactual "
+    "counterfactual_eps save_images export".split()
 )
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from config.cli import option
 from config.recipes import RECIPES
 from data import DATASETS
+from evaluation import METRICS
 from models import BACKBONES
 from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
 MODES = (*TRAINING, "test", "sample", "export")
-METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 
 
@@ -298,6 +298,12 @@ class Options:
         "test",
         "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
         "distal (noise that becomes a class) (default: all)",
+    )
+    attack_images: int | None = option(
+        None, "test", "test images, at most, that are attacked (default: as --max_images says)", minimum=20
+    )
+    one_epsilon: bool = option(
+        False, "test", "attack at one epsilon of each norm alone, that of AutoAttack: Linf 8/255 and L2 0.5"
     )
     refine_steps: int = option(
         10,

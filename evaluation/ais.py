@@ -3,27 +3,20 @@
 An energy model gives log p(x) only up to its normaliser, ``Z = integral of exp(log_density(x))``. Annealed
 importance sampling (AIS; Neal, "Annealed importance sampling", 2001) walks chains from a base density, whose
 normaliser is known, to the model along the geometric path ``p_beta ~ base^(1 - beta) exp(beta log_density)``
-and weights them, so that the mean weight is an unbiased estimate of Z. Its logarithm is therefore too low on
-average: a stochastic lower bound. The same chains run backwards from samples of the model give a stochastic
-upper bound (reverse AIS, Burda et al. 2015; bidirectional Monte Carlo, Grosse et al. 2015, arXiv:1511.02543),
-and the gap between the two says how far either can be trusted.
+and weights them, so that the mean weight is an unbiased estimate of Z. Its logarithm is too low on average: a
+stochastic lower bound, which makes test likelihoods look too good. The same chains run backwards from samples of the
+model give a stochastic upper bound (reverse AIS, Burda et al. 2015; bidirectional Monte Carlo, Grosse et al. 2015,
+arXiv:1511.02543), and the gap between the two says how far either can be trusted.
 
-How to read the numbers:
+It is an upper bound only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density
+(their noise is far below the Langevin ratio ``sgld_std^2 = 2 sgld_lr``); ``burn_in`` moves them towards temperature
+one. A reverse estimate clearly below the forward one says that the samples are not the model's. The bootstrap interval
+shows the spread between chains: it knows nothing of a mode that no chain has found.
 
-- A log Z that is too low makes test likelihoods look too good. So the forward run alone flatters the model;
-  the reverse run errs on the safe side.
-- The upper bound is one only if the samples really come from ``exp(log_density) / Z``. Samples of SGLD follow
-  a much colder density (their noise is far below the Langevin ratio ``sgld_std^2 = 2 sgld_lr``). ``burn_in``
-  moves them towards the density at temperature one; what is left of the difference is left in the bound. A
-  reverse estimate clearly below the forward one says that the samples are not the model's.
-- The bootstrap interval shows the spread between chains. It knows nothing of a mode that no chain has found.
-
-Images live in the box [-1, 1]^D, and so does the density whose bits are counted: the energy normalised over
-the box (base ``Box``), a proper density of dequantised images.
-
-``log_density`` maps (N, ...) to (N,), each row on its own and without randomness (a model in eval mode; no
-bf16 or TF32, since the acceptance test subtracts nearly equal numbers), and is finite on the base's support.
-Only its gradient in x is computed. Everything runs on the device of the generator.
+Images, and the density whose bits are counted, live in the box [-1, 1]^D: the energy is normalised over the box (base
+``Box``), a proper density of dequantised images. ``log_density`` maps (N, ...) to (N,), each row on its own and without
+randomness (a model in eval mode; no bf16 or TF32, since the acceptance test subtracts nearly equal numbers), and is
+finite there. Only its gradient in x is computed. Everything runs on the device of the generator.
 """
 
 import math
@@ -41,7 +34,7 @@ from models.predict import images_per_batch
 from utils import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
-BATCH = 250  # points of 3x32x32 whose gradient is computed at once
+CHAIN_BATCH = 250  # points of 3x32x32 whose gradient is computed at once
 N_LEAPFROG = 3  # steps of a proposal
 ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
 TUNING_CHAINS = 64  # at most
@@ -100,7 +93,7 @@ class GeometricPath(NamedTuple):
 
     def point(self, y: Tensor) -> Point:
         ratios, grads = [], []
-        for part in y.detach().split(images_per_batch(BATCH, y.shape[1:])):
+        for part in y.detach().split(images_per_batch(CHAIN_BATCH, y.shape[1:])):
             with torch.enable_grad():
                 part = part.requires_grad_()
                 ratio = self.base.log_ratio(self.log_density, part)

@@ -1,14 +1,11 @@
-"""Attacks on a classifier, how long they take at most, and JEM's refinement as a classifier that can be attacked.
+"""Adversarial attacks on a classifier, and JEM's refinement as a classifier that can be attacked.
 
 Attacks see images in [0, 1], as their libraries and their epsilons do; the model sees [-1, 1].
 """
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import distributed
-from logger.progress import bar_interval
+from evaluation.inputs import GRADIENT_BATCH
 from models import JEM
 from models.predict import images_per_batch
 from pgd import pgd, random_start
 from sgld import LogDensity, langevin_step, normal_like, uniform_images
+from utils import UserError
 
-BATCH = 100  # images of 3x32x32 at once; these need the memory of training
-BAR = "{desc}{percentage:3.0f}% [{remaining} left{postfix}]"
-AUTO_STEPS, AUTO_TARGETS, AUTO_QUERIES = 100, 9, 5000  # of AutoAttack's standard version
+AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
+AUTOATTACK_TARGETS = 9
 DISTAL_STEPS, DISTAL_STEP = 500, 0.05
 
 
@@ -107,89 +104,60 @@ def differentiable_chain(
     return x
 
 
-class Attack(NamedTuple):
-    """An attack, and the largest number of network passes that it needs for an image, with the final check."""
+class PGDAttack:
+    """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
 
-    name: str
-    on: Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]  # classifier, epsilon -> (x, y) -> x
-    gradients: int  # passes forward and back
-    forwards: int  # passes forward only
+    def __init__(self, norm: str, steps: int, rng: Generator, name: str = "PGD"):
+        self.norm, self.steps, self.rng, self.name = norm, steps, rng, name
 
-    @property
-    def passes(self) -> int:
-        return self.gradients + self.forwards
+    def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
+        def loss(moved: Tensor) -> Tensor:
+            return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
 
-
-def pgd_attack(norm: str, steps: int, generator: Generator, name: str = "PGD") -> Attack:
-    """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 epsilon / steps."""
-
-    def on(classifier: nn.Module, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
-        def perturb(x: Tensor, y: Tensor) -> Tensor:
-            def loss(moved: Tensor) -> Tensor:
-                return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
-
-            start = random_start(x, 2 * epsilon, norm, generator)
-            return (pgd(loss, 2 * x - 1, 2 * epsilon, norm, steps, start) + 1) / 2
-
-        return perturb
-
-    return Attack(name, on, steps, 1)
+        start = random_start(x, 2 * eps, self.norm, self.rng)  # here on the model's scale, twice as wide
+        return (pgd(loss, 2 * x - 1, 2 * eps, self.norm, self.steps, start) + 1) / 2
 
 
-def auto_attack(norm: str, n_classes: int, seed: int) -> list[Attack]:
-    """The four attacks of AutoAttack's standard version (Croce & Hein, ICML 2020), in its order.
+class AutoAttack:
+    """One of the four attacks of AutoAttack's standard version (Croce & Hein, ICML 2020), run by its authors' code.
 
-    Each attacks what the one before has left. They are the authors' code, and each starts from ``seed`` for each batch.
-    At least 4 classes; the targets are the 9 most likely wrong classes, or all where there are fewer.
+    Robust is what withstands all of ``AUTOATTACK_PARTS``, each against what the one before has left. Each starts from
+    ``seed`` for each batch. At least 4 classes; the targets are the 9 most likely wrong ones, or all of fewer.
     """
-    targets = min(AUTO_TARGETS, n_classes - 1)
 
-    def member(attribute: str) -> Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]:
-        def on(classifier: nn.Module, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
-            @torch.no_grad()
-            def perturb(x: Tensor, y: Tensor) -> Tensor:
-                attacks = standard_version(classifier, norm, epsilon, targets, seed, x.device)
-                return getattr(attacks, attribute).perturb(x, y)
+    def __init__(self, norm: str, part: str, n_classes: int, seed: int):
+        self.norm, self.part, self.seed, self.name = norm, part, seed, f"{norm}, AutoAttack {part}"
+        self.targets = min(AUTOATTACK_TARGETS, n_classes - 1)
 
-            return perturb
+    def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
+        return self.package(classifier, eps, x.device).run_standard_evaluation(x, y, batch_size=len(x))[0]
 
-        return on
+    def package(self, classifier: nn.Module, eps: float, device: torch.device):
+        """The authors' object, a ``pyautoattack.AutoAttack``."""
+        import pyautoattack
 
-    # Besides its steps, each member classifies the images at its start, and where it has targets again for each.
-    return [
-        Attack("AutoAttack APGD-CE", member("apgd"), AUTO_STEPS + 1, 2),
-        Attack("AutoAttack APGD-T", member("apgd_targeted"), targets * (AUTO_STEPS + 1), targets + 2),
-        Attack("AutoAttack FAB-T", member("fab"), targets * AUTO_STEPS, targets * (AUTO_STEPS + 3) + 2),
-        Attack("AutoAttack Square", member("square"), 0, AUTO_QUERIES + 4),
-    ]
+        # it warns of images without a gradient; the check of the report for masked gradients says more
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)
+        attack = pyautoattack.AutoAttack(classifier, norm=self.norm, eps=eps, seed=self.seed, device=device)
+        attack.attacks_to_run = [self.part]
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = self.targets
+        return attack
 
 
-def standard_version(classifier: nn.Module, norm: str, epsilon: float, targets: int, seed: int, device: torch.device):
-    """A ``pyautoattack.AutoAttack`` whose members are ready for use one by one."""
-    from pyautoattack import AutoAttack
-
-    # it warns of images without a gradient; the check of the report for masked gradients says more
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    whole = AutoAttack(classifier, norm=norm, eps=epsilon, seed=seed, device=device, version="standard")
-    whole.fab.targeted = True
-    whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = targets
-    return whole
-
-
-def no_auto_attack(n_classes: int, shape: tuple[int, int, int]) -> str:
-    """Why AutoAttack cannot be run on such images, or an empty string."""
+def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
+    """Raise UserError if AutoAttack cannot be run on such images."""
     if n_classes < 4:
-        return f"it needs at least 4 classes, not {n_classes}"
-    unmoved = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), n_classes)).requires_grad_(False)
-    for parameter, values in zip(unmoved[1].parameters(), (torch.zeros(()), torch.eye(n_classes)[0]), strict=True):
-        parameter.copy_(values)
-    square = standard_version(unmoved, "L2", 0.5, 3, 0, torch.device("cpu")).square
+        raise UserError(f"it needs at least 4 classes, not {n_classes}")
+
+    def first_class(x: Tensor) -> Tensor:
+        return F.one_hot(torch.zeros(len(x), dtype=torch.int64), n_classes).float()
+
+    square = AutoAttack("L2", "square", n_classes, seed=0).package(first_class, 0.5, torch.device("cpu")).square
     square.n_queries = 1
     try:  # it starts from tiles that do not fit into images of every size
         square.perturb(torch.zeros(1, *shape), torch.tensor([0]))
     except RuntimeError:
-        return f"its Square attack does not work on images of {shape[1]}x{shape[2]}"
-    return ""
+        raise UserError(f"its Square attack does not work on images of {shape[1]}x{shape[2]}") from None
 
 
 @torch.no_grad()
@@ -199,119 +167,33 @@ def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator 
     return torch.cat(distributed.sharded_map(batches, lambda x: classifier(x).argmax(1), x.device, rng))
 
 
-def survivors(
+def robust_mask(
     classifier: nn.Module,
-    attacks: list[Attack],
+    attack: PGDAttack | AutoAttack,
+    eps: float,
     x: Tensor,
     y: Tensor,
-    epsilons: list[float],
+    mask: Tensor,
     batch_size: int,
-    title: str = "",
     rng: Generator | None = None,
-) -> list[Tensor]:
-    """Which images are still classified correctly, bool (N,): first without attack, then for each epsilon.
+) -> Tensor:
+    """Which of the images in ``mask``, bool (N,), are still classified as y after the attack, bool (N,).
 
-    x: (N, C, H, W) in [0, 1]; y: (N,); epsilons ascending, on the [0, 1] scale. At each epsilon the attacks follow one
-    another. An image that has fallen stays fallen, for what fooled the model lies within any larger epsilon too.
-    ``rng``: what classifier and attacks draw from, if they do.
+    x: (N, C, H, W) in [0, 1]; y: (N,); eps on the [0, 1] scale. ``rng``: what classifier and attack draw from, if they
+    do.
     """
-    alive = predicted(classifier, x, batch_size, rng) == y
-    results = [alive.clone()]
-    total = len(x) * len(epsilons) * sum(attack.passes for attack in attacks)
-    with progress_bar(title, total) as bar, counted(classifier, bar):
-        done = 0
-        for epsilon in epsilons:
-            for attack in attacks:
-                bar.set_description(f"{title} {epsilon:.3g}, {attack.name}", refresh=False)
-                bar.set_postfix_str(f"{alive.sum()} of {len(x)} images not fooled", refresh=False)
-                perturb = attack.on(classifier, epsilon)
 
-                def withstand(part: Tensor, perturb=perturb) -> Tensor:
-                    moved = perturb(x[part], y[part])
-                    with torch.no_grad():
-                        return classifier(moved).argmax(1) == y[part]
+    def withstands(batch: Tensor) -> Tensor:
+        moved = attack.perturb(classifier, eps, x[batch], y[batch])
+        with torch.no_grad():
+            return classifier(moved).argmax(1) == y[batch]
 
-                parts = alive.nonzero().flatten().split(batch_size) if alive.any() else ()
-                for part, kept in zip(parts, distributed.sharded_map(parts, withstand, x.device, rng), strict=True):
-                    alive[part] = kept
-                done += len(x) * attack.passes
-                bar.update(done - bar.n)  # fallen images need no more passes
-            results.append(alive.clone())
-    return results
-
-
-def progress_bar(title: str, total: int) -> tqdm:
-    return tqdm(desc=f"{title}: ", total=total, bar_format=BAR, mininterval=bar_interval(), leave=False)
-
-
-@contextmanager
-def counted(classifier: nn.Module, bar: tqdm) -> Iterator[None]:
-    """Inside, each image that passes the classifier moves the bar."""
-
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        bar.update(len(output))
-
-    handle = classifier.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# ---------------------------------------------------------------------------------------------- how long it takes
-
-
-class Speed(NamedTuple):
-    """Seconds of one image's pass."""
-
-    gradient: float
-    forward: float
-
-    def of(self, attacks: list[Attack], n_images: int, n_epsilons: int) -> float:
-        """Seconds that ``survivors`` takes if no image falls."""
-        cost = sum(attack.gradients * self.gradient + attack.forwards * self.forward for attack in attacks)
-        return n_images * n_epsilons * cost
-
-
-def measure_speed(classifier: nn.Module, x: Tensor, y: Tensor) -> Speed:
-    """Time passes of one batch of images x, (N, C, H, W) in [0, 1], with labels y, (N,)."""
-
-    def gradient() -> None:
-        start = x.clone().requires_grad_()
-        torch.autograd.grad(F.cross_entropy(classifier(start), y), start)
-
-    @torch.no_grad()
-    def forward() -> None:
-        classifier(x)
-
-    return Speed(seconds(gradient, x.device) / len(x), seconds(forward, x.device) / len(x))
-
-
-def seconds(call: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The shortest of three calls, for the first one of a GPU is slow; what takes more than a second is called once."""
-    times = []
-    while len(times) < 3 and sum(times) < 1:
-        start = clock()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(clock() - start)
-    return min(times)
-
-
-def estimate(times: dict[str, float], n_images: int) -> str:
-    """The line that says how long the attacks take, from the seconds of each."""
-    total = sum(times.values())
-    unit, size = ("hours", 3600) if total >= 7200 else ("minutes", 60)
-
-    def words(seconds: float) -> str:
-        return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f}"
-
-    parts = ", ".join(f"{name} {words(time)}" for name, time in times.items())
-    return f"robustness: at most about {words(total)} {unit} for {n_images} images ({parts})"
-
-
-# ---------------------------------------------------------------------------------------------- distal adversarials
+    batches = mask.nonzero().flatten().split(batch_size) if mask.any() else ()
+    title = f"{attack.name}, {mask.sum()} of {len(x)} images left"
+    robust = mask.clone()
+    for batch, kept in zip(batches, distributed.sharded_map(batches, withstands, x.device, rng, title), strict=True):
+        robust[batch] = kept
+    return robust
 
 
 def distal_adversarials(
@@ -329,25 +211,24 @@ def distal_adversarials(
     ``DISTAL_STEP`` times the square root of the number of pixels; images that have arrived stand still.
     """
     starts = uniform_images(n_each, shape, generator)
-    batches = torch.arange(n_classes, device=starts.device).split(max(1, images_per_batch(BATCH, shape) // n_each))
+    batches = torch.arange(n_classes, device=starts.device).split(
+        max(1, images_per_batch(GRADIENT_BATCH, shape) // n_each)
+    )
 
     def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
         x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
-        for step in range(max_steps + 1):
+        for step in tqdm(range(max_steps + 1), desc="distal adversarials", leave=False):
             x.requires_grad_()
             loss = F.cross_entropy(model(x), y, reduction="none")
             (grad,) = torch.autograd.grad(-loss.sum(), x)
-            bar.update()
             going = loss.detach() > -math.log(confidence)
             if step == max_steps or not going.any():
                 break
             length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
             move = DISTAL_STEP * math.sqrt(math.prod(shape)) * going / length  # (N,)
             x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
-        bar.update(max_steps - step)
         return x.detach(), (-loss.detach()).exp()
 
-    with progress_bar("distal adversarials", distributed.shard_size(len(batches)) * (max_steps + 1)) as bar:
-        parts = distributed.sharded_map(batches, climb_to, starts.device)
+    parts = distributed.sharded_map(batches, climb_to, starts.device)
     x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, reached

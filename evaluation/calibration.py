@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.report import Interval, Section, bootstrap
+from evaluation.intervals import Interval, bootstrap
+from evaluation.report import Section
 from models.predict import predict
 
+needs_labels = True
 BINS = 20  # of confidence, equally wide: the habit of JEM's family
 
 
@@ -28,7 +30,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             f"minimises the cross-entropy on validation images, {inputs.noise_protocol}",
         )
     else:
-        section.skip("temperature scaling", "there are no validation images; train with --n_valid above 0")
+        section.add_absent("temperature scaling", "there are no validation images; train with --n_valid above 0")
     figure = Figure(figsize=(5 * len(scaled), 5.5), layout="constrained")
     panels = figure.subplots(2, len(scaled), height_ratios=(3, 1), sharex=True, squeeze=False)
     for (name, temperature), axes in zip(scaled.items(), panels.T, strict=True):
@@ -42,9 +44,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         section.add("calibration", ece, len(test), f"{bins}; {drawn}", interval, at)
         section.add("calibration", mce, len(test), bins, at=("maximum calibration error", name))
         brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
-        section.mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
+        section.add_mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
         nll = F.cross_entropy(logits / temperature, test.labels, reduction="none")
-        section.mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
+        section.add_mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
         reliability_panel(axes, p, test.labels, f"{name}, T = {temperature:.3g}, ECE {ece:.3f}")
     section.picture(
         "reliability",

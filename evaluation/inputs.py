@@ -10,6 +10,8 @@ from config import Config
 from data import ImageData, Split, to_float
 from models import JEM
 
+GRADIENT_BATCH = 100  # images of 3x32x32 at once where gradients in the input need the memory of training
+
 
 @dataclass(frozen=True)
 class EvalInputs:

@@ -34,7 +34,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     with exact_float32():
         sandwich_log_z(inputs, section, 1.0, on(test), levels, rng)
         if not len(valid):
-            section.skip("likelihood at another temperature", "there are no validation images to choose it on")
+            section.add_absent("likelihood at another temperature", "there are no validation images to choose it on")
             return
         beta = best_inverse_temperature(inputs, on(valid).mean().item(), rng)
         section.add(
@@ -82,7 +82,7 @@ def sandwich_log_z(
     protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures"
     runs = {"forward": (forward, f"{protocol}; stochastic lower bound")}
     if inputs.buffer is None:
-        section.skip(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
+        section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
     else:
         chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
         reverse = ais.reverse_ais(
@@ -99,7 +99,7 @@ def sandwich_log_z(
         section.add("log Z (nats)", result.acceptance.mean(), n, protocol, at=(row, "mean HMC acceptance"))
         section.add("log Z (nats)", result.acceptance.min(), n, protocol, at=(row, "lowest HMC acceptance"))
         bits = ais.bits_per_dim(beta * on_test - result.log_z, dim, levels)
-        section.mean(
+        section.add_mean(
             "test bits per dimension",
             bits,
             f"test images, uniformly dequantised from {levels} grey levels; "

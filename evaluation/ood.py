@@ -1,10 +1,10 @@
 """Out-of-distribution detection: scores, sets to hold them against, and how well they tell them apart."""
 
-import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -14,8 +14,9 @@ import data
 import distributed
 import image_folder
 from config import Config
-from evaluation.inputs import EvalInputs
-from evaluation.report import Section, bootstrap
+from evaluation.inputs import GRADIENT_BATCH, EvalInputs
+from evaluation.intervals import bootstrap
+from evaluation.report import Section
 from models import JEM, log_density
 from models.predict import images_per_batch
 from pgd import pgd
@@ -24,59 +25,79 @@ from utils import UserError, printable
 BUILT_IN = ("interp", "noise", "constant", "shuffled")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
 MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-case detection
-BATCH = 100  # images of 3x32x32; gradients in the input need the memory of training
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Each score against each set of ``--ood_datasets``, and their histograms."""
-    from sklearn.metrics import average_precision_score  # slow to import
-
     test = inputs.subset(inputs.data.test)
-    inside = scores(inputs.model, inputs.with_noise(test.images))
-    outside = {}
+    inside, outside = scores(inputs.model, inputs.with_noise(test.images)), {}
     for name in set_names(inputs.cfg):
+        shown = printable(name, "utf-8")
         try:
             images = distributed.rank0_first(lambda name=name: foreign_images(name, test.images, inputs))
+            if name not in BUILT_IN:
+                check_not_test_images(shown, images, inputs.data.test.images, section)
         except UserError as error:
-            section.skip(printable(name, "utf-8"), str(error))
+            section.add_absent(shown, str(error))
             continue
-        outside[printable(name, "utf-8")] = scores(inputs.model, inputs.with_noise(images))
+        outside[shown] = scores(inputs.model, inputs.with_noise(images))
         moved = moved_towards_data(inputs.model, images[:MOVED])
-        worst = auroc(inside["log p(x)"], scores(inputs.model, moved)["log p(x)"])
-        protocol = (
+        section.add(
+            "AUROC, worst case",
+            auroc(inside["log p(x)"], scores(inputs.model, moved)["log p(x)"]),
+            len(test) + len(moved),
             f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
-            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}"
+            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}",
+            at=(shown, "log p(x)"),
         )
-        n, at = len(test) + len(moved), (printable(name, "utf-8"), "log p(x)")
-        section.add("AUROC, worst case", worst, n, protocol, at=at)
     for name, measured in outside.items():
         for score, out in measured.items():
-            within, n, at = inside[score], len(out) + len(test), (name, score)
-            protocol = (
-                f"{len(test)} test images (positives, which should score higher) against {len(out)} others; "
-                f"{inputs.noise_protocol}"
-            )
-            section.add("AUROC", auroc(within, out), n, protocol, bootstrap(auroc, within, out), at)
-            target = torch.cat([torch.ones(len(within)), torch.zeros(len(out))])
-            aupr = average_precision_score(target, torch.cat([within, out]).cpu())
-            section.add("AUPR", aupr, n, protocol, at=at)
-            section.add("FPR at 95 % true positives", fpr_at_95(within, out), n, protocol, at=at)
+            add_detection(section, (name, score), inside[score], out, inputs.noise_protocol)
     for score in inside:
         shown = {"test images": inside[score]} | {name: measured[score] for name, measured in outside.items()}
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
         section.picture(file_name, f"{score} of test images against other images", histograms(shown, score))
 
 
+def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside: Tensor, noise: str) -> None:
+    """How well a score, (N,) and (M,), tells test images from others; ``at``: the set's and the score's name."""
+    from sklearn.metrics import average_precision_score, roc_curve  # slow to import
+
+    is_test = np.repeat([1, 0], [len(inside), len(outside)])
+    score = torch.cat([inside, outside]).cpu().numpy()
+    protocol = (
+        f"{len(inside)} test images (positives, which should score higher) against {len(outside)} others; {noise}"
+    )
+    fpr, tpr, _ = roc_curve(is_test, score, drop_intermediate=False)
+    fpr_at_95 = fpr[tpr >= 0.95].min()
+    section.add("AUROC", auroc(inside, outside), len(score), protocol, bootstrap(auroc, inside, outside), at)
+    section.add("AUPR", average_precision_score(is_test, score), len(score), protocol, at=at)
+    section.add("FPR at 95 % true positives", fpr_at_95, len(score), protocol, at=at)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an inside score (N,) exceeds an outside one (M,); a tie counts half.
+
+    Sorting makes it fast enough for a thousand bootstrap samples.
+    """
+    ordered = outside.sort().values
+    below, not_above = torch.searchsorted(ordered, inside), torch.searchsorted(ordered, inside, right=True)
+    return ((below + not_above).double().mean() / (2 * len(outside))).item()
+
+
 def set_names(cfg: Config) -> list[str]:
-    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper."""
+    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper.
+
+    Raises UserError for the first name that means nothing.
+    """
     if cfg.ood_datasets == "auto":
         return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
-    pieces, names = cfg.ood_datasets.split(","), []
-    while pieces:
-        joined = (n for n in range(len(pieces), 1, -1) if is_folder(",".join(pieces[:n]).strip()))
-        n = next(joined, 1)  # a folder's name may hold commas
-        names.append(",".join(pieces[:n]).strip())
-        pieces = pieces[n:]
+    if is_folder(cfg.ood_datasets):  # its name may hold a comma
+        return [cfg.ood_datasets]
+    names = [name.strip() for name in cfg.ood_datasets.split(",")]
+    for name in names:
+        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
+            raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
     return names
 
 
@@ -84,11 +105,14 @@ def is_folder(name: str) -> bool:
     return bool(name) and os.path.isdir(os.path.expanduser(name))
 
 
-def check_names(cfg: Config) -> None:
-    """Raise UserError for the first name in ``--ood_datasets`` that means nothing."""
-    for name in set_names(cfg):
-        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
-            raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
+def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Section) -> None:
+    """Raise UserError if most images, uint8 (N, C, H, W), are test images (M, C, H, W), pixel by pixel; note any."""
+    known = {image.tobytes() for image in test.cpu().numpy()}
+    shared = sum(image.tobytes() in known for image in images.cpu().numpy())
+    if shared > len(images) / 2:
+        raise UserError(f"{shared} of its {len(images)} images are test images: it is not out of distribution")
+    if shared:
+        section.note(f"**{name}**: {shared} of its {len(images)} images are test images, too, and lower the numbers.")
 
 
 def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
@@ -112,16 +136,21 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
         case _ if name in NAMED:
-            place = inputs.cfg.data_dir
-            if inputs.cfg.dataset == "folder":  # a download into it would be one class more
-                place = os.path.abspath(Config.data_dir)
-                if place == inputs.cfg.data_dir:
-                    raise UserError(f"it would be downloaded into your images in {place}: move them elsewhere")
-            others = data.load(name, place, device=inputs.device).test
+            others = data.load(name, download_folder(inputs.cfg), device=inputs.device).test
         case _:
-            images = image_folder.read_test_part(Path(os.path.expanduser(name)), image_size=h)
+            images = image_folder.read_test_part(Path(name).expanduser(), image_size=h)
             others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
     return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
+
+
+def download_folder(cfg: Config) -> str:
+    """Where named data sets are, or are downloaded to: not a folder of images, where it would be one class more."""
+    if cfg.dataset != "folder":
+        return cfg.data_dir
+    place = os.path.abspath(Config.data_dir)
+    if place == cfg.data_dir:
+        raise UserError(f"it would be downloaded into your images in {place}: move them elsewhere")
+    return place
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -136,7 +165,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
-    batches = x.split(images_per_batch(BATCH, x.shape[1:]))
+    batches = x.split(images_per_batch(GRADIENT_BATCH, x.shape[1:]))
     parts = distributed.sharded_map(
         batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores"
     )
@@ -151,7 +180,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-    batches = images.split(images_per_batch(BATCH, images.shape[1:]))
+    batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
 
     def moved(x: Tensor) -> Tensor:
         return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
@@ -165,19 +194,6 @@ def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = model(x)
     (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
     return logits.detach(), grad.flatten(1).norm(dim=1)
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that an inside score (N,) exceeds an outside one (M,); a tie counts half."""
-    ordered = outside.sort().values
-    below, not_above = torch.searchsorted(ordered, inside), torch.searchsorted(ordered, inside, right=True)
-    return ((below + not_above).double().mean() / (2 * len(outside))).item()
-
-
-def fpr_at_95(inside: Tensor, outside: Tensor) -> float:
-    """Share of outside scores at or above the highest threshold that at least 95 % of the inside scores reach."""
-    threshold = inside.sort(descending=True).values[math.ceil(0.95 * len(inside)) - 1]
-    return (outside >= threshold).double().mean().item()
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:

@@ -54,14 +54,14 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         with evaluation_packages():
             add_distances(section, fid.InceptionSpace(inputs.device), scored, real)
     except UserError as error:
-        section.skip("FID, IS, KID", str(error))
+        section.add_absent("FID, IS, KID", str(error))
     try:
         if feature_model is None:
             raise UserError("no --feature_ckpt names one")
         with evaluation_packages():
             add_distances(section, fid.ClassifierSpace(feature_model, cfg.feature_ckpt), scored, real)
     except UserError as error:
-        section.skip("Fréchet distance in a classifier's features", str(error))
+        section.add_absent("Fréchet distance in a classifier's features", str(error))
     if feature_model is not None and inputs.classifies:
         add_agreement(section, scored, inputs.model, feature_model, cfg.feature_ckpt)
 
@@ -95,9 +95,9 @@ def sample_sets(inputs: EvalInputs, section: Section) -> dict[str, ImageSet]:
     cfg, n, no_labels = inputs.cfg, samples_wanted(inputs.cfg), "the model was trained without labels"
     sets = fresh_samples(inputs, n)
     if not inputs.classifies:
-        section.skip("fresh, class-conditional", no_labels)
+        section.add_absent("fresh, class-conditional", no_labels)
     if inputs.buffer is None:
-        section.skip(
+        section.add_absent(
             "samples of the replay buffer",
             "the checkpoint has none: only last.pt of --mode energy_train does, so name the run",
         )
@@ -106,7 +106,7 @@ def sample_sets(inputs: EvalInputs, section: Section) -> dict[str, ImageSet]:
     held = to_uint8(inputs.buffer[order[:n].to(inputs.device)])
     sets["buffer"] = ImageSet(held, "replay buffer, unfiltered")
     if not inputs.classifies:
-        section.skip("buffer, filtered", no_labels)
+        section.add_absent("buffer, filtered", no_labels)
         return sets
     kept = most_confident(predict(inputs.model, held)).sort().values
     sets["buffer, filtered"] = ImageSet(
@@ -154,7 +154,7 @@ def add_distances(
     for name, (images, protocol) in sets.items():
         n = min(len(images), len(real_features))
         if n < FEWEST:
-            section.skip(f"{space.table}, {name}", f"needs at least {FEWEST} samples and real images, not {n}")
+            section.add_absent(f"{space.table}, {name}", f"needs at least {FEWEST} samples and real images, not {n}")
             continue
         features, logits = space.outputs(images)
         subset_size = min(fid.KID_SUBSET_SIZE, n - 1)
@@ -182,7 +182,7 @@ def add_agreement(section: Section, sets: dict[str, ImageSet], model: JEM, other
     for name, (images, protocol) in sets.items():
         agree = predict(other, images).argmax(1) == predict(model, images).argmax(1)
         protocol += f"; share of images for which {other_name} and the model predict the same class"
-        section.share(fid.ClassifierSpace.table, agree, protocol, (name, "same class"))
+        section.add_proportion(fid.ClassifierSpace.table, agree, protocol, (name, "same class"))
 
 
 def add_nearest(section: Section, sets: dict[str, ImageSet], train: Tensor, backbone: nn.Module) -> None:
@@ -190,7 +190,7 @@ def add_nearest(section: Section, sets: dict[str, ImageSet], train: Tensor, back
     in_pixels, in_features = to_float(train), predict(backbone, train)
     for name, (images, protocol) in sets.items():
         distance, like = fid.nearest(to_float(images[:1000]), in_pixels)
-        section.mean(
+        section.add_mean(
             "L2 distance to the nearest training image",
             distance,
             f"{protocol}, at most 1,000; pixels in [-1, 1], {len(train)} training images",

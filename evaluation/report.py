@@ -1,27 +1,27 @@
-"""What ``--mode test`` has measured: numbers that carry their protocol, remarks and pictures, in sections."""
+"""The report of ``--mode test``: measurements that carry their protocol, remarks and pictures, in sections."""
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from evaluation.intervals import Interval, bootstrap, wilson
 from logger.files import disk_errors, replace_file
-from logger.images import save_png
 from utils import printable
 
-Interval = tuple[float, float]
+Place = tuple[str, str]  # row and column in a table
+ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 
 
 @dataclass(frozen=True)
-class Number:
-    """A measurement; ``interval`` is of 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
+class Measurement:
+    """A number; ``interval`` is of 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
 
     value: float
     interval: Interval | None
@@ -33,128 +33,79 @@ class Number:
         return f"{text} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else text
 
 
-def bootstrap(
-    statistic: Callable[..., Any],
-    *groups: Tensor,
-    seed: int = 0,
-    replicates: int = 1000,
-    centre: float | None = None,
-) -> Interval:
-    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
-
-    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    groups = [group.cpu() for group in groups]
-    drawn = []
-    for _ in range(replicates):
-        drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    if centre is not None:
-        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
-    return float(low), float(high)
-
-
 class Section:
-    """One metric's numbers, remarks and pictures. Rows and columns, where given, become a table of their own."""
+    """One metric's measurements, by table, row and column; its remarks and pictures.
+
+    Every text is made printable on its way in: the name of a file or an error may hold what is no UTF-8.
+    """
 
     def __init__(self, name: str, directory: Path, writes: bool = True):
         self.name, self.directory, self.writes = name, directory, writes
-        self.numbers: dict[str, Number] = {}
-        self.tables: dict[str, dict[str, dict[str, Number]]] = {}
+        self.measurements: dict[tuple[str, str, str], Measurement] = {}
         self.notes: list[str] = []
-        self.absent: dict[str, str] = {}
-        self.pictures: dict[str, str] = {}
+        self.absent: dict[str, str] = {}  # reasons, by what is absent
+        self.pictures: dict[str, str] = {}  # captions, by the file's name without .png
 
     def add(
-        self,
-        name: str,
-        value: float,
-        n: int,
-        protocol: str,
-        interval: Interval | None = None,
-        at: tuple[str, str] | None = None,
+        self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: Place | None = None
     ) -> None:
-        """RunLogger a number; ``at`` is its (row, column) in the table ``name``. One that is not finite is absent."""
-        number = Number(float(value), interval, n, protocol)
-        if not math.isfinite(number.value):
-            self.skip(" ".join((name, *(at or ()))), f"the result is {number.value}")
-        elif at is None:
-            self.numbers[name] = number
-        else:
-            self.tables.setdefault(name, {}).setdefault(at[0], {})[at[1]] = number
+        """A measurement; ``at`` is its place in the table ``name``. One that is not finite is absent."""
+        if not math.isfinite(value):
+            self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
+            return
+        table, row, column = (printable(text, "utf-8") for text in ((name, *at) if at else (ALONE, name, VALUE)))
+        measurement = Measurement(float(value), interval, n, printable(protocol, "utf-8"))
+        self.measurements[table, row, column] = measurement
 
-    def mean(self, name: str, values: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """RunLogger the mean of one value an image, (N,), with its bootstrap interval."""
+    def add_mean(self, name: str, values: Tensor, protocol: str, at: Place | None = None) -> None:
+        """The mean of one value an image, (N,), with its bootstrap interval."""
         values = values.double().cpu()
-        self.add(name, values.mean().item(), len(values), protocol, bootstrap(torch.mean, values), at)
+        self.add(name, values.mean().item(), len(values), protocol, bootstrap(Tensor.mean, values), at)
 
-    def share(self, name: str, true: Tensor, protocol: str, at: tuple[str, str] | None = None) -> None:
-        """RunLogger the share of images, bool (N,), with its Wilson interval, which knows that 0 of 100 may be 3 %."""
-        from scipy.stats import binomtest  # slow to import
-
-        n = len(true)
-        low, high = binomtest(int(true.sum()), n).proportion_ci(method="wilson") if n else (math.nan, math.nan)
-        self.add(name, true.double().mean().item(), n, protocol, (float(low), float(high)), at)
+    def add_proportion(self, name: str, true: Tensor, protocol: str, at: Place | None = None) -> None:
+        """The share of images, bool (N,), with its Wilson interval."""
+        self.add(name, true.double().mean().item(), len(true), protocol, wilson(true), at)
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        self.notes.append(printable(text, "utf-8"))
 
-    def skip(self, what: str, reason: str) -> None:
-        """RunLogger that something could not be computed, and say so at once."""
-        self.absent[what] = reason
+    def add_absent(self, what: str, reason: str) -> None:
+        """Something that could not be measured, and why; the terminal says it at once."""
+        self.absent[printable(what, "utf-8")] = printable(reason, "utf-8")
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
         if self.writes:
-            path = self.directory / f"{name}.png"
+            png = io.BytesIO()
+            if isinstance(content, Figure):
+                content.savefig(png, dpi=120)
+            else:
+                Image.fromarray(content).save(png, "PNG")
             with disk_errors(self.directory):
-                if isinstance(content, Figure):
-                    encoded = io.BytesIO()
-                    content.savefig(encoded, dpi=120)
-                    replace_file(path, encoded.getvalue())
-                else:
-                    save_png(path, content)
-        self.pictures[name] = caption
-
-    def scalars(self) -> dict[str, Number]:
-        """Every number under one name: ``measure``, or ``measure/row/column``."""
-        cells = {
-            f"{name}/{row}/{column}": number
-            for name, table in self.tables.items()
-            for row, line in table.items()
-            for column, number in line.items()
-        }
-        return self.numbers | cells
+                replace_file(self.directory / f"{name}.png", png.getvalue())
+        self.pictures[name] = printable(caption, "utf-8")
 
     def as_dict(self) -> dict[str, Any]:
-        numbers = {name: asdict(number) for name, number in self.numbers.items()}
-        tables = {
-            name: {row: {column: asdict(number) for column, number in line.items()} for row, line in table.items()}
-            for name, table in self.tables.items()
-        }
-        return {"results": numbers | tables, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
-
-
-def all_printable(value: Any) -> Any:
-    """The same dicts and lists with every text in them printable: a path or an error may hold what is no UTF-8."""
-    if isinstance(value, dict):
-        return {all_printable(key): all_printable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [all_printable(item) for item in value]
-    return printable(value, "utf-8") if isinstance(value, str) else value
+        results: dict[str, Any] = {}
+        for (table, row, column), measurement in self.measurements.items():
+            if table == ALONE:
+                results[row] = asdict(measurement)
+            else:
+                results.setdefault(table, {}).setdefault(row, {})[column] = asdict(measurement)
+        return {"results": results, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
 
 
 class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
-    ``other``: the report of another run, to be shown beside this one. ``writes``: whether this process, if there are
-    several, saves pictures.
+    header: "about", "options" and "environment", each a dict. ``other``: the report of another run, to be shown beside
+    this one. ``writes``: whether this process, if there are several, saves pictures.
     """
 
-    def __init__(self, directory: Path, header: dict[str, Any], other: "Report | None" = None, writes: bool = True):
-        self.directory, self.header, self.other, self.writes = directory, header, other, writes
+    def __init__(self, directory: Path, header: dict[str, dict], other: "Report | None" = None, writes: bool = True):
+        self.directory, self.other, self.writes = directory, other, writes
+        self.header = {name: {k: as_printable(v) for k, v in part.items()} for name, part in header.items()}
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
@@ -163,4 +114,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """What results.json holds."""
-        return all_printable(self.header | {name: section.as_dict() for name, section in self.sections.items()})
+        return self.header | {name: section.as_dict() for name, section in self.sections.items()}
+
+
+def as_printable(value: Any) -> Any:
+    return printable(value, "utf-8") if isinstance(value, str) else value

@@ -7,31 +7,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
-import distributed
+from config import Config
 from config.options import ATTACKS
 from evaluation.attacks import (
-    AUTO_TARGETS,
-    BATCH,
+    AUTOATTACK_PARTS,
     DISTAL_STEP,
     DISTAL_STEPS,
-    Attack,
+    AutoAttack,
     Classifier,
+    PGDAttack,
     RefinedClassifier,
-    auto_attack,
+    check_autoattack,
     distal_adversarials,
-    estimate,
-    measure_speed,
-    no_auto_attack,
-    pgd_attack,
     predicted,
-    survivors,
+    robust_mask,
 )
-from evaluation.inputs import EvalInputs
+from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from logger.images import image_grid, to_uint8
 from models.predict import images_per_batch
 from sgld import chain_options, step_protocol
 from utils import UserError, evaluation_packages
+
+needs_labels = True
 
 
 class Norm(NamedTuple):
@@ -39,59 +37,56 @@ class Norm(NamedTuple):
 
     name: str
     epsilons: dict[str, float]
-    standard: str
+    autoattack_eps: str
     unit: float  # of the figure's axis
 
-    def grey_epsilon(self, dim: int) -> float:
+    def eps_to_grey(self, dim: int) -> float:
         """From here on any image of ``dim`` values can become plain grey: no model can be right."""
         return 0.5 if self.name == "Linf" else 0.5 * math.sqrt(dim)
 
 
-class Sweep(NamedTuple):
+class PGDSweep(NamedTuple):
     """PGD against a classifier, over a norm's epsilons: a column of the report."""
 
     name: str
     classifier: nn.Module
-    n: int  # images
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,)
     steps: int
     restarts: int
     batch_size: int
     protocol: str
     rng: Generator  # of the attack's starts and of the classifier
 
-    def attacks(self, norm: str) -> list[Attack]:
-        names = [f"{self.name}, start {i}" for i in range(1, self.restarts + 1)] if self.restarts > 1 else [self.name]
-        return [pgd_attack(norm, self.steps, self.rng, name) for name in names]
 
-
-NORMS = (
+ATTACK_NORMS = (
     Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
     Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1),
 )
-IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
+ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 N_DISTAL = 10  # of each class
 MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is possible
-TITLES = dict(zip(ATTACKS, ("PGD", "PGD through refinement", "AutoAttack", "distal adversarials"), strict=True))
+TITLES = {
+    "pgd": "PGD",
+    "refined": "PGD through refinement",
+    "autoattack": "AutoAttack",
+    "distal": "distal adversarials",
+}
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Robust accuracies, with and without refinement, and distal adversarials."""
     chosen = choose(inputs, section)
-    if not chosen:
-        return
-    test = inputs.subset(inputs.data.test, inputs.cfg.max_images or IMAGES)
-    x, y = test.images.float() / 255, test.labels
-    sweeps = {name: sweep for name, sweep in pgd_sweeps(inputs, len(x)).items() if name in chosen}
-    print(estimate(durations(inputs, chosen, sweeps, x, y), len(x)), flush=True)
-
     if set(chosen) - {"distal"}:
         figure = Figure(figsize=(9, 4), layout="constrained")
-        for norm, axes in zip(NORMS, figure.subplots(1, 2, sharey=True), strict=True):
-            for sweep in sweeps.values():
-                add_sweep(section, norm, sweep, x, y, axes, inputs.cfg.seed)
+        for norm, axes in zip(attack_norms(inputs.cfg), figure.subplots(1, 2, sharey=True), strict=True):
+            if "pgd" in chosen:
+                add_sweep(section, norm, pgd_sweep(inputs), axes)
+            if "refined" in chosen:
+                add_sweep(section, norm, refined_sweep(inputs), axes)
             if "autoattack" in chosen:
-                add_auto_attack(section, norm, inputs, x, y, axes)
+                add_autoattack(section, norm, inputs, axes)
             unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
             axes.set(xlabel=f"{norm.name} epsilon ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
             axes.grid(alpha=0.3)
@@ -110,93 +105,70 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     if "autoattack" not in absent:
         try:
             with evaluation_packages():
-                obstacle = no_auto_attack(len(inputs.data.class_names), inputs.data.shape)
+                check_autoattack(len(inputs.data.class_names), inputs.data.shape)
         except UserError as error:
-            obstacle = str(error)
-        absent |= {"autoattack": obstacle} if obstacle else {}
+            absent["autoattack"] = str(error)
     for name, reason in absent.items():
-        section.skip(TITLES[name], reason)
+        section.add_absent(TITLES[name], reason)
     return [name for name in ATTACKS if name not in absent]
 
 
-def pgd_sweeps(inputs: EvalInputs, n: int) -> dict[str, Sweep]:
-    """PGD on n images, and on fewer through the refinement, by their names in ``--attacks``."""
-    cfg, model, batch = inputs.cfg, inputs.model, images_per_batch(BATCH, inputs.data.shape)
-    rng, rng_refined = inputs.rng(), inputs.rng()
+def attack_norms(cfg: Config) -> list[Norm]:
+    """The norms, with ``--one_epsilon`` at the one where AutoAttack is run."""
+    if not cfg.one_epsilon:
+        return list(ATTACK_NORMS)
+    return [norm._replace(epsilons={norm.autoattack_eps: norm.epsilons[norm.autoattack_eps]}) for norm in ATTACK_NORMS]
+
+
+def attacked_images(inputs: EvalInputs, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Test images (N, C, H, W) in [0, 1], and their labels (N,)."""
+    n = inputs.cfg.attack_images or inputs.cfg.max_images or ATTACKED_IMAGES
+    test = inputs.subset(inputs.data.test, n)[:most]
+    return test.images.float() / 255, test.labels
+
+
+def pgd_sweep(inputs: EvalInputs) -> PGDSweep:
+    batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
+    x, y = attacked_images(inputs)
+    return PGDSweep(TITLES["pgd"], Classifier(inputs.model), x, y, PGD_STEPS, RESTARTS, batch_size, "", inputs.rng())
+
+
+def refined_sweep(inputs: EvalInputs) -> PGDSweep:
+    """PGD through the refinement."""
+    cfg, rng = inputs.cfg, inputs.rng()
     sizes = cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std
-    refined = RefinedClassifier(model, *sizes, CHAINS, rng_refined, **chain_options(cfg))
+    refined = RefinedClassifier(inputs.model, *sizes, CHAINS, rng, **chain_options(cfg))
     protocol = (
         f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
         f"probabilities averaged over {CHAINS} chains, attacked through these chains"
     )
-    few, small = min(REFINED_IMAGES, n), max(1, batch // (4 * CHAINS))
-    return {
-        "pgd": Sweep(TITLES["pgd"], Classifier(model), n, PGD_STEPS, RESTARTS, batch, "", rng),
-        "refined": Sweep(TITLES["refined"], refined, few, REFINED_PGD_STEPS, 1, small, protocol, rng_refined),
-    }
+    batch_size = max(1, images_per_batch(GRADIENT_BATCH, inputs.data.shape) // (4 * CHAINS))
+    x, y = attacked_images(inputs, REFINED_IMAGES)
+    return PGDSweep(TITLES["refined"], refined, x, y, REFINED_PGD_STEPS, 1, batch_size, protocol, rng)
 
 
-def durations(
-    inputs: EvalInputs, chosen: list[str], sweeps: dict[str, Sweep], x: Tensor, y: Tensor
-) -> dict[str, float]:
-    """Seconds that each attack takes at most, by its title, from the measured time of a pass."""
-    shape, n_classes = inputs.data.shape, len(inputs.data.class_names)
-    batch = images_per_batch(BATCH, shape)
-    plain = measure_speed(Classifier(inputs.model), x[:batch], y[:batch])
-    times = {}
-    for name, sweep in sweeps.items():
-        speed = plain
-        if name == "refined":  # its chains draw: a copy, so that the attack sees the same noise whatever was timed
-            copy = pgd_sweeps(inputs, len(x))[name]
-            speed = measure_speed(copy.classifier, x[: copy.batch_size], y[: copy.batch_size])
-        times[name] = sum(speed.of(sweep.attacks(n.name), sweep.n, len(n.epsilons) + 1) for n in NORMS)
-    if "autoattack" in chosen:
-        times["autoattack"] = sum(plain.of(auto_attack(n.name, n_classes, 0), len(x), 1) for n in NORMS)
-    if "distal" in chosen:
-        times["distal"] = N_DISTAL * n_classes * (DISTAL_STEPS + 1) * plain.gradient
-    return {TITLES[name]: seconds / distributed.current_world().size for name, seconds in times.items()}
-
-
-def add_auto_attack(section: Section, norm: Norm, inputs: EvalInputs, x: Tensor, y: Tensor, axes: Axes) -> None:
-    epsilon, n_classes = norm.epsilons[norm.standard], len(inputs.data.class_names)
-    attacks, batch = auto_attack(norm.name, n_classes, inputs.cfg.seed), images_per_batch(BATCH, inputs.data.shape)
-    kept = survivors(Classifier(inputs.model), attacks, x, y, [epsilon], batch, norm.name)[-1]
-    section.share(
-        f"accuracy under {norm.name} attack",
-        kept,
-        "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
-        f"{min(AUTO_TARGETS, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added",
-        (norm.standard, TITLES["autoattack"]),
-    )
-    axes.plot(epsilon / norm.unit, kept.double().mean().item(), "k*", markersize=12, label="AutoAttack")
-
-
-def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, axes: Axes, seed: int) -> None:
-    grey = norm.grey_epsilon(math.prod(x.shape[1:]))
-    epsilons = {**norm.epsilons, f"{grey:.3g} (check)": grey}
-    sweep.rng.manual_seed(seed)  # the same for each norm, whichever attacks ran before
-    alive = survivors(
-        sweep.classifier,
-        sweep.attacks(norm.name),
-        x[: sweep.n],
-        y[: sweep.n],
-        list(epsilons.values()),
-        sweep.batch_size,
-        norm.name,
-        sweep.rng,
-    )
+def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None:
+    """A column of accuracies: without attack, at each epsilon, and where any image can become grey."""
+    grey = norm.eps_to_grey(math.prod(sweep.x.shape[1:]))
+    answers = predicted(sweep.classifier, sweep.x, sweep.batch_size, sweep.rng)
+    masks = {"0": answers == sweep.y}
+    mask = masks["0"]
+    for label, eps in {**norm.epsilons, f"{grey:.3g} (check)": grey}.items():
+        for restart in range(1, sweep.restarts + 1):
+            attack = PGDAttack(norm.name, sweep.steps, sweep.rng, f"{norm.name} {label}, {sweep.name} {restart}")
+            mask = robust_mask(sweep.classifier, attack, eps, sweep.x, sweep.y, mask, sweep.batch_size, sweep.rng)
+        masks[label] = mask
     protocol = (
         f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
         "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too, "
         "and one that has fallen stays fallen, whatever noise is drawn later"
         f"{sweep.protocol}"
     )
-    for label, kept in zip(["0", *epsilons], alive, strict=True):
-        section.share(f"accuracy under {norm.name} attack", kept, protocol, (label, sweep.name))
-    shares = [kept.double().mean().item() for kept in alive]
+    for label, mask in masks.items():
+        section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, (label, sweep.name))
+    shares = [mask.double().mean().item() for mask in masks.values()]
     axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
-    answers = predicted(sweep.classifier, x[: sweep.n], sweep.batch_size, sweep.rng)
-    constant = answers.bincount().max().item() / sweep.n  # the share of the class that is predicted most often
+    constant = answers.bincount().max().item() / len(answers)  # the share of the class that is predicted most often
     if shares[-1] > constant + MASKED:
         section.note(
             f"**Masked gradients?** At {norm.name} epsilon {grey:.3g} every image can be changed to plain grey, so an "
@@ -206,16 +178,33 @@ def add_sweep(section: Section, norm: Norm, sweep: Sweep, x: Tensor, y: Tensor, 
         )
 
 
+def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
+    classifier, (x, y) = Classifier(inputs.model), attacked_images(inputs)
+    eps, batch_size = norm.epsilons[norm.autoattack_eps], images_per_batch(GRADIENT_BATCH, inputs.data.shape)
+    mask = predicted(classifier, x, batch_size) == y
+    for part in AUTOATTACK_PARTS:
+        attack = AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
+        mask = robust_mask(classifier, attack, eps, x, y, mask, batch_size)
+    section.add_proportion(
+        f"accuracy under {norm.name} attack",
+        mask,
+        "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
+        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added",
+        (norm.autoattack_eps, TITLES["autoattack"]),
+    )
+    axes.plot(eps / norm.unit, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
+
+
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     names = inputs.data.class_names
     x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
-    section.mean(
+    section.add_mean(
         "p(y|x) of distal adversarials",
         reached,
         f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
         f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
     )
-    section.share("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
+    section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
         "distal",
         "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",

@@ -1,63 +1,107 @@
-"""``--mode test``: one function a metric, one report. Every number carries its protocol."""
+"""``--mode test``: every metric that is asked for, and one report. Every number carries its protocol."""
 
 import errno
+import importlib
 import os
+import time
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import distributed
 import utils
 from checkpoints.load import frozen, load_data, load_feature_model
 from config import Config
-from config.options import METRICS as METRIC_NAMES
-from evaluation import calibration, classification, likelihood, ood, quality, robustness
+from evaluation import ood
 from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
-from evaluation.output import copy_pictures, to_tensorboard, write_files
-from evaluation.report import Report, Section
+from evaluation.rendering import write_files
+from evaluation.report import ALONE, Report, Section
 from logger.files import disk_errors, first_free
+from logger.metrics_log import tensorboard_writer
 from logger.run_dir import RunDir
 from sgld import finite_images
-from utils import UserError, evaluation_packages
-
-MEASURES = [m.measure for m in (classification, calibration, ood, robustness, quality, likelihood)]
-METRICS: dict[str, Callable[[EvalInputs, Section], None]] = dict(zip(METRIC_NAMES, MEASURES, strict=True))
-NEED_LABELS = ("classification", "calibration", "robustness")
+from utils import UserError, evaluation_packages, printable
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
     other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
-    device = utils.pick_device(cfg.gpu)
+    ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
+    device, state = utils.pick_device(cfg.gpu), content["state"]
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
-    images, state = load_data(cfg, path, content, device), content["state"]
+    images = load_data(cfg, path, content, device)
+    images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
-    class_names = tuple(utils.printable(name, "utf-8") for name in images.class_names)
     trained = Config.from_dict(content["config"], str(path))
-    images = replace(images, class_names=class_names)
     inputs = EvalInputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
-    ood.check_names(cfg)
 
-    directory, writes = (
-        distributed.broadcast_from_rank0(lambda: report_directory(cfg, path)),
-        distributed.current_world().rank == 0,
-    )
+    directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
+    writes = distributed.current_world().rank == 0
+    environment = utils.environment(device)
+    about = facts(inputs, trained, path, state) | {
+        "device": environment["device"],
+        "version of the program (git commit)": environment["git_commit"],
+        "command": environment["command"],
+    }
+    header = {"about": about, "options": vars(cfg), "environment": environment}
+    report = Report(directory, header, other, writes)
+    for i, name in enumerate(cfg.metrics, 1):
+        print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
+        start = time.perf_counter()
+        measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
+        print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if writes:
+            write_files(report)
+    if writes and not cfg.no_log:
+        to_tensorboard(report, state["step"] or 0)
+    print(f"Look at {printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
+    if not any(section.measurements for section in report.sections.values()):
+        raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
+    return 0
+
+
+def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
+    """Run one metric. If it fails, the others still run, and its section says why it is missing.
+
+    A metric whose module says ``needs_labels = True`` is left out for a model that was trained without labels.
+    """
+    if getattr(metric, "needs_labels", False) and not inputs.classifies:
+        section.add_absent(section.name, "the model was trained without labels")
+        return
+    torch.manual_seed(inputs.cfg.seed)  # for libraries that draw from the global generator
+    try:
+        with evaluation_packages():
+            distributed.raise_on_all_ranks(f"ends {section.name}", lambda: metric.measure(inputs, section))
+    except UserError as error:
+        section.add_absent(section.name, str(error))
+    except Exception as error:
+        if distributed.lost_connection(error):
+            raise
+        traceback.print_exc()
+        section.add_absent(section.name, f"{type(error).__name__}: {error}")
+
+
+def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]) -> dict[str, str]:
+    """What is measured, for the top of the report."""
+    cfg, (_, height, width) = inputs.cfg, inputs.data.shape
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {
         "checkpoint": f"{path}{chosen}",
-        "training steps": "not in the file" if state["step"] is None else state["step"],
+        "training steps": "not in the file" if state["step"] is None else str(state["step"]),
         "weights": "moving average" if "ema" in state else "as trained",
-        "arithmetic": "float32" if device.type == "cpu" else "TF32, likelihood in float32",
-        "data set": cfg.dataset,
-        "network": model.name,
-        "seed": cfg.seed,
+        "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
+        "data set": f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset,
+        "network": inputs.model.name,
+        "seed": str(cfg.seed),
     }
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
@@ -66,48 +110,21 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
             "samples use the statistics of their batch, as in training; everything else (log p(x) of an image, too) "
             "uses the running statistics of real images, so this log p(x) is not the function that the chains climb"
         )
-    report = Report(
-        directory,
-        {
-            "about": {k: str(v) for k, v in about.items()},
-            "options": vars(cfg),
-            "environment": utils.environment(device),
-        },
-        other,
-        writes,
-    )
-    if other and writes:
-        copy_pictures(report, cfg.metrics)
-    for name in cfg.metrics:
-        print(f"{name} ...", flush=True)
-        section = report.section(name)
-        torch.manual_seed(cfg.seed)  # for libraries that draw from the global generator
-        if name in NEED_LABELS and not trained.classifies:
-            section.skip(name, "the model was trained without labels")
-        else:
-            measure(METRICS[name], inputs, section)
-        if writes:
-            write_files(report)
-    if writes and not cfg.no_log:
-        to_tensorboard(report, state["step"] or 0)
-    print(f"Look at {utils.printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
-    if not any(section.scalars() for section in report.sections.values()):
-        raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
-    return 0
+    return about
 
 
-def measure(metric: Callable[[EvalInputs, Section], None], inputs: EvalInputs, section: Section) -> None:
-    """Run one metric. If it fails, the others still run, and its section says why it is missing."""
-    try:
-        with evaluation_packages():
-            distributed.raise_on_all_ranks(f"ends {section.name}", lambda: metric(inputs, section))
-    except UserError as error:
-        section.skip(section.name, str(error))
-    except Exception as error:
-        if distributed.lost_connection(error):
-            raise
-        traceback.print_exc()
-        section.skip(section.name, f"{type(error).__name__}: {error}")
+def to_tensorboard(report: Report, step: int) -> None:
+    """The report's text, numbers and pictures as TensorBoard events in its directory."""
+    with disk_errors(report.directory), tensorboard_writer(report.directory) as board:
+        board.add_text("report", (report.directory / "report.md").read_text("utf-8"), step)
+        for name, section in report.sections.items():
+            for (table, row, column), measurement in section.measurements.items():
+                tag = f"{name}/{row}" if table == ALONE else f"{name}/{table}/{row}/{column}"
+                board.add_scalar(tag, measurement.value, step)
+            for picture in section.pictures:
+                with Image.open(report.directory / f"{picture}.png") as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
 
 
 def report_directory(cfg: Config, path: Path) -> Path:
@@ -122,7 +139,7 @@ def report_directory(cfg: Config, path: Path) -> Path:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise UserError(f"cannot write to {run}: {error.strerror}") from None
             reason = f"{run} cannot be written ({error.strerror}): the report goes to a new run in {cfg.logdir}"
-            print(utils.printable(reason), flush=True)
+            print(printable(reason), flush=True)
     run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
         return first_free(run / "eval", Path.mkdir)

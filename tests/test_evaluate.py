@@ -20,16 +20,16 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import evaluation.run
 import utils
 from config import Config
 from data import Split, load
-from evaluation import likelihood, ood, robustness
-from evaluation.attacks import Speed
+from evaluation import attacks, classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
+from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
-from evaluation.ood import auroc, converted, foreign_images, fpr_at_95, logits_and_slope
-from evaluation.report import Section, bootstrap
+from evaluation.intervals import bootstrap, wilson
+from evaluation.ood import auroc, converted, foreign_images, logits_and_slope
+from evaluation.report import Section
 from main import main
 from models import build_model
 from models import predict as prediction
@@ -78,15 +78,16 @@ def test_images_are_moved_up_log_p_x_within_their_ball(inputs):
 
 
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
-def test_a_share_has_a_wilson_interval(tmp_path, right, low, high):
-    section = Section("robustness", tmp_path)
-    section.share("accuracy", torch.arange(100) < right, "of 100")
-    number = section.numbers["accuracy"]
-    assert (number.value, number.n) == (right / 100, 100)
-    assert number.interval == pytest.approx((low, high), abs=5e-4)
+def test_a_share_has_a_wilson_interval(right, low, high):
+    assert wilson(torch.arange(100) < right) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_fpr_at_95_scans_every_threshold():
+def test_fpr_at_95_scans_every_threshold(tmp_path):
+    def fpr_at_95(*scores):
+        section = Section("ood", tmp_path)
+        ood.add_detection(section, ("set", "score"), *scores, "")
+        return section.measurements["FPR at 95 % true positives", "set", "score"].value
+
     inside, outside = tied_scores()
     rates = [((inside >= t).float().mean().item(), (outside >= t).float().mean().item()) for t in inside]
     assert fpr_at_95(inside, outside) == pytest.approx(min(fpr for tpr, fpr in rates if tpr >= 0.95))
@@ -258,7 +259,7 @@ def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
     section = Section("one", tmp_path)
     section.add("good", 1.5, 3, "by hand")
     section.add("bad", math.nan, 3, "by hand")
-    assert list(section.scalars()) == ["good"] and "bad" in section.absent
+    assert list(section.as_dict()["results"]) == ["good"] and "bad" in section.absent
     assert "bad: absent" in capsys.readouterr().out
 
 
@@ -279,7 +280,8 @@ def quick(monkeypatch):
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(robustness, "distal_adversarials", partial(robustness.distal_adversarials, max_steps=3))
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 2, seeded(), "AutoAttack")])
+    monkeypatch.setattr(robustness, "AUTOATTACK_PARTS", ("apgd-ce",))
+    monkeypatch.setattr(attacks.AutoAttack, "perturb", lambda self, classifier, eps, x, y: x)
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
@@ -327,28 +329,10 @@ def test_the_report_s_numbers_by_a_slow_computation(run):
 
 @pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
-    command = [
-        "--mode",
-        "test",
-        "--load_ckpt",
-        str(run),
-        "--gpu",
-        "cpu",
-        "--max_images",
-        "30",
-        "--n_sample_steps",
-        "3",
-        "--refine_steps",
-        "2",
-        "--ais_chains",
-        "20",
-        "--ais_temperatures",
-        "3",
-        "--ood_datasets",
-        f"noise,{tmp_path},shuffled",
-        "--feature_ckpt",
-        str(run),
-    ]
+    command = (
+        "--mode test --gpu cpu --max_images 30 --n_sample_steps 3 --refine_steps 2 --ais_chains 20 --ais_temperatures 3"
+    ).split()
+    command += ["--load_ckpt", str(run), "--feature_ckpt", str(run), "--ood_datasets", f"noise,{tmp_path},shuffled"]
     before = set(run.glob("eval*"))
     assert main(command) == 0
     (report,) = set(run.glob("eval*")) - before
@@ -413,7 +397,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     def broken(inputs, section):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setitem(evaluation.run.METRICS, "classification", broken)
+    monkeypatch.setattr(classification, "measure", broken)
     command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
@@ -426,28 +410,12 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     renamed = {**content["data"], "class_names": list("abcdefghij")}
     (tmp_path / "run").mkdir()
     torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
-    command = [
-        "--mode",
-        "test",
-        "--gpu",
-        "cpu",
-        "--eval",
-        "classification",
-        "--max_images",
-        "20",
-        "--logdir",
-        str(tmp_path / "runs"),
-        "--load_ckpt",
-    ]
+    command = "--mode test --gpu cpu --eval classification --max_images 20 --load_ckpt".split()
+    command = ["--logdir", str(tmp_path / "runs"), *command]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
     assert main([*command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt")]) == 2
     assert "was trained on other images or classes" in capsys.readouterr().err
-
-
-def test_auto_names_the_usual_sets():
-    assert ood.set_names(Config(mode="test", dataset="digits")) == ["interp", "noise", "constant", "shuffled"]
-    assert ood.set_names(Config(mode="test", dataset="cifar10"))[-2:] == ["svhn", "cifar100"]
 
 
 @pytest.mark.parametrize(
@@ -460,11 +428,6 @@ def test_auto_names_the_usual_sets():
         (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
-        (["--load_ckpt", "RUN", "--sigma", "0.1"], "--sigma is for --mode energy_train or baseline_train"),
-        (["--load_ckpt", "RUN", "--batch_size", "9"], "--batch_size is for --mode energy_train or baseline_train or"),
-        (["--load_ckpt", "RUN", "--p_x_weight", "2"], "--p_x_weight is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--class_cond"], "--class_cond is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--save_images"], "--save_images is for --mode sample"),
         (
             ["--load_ckpt", "RUN", "--fid_reference", "test"],
             "--fid_reference takes one of train, train+test, not 'test'",
@@ -525,55 +488,32 @@ def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
     assert absent in results[metric]["absent"] and "accuracy" in results["classification"]["results"]
 
 
-def test_each_attack_can_be_measured_alone(run, quick, monkeypatch, capsys):
-    """It gives the numbers that it gives among the others, and no others; the line before names it and its time."""
-    monkeypatch.setattr(robustness, "measure_speed", lambda *_: Speed(gradient=0.12, forward=0.06))
-    titles = {
-        "pgd": "PGD",
-        "refined": "PGD through refinement",
-        "autoattack": "AutoAttack",
-        "distal": "distal adversarials",
-    }
-    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1"]
+def test_each_attack_can_be_measured_alone(run, quick):
+    """It gives the numbers that it gives among the others, and no others."""
+    titles = robustness.TITLES
+    command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--refine_steps", "1", "--one_epsilon"]
 
     def measured(*options):
         before = set(run.rglob("results.json"))
         assert main([*command, *options]) == 0
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("robustness: ")]
-        section = new_report(run, before)[0]["robustness"]
-        numbers = {
-            (place, row, column): number
-            for place, table in section["results"].items()
-            for row, columns in (table.items() if "value" not in table else ())
-            for column, number in columns.items()
-        }
-        numbers |= {("", "", name): n for name, n in section["results"].items() if "value" in n}
-        return numbers, section, line
+        section = read_report(str(new_report(run, before)[1])).sections["robustness"]
+        return section.measurements, section
 
-    everything, section, line = measured()
-    assert section["absent"] == {} and set(section["pictures"]) == {"robustness", "distal"}
-    seconds = (
-        20 * (6 + 5) * (2 * 0.12 + 0.06),  # 2 steps and a check at each epsilon of both norms
-        20 * (6 + 5) * (0.12 + 0.06),
-        20 * 2 * (2 * 0.12 + 0.06),  # of what takes AutoAttack's place here
-        100 * 501 * 0.12,
-    )
-    minutes = (f"{s / 60:.{0 if s > 600 else 1}f}" for s in seconds)
-    parts = ", ".join(f"{title} {m}" for title, m in zip(titles.values(), minutes, strict=True))
-    assert line == f"robustness: at most about 102 minutes for 20 images ({parts})"
+    everything, section = measured()
+    assert section.absent == {} and set(section.pictures) == {"robustness", "distal"}
+    rows = {row for table, row, _ in everything if table == "accuracy under L2 attack"}
+    assert rows == {"0", "0.5", "4 (check)"}
     found = {}
     for name, title in titles.items():
-        numbers, section, line = measured("--attacks", name)
-        assert set(section["absent"]) == set(titles.values()) - {title}
-        assert set(section["absent"].values()) == {"left out by --attacks"}
-        assert set(section["pictures"]) == ({"distal"} if name == "distal" else {"robustness"})
-        assert {column.rpartition(" of ")[2] for _, _, column in numbers} == {title}
-        assert line.split("(")[1].rsplit(" ", 1)[0] == title
+        numbers, section = measured("--attacks", name)
+        assert set(section.absent) == set(titles.values()) - {title}
+        assert set(section.absent.values()) == {"left out by --attacks"}
+        assert set(section.pictures) == ({"distal"} if name == "distal" else {"robustness"})
         found |= numbers
     assert found == everything
 
-    _, section, _ = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
-    assert set(section["absent"]) == {"PGD", "PGD through refinement"}
+    _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
+    assert set(section.absent) == {"PGD", "PGD through refinement"}
 
 
 @pytest.mark.parametrize(
@@ -593,18 +533,15 @@ def test_attacks_that_cannot_be_chosen_are_one_line(options, message, run, capsy
 
 
 def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
-    monkeypatch.setattr(robustness, "no_auto_attack", lambda *_: "it needs at least 4 classes, not 3")
+    def check_autoattack(n_classes, shape):
+        raise UserError("it needs at least 4 classes, not 3")
+
+    monkeypatch.setattr(robustness, "check_autoattack", check_autoattack)
     command = [*SHORT, "--load_ckpt", str(run), "--eval", "robustness", "--attacks", "autoattack"]
     assert main(command) == 2
     out, err = capsys.readouterr()
-    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out and "at most about" not in out
+    assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out
     assert err.count("\n") == 1 and "nothing could be measured" in err
-
-
-def test_attacks_are_for_mode_test(tmp_path, capsys):
-    assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
-    assert "--attacks is for --mode test" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
@@ -680,17 +617,34 @@ def test_which_images_of_a_folder_are_taken(inputs, tmp_path):
 
 def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_images(tmp_path / "cats, dogs,more", 3)
+    write_images(tmp_path / "cats, dogs", 3)
     write_images(tmp_path / "cats", 5)
     names = {
-        f"noise,{tmp_path}/cats, dogs,more,shuffled": ["noise", f"{tmp_path}/cats, dogs,more", "shuffled"],
-        "~/cats, ~/cats, dogs,more": ["~/cats", "~/cats, dogs,more"],
-        "~/cats,dogs": ["~/cats", "dogs"],
+        f"{tmp_path}/cats, dogs": [f"{tmp_path}/cats, dogs"],
+        "~/cats, dogs": ["~/cats, dogs"],
+        "noise, ~/cats": ["noise", "~/cats"],
     }
+    usual = ["interp", "noise", "constant", "shuffled"]
+    assert ood.set_names(Config(mode="test", dataset="digits")) == usual
+    assert ood.set_names(Config(mode="test", dataset="cifar10")) == [*usual, "svhn", "cifar100"]
     for option, expected in names.items():
         assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
-    ood.check_names(Config(mode="test", ood_datasets="~/cats, dogs,more,noise"))
+
+
+def test_test_images_are_no_other_images(inputs, tmp_path, capsys):
+    """As a named set and as a folder; a few among others are only noted."""
+    test = inputs.data.test.images
+    (tmp_path / "some").mkdir()
+    for i in range(20):
+        pixels = test[i, 0].numpy() if i < 4 else np.full((8, 8), i, "u1")
+        Image.fromarray(pixels).save(tmp_path / "some" / f"{i:02d}.png")
+    small = replace(inputs, cfg=replace(inputs.cfg, ood_datasets=f"digits,{tmp_path / 'some'}"))
+    section = Section("ood", tmp_path)
+    ood.measure(small, section)
+    assert section.absent == {"digits": "40 of its 40 images are test images: it is not out of distribution"}
+    (note,) = section.notes
+    assert "some**: 4 of its 20 images are test images" in note
 
 
 def test_histograms_show_every_name_as_it_is():
@@ -716,10 +670,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     options += ["--data_dir", str(data_dir), "--logdir", str(tmp_path / "runs")]
     assert main(options) == 0
     (trained,) = (tmp_path / "runs").iterdir()
-    for name, value in {"PGD_STEPS": 1, "RESTARTS": 1}.items():
-        monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(robustness, "auto_attack", lambda norm, *_: [robustness.pgd(norm, 1, seeded())])
-    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", f"noise,{folder}", "--refine_steps", "0"]
+    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder, "--attacks", "distal"]
     assert main([*command, "--eval", "classification,robustness,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)
@@ -727,10 +678,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     printed = ["$x$ <b>and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
     assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
     assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
-    assert (
-        set(results["robustness"]["absent"]) <= {"AutoAttack", "PGD through refinement"}
-        and "distal" in results["robustness"]["pictures"]
-    )
+    assert "distal" in results["robustness"]["pictures"]
     assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
     report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))
     assert all(f"| {name} |" in unescape(report) and f">{name}<" in unescape(page) for name in printed)

@@ -11,28 +11,37 @@ from config import Config
 from data import Split, load
 from evaluation import attacks, robustness
 from evaluation.attacks import (
-    Attack,
+    AUTOATTACK_PARTS,
+    AutoAttack,
     Classifier,
+    PGDAttack,
     RefinedClassifier,
-    Speed,
-    auto_attack,
+    check_autoattack,
     differentiable_chain,
     distal_adversarials,
-    estimate,
-    no_auto_attack,
-    pgd_attack,
-    seconds,
-    standard_version,
-    survivors,
+    predicted,
+    robust_mask,
 )
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import Norm, Sweep, add_sweep
+from evaluation.robustness import Norm, PGDSweep, add_sweep
 from models import build_model
+from utils import UserError
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def masks(classifier, attacks, x, y, epsilons, batch_size):
+    """Who is classified correctly without attack, then under all attacks of each epsilon and those before."""
+    found = [predicted(classifier, x, batch_size) == y]
+    for eps in epsilons:
+        mask = found[-1]
+        for attack in attacks:
+            mask = robust_mask(classifier, attack, eps, x, y, mask, batch_size)
+        found.append(mask)
+    return found
 
 
 @pytest.fixture
@@ -52,12 +61,12 @@ def images():
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = survivors(classifier, 2 * [pgd_attack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
+    alive = masks(classifier, 2 * [PGDAttack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
     counts = [kept.sum().item() for kept in alive]
     assert counts[0] == 8 and counts[-1] < counts[0]
     assert counts == sorted(counts, reverse=True)
 
-    attacked = pgd_attack(norm, 20, seeded()).on(classifier, epsilons[1])(images, labels)
+    attacked = PGDAttack(norm, 20, seeded()).perturb(classifier, epsilons[1], images, labels)
     order = math.inf if norm == "Linf" else 2
     assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)
     assert attacked.min() >= 0 and attacked.max() <= 1
@@ -75,20 +84,19 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     refined = RefinedClassifier(model, 1, 1e-6, 0.0, n_chains=1, generator=seeded())
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
     labels = model(2 * images - 1).argmax(1)
-    kept = survivors(classifier, [pgd_attack("Linf", 1, seeded())], images, labels, [1e-7], 8)[-1]
+    kept = robust_mask(classifier, PGDAttack("Linf", 1, seeded()), 1e-7, images, labels, torch.ones(8) > 0, 8)
     assert kept.all() and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("side", [8, 16, 28, 32])
-def test_where_autoattack_can_be_run(side):
-    assert no_auto_attack(10, (3, side, side)) == ""
-
-
-def test_where_autoattack_cannot_be_run():
-    assert "at least 4 classes, not 3" in no_auto_attack(3, (3, 32, 32))
+def test_where_autoattack_can_be_run():
+    for side in (8, 16, 28, 32):
+        check_autoattack(10, (3, side, side))
+    with pytest.raises(UserError, match="at least 4 classes, not 3"):
+        check_autoattack(3, (3, 32, 32))
     for height, width in ((24, 32), (24, 24), (12, 12)):  # more than 5 of its tiles a side
-        assert f"images of {height}x{width}" in no_auto_attack(10, (3, height, width))
+        with pytest.raises(UserError, match=f"images of {height}x{width}"):
+            check_autoattack(10, (3, height, width))
 
 
 def test_a_linear_model_falls_exactly_where_its_margin_ends():
@@ -106,7 +114,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     shifts = torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     labels = torch.zeros(3, dtype=torch.int64)
-    alive = survivors(Linear(), [pgd_attack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    alive = masks(Linear(), [PGDAttack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
     assert [kept.tolist() for kept in alive] == [
         [True, True, True],
         [False, True, True],
@@ -118,16 +126,20 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
 @pytest.fixture
 def short(monkeypatch):
     """AutoAttack of fewer steps and queries."""
+    package = AutoAttack.package
 
     def shortened(*arguments):
-        whole = standard_version(*arguments)
+        whole = package(*arguments)
         for member in (whole.apgd, whole.apgd_targeted, whole.fab):
             member.n_iter = 6
         whole.square.n_queries = 10
         return whole
 
-    monkeypatch.setattr(attacks, "standard_version", shortened)
-    return shortened
+    monkeypatch.setattr(AutoAttack, "package", shortened)
+
+
+def auto_attack(norm, seed):
+    return [AutoAttack(norm, part, 4, seed) for part in AUTOATTACK_PARTS]
 
 
 def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, images, short):
@@ -135,8 +147,8 @@ def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, ima
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
     epsilons = [1e-4, 0.05, 0.1]
-    alive = survivors(classifier, auto_attack("Linf", 4, seed=0), images, labels, epsilons, 8)
-    against_pgd = survivors(classifier, [pgd_attack("Linf", 10, seeded())], images, labels, epsilons, 8)
+    alive = masks(classifier, auto_attack("Linf", 0), images, labels, epsilons, 8)
+    against_pgd = masks(classifier, [PGDAttack("Linf", 10, seeded())], images, labels, epsilons, 8)
     assert alive[1].all()
     for ours, plain in zip(alive, against_pgd, strict=True):
         assert ours.sum() <= plain.sum()
@@ -144,106 +156,22 @@ def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, ima
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
-def test_autoattack_is_the_one_of_its_package(norm, epsilon, model, images, short):
-    """Image by image, with fewer than 10 classes, and the same again when it is repeated."""
+def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, short):
+    """One attack after the other is what the package does in one call, with fewer than 10 classes, too."""
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    whole = short(classifier, norm, epsilon, 3, 5, torch.device("cpu"))
-    assert whole.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    whole = AutoAttack(norm, "square", 4, seed=5).package(classifier, epsilon, torch.device("cpu"))
+    assert (whole.version, whole.apgd.n_restarts, whole.fab.n_restarts, whole.apgd_targeted.n_target_classes) == (
+        "standard",
+        1,
+        1,
+        3,
+    )
+    whole.attacks_to_run = list(AUTOATTACK_PARTS)
     attacked, _ = whole.run_standard_evaluation(images, labels, batch_size=8)
     expected = classifier(attacked).argmax(1) == labels
-    members, moved, alive = auto_attack(norm, 4, seed=5), images.clone(), torch.ones(8, dtype=torch.bool)
-    for member in members:
-        found = member.on(classifier, epsilon)(images[alive], labels[alive])
-        fooled = classifier(found).argmax(1) != labels[alive]
-        where = alive.nonzero().flatten()[fooled]
-        moved[where], alive[where] = found[fooled], False
-    assert torch.equal(moved, attacked)
-    assert torch.equal(survivors(classifier, members, images, labels, [epsilon], 8)[-1], expected)
+    assert torch.equal(masks(classifier, auto_attack(norm, 5), images, labels, [epsilon], 8)[-1], expected)
     assert 0 < expected.sum() < 8
-
-
-class Sure(torch.nn.Module):
-    """4 classes that a small change does not touch; notes of each pass whether it was for a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.passes = []
-
-    def forward(self, x):
-        self.passes.append(x.requires_grad)
-        flat = x.flatten(1)
-        return torch.stack([flat.sum(1) + 1000, *flat[:, :3].T], 1)
-
-
-def test_each_attack_needs_the_passes_that_the_estimate_counts(monkeypatch):
-    """AutoAttack at its full length, but for the queries of Square."""
-
-    def fewer_queries(*arguments):
-        whole = standard_version(*arguments)
-        assert whole.square.n_queries == 5000
-        whole.square.n_queries = 40
-        return whole
-
-    monkeypatch.setattr(attacks, "standard_version", fewer_queries)
-    monkeypatch.setattr(attacks, "AUTO_QUERIES", 40)
-    x, y = torch.rand(1, 1, 4, 4, generator=seeded()), torch.tensor([0])
-    members = auto_attack("Linf", 4, 0)
-    assert [member.name.split()[1] for member in members] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
-    for attack in [pgd_attack("L2", 7, seeded()), *members]:
-        classifier = Sure()
-        survivors(classifier, [attack], x, y, [1e-3], 1)
-        gradients = sum(classifier.passes)
-        assert (gradients, len(classifier.passes) - 1 - gradients) == (attack.gradients, attack.forwards)
-
-
-def test_the_bar_says_which_attack_runs_and_moves_with_each_pass(monkeypatch):
-    shown = []
-
-    class Bar(attacks.tqdm):
-        def update(self, n=1):
-            super().update(n)
-            shown.append((self.n, self.desc, self.postfix))
-
-    monkeypatch.setattr(attacks, "tqdm", Bar)
-    x, y = torch.rand(5, 1, 4, 4, generator=seeded()), torch.tensor([0, 0, 0, 0, 1])  # the last is wrong from the start
-    survivors(
-        Sure(),
-        [pgd_attack("Linf", 3, seeded(), "one"), pgd_attack("Linf", 1, seeded(), "two")],
-        x,
-        y,
-        [0.01],
-        2,
-        "Linf",
-    )
-    one, two = (("Linf 0.01, " + name + ": ", "4 of 5 images not fooled") for name in ("one", "two"))
-    assert shown == [(n, *one) for n in (2, 4, 6, 8, 10, 12, 14, 16, 20)] + [(n, *two) for n in (22, 24, 26, 28, 30)]
-
-
-def test_the_time_of_a_pass_and_of_all_passes(monkeypatch):
-    device, now, calls = torch.device("cpu"), [0.0], []
-
-    def takes(*durations):
-        """A call that moves the clock on by one of these each time."""
-        calls[:] = durations
-        return seconds(lambda: now.__setitem__(0, now[0] + calls.pop(0)), device, lambda: now[0])
-
-    assert takes(0.5, 0.25, 0.375, 9) == 0.25 and calls == [9]  # the fastest of three
-    assert takes(2, 9) == 2 and calls == [9]  # a slow one only once
-    classifier = Sure()
-    monkeypatch.setattr(
-        attacks, "seconds", lambda call, device: (call(), 8.0 if len(classifier.passes) == 1 else 4.0)[1]
-    )
-    speed = attacks.measure_speed(classifier, torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64))
-    assert classifier.passes == [True, False] and speed == Speed(gradient=2, forward=1)
-
-    two = [Attack("one", None, 10, 2), Attack("two", None, 0, 50)]
-    assert Speed(gradient=3, forward=0.5).of(two, 7, 2) == 7 * 2 * (10 * 3 + 52 * 0.5)
-    line = estimate({"PGD": 72, "PGD through refinement": 114, "AutoAttack": 654}, 100)
-    assert line == (
-        "robustness: at most about 14 minutes for 100 images (PGD 1.2, PGD through refinement 1.9, AutoAttack 11)"
-    )
-    assert "at most about 2.0 hours for 5 images (PGD 2.0)" in estimate({"PGD": 7200}, 5)
 
 
 @pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
@@ -255,7 +183,7 @@ def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
             return torch.stack([0 * x.sum((1, 2, 3))] * 2, 1)
 
     def start(seed):
-        return pgd_attack(norm, 3, seeded(seed)).on(Flat(), 0.1)(images, torch.zeros(8, dtype=torch.int64))
+        return PGDAttack(norm, 3, seeded(seed)).perturb(Flat(), 0.1, images, torch.zeros(8, dtype=torch.int64))
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
     distance = torch.linalg.vector_norm((start(1) - images).flatten(1), order, dim=1)
@@ -275,7 +203,7 @@ def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
 def test_refinement_runs_the_chains_of_training():
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", sgld_grad_clamp=0.5, sgld_clamp=True)
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
-    sweep = robustness.pgd_sweeps(inputs, 60)["refined"]
+    sweep = robustness.refined_sweep(inputs)
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in sweep.protocol
     assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.classifier.limits.items()
 
@@ -341,13 +269,12 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
             return torch.stack([-score, score], 1)
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
-    section = Section("robustness", tmp_path)
+    section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
     norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1", 1)
-    sweep = Sweep("PGD", Brightness(), 8, 10, 1, 8, "", seeded())
-    add_sweep(section, norm, sweep, x, torch.tensor([0] * 4 + [1] * 4), Figure().subplots(), 0)
-    column = {row: line["PGD"].value for row, line in section.tables["accuracy under Linf attack"].items()}
-    assert column["0"] == 1 and column["0.1"] == 1
-    assert column["0.5 (check)"] == (1 if hidden else 0)
+    sweep = PGDSweep("PGD", Brightness(), x, labels, 10, 1, 8, "", seeded())
+    add_sweep(section, norm, sweep, Figure().subplots())
+    column = {row: m.value for (_, row, _), m in section.measurements.items()}
+    assert column == {"0": 1, "0.1": 1, "0.45": column["0.45"], "0.5 (check)": 1 if hidden else 0}
     assert len(section.notes) == notes
 
 
@@ -357,7 +284,16 @@ def test_a_constant_classifier_hides_no_gradients(tmp_path):
             return torch.stack([0 * x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3)) + 1], 1)
 
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    norm, sweep = Norm("Linf", {"0.1": 0.1}, "0.1", 1), Sweep("PGD", Constant(), 8, 3, 1, 8, "", seeded())
-    add_sweep(section, norm, sweep, torch.rand(8, 1, 4, 4), labels, Figure().subplots(), 0)
-    assert section.tables["accuracy under Linf attack"]["0.5 (check)"]["PGD"].value == 0.5
+    sweep = PGDSweep("PGD", Constant(), torch.rand(8, 1, 4, 4), labels, 3, 1, 8, "", seeded())
+    add_sweep(section, Norm("Linf", {"0.1": 0.1}, "0.1", 1), sweep, Figure().subplots())
+    assert section.measurements["accuracy under Linf attack", "0.5 (check)", "PGD"].value == 0.5
     assert not section.notes
+
+
+def test_one_epsilon_and_few_images_are_what_the_protocol_says():
+    cfg = Config(mode="test", load_ckpt="x", dataset="digits", attack_images=30, one_epsilon=True)
+    inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
+    assert [list(norm.epsilons) for norm in robustness.attack_norms(cfg)] == [["8/255"], ["0.5"]]
+    assert len(robustness.pgd_sweep(inputs).x) == len(robustness.refined_sweep(inputs).x) == 30
+    inputs = EvalInputs(Config(mode="test", dataset="digits"), inputs.model, inputs.data, None, None, inputs.device)
+    assert len(robustness.refined_sweep(inputs).x) == 50 and len(robustness.attack_norms(inputs.cfg)[0].epsilons) == 5

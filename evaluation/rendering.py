@@ -1,0 +1,109 @@
+"""A report's files: results.json, and report.md and report.html from a template each. See compare.py for --compare."""
+
+import base64
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from evaluation.report import ALONE, Measurement, Report, Section
+from logger.files import disk_errors, replace_file
+
+RUNS = ("this run", "other run")
+NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+
+
+def write_files(report: Report) -> None:
+    """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
+    texts = {
+        "results.json": json.dumps(report.as_dict(), indent=2) + "\n",
+        "report.md": render(report, "report.md.jinja", finalize=markdown_text),
+        "report.html": render(report, "report.html.jinja"),  # one file with the pictures inside
+    }
+    with disk_errors(report.directory):
+        for name, text in texts.items():
+            replace_file(report.directory / name, text.encode())
+
+
+def render(report: Report, template: str, **options: Any) -> str:
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
+    env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
+    for function in (facts, changed_options, runs_of, protocols, tables, unique, data_uri):
+        env.globals[function.__name__] = function
+    return env.get_template(template).render(report=report)
+
+
+def markdown_text(value: Any) -> Markup:
+    """A text with nothing in it that a viewer takes for HTML; what is Markup already has been through this."""
+    return value if isinstance(value, Markup) else Markup(str(value).replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def data_uri(picture: Path) -> str:
+    """A PNG file as the address of an image."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def facts(report: Report) -> Table:
+    """What was measured and with which program."""
+    runs = [run.header["about"] for run in (report, report.other) if run]
+    return Table("", ["", *RUNS[: len(runs)]], [[name, *(run.get(name, "") for run in runs)] for name in unique(runs)])
+
+
+def changed_options(report: Report) -> Table:
+    mine, others = report.header["options"], report.other.header["options"]
+    names = [name for name in mine if name in others and mine[name] != others[name] and name not in NOT_SHOWN]
+    lines = [[f"--{name}", str(mine[name]), str(others[name])] for name in names]
+    return Table("options that differ", ["option", *RUNS], lines)
+
+
+def runs_of(report: Report, name: str) -> dict[str, Section]:
+    """A section of this run and, if it has been measured there, of the other, by which run it is."""
+    runs = zip(RUNS, (report, report.other), strict=True)
+    return {run: found.sections[name] for run, found in runs if found and name in found.sections}
+
+
+def protocols(report: Report, name: str) -> dict[str, str]:
+    """The protocols of a section, each with the sign that stands for it in the tables."""
+    texts = unique([m.protocol for m in section.measurements.values()] for section in runs_of(report, name).values())
+    return {text: f"({i})" for i, text in enumerate(texts, 1)}
+
+
+def tables(report: Report, name: str) -> list[Table]:
+    """A section's tables. At the end of a line stand how many images it rests on, and the signs of its protocols.
+
+    Beside another run, a line holds one measurement of each, and a mark if these were made in another way.
+    """
+    found: dict[str, dict[str, dict[str, Measurement]]] = {}
+    for run, section in runs_of(report, name).items():
+        for (table, row, column), measurement in section.measurements.items():
+            if report.other:
+                row, column = (row if table == ALONE else f"{row}, {column}"), run
+            found.setdefault(table, {}).setdefault(row, {})[column] = measurement
+    same_images = report.other and report.header["about"]["data set"] == report.other.header["about"].get("data set")
+    signs, filled = protocols(report, name), []
+    for table, rows in found.items():
+        columns = list(RUNS) if report.other else unique(rows.values())
+        lines = []
+        for row, cells in rows.items():
+            n = unique([str(m.n)] for m in cells.values())
+            sign = unique([signs[m.protocol]] for m in cells.values())
+            line = [row, *(str(cells.get(column, "")) for column in columns), " / ".join(n), " / ".join(sign)]
+            if report.other and len(cells) == 2 and not (same_images and len(n) == len(sign) == 1):
+                line[2] += " ≠"
+            lines.append(line)
+        filled.append(Table(table, ["", *columns, "n", "protocol"], lines))
+    return filled
+
+
+def unique(groups: Iterable[Iterable[str]]) -> list[str]:
+    """Every text once, in the order of their first appearance."""
+    return list(dict.fromkeys(text for group in groups for text in group))
