@@ -12,15 +12,31 @@ from models.predict import predict
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
-    test, train = inputs.subset(inputs.data.test), inputs.subset(inputs.data.train)
+    test = inputs.subset(inputs.data.test)
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
     correct = logits.argmax(1) == test.labels
     protocol = f"test images, {inputs.noise_protocol}"
     section.share("accuracy", correct, protocol)
     section.mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
 
-    on_test, on_train = log_density(logits), log_density(predict(inputs.model, inputs.with_noise(train.images)))
+    on_test = log_density(logits)
     section.mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
+    if len(inputs.data.train):
+        add_training_images(inputs, section, on_test)
+    else:
+        section.skip("log p(x) of training images", "these data are test images alone")
+    for k, name in enumerate(names):
+        if (of_class := test.labels == k).any():
+            section.share("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
+    pairs = test.labels * len(names) + logits.argmax(1)
+    counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1).cpu()
+    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))
+
+
+def add_training_images(inputs: EvalInputs, section: Section, on_test: Tensor) -> None:
+    """log p(x) of training images, and how far it lies above that of test images, ``on_test`` (N,)."""
+    train = inputs.subset(inputs.data.train)
+    on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
     section.mean(
         "log p(x) of training images (nats)",
         on_train,
@@ -33,12 +49,6 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         f"difference of the two means above, {inputs.noise_protocol}; well above 0 shows memorisation",
         bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
     )
-    for k, name in enumerate(names):
-        if (of_class := test.labels == k).any():
-            section.share("accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy"))
-    pairs = test.labels * len(names) + logits.argmax(1)
-    counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1).cpu()
-    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))
 
 
 def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 import data
 import image_folder
-from image_folder import file as image_file
-from image_folder import layout as image_layout
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -27,13 +25,13 @@ ALPHA = RGB[..., :1]
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded since the start of the test."""
-    files, decode_file = [], image_folder._decode_file
+    files, decode_file = [], image_folder.decode_file
 
-    def counted(file, image_size, notes):
+    def counted(file, image_size):
         files.append(file)
-        return decode_file(file, image_size, notes)
+        return decode_file(file, image_size)
 
-    monkeypatch.setattr(image_folder, "_decode_file", counted)
+    monkeypatch.setattr(image_folder, "decode_file", counted)
     return files
 
 
@@ -183,10 +181,6 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
         png(GREY, 8, 0, (b"tRNS", struct.pack(">H", GREY[2, 3]))),
         np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
     ),
-    "png grey 16 bit transparent": (
-        png((GREY.astype(">u2") * 257).view(np.uint8), 16, 0, (b"tRNS", struct.pack(">H", int(GREY[2, 3]) * 257))),
-        np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
-    ),
     "png 2 bit": (png(np.uint8([[0b00011011] * 2] * 8), 2, 0), np.uint8([[0, 85, 170, 255] * 2] * 8)),
     "tiff 1 bit": (tiff(np.uint8([[0b10100101]] * 8), 1, width=8), np.uint8([[255, 0, 255, 0, 0, 255, 0, 255]] * 8)),
     "tiff white is zero": (tiff(255 - GREY, 8, 0), GREY),
@@ -297,12 +291,10 @@ def test_image_size_brings_all_images_to_one_size(tmp_path):
     loaded = load_folder(write_files(tmp_path, files), image_size=8)
     assert loaded.shape == (3, 8, 8)
     assert (loaded.train.images == 77).all()
-    blocks = large.reshape(8, 4, 8, 6, 3).mean((1, 3)).transpose(2, 0, 1)  # area averages
-    assert abs(loaded.test.images[2].numpy() - blocks).max() <= 0.51
-    halves = large[:, :4].reshape(8, 4, 4, 3).mean(1).transpose(2, 0, 1)  # one side shrinks, the other grows
-    halves = torch.from_numpy(np.rint(halves))[None]
-    grown = torch.nn.functional.interpolate(halves, (8, 8), mode="bicubic", antialias=True)[0].numpy()
-    assert abs(loaded.test.images[3].numpy() - grown.clip(0, 255)).max() <= 1.5
+    for image, source in ((loaded.test.images[2], large), (loaded.test.images[3], large[:, :4])):
+        source = torch.from_numpy(source).permute(2, 0, 1)[None].float()
+        expected = torch.nn.functional.interpolate(source, (8, 8), mode="bilinear", antialias=True)[0]
+        assert abs(image - expected).max() <= 1.5
 
 
 def test_images_of_the_right_size_are_not_resampled(tmp_path):
@@ -384,21 +376,6 @@ def test_cache_notices_a_file_that_changed_its_class(tmp_path):
     assert rows(load_folder(tmp_path).train) == expected
 
 
-def test_cache_notices_that_two_files_changed_places(tmp_path):
-    pixels = {name: random_images(8, 8) for name in ("train/a/1.bmp", "train/b/2.bmp", "test/a/3.bmp", "test/b/4.bmp")}
-    write_files(tmp_path, {name: encode(image, "BMP") for name, image in pixels.items()})
-    for name in pixels:
-        os.utime(tmp_path / name, ns=(0, 0))
-    load_folder(tmp_path)
-    one, two = tmp_path / "train/a/1.bmp", tmp_path / "train/b/2.bmp"
-    one.rename(tmp_path / "kept")
-    two.rename(one)
-    (tmp_path / "kept").rename(two)
-    names = ("train/b/2.bmp", "train/a/1.bmp")
-    expected = sorted((y, pixels[name].tobytes()) for y, name in enumerate(names))
-    assert rows(load_folder(tmp_path).train) == expected
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
 def test_of_a_large_file_that_is_no_image_only_the_beginning_is_read(tmp_path):
     write_files(tmp_path, four(encode(RGB)) | {"train/cat/film.mp4": b"\0\0\0\x18ftypmp42" + bytes(2000)})
@@ -417,16 +394,28 @@ def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".jem*"))
 
 
-def test_photos_that_do_not_fit_into_memory(tmp_path, monkeypatch):
-    def no_memory(*_):
-        raise MemoryError
+@pytest.mark.parametrize("pages, fits", [(2303, False), (2304, True)])
+def test_photos_that_do_not_fit_into_memory(tmp_path, monkeypatch, pages, fits):
+    """4 images of 3x8x12 bytes, of which there are two copies for a moment, in so much memory."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
+    write_files(tmp_path, four(encode(RGB)))
+    if fits:
+        assert len(load_folder(tmp_path).train) == 2
+    else:
+        assert "use fewer images, or a smaller --image_size" in refuses(
+            "4 images of 12x8 pixels need", "folder", tmp_path
+        )
 
-    monkeypatch.setattr(image_folder.np, "empty", no_memory)
-    refuses(
-        "4 images of 12x8 pixels do not fit into memory: give --image_size",
-        "folder",
-        write_files(tmp_path, four(encode(RGB))),
-    )
+
+def test_much_memory_is_announced(tmp_path, capsys):
+    files = {
+        f"{c}/{i}.png": encode(Image.fromarray(np.uint8(i)[None, None]).resize((2048, 2048)))
+        for c in "ab"
+        for i in range(25)
+    }
+    listed = [str(path) for path in write_files(tmp_path, files).rglob("*.png")]
+    image_folder._room_for(tmp_path, len(listed), 2048, 2048)
+    assert "data: 50 images of 2048x2048 pixels need 1.3 GB of memory while they are read" in capsys.readouterr().out
 
 
 def flip_a_bit(content):
@@ -485,55 +474,49 @@ def zeroed(content):
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2 - 2) + content[-2:]
 
 
+DEFLATED = encode(NOISE, "TIFF", compression="tiff_deflate")
 UNUSABLE = {  # content, and what is said about it
-    "zero bytes": (b"", "is empty"),
-    "text": (b"this is no image\n" * 20, "is no image"),
-    "one byte": (b"x", "is no image"),
+    "zero bytes": (b"", "is empty, damaged or"),
+    "text": (b"this is no image\n" * 20, "is empty, damaged or"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "of an unsupported format (HEIC?)"),
     "cut jpeg": (NOISY_JPEG[:-900], "is damaged"),
     "jpeg without an end": (NOISY_JPEG[:-2], "is damaged"),
-    "zeroed jpeg": (zeroed(NOISY_JPEG), "is damaged"),
-    "zeroed progressive jpeg": (zeroed(encode(NOISE, "JPEG", progressive=True)), "is damaged"),
-    "zeroed jpeg with restarts": (zeroed(encode(NOISE, "JPEG", restart_marker_rows=1)), "is damaged"),
-    "jpeg with bytes left over": (NOISY_JPEG[:-2] + b"1" * 500 + NOISY_JPEG[-2:], "is damaged"),
-    "jpeg with nine bytes left over": (NOISY_JPEG[:-2] + b"123456789" + NOISY_JPEG[-2:], "is damaged"),
-    "jpeg with bytes missing": (NOISY_JPEG[:-60] + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg with zeros up to its end": (NOISY_JPEG[:-900] + bytes(900), "is damaged (its end is missing)"),
+    "progressive jpeg with zeros": (encode(NOISE, "JPEG", progressive=True)[:-900] + bytes(900), "is damaged"),
     "jpeg header alone": (NOISY_JPEG[:40], "is damaged"),
     "cut png": (encode(NOISE)[:-900], "is damaged"),
     "damaged png": (encode(RGB)[:60] + b"12345" + encode(RGB)[65:], "is damaged"),
     "cut webp": (encode(NOISE, "WEBP")[:-900], "is damaged"),
     "cut tiff": (encode(NOISE, "TIFF")[:-900], "is damaged"),
-    "zeroed tiff": (
-        encode(NOISE, "TIFF", compression="tiff_deflate")[:2000].ljust(12000, b"\0")
-        + encode(NOISE, "TIFF", compression="tiff_deflate")[12000:],
-        "is damaged",
-    ),
+    "zeroed tiff": (DEFLATED[:2000].ljust(12000, b"\0") + DEFLATED[12000:], "is damaged"),
     "cut bmp": (encode(NOISE, "BMP")[:-900], "is damaged"),
     "cut gif": (encode(Image.fromarray(NOISE).quantize(16), "GIF")[:-900], "is damaged"),
     "cut ppm": (encode(NOISE, "PPM")[:-900], "is damaged"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is of an unsupported format (SVG)"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "is of an unsupported format (HEIC): convert"),
-    "jpeg xl": (b"\xff\x0a" + bytes(100), "is of an unsupported format (JPEG XL)"),
-    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float PFM): convert it to 8 or 16 bit"),
-    "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "signed numbers (mode I)"),
-    "signed 8-bit tiff": (tiff(GREY // 2, 8, 1, 2), "signed numbers"),
-    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "float numbers (mode F)"),
-    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "32-bit or signed numbers (mode I)"),
-    "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "is a kind of image that is not supported"),
-    "png 16 bit, one colour transparent": (
+    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "numbers (mode F)"),
+    "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "numbers (mode I)"),
+    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "numbers (mode F)"),
+    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "numbers (mode I)"),
+    "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "of an unsupported format"),
+    "png of 16-bit colours, one transparent": (
         png((RGB.reshape(8, -1).astype(">u2") * 257).view(np.uint8), 16, 2, (b"tRNS", bytes(6))),
-        "16-bit colours with one transparent colour",
+        "has one transparent colour but not 8 bits",
     ),
+    "png of 4 bits, one transparent": (png(GREY[:, :6], 4, 0, (b"tRNS", b"\0\5")), "has one transparent colour but"),
+    "several frames": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
+    "several pages": (encode(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
 }
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_file_is_named_with_its_reason(kind, tmp_path, capfd):
+def test_unusable_file_is_named_with_its_reason(kind, tmp_path):
     content, reason = UNUSABLE[kind]
     write_files(tmp_path, four(encode(RGB)) | {"train/dog/broken.png": content})
-    message = refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
-    assert reason in message
-    assert capfd.readouterr().err == ""  # the decoders' own complaints would hide the one line
-    assert isinstance(image_folder._decode_file(str(tmp_path / "train/dog/broken.png"), None), UserError)
+    assert reason in refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.SVG", "x.nef"])
+def test_formats_that_are_known_by_their_names(name, tmp_path):
+    assert "convert it to PNG or JPEG" in decode(tmp_path, encode(RGB, "TIFF"), name).problem
 
 
 def test_all_unusable_files_are_listed(tmp_path, capfd):
@@ -543,17 +526,10 @@ def test_all_unusable_files_are_listed(tmp_path, capfd):
     assert message.endswith(f"all are listed in {tmp_path / 'unusable_images.txt'}")
     listed = (tmp_path / "unusable_images.txt").read_text().splitlines()
     assert [line.split(" is ")[0] for line in listed] == [str(tmp_path / f"train/dog/{i:02}.jpg") for i in range(15)]
-    assert capfd.readouterr().err.splitlines() == listed[:10]
+    assert capfd.readouterr().err.splitlines()[-10:] == listed[:10]
     for i in range(15):
         (tmp_path / f"train/dog/{i:02}.jpg").unlink()
     assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_animated_file_is_named(kind, tmp_path):
-    content = encode(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:])
-    write_files(tmp_path, four(encode(RGB)) | {"train/dog/film.png": content})
-    assert "export one frame" in refuses(str(tmp_path / "train/dog/film.png"), "folder", tmp_path)
 
 
 def test_different_sizes_need_image_size(tmp_path):
@@ -572,24 +548,18 @@ def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
     assert load_folder(tmp_path, image_size=advice).shape == (1, advice, advice)
 
 
-def test_image_size_must_be_a_multiple_of_four(tmp_path, decoded):
-    write_files(tmp_path, four(encode(RGB)))
-    refuses("try --image_size 28", "folder", tmp_path, image_size=29)
-    assert not decoded
-
-
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({}, "holds no class folders"),
-        ({"1.png": encode(RGB)}, "holds no class folders"),
-        ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "holds only one class folder, cat"),
+        ({}, "has no class folders"),
+        ({"1.png": encode(RGB)}, "has no class folders"),
+        ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "has only one class folder, cat"),
         ({"train/cat/1.png": encode(RGB), "test/cat/1.png": encode(RGB)}, "only one class folder, cat"),
         ({"train/cat/1.png": encode(RGB), "train/dog/1.png": encode(RGB)}, "has train/ but no test/"),
         ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has test/ but no train/"),
         (four(encode(RGB)) | {"test/bird/1.png": encode(RGB)}, "has bird: give both the same class folders"),
         (four(encode(RGB)) | {"train/Cat/1.png": encode(RGB)}, "has Cat"),
-        (four(encode(RGB)) | {"train/emu/.x": b"", "test/emu/.x": b""}, "emu holds no images"),
+        (four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}, "class emu has no images in"),
         ({"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)}, "too few images"),
     ],
 )
@@ -621,7 +591,7 @@ def test_home_folder_is_expanded(tmp_path, monkeypatch):
 
 
 def decode(tmp_path, content, name="x.png"):
-    return image_folder._decode_file(str(next(iter(write_files(tmp_path, {name: content}).iterdir()))), None)
+    return image_folder.decode_file(str(write_files(tmp_path, {name: content}) / name), None)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
@@ -640,12 +610,10 @@ def test_every_format_is_turned_upright(kind, orientation, tmp_path):
         8: stored[:, ::-1].T,
     }[orientation]
     content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
-    notes = []
-    file = write_files(tmp_path, {"x.bin": content}) / "x.bin"
-    pixels = image_file.decode(str(file), None, notes)
-    assert pixels.shape == (*seen.shape, 3)
-    assert abs(pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
-    assert notes == ([("turned", 1)] if orientation > 1 else [])
+    found = decode(tmp_path, content, "x.bin")
+    assert found.pixels.shape == (*seen.shape, 3)
+    assert abs(found.pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
+    assert found.done == (["were turned upright by their EXIF orientation"] if orientation > 1 else [])
 
 
 LOSSY = {
@@ -669,36 +637,26 @@ LOSSY = {
 @pytest.mark.parametrize("kind", LOSSY)
 def test_formats_that_lose_a_little(kind, tmp_path):
     content, expected = LOSSY[kind]
-    pixels = decode(tmp_path, content)
+    pixels = decode(tmp_path, content).pixels
     if expected is None:
         pixels, expected = pixels[4::8, 4::8], RGB
     assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
-@pytest.mark.parametrize("pixels", [NOISE, RGB, np.zeros((40, 24), np.uint8), np.full((1, 1, 3), 255, np.uint8)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("pixels, mode", [(NOISE, "RGB"), (RGB, "CMYK"), (np.zeros((40, 24), np.uint8), "L")])
 def test_a_sound_jpeg_is_never_called_damaged(options, pixels, mode, tmp_path):
     content = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    assert np.array_equal(decode(tmp_path, content), expected)
+    assert np.array_equal(decode(tmp_path, content).pixels, expected)
 
 
 def test_pixel_limit_is_a_reason_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 95)
-    assert "has 12x8 pixels, more than the limit of 95 pixels" in str(decode(tmp_path, encode(RGB)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96)
-    assert decode(tmp_path, encode(RGB)).shape == (8, 12, 3)
-
-
-@pytest.mark.parametrize("sides", [(12, 8), (9, 8), (100, 33), (31, 8)])
-def test_shrinking_takes_area_averages(sides):
-    """The reference repeats every pixel until the sides divide, and averages whole pixels."""
-    pixels, size = random_images(*sides, 3), 8
-    fine = np.kron(pixels, np.ones((size, size, 1)))
-    cells = fine.reshape(size, sides[0], size, sides[1], 3).mean((1, 3))
-    result = np.asarray(image_file._resize(Image.fromarray(pixels), size))
-    assert abs(result - cells).max() <= 0.51
+    """Pillow warns of more than its limit and refuses more than twice that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 47)
+    assert "has more pixels than the limit of 94: make it smaller" in decode(tmp_path, encode(RGB)).problem
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48)
+    assert decode(tmp_path, encode(RGB)).pixels.shape == (8, 12, 3)
 
 
 # --- what is announced
@@ -718,8 +676,8 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines == [
         "4 of 15 images have transparency: composited on white",
-        "1 of 15 images turned upright by their EXIF orientation",
-        "2 files that are not images were ignored (e.g. cat_boxes.txt)",
+        "1 of 15 images were turned upright by their EXIF orientation",
+        "left out: files that are no images: 2 (e.g. cat_boxes.txt)",
         "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
     ]
     decoded.clear()
@@ -729,43 +687,12 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     )
 
 
-def test_colours_that_are_read_without_their_profile_are_announced(tmp_path, capsys):
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    other = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    files = four(encode(RGB, icc_profile=srgb))
-    files |= {"train/cat/p3.png": encode(RGB, icc_profile=other)}
-    files |= {f"train/dog/{i}.jpg": encode(Image.fromarray(RGB).convert("CMYK"), "JPEG") for i in range(2)}
-    lines = announced(capsys, write_files(tmp_path, files))
-    assert lines[:2] == [
-        "1 of 7 images have a colour profile that is not called sRGB and is not applied: their colours are read as "
-        "sRGB",
-        "2 of 7 images are CMYK: converted to RGB without a colour profile",
-    ]
-    assert len(lines) == 3
-
-
-@pytest.mark.parametrize("depth, level", [(2, 1), (4, 5), (4, 15)])
-def test_a_transparent_grey_level_of_a_few_bits(tmp_path, depth, level):
-    white = 2**depth - 1
-    levels = np.arange(96).reshape(8, 12) % (white + 1)
-    bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
-    packed = np.packbits(bits.reshape(8, -1), axis=-1)
-    found = decode(tmp_path, png(packed, depth, 0, (b"tRNS", struct.pack(">H", level))))
-    expected = np.where(levels == level, 255, levels * (255 // white))
-    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
-
-
 def test_images_beside_the_class_folders_are_announced(tmp_path, capsys):
-    files = four(encode(RGB)) | {
-        "train/loose.png": encode(RGB),
-        "one.jpg": b"",
-        "two.jpg": b"",
-        "readme.txt": b"",
-        "._one.jpg": b"",
-    }
+    files = four(encode(RGB)) | {"train/loose.png": encode(RGB), "train/readme.txt": b"", "train/._one.jpg": b""}
     lines = announced(capsys, write_files(tmp_path, files))
-    assert f"left out: images that belong to no class: 2 directly in {tmp_path}" in lines
-    assert f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}" in lines
+    assert (
+        lines[0] == f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}" and len(lines) == 2
+    )
 
 
 def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):
@@ -774,7 +701,7 @@ def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):
         "train/cat/b.txt": b"Python\n",
         "test/cat/c.log": b"P1",
     }
-    assert "3 files that are not images were ignored (e.g. a.csv)" in announced(capsys, write_files(tmp_path, files))
+    assert "left out: files that are no images: 3 (e.g. a.csv)" in announced(capsys, write_files(tmp_path, files))
 
 
 def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
@@ -788,23 +715,14 @@ def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
     dark = announced(capsys, write_files(tmp_path / "dark", four(encode(GREY // 5))))
     assert "warning: all pixels lie between 0 and" in dark[0]
     deep = announced(capsys, write_files(tmp_path / "deep", four(tiff(GREY.astype(np.uint16) * 16, 16))))
-    assert "16 bits use values up to" in deep[0] and "12 bits" in deep[0]
+    assert "warning: all pixels lie between 0 and" in deep[0]  # 12 bits in 16
     assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
-
-
-def test_icons_that_live_in_their_alpha_channel_are_told_apart(tmp_path):
-    icons = np.zeros((20, 16, 16, 4), np.uint8)
-    icons[..., 3] = 255 * RNG.integers(0, 2, (20, 16, 16))
-    files = {f"{c}/{i}.png": encode(icons[i + 10 * (c == "b")]) for c in "ab" for i in range(10)}
-    loaded = load_folder(write_files(tmp_path, files))
-    assert sorted(x.numpy().tobytes() for x in torch.cat([loaded.train.images, loaded.test.images])) == sorted(
-        (255 - icon[..., 3]).tobytes() for icon in icons
-    )
 
 
 def test_many_classes_are_described_in_one_short_line():
     names = [f"class{i}" for i in range(200)]
-    line = image_layout.describe(names, {"train": [3] * 200, "test": [1] * 199 + [0]})
+    train, test = torch.arange(200).repeat(3), torch.arange(199)
+    line = data.describe(names, {"train": data.Split(train, train), "test": data.Split(test, test)})
     assert line.startswith("200 classes: class0 (3 train, 1 test), ") and line.endswith(" ... 190 more")
 
 
@@ -855,7 +773,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
     laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", "extra")
-    assert any("left out: extra/" in line for line in announced(capsys, tmp_path))
+    assert any("left out: extra, because" in line for line in announced(capsys, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -871,7 +789,7 @@ def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
         (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
-        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/"),
+        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/: add it"),
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
@@ -893,7 +811,7 @@ def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
     laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
     images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
     assert images.shape == (8, 3, 8, 8)
-    assert capsys.readouterr().out == "data: 1 file that is not an image was ignored (list.txt)\n"
+    assert capsys.readouterr().out == "data: left out: files that are no images: 1 (e.g. list.txt)\n"
     decoded.clear()
     assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
     with pytest.raises(UserError, match="holds no images"):
@@ -918,7 +836,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
 
 def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(laid_out(tmp_path, "a", "b") / "a/pipe.png")
-    refuses("pipe.png is a named pipe, not a file", "folder", tmp_path)
+    refuses("pipe.png is a pipe, a socket or a device", "folder", tmp_path)
 
 
 def test_missing_permission_is_said(tmp_path, monkeypatch):
@@ -928,7 +846,7 @@ def test_missing_permission_is_said(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_file, "open", closed, raising=False)
+        patch.setattr(image_folder, "open", closed, raising=False)
         assert "cannot read" in refuses("Permission denied", "folder", tmp_path)
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: closed(path) if Path(path).name == "b" else scandir(path))
@@ -942,4 +860,4 @@ def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
     write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
     with pytest.raises(UserError):
         load_folder(tmp_path)
-    assert r"caf\udce9/x.png is no image" in (tmp_path / "unusable_images.txt").read_text()
+    assert r"caf\udce9/x.png is empty, damaged or" in (tmp_path / "unusable_images.txt").read_text()
