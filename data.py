@@ -367,6 +367,8 @@ def read_folder(root: Path, image_size: int | None, need_train: bool) -> Parts:
 
 def read_torchvision(name: str, cls: type, root: Path, image_size: int | None, need_train: bool) -> Parts:
     """One of torchvision's data sets; the network is asked only for what is not there."""
+    if root.is_file():
+        raise UserError(f"--data_dir {root} is a file: name a folder")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             place = _unpack_idx(cls, root, Path(scratch)) if issubclass(cls, datasets.MNIST) else root
@@ -375,11 +377,13 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None, n
     except UserError:
         raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
-        holds = sorted(path.name for path in root.glob("*"))[:5] or ["nothing"]
-        needed = [Path(file).name for file in _files(cls) if file.endswith((".gz", ".mat"))]
+        cause = " ".join(str(error).split())
+        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "nothing"
+        lacks = ", ".join([file for file in _files(cls) if not (root / file).exists()][:5])
+        needed = " and ".join(Path(file).name for file in _files(cls) if file.endswith((".gz", ".mat")))
         raise UserError(
-            f"cannot read {name} from {root} ({' '.join(str(error).split())}), which holds {', '.join(holds)}: "
-            f"put {' and '.join(needed)} there, or choose --dataset digits, which needs no files"
+            f"cannot read {name} from {root} ({cause}): it holds {holds}, but not {lacks}: put {needed} there, or "
+            "choose --dataset digits, which needs no files"
         ) from error
     for other, labels in FIRST_LABELS.items():
         if other != name and parts["train"].labels[:10].tolist() == labels:

@@ -1,19 +1,22 @@
 import gzip
 import hashlib
-import io
 import pickle
+import re
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms import functional as F
 
 import data
+import main
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -308,37 +311,52 @@ def test_missing_part_and_no_network(tmp_path, monkeypatch):
     refuses("test_32x32.mat there", "svhn", tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense"])
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashion_mnist"])
-def test_a_damaged_download_is_named_and_not_called_missing(name, damage, tmp_path, monkeypatch):
-    """Only the archive is there, as a broken transfer leaves it."""
-    WRITERS[name](tmp_path / "source", monkeypatch) if name != "svhn" else write_svhn(tmp_path, monkeypatch)
-    cls = data.TORCHVISION[name][0]
-    world = {
-        "cifar10": "cifar-10-python.tar.gz",
-        "cifar100": "cifar-100-python.tar.gz",
-        "svhn": "test_32x32.mat",
-        "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
-        "fashion_mnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
-    }[name]
-    path = tmp_path / world
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
-        tar.add(__file__, "something")
-    content = path.read_bytes() if name == "svhn" else whole.getvalue()
-    if name.startswith("cifar"):
-        monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(content).hexdigest())
-    path.write_bytes({"cut": content[:-20], "empty": b"", "nonsense": b"x" * 100}[damage])
-    message = refuses(f"{path} is damaged: remove it and", name, tmp_path)
-    assert "no network" not in message and path.exists()
+@pytest.mark.parametrize(
+    "name, archive", [("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte.gz")]
+)
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_a_damaged_download_is_named_and_not_called_missing(name, archive, content, tmp_path, network):
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / archive).write_bytes(content)
+    refuses(f"{tmp_path / archive} is damaged: remove it and", name, tmp_path)
+    assert (tmp_path / archive).read_bytes() == content and not network
 
 
-def test_damaged_cifar_is_noticed(tmp_path, monkeypatch):
-    write_cifar10(tmp_path, monkeypatch)
-    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    batch.write_bytes(batch.read_bytes()[:-5])
-    refuses("put cifar-10-python.tar.gz there", "cifar10", tmp_path)
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"), ("svhn", "test_32x32.mat")])
+def test_another_set_whose_files_have_the_same_names_is_refused_and_kept(name, file, tmp_path, monkeypatch, network):
+    WRITERS[name](tmp_path, monkeypatch)
+    (tmp_path / file).write_bytes(b"of another set")
+    message = refuses(f"{tmp_path / file} is damaged: remove it", name, tmp_path)
+    assert "may be of another data set whose files have the same names" in message
+    assert (tmp_path / file).read_bytes() == b"of another set" and not network
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist_and_fashion_mnist_are_told_apart_by_their_labels(packed, tmp_path, monkeypatch):
+    """Their files have the same names."""
+    write_idx(tmp_path, [], packed)
+    monkeypatch.setitem(data.FIRST_LABELS, "fashion_mnist", list(range(10)))
+    refuses(f"{tmp_path} holds fashion_mnist, not mnist", "mnist", tmp_path)
+    assert len(data.load("fashion_mnist", tmp_path).test) == 6
+
+
+def test_the_labels_that_fashion_mnist_begins_with():
+    file = Path("/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz")
+    if not file.exists():
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    assert list(gzip.open(file).read(18)[8:]) == data.FIRST_LABELS["fashion_mnist"]
+
+
+def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
+    write_cifar10(tmp_path / "set", monkeypatch)
+    batches = tmp_path / "set/cifar-10-batches-py"
+    refuses(f"is a folder too deep: give --data_dir {tmp_path / 'set'}", "cifar10", batches)
+    write_mnist(tmp_path / "mnist", monkeypatch)
+    refuses(f"is a folder too deep: give --data_dir {tmp_path / 'mnist'}", "mnist", tmp_path / "mnist/MNIST")
+    assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
+    (batches / "data_batch_2").unlink()
+    message = "it holds cifar-10-batches-py, but not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
+    refuses(message, "cifar10", tmp_path / "set")
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -366,3 +384,82 @@ def test_data_dir_that_is_a_file(tmp_path):
     for name in data.DATASETS:
         if name != "digits":
             refuses(str(tmp_path / "file"), name, tmp_path / "file")
+
+
+# --- data sets of one's own, and sets that are only measured
+
+
+def own(images, labels):
+    """A data set as a user adds it: one function, and one entry in DATASETS."""
+    split = data.Split(images, labels)
+    return data.DataSet(lambda root, image_size, need_train: (["apple", "fig"], {"train": split, "test": split}), False)
+
+
+GOOD = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
+
+
+def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "mine", own(*GOOD))
+    loaded = data.load("mine")
+    assert torch.equal(loaded.test.images, GOOD[0]) and loaded.class_names == ("apple", "fig")
+    assert rows(loaded.train, loaded.valid) == rows(loaded.test) and len(loaded.valid) == 4
+
+
+@pytest.mark.parametrize(
+    "images, labels, found",
+    [
+        (GOOD[0] / 255, GOOD[1], "these images are torch.float32"),
+        (GOOD[0][:, 0], GOOD[1], "of shape (36, 8, 8)"),
+        (GOOD[0], GOOD[1].int(), "the labels torch.int32"),
+        (GOOD[0], GOOD[1] + 1, "the labels torch.int64, 1 to 2"),
+        (GOOD[0], GOOD[1] - 1, "the labels torch.int64, -1 to 0"),
+    ],
+)
+def test_images_and_labels_on_another_scale_are_refused(images, labels, found, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "mine", own(images, labels))
+    assert found in refuses(
+        "a data set has images uint8, 0 to 255, of shape (N, C, H, W), and labels int64, 0 to 1", "mine"
+    )
+
+
+def write_pngs(root, *folders, n=10):
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(random_images(8, 8, 3)).save(root / folder / f"{i}.png")
+    return root
+
+
+def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
+    trained_on = data.load("folder", write_pngs(tmp_path / "own", "a", "b"), n_valid=3).description
+    same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
+    assert [len(part) for part in (same.train, same.valid, same.test)] == [11, 5, 4]
+    assert "all of them are test images" not in capsys.readouterr().out
+    write_pngs(tmp_path / "other", "a", "b")
+    for description in (trained_on, {"shape": [3, 8, 8], "class_names": ["a", "b"], "assumed": True}):
+        other = data.load("folder", tmp_path / "other", trained_on=description)
+        assert [len(part) for part in (other.train, other.valid, other.test)] == [0, 0, 20]
+        assert other.shape == (3, 8, 8)
+        assert f"{tmp_path / 'other'} holds other images than those of the training" in capsys.readouterr().out
+    assert len(data.load("folder", tmp_path / "other").train) == 15
+
+
+def test_a_test_folder_alone_can_be_measured(tmp_path):
+    write_pngs(tmp_path, "test/a", "test/b")
+    refuses("has test/ but no train/", "folder", tmp_path)
+    assert len(data.load("folder", tmp_path, trained_on={}).test) == 20
+
+
+def test_another_test_set_is_measured_whole(tmp_path):
+    """By the command line: the report's accuracy is of all its images, and speaks of no training images."""
+    write_pngs(tmp_path / "own", "a", "b", n=20)
+    write_pngs(tmp_path / "other", "a", "b", n=9)
+    options = ["--gpu", "cpu", "--no_log", "--logdir", str(tmp_path / "runs")]
+    small = "--depth 10 --width 1 --batch_size 8 --buffer_size 16 --sgld_step 1 --max_steps 1 --warmup_steps 1".split()
+    assert main.main(["--dataset", "folder", "--data_dir", str(tmp_path / "own"), *options, *small]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    measured = ["--mode", "test", "--load_ckpt", str(run), "--data_dir", str(tmp_path / "other"), "--eval"]
+    assert main.main([*measured, "classification,quality", *options]) == 0
+    report = (run / "eval/report.md").read_text()
+    assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
+    assert report.count("these data are test images alone") == 2
