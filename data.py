@@ -26,7 +26,6 @@ from utils import UserError, printable
 SPLIT_SEED = 0
 LARGE = 0.2  # of a GPU's memory: training images that take more stay on the host
 ALONE, WHOLE = World(), slice(None)
-IDX_FILES = {f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")}
 FIRST_LABELS = {"mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "fashion_mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
 
@@ -44,21 +43,18 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set; ``flip`` says whether a horizontal flip keeps an image's label.
-
-    Raises UserError for images or labels on another scale than those of ``Split``.
-    """
+    """A data set. Raises UserError for images or labels on another scale than those of ``Split``."""
 
     train: Split
     valid: Split
     test: Split
     class_names: tuple[str, ...]
-    flip: bool
+    flip: bool  # whether a horizontal flip keeps an image's label
 
     def __post_init__(self):
         for images, labels in ((part.images, part.labels) for part in (self.train, self.valid, self.test)):
@@ -148,14 +144,15 @@ class Batches:
         """
         if self.position + self.batch_size > len(self.order):
             self._start_epoch(torch.randperm(len(self.split), generator=self.rng, device=self.rng.device))
-        chosen = self.index[self.position : self.position + self.batch_size][self.part]
-        batch = self.split[chosen]
-        if batch.images.device.type != self.rng.device.type:  # pinned, so that the host need not wait for the copy
-            batch = Split(batch.images.pin_memory(), batch.labels.pin_memory()).to(self.rng.device)
+        batch = self.split[self.index[self.position : self.position + self.batch_size][self.part]]
         self.position += self.batch_size
+        images, labels, device = batch.images, batch.labels, self.rng.device
+        if images.device.type != device.type:  # pinned, so that the host need not wait for the copies
+            images = images.pin_memory().to(device, non_blocking=True)
+            labels = labels.pin_memory().to(device, non_blocking=True)
         if self.augmented:
-            return augment(batch.images, self.flip, self.sigma, self.rng, self.batch_size, self.part), batch.labels
-        return to_float(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
+            return augment(images, self.flip, self.sigma, self.rng, self.batch_size, self.part), labels
+        return to_float(images).contiguous(memory_format=torch.channels_last), labels
 
     def _start_epoch(self, order: Tensor) -> None:
         self.order, self.position = order, 0
@@ -169,19 +166,15 @@ class Batches:
         self.position = state["position"]
 
 
-Parts = tuple[list[str], dict[str, Split]]  # class names; "train", "test" and perhaps "valid", or only "all"
+Parts = tuple[list[str], dict[str, Split]]  # class names; "train", "test" and perhaps "valid", or "all" to be divided
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a data set is read, and whether a horizontal flip keeps an image's label.
+    """How a data set is read, from ``--data_dir`` and ``--image_size``."""
 
-    ``read`` takes the folder of ``--data_dir``, ``--image_size`` and whether training images are needed. It returns the
-    class names, and the parts "train", "test" and perhaps "valid", or only "all".
-    """
-
-    read: Callable[[Path, int | None, bool], Parts]
-    flip: bool
+    read: Callable[[Path, int | None], Parts]
+    flip: bool  # whether a horizontal flip keeps an image's label
 
 
 def load(
@@ -196,39 +189,28 @@ def load(
     """Read the data set ``name``, one of ``DATASETS``, onto ``device``.
 
     Args:
-        data_dir: where the files are; torchvision's data sets are downloaded to it if they are missing. For
-            ``mnist`` and ``fashion_mnist`` it may hold the bare idx files, gzipped or not. For ``folder`` it
-            holds train/<class>/* and test/<class>/*, or only <class>/*, of which 20 % become the test part; with
-            val/<class>/* next to them, that is the validation part, and ``n_valid`` may not be given.
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: "cpu" leaves the training images on the host, "gpu" puts them on ``device`` with the others, "auto"
             leaves them if they take more than a fifth of its memory.
-        trained_on: the ``description`` of the images that the model to be measured was trained on. Then test/<class>/*
-            alone will do, and of <class>/* with other images, all are test images.
+        trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
+            on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
 
     Raises:
         UserError: files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
-    try:
-        root = Path(data_dir).expanduser()
-    except RuntimeError as error:  # no such user
-        raise UserError(f"--data_dir {data_dir}: {error}") from None
-    class_names, parts = DATASETS[name].read(root, image_size, trained_on is None)
+    root = Path(data_dir).expanduser()
+    class_names, parts = DATASETS[name].read(root, image_size)
     if "valid" in parts and n_valid is not None:
         raise UserError(f"{root} has a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
-    everything = parts.get("all")
-    if everything is not None:
-        parts = _stratified_split(everything, str(root) if name == "folder" else name)
-    if everything is not None and trained_on is not None and not _same_images(parts, trained_on):
-        print(f"data: {root} holds other images than those of the training: all of them are test images", flush=True)
-        parts = {"test": everything}
-    if "train" in parts and "valid" in parts:
-        parts |= _hold_out(parts["train"], 0) | {"valid": parts["valid"]}
-    elif "train" in parts:
-        parts |= _hold_out(parts["train"], n_valid)
+    if "all" in parts:
+        parts = _divide(parts.pop("all"), str(root) if name == "folder" else name, trained_on)
+    if "train" in parts:
+        parts = _hold_out(parts, n_valid)
+    elif trained_on is None:
+        raise UserError(f"{root} has no train/: add it; {image_folder.EXPECTED}")
     none = parts["test"][:0]
     train, valid, test = parts.get("train", none), parts.get("valid", none), parts["test"]
     if name == "folder":
@@ -318,39 +300,47 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def _stratified_split(split: Split, name: str) -> dict[str, Split]:
-    """80 % of each class for training and 20 % for testing."""
+def _divide(images: Split, name: str, trained_on: dict[str, Any] | None) -> dict[str, Split]:
+    """80 % of each class for training and 20 % for testing; all for testing if a model was trained on others."""
     from sklearn.model_selection import train_test_split  # slow to import, and most data sets do without
 
-    everything = torch.arange(len(split))
     try:
-        train, test = train_test_split(everything, test_size=0.2, stratify=split.labels, random_state=SPLIT_SEED)
+        train, test = train_test_split(
+            torch.arange(len(images)), test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED
+        )
     except ValueError as error:
         raise UserError(f"{name} has too few images to hold out a fifth of each class: add some") from error
-    return {"train": split[train], "test": split[test]}
-
-
-def _hold_out(train: Split, n_valid: int | None) -> dict[str, Split]:
-    """The training images in a random order, of which the first ``n_valid`` become the validation part."""
-    if n_valid is None:
-        n_valid = min(5000, len(train) // 10)
-    if not 0 <= n_valid < len(train):
-        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
-    order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
-    return {"train": train[order[n_valid:]], "valid": train[order[:n_valid]]}
+    parts = {"train": images[train], "test": images[test]}
+    if trained_on is None or _same_images(parts, trained_on):
+        return parts
+    print(f"data: {name} holds other images than those of the training: all of them are test images", flush=True)
+    return {"test": images}
 
 
 def _same_images(parts: dict[str, Split], trained_on: dict[str, Any]) -> bool:
     """Whether a model was trained on these images; its ``--n_valid`` may have been another."""
-    numbers = trained_on.get("images", [0, 0, 0])  # checkpoints of other programs do not say
-    if [numbers[0] + numbers[1], numbers[2]] != [len(parts["train"]), len(parts["test"])]:
+    n_train, n_valid, n_test = trained_on.get("images", (0, 0, 0))  # other programs' checkpoints do not say
+    if (n_train + n_valid, n_test) != (len(parts["train"]), len(parts["test"])):
         return False
-    held_out = _hold_out(parts["train"], numbers[1])
-    digest = digest_of(held_out["train"], held_out["valid"], parts["test"])
+    parts = _hold_out(parts, n_valid)
+    digest = digest_of(parts["train"], parts["valid"], parts["test"])
     return trained_on.get("digest", digest) == digest
 
 
-def read_digits(root: Path, image_size: int | None, need_train: bool) -> Parts:
+def _hold_out(parts: dict[str, Split], n_valid: int | None) -> dict[str, Split]:
+    """The training images in a random order, and the first ``n_valid`` for validation if they have no such part."""
+    train = parts["train"]
+    if "valid" in parts:
+        n_valid = 0
+    elif n_valid is None:
+        n_valid = min(5000, len(train) // 10)
+    if not 0 <= n_valid < len(train):
+        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
+    order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
+    return {"valid": train[order[:n_valid]], **parts, "train": train[order[n_valid:]]}
+
+
+def read_digits(root: Path, image_size: int | None) -> Parts:
     """scikit-learn's 8x8 digits, which need no files."""
     from sklearn.datasets import load_digits
 
@@ -359,16 +349,17 @@ def read_digits(root: Path, image_size: int | None, need_train: bool) -> Parts:
     return [str(digit) for digit in range(10)], {"all": Split(images, torch.from_numpy(digits.target))}
 
 
-def read_folder(root: Path, image_size: int | None, need_train: bool) -> Parts:
-    """A folder of images; see ``image_folder.read``."""
-    images, labels, slices, class_names = image_folder.read(root, image_size, need_train)
+def read_folder(root: Path, image_size: int | None) -> Parts:
+    """train/<class>/* and test/<class>/*, perhaps val/<class>/*, or only <class>/*; see ``image_folder.read``."""
+    images, labels, slices, class_names = image_folder.read(root, image_size)
     return class_names, {part: Split(images[where], labels[where]) for part, where in slices.items()}
 
 
-def read_torchvision(name: str, cls: type, root: Path, image_size: int | None, need_train: bool) -> Parts:
-    """One of torchvision's data sets; the network is asked only for what is not there."""
-    if root.is_file():
-        raise UserError(f"--data_dir {root} is a file: name a folder")
+def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -> Parts:
+    """One of torchvision's data sets, downloaded if it is not there. MNIST's idx files may also lie in ``root``."""
+    files = _files(cls)
+    if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
+        root = root.parent
     try:
         with tempfile.TemporaryDirectory() as scratch:
             place = _unpack_idx(cls, root, Path(scratch)) if issubclass(cls, datasets.MNIST) else root
@@ -378,12 +369,12 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None, n
         raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         cause = " ".join(str(error).split())
-        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "nothing"
-        lacks = ", ".join([file for file in _files(cls) if not (root / file).exists()][:5])
-        needed = " and ".join(Path(file).name for file in _files(cls) if file.endswith((".gz", ".mat")))
+        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "no files"
+        lacks = ", ".join([file for file in files if not (root / file).exists()][:5])
+        downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
+        advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
         raise UserError(
-            f"cannot read {name} from {root} ({cause}): it holds {holds}, but not {lacks}: put {needed} there, or "
-            "choose --dataset digits, which needs no files"
+            f"cannot read {name} from {root} ({cause}): it holds {holds}, but not {lacks}: {advice}"
         ) from error
     for other, labels in FIRST_LABELS.items():
         if other != name and parts["train"].labels[:10].tolist() == labels:
@@ -394,7 +385,7 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None, n
 def _unpack_idx(cls: type, root: Path, scratch: Path) -> Path:
     """Lay bare idx files out in ``scratch`` as torchvision expects them; returns where it is to read."""
     bare = {path.name.removesuffix(".gz"): path for path in root.glob("*-idx?-ubyte*")}
-    if not bare.keys() >= IDX_FILES:
+    if len(bare) < 4:  # images and labels of two parts
         return root
     raw = scratch / cls.__name__ / "raw"
     raw.mkdir(parents=True)
@@ -412,21 +403,13 @@ def _open_part(cls: type, root: Path, part: str) -> datasets.VisionDataset:
     try:
         return cls(root, **choice)
     except RuntimeError:  # a file is missing, or its MD5 sum is wrong
-        for file, md5 in _files(cls).items():
-            _check_file(root, file, md5)
+        for path, md5 in ((root / file, md5) for file, md5 in _files(cls).items()):
+            if path.exists() and not check_integrity(path, md5):
+                raise UserError(
+                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there (its "
+                    "MD5 sum is wrong; it may be of another data set whose files have the same names)"
+                ) from None
         return cls(root, **choice, download=True)
-
-
-def _check_file(root: Path, file: str, md5: str | None) -> None:
-    names = Path(file).parts
-    for depth in range(1, len(names)):
-        if root.parts[-depth:] == names[:depth] and Path(root, *names[depth:]).exists():
-            raise UserError(f"{root} is a folder too deep: give --data_dir {root.parents[depth - 1]}")
-    if (root / file).exists() and not check_integrity(root / file, md5):
-        raise UserError(
-            f"{root / file} is damaged: remove it and run this again with a network, or put an intact copy there (its "
-            "MD5 sum is wrong; it may be of another data set whose files have the same names)"
-        )
 
 
 def _files(cls: type) -> dict[str, str | None]:

@@ -49,12 +49,11 @@ ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # EXIF and TIFF tags
 Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
 
 
-def read(root: Path, image_size: int | None, need_train: bool = True) -> tuple[Tensor, Tensor, dict, list[str]]:
-    """Every image below ``root``, which holds train/<class>/* and test/<class>/*, or only <class>/*.
+def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list[str]]:
+    """Every image below ``root``, which holds test/<class>/* and perhaps train and val beside it, or only <class>/*.
 
     Args:
         image_size: side in pixels to which images are resized; None keeps the size that all of them have.
-        need_train: without it, test/<class>/* alone will do.
 
     Returns:
         images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts
@@ -64,7 +63,7 @@ def read(root: Path, image_size: int | None, need_train: bool = True) -> tuple[T
         UserError: the folder or a file in it is missing, broken or unusable.
     """
     paths, notes = _list(root, "--data_dir ")
-    folders = _find_parts(root, paths, need_train, notes) or {"all": ""}
+    folders = _find_parts(root, paths, notes) or {"all": ""}
     class_names = _check_classes(root, paths, folders, notes)
     files, labels, ends = [], [], [0]
     for folder in folders.values():
@@ -94,7 +93,7 @@ def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Ten
 def read_test_part(root: Path, image_size: int | None) -> Tensor:
     """The images of the test part below ``root``, or all if it has no parts, as ``read_unlabelled`` reads them."""
     paths, notes = _list(root, "")
-    return read_unlabelled(root / _find_parts(root, paths, False, notes).get("test", ""), image_size)
+    return read_unlabelled(root / _find_parts(root, paths, notes).get("test", ""), image_size)
 
 
 # --- which files belong to which part and class; no file is opened
@@ -155,7 +154,7 @@ def _part_of(name: str) -> str | None:
     return next((part for part, names in PART_NAMES.items() if plain in names), None)
 
 
-def _find_parts(root: Path, paths: list[Names], need_train: bool, notes: list[str]) -> dict[str, str]:
+def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, str]:
     """The name of each part's folder, in the order train, valid, test; {} if the top folders are classes."""
     inside = _folders(paths)
     named = {part: [name for name in inside if _part_of(name) == part] for part in PART_NAMES}
@@ -169,17 +168,18 @@ def _find_parts(root: Path, paths: list[Names], need_train: bool, notes: list[st
     if "valid" in parts and "train" in parts and "test" not in parts:
         notes.append(f"{root} has no test/: {parts['valid']}/ serves as the test part")
         parts["test"] = parts.pop("valid")
-    absent = [part for part in ("train", "test") if part not in parts and (need_train or part == "test")]
-    subfolders = [list(_folders(files)) for files in inside.values()]
-    if absent and (others or not parts) and any(len(names) > 1 and subfolders.count(names) > 1 for names in subfolders):
-        alike = [name for name in inside if subfolders.count(list(_folders(inside[name]))) > 1]
+    subfolders = {name: list(_folders(files)) for name, files in inside.items()}
+    alike = [
+        name for name, names in subfolders.items() if len(names) > 1 and list(subfolders.values()).count(names) > 1
+    ]
+    if alike and (others or not parts) and not parts.keys() >= {"train", "test"}:
         raise UserError(
             f"{_some(alike)} in {root} have the same subfolders, so they look like parts of a data set and not like "
             f"classes; {EXPECTED}: rename them, or let --data_dir name one of them"
         )
-    if absent and parts:
+    if parts and "test" not in parts:
         have = " and ".join(f"{name}/" for name in parts.values())
-        raise UserError(f"{root} has {have} but no {absent[0]}/: add it; {EXPECTED}")
+        raise UserError(f"{root} has {have} but no test/: add it; {EXPECTED}")
     if parts and others:
         notes.append(f"left out: {_some(others)}, because {root} has the folders {_some(list(parts.values()))}")
     return parts

@@ -556,7 +556,7 @@ def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
         ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "has only one class folder, cat"),
         ({"train/cat/1.png": encode(RGB), "test/cat/1.png": encode(RGB)}, "only one class folder, cat"),
         ({"train/cat/1.png": encode(RGB), "train/dog/1.png": encode(RGB)}, "has train/ but no test/"),
-        ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has test/ but no train/"),
+        ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has no train/: add it"),
         (four(encode(RGB)) | {"test/bird/1.png": encode(RGB)}, "has bird: give both the same class folders"),
         (four(encode(RGB)) | {"train/Cat/1.png": encode(RGB)}, "has Cat"),
         (four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}, "class emu has no images in"),
@@ -789,7 +789,7 @@ def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
         (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
         (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
-        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/: add it"),
+        (("val/a", "val/b", "test/a", "test/b"), "has no train/: add it"),
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
