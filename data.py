@@ -1,7 +1,6 @@
 """Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation.
 
-``load`` reads a data set by name and returns its train, validation and test parts. Splits are drawn with a
-seed of their own, so that runs with different seeds train and report on the same images.
+Parts are drawn with a seed of their own, so that runs with different seeds train and report on the same images.
 """
 
 import hashlib
@@ -80,20 +79,16 @@ class ImageData:
     @cached_property
     def description(self) -> dict[str, Any]:
         """What a checkpoint remembers of its data: two data sets with the same description hold the same images."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.train, self.valid, self.test):
+            digest.update(part.images.cpu().contiguous().numpy())
+            digest.update(part.labels.cpu().numpy())
         return {
             "shape": list(self.shape),
             "class_names": list(self.class_names),
             "images": [len(self.train), len(self.valid), len(self.test)],
-            "digest": digest_of(self.train, self.valid, self.test),
+            "digest": digest.hexdigest(),
         }
-
-
-def digest_of(*parts: Split) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.images.cpu().contiguous().numpy())
-        digest.update(part.labels.cpu().numpy())
-    return digest.hexdigest()
 
 
 def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
@@ -196,8 +191,7 @@ def load(
         trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
             on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
 
-    Raises:
-        UserError: files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
+    Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
@@ -206,7 +200,7 @@ def load(
     if "valid" in parts and n_valid is not None:
         raise UserError(f"{root} has a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
     if "all" in parts:
-        parts = _divide(parts.pop("all"), str(root) if name == "folder" else name, trained_on)
+        parts = _divide(parts.pop("all"), class_names, root, trained_on)
     if "train" in parts:
         parts = _hold_out(parts, n_valid)
     elif trained_on is None:
@@ -252,8 +246,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
         top, left: int64 (N,), offsets in [0, 2 * pad]; ``pad`` leaves the image in place.
         flip: bool (N,), whether to mirror left and right after the crop.
 
-    Returns:
-        uint8 (N, C, H, W), channels_last in memory.
+    Returns uint8 (N, C, H, W), channels_last in memory.
     """
     n, channels, height, width = images.shape
     rows = _reflect(top[:, None] - pad + torch.arange(height, device=images.device), height)  # (N, H)
@@ -265,12 +258,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
 
 
 def augment(
-    images: Tensor,
-    flip: bool,
-    sigma: float,
-    generator: Generator,
-    n: int | None = None,
-    part: slice = WHOLE,
+    images: Tensor, flip: bool, sigma: float, generator: Generator, n: int | None = None, part: slice = WHOLE
 ) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
 
@@ -280,8 +268,7 @@ def augment(
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
         generator: source of all randomness, on the images' device; it is drawn from for the whole batch.
 
-    Returns:
-        float32 (N, C, H, W), channels_last in memory.
+    Returns float32 (N, C, H, W), channels_last in memory.
     """
     n, (_, channels, height, width) = n or len(images), images.shape
     draw = {"generator": generator, "device": images.device}
@@ -300,31 +287,32 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def _divide(images: Split, name: str, trained_on: dict[str, Any] | None) -> dict[str, Split]:
+def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[str, Any] | None) -> dict[str, Split]:
     """80 % of each class for training and 20 % for testing; all for testing if a model was trained on others."""
     from sklearn.model_selection import train_test_split  # slow to import, and most data sets do without
 
+    numbers = torch.arange(len(images))
     try:
-        train, test = train_test_split(
-            torch.arange(len(images)), test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED
-        )
+        train, test = train_test_split(numbers, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
+        parts = {"train": images[train], "test": images[test]}
     except ValueError as error:
-        raise UserError(f"{name} has too few images to hold out a fifth of each class: add some") from error
-    parts = {"train": images[train], "test": images[test]}
-    if trained_on is None or _same_images(parts, trained_on):
-        return parts
-    print(f"data: {name} holds other images than those of the training: all of them are test images", flush=True)
-    return {"test": images}
+        if trained_on is None:
+            raise UserError(f"{root} has too few images to hold out a fifth of each class: add some") from error
+        parts = {}
+    if trained_on is not None and not (parts and _same_images(parts, class_names, trained_on)):
+        print(f"data: {root} holds other images than those of the training: all are test images", flush=True)
+        parts = {"test": images}
+    return parts
 
 
-def _same_images(parts: dict[str, Split], trained_on: dict[str, Any]) -> bool:
+def _same_images(parts: dict[str, Split], class_names: list[str], trained_on: dict[str, Any]) -> bool:
     """Whether a model was trained on these images; its ``--n_valid`` may have been another."""
-    n_train, n_valid, n_test = trained_on.get("images", (0, 0, 0))  # other programs' checkpoints do not say
-    if (n_train + n_valid, n_test) != (len(parts["train"]), len(parts["test"])):
+    n_valid = trained_on.get("images", [0, 0, 0])[1]  # other programs' checkpoints do not say
+    if n_valid >= len(parts["train"]):
         return False
     parts = _hold_out(parts, n_valid)
-    digest = digest_of(parts["train"], parts["valid"], parts["test"])
-    return trained_on.get("digest", digest) == digest
+    own = ImageData(parts["train"], parts["valid"], parts["test"], tuple(class_names), flip=False).description
+    return all(own.get(key) == value for key, value in trained_on.items())
 
 
 def _hold_out(parts: dict[str, Split], n_valid: int | None) -> dict[str, Split]:
@@ -362,7 +350,7 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -
         root = root.parent
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            place = _unpack_idx(cls, root, Path(scratch)) if issubclass(cls, datasets.MNIST) else root
+            place = _unpack_idx(cls, root, Path(scratch))
             train, test = _open_part(cls, place, "train"), _open_part(cls, place, "test")
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except UserError:
@@ -373,9 +361,7 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -
         lacks = ", ".join([file for file in files if not (root / file).exists()][:5])
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
-        raise UserError(
-            f"cannot read {name} from {root} ({cause}): it holds {holds}, but not {lacks}: {advice}"
-        ) from error
+        raise UserError(f"cannot read {name} from {root} ({cause}): it holds {holds}, not {lacks}: {advice}") from error
     for other, labels in FIRST_LABELS.items():
         if other != name and parts["train"].labels[:10].tolist() == labels:
             raise UserError(f"{root} holds {other}, not {name}: their files have the same names")
@@ -383,18 +369,16 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -
 
 
 def _unpack_idx(cls: type, root: Path, scratch: Path) -> Path:
-    """Lay bare idx files out in ``scratch`` as torchvision expects them; returns where it is to read."""
-    bare = {path.name.removesuffix(".gz"): path for path in root.glob("*-idx?-ubyte*")}
-    if len(bare) < 4:  # images and labels of two parts
-        return root
+    """Lay MNIST's idx files that lie in ``root`` itself out in ``scratch``, as torchvision wants; returns its root."""
+    bare = list(root.glob("*-idx?-ubyte*")) if issubclass(cls, datasets.MNIST) else []
     raw = scratch / cls.__name__ / "raw"
     raw.mkdir(parents=True)
-    for path in bare.values():
+    for path in bare:
         try:
             extract_archive(path, raw) if path.suffix == ".gz" else shutil.copy(path, raw)
         except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path} is damaged: remove it and put an intact copy there ({error})") from error
-    return scratch
+    return scratch if len({path.name.removesuffix(".gz") for path in bare}) == 4 else root
 
 
 def _open_part(cls: type, root: Path, part: str) -> datasets.VisionDataset:

@@ -355,7 +355,7 @@ def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
     assert len(data.load("mnist", tmp_path / "mnist/MNIST").test) == 6
     assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
     (batches / "data_batch_2").unlink()
-    message = "it holds cifar-10-batches-py, but not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
+    message = "it holds cifar-10-batches-py, not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
     refuses(message, "cifar10", tmp_path / "set")
 
 
@@ -434,7 +434,9 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     trained_on = data.load("folder", write_pngs(tmp_path / "own", "a", "b"), n_valid=3).description
     same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
     assert [len(part) for part in (same.train, same.valid, same.test)] == [11, 5, 4]
-    assert "all of them are test images" not in capsys.readouterr().out
+    assert "all are test images" not in capsys.readouterr().out
+    write_pngs(tmp_path / "few", "a", "b", n=1)
+    assert len(data.load("folder", tmp_path / "few", trained_on=trained_on).test) == 2
     write_pngs(tmp_path / "other", "a", "b")
     for description in (trained_on, {"shape": [3, 8, 8], "class_names": ["a", "b"], "assumed": True}):
         other = data.load("folder", tmp_path / "other", trained_on=description)
