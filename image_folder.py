@@ -59,17 +59,18 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
         images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts
         "train", "valid" and "test" that exist, or else for "all", the slice of the images; class names.
 
-    Raises:
-        UserError: the folder or a file in it is missing, broken or unusable.
+    Raises UserError if the folder or a file in it is missing, broken or unusable.
     """
     paths, notes = _list(root, "--data_dir ")
     folders = _find_parts(root, paths, notes) or {"all": ""}
-    class_names = _check_classes(root, paths, folders, notes)
+    inside = _folders(paths) | {"": paths}
+    parts = {folder: inside[folder] for folder in folders.values()}
+    class_names = _check_classes(root, parts, notes)
     files, labels, ends = [], [], [0]
-    for folder in folders.values():
-        for label, (name, inside) in enumerate(_folders(_below(paths, folder)).items()):
-            files += [os.path.join(root, folder, name, *path) for path in inside]
-            labels += [label] * len(inside)
+    for folder, in_part in parts.items():
+        for label, (name, in_class) in enumerate(_folders(in_part).items()):
+            files += [os.path.join(root, folder, name, *path) for path in in_class]
+            labels += [label] * len(in_class)
         ends.append(len(files))
     images, kept = _read_files(root, files, image_size, notes)
     labels, ends = torch.tensor(labels)[kept], np.searchsorted(kept, ends).tolist()
@@ -100,10 +101,7 @@ def read_test_part(root: Path, image_size: int | None) -> Tensor:
 
 
 def _list(root: Path, option: str) -> tuple[list[Names], list[str]]:
-    """Every file below ``root``, sorted, and lines for the user.
-
-    Links to folders are followed, but not back to a folder that they lie in.
-    """
+    """Every file below ``root``, sorted, and lines for the user. Links are followed, but not in circles."""
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{option}{root} {state}: name a folder of images")
@@ -138,10 +136,6 @@ def _folders(paths: list[Names]) -> dict[str, list[Names]]:
     return inside
 
 
-def _below(paths: list[Names], folder: str) -> list[Names]:
-    return _folders(paths)[folder] if folder else paths
-
-
 def _images(paths: list[Names]) -> list[str]:
     """The files that lie in no folder and have the name of an image."""
     return [path[0] for path in paths if len(path) == 1 and os.path.splitext(path[0])[1].lower() in IMAGE_ENDINGS]
@@ -168,10 +162,9 @@ def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, s
     if "valid" in parts and "train" in parts and "test" not in parts:
         notes.append(f"{root} has no test/: {parts['valid']}/ serves as the test part")
         parts["test"] = parts.pop("valid")
-    subfolders = {name: list(_folders(files)) for name, files in inside.items()}
-    alike = [
-        name for name, names in subfolders.items() if len(names) > 1 and list(subfolders.values()).count(names) > 1
-    ]
+    subfolders = {name: tuple(_folders(files)) for name, files in inside.items() if len(_folders(files)) > 1}
+    how_many = Counter(subfolders.values())
+    alike = [name for name, names in subfolders.items() if how_many[names] > 1]
     if alike and (others or not parts) and not parts.keys() >= {"train", "test"}:
         raise UserError(
             f"{_some(alike)} in {root} have the same subfolders, so they look like parts of a data set and not like "
@@ -185,21 +178,21 @@ def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, s
     return parts
 
 
-def _check_classes(root: Path, paths: list[Names], folders: dict[str, str], notes: list[str]) -> list[str]:
-    """The names of the class folders, which must be the same in each part."""
-    first, *_ = folders.values()  # train, if there is one
-    class_names = list(_folders(_below(paths, first)))
-    for folder in folders.values():
-        names = list(_folders(_below(paths, folder)))
+def _check_classes(root: Path, parts: dict[str, list[Names]], notes: list[str]) -> list[str]:
+    """The names of the class folders, which must be the same in each part; parts: the files in each part's folder."""
+    first, *_ = parts  # train, if there is one
+    class_names = list(_folders(parts[first]))
+    for folder, paths in parts.items():
+        names = list(_folders(paths))
         if len(names) < 2 and not set(names) & set(class_names):
             advice = "sort them into one folder for each class"
             if class_names:
                 advice += f", or give --data_dir {root / first}, of which a fifth becomes the test part"
             raise UserError(f"{root / folder} has no class folders, so its pictures have no labels: {advice}")
         if odd := sorted(set(names) ^ set(class_names)):
-            both = f"{first}/ and {folder}/"
-            raise UserError(f"only one of {both} in {root} has {_some(odd)}: give both the same class folders")
-        if loose := _images(_below(paths, folder)):
+            both = f"{first}/ and {folder}/ in {root}"
+            raise UserError(f"only one of {both} has {_some(odd)}: give both the same class folders")
+        if loose := _images(paths):
             notes.append(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
     if len(class_names) < 2:
         raise UserError(f"{root / first} has only one class folder, {class_names[0]}: two or more are needed")
@@ -225,7 +218,6 @@ class Decoded:
 
 
 def decode_file(file: str, image_size: int | None) -> Decoded:
-    """Read one image file whole, or say why it cannot be used."""
     result = Decoded()
     try:
         result.pixels = _decode_file(file, image_size, result.done)

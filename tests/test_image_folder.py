@@ -1,7 +1,6 @@
 import io
 import os
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import random_images, refuses, rows
 
 import data
 import image_folder
 from utils import UserError
 
-RNG = np.random.default_rng(0)
 TILE = np.stack(np.meshgrid(np.arange(12) * 20, np.arange(8) * 30), -1)  # (8, 12, 2), no symmetry
 RGB = np.concatenate([TILE, TILE.sum(-1, keepdims=True) // 2], -1).astype(np.uint8)  # (8, 12, 3)
 GREY = RGB[..., 0] // 2 + RGB[..., 1] // 2
@@ -33,25 +32,6 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(image_folder, "decode_file", counted)
     return files
-
-
-def random_images(*shape):
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
-
-
-def refuses(message, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        data.load(*args, **kwargs)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def rows(*splits):
-    """Every (label, image) of the splits, as a sorted list."""
-    return sorted(
-        (int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.images, split.labels, strict=True)
-    )
 
 
 # --- folders of images
@@ -146,28 +126,16 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "png palette": (encode(PALETTE), PALETTE_RGB),
     "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
     "png 16 bit": (encode16(RGB, ".png"), RGB),
-    "png turned": (encode(RGB, exif=upright(6)), np.rot90(RGB, -1)),
     "png grey": (encode(GREY), GREY),
     "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
-    "png grey 16 bit": (encode16(GREY, ".png"), GREY),
-    "png grey as rgb": (encode(np.stack([GREY] * 3, -1)), GREY),
     "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
-    "tiff": (encode(RGB, "TIFF"), RGB),
     "tiff alpha": (encode(RGBA, "TIFF"), SEEN),
     "tiff 16 bit": (encode16(RGB, ".tiff"), RGB),
-    "tiff grey 16 bit": (encode16(GREY, ".tiff"), GREY),
     "tiff cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
-    "tiff turned": (encode(RGB, "TIFF", exif=upright(6)), np.rot90(RGB, -1)),
-    "tiff alpha turned": (
-        encode(RGBA, "TIFF", exif=upright(6)),
-        np.rot90(SEEN, -1),
-    ),
     "webp": (encode(RGB, "WEBP", lossless=True), RGB),
     "webp alpha": (encode(RGBA, "WEBP", lossless=True, exact=True), SEEN),
-    "webp turned": (encode(RGB, "WEBP", lossless=True, exif=upright(8)), np.rot90(RGB)),
     "gif": (encode(PALETTE, "GIF"), PALETTE_RGB),
     "gif transparent": (encode(PALETTE, "GIF", transparency=3), PALETTE_WHITE),
-    "gif grey": (encode(GREY, "GIF"), GREY),
     "bmp": (encode(RGB, "BMP"), RGB),
     "png 1 bit transparent": (
         png(np.uint8([[0b10100101]] * 8), 1, 0, (b"tRNS", b"\0\0")),
@@ -186,15 +154,12 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "tiff white is zero": (tiff(255 - GREY, 8, 0), GREY),
     "tiff white is zero, 16 bit": (tiff(65535 - GREY.astype(np.uint16) * 257, 16, 0), GREY),
     "tiff 12 bit": (tiff(np.uint8([[0x00, 0x0F, 0xFF] * 4] * 8), 12, width=8), np.uint8([[0, 255] * 4] * 8)),
-    "tiff lzw": (encode(RGB, "TIFF", compression="tiff_lzw"), RGB),
     "pgm": (encode(GREY, "PPM"), GREY),
     "pgm of 16 levels": (b"P5 12 8 15\n" + (GREY // 17).tobytes(), GREY // 17 * 17),
     "pgm of 4096 levels": (b"P5 12 8 4095\n" + (GREY.astype(int) * 4095 // 255).astype(">u2").tobytes(), GREY),
     "pgm of 65536 levels": (b"P5 12 8 65535\n" + (GREY.astype(">u2") * 257).tobytes(), GREY),
     "ppm of 16 levels": (b"P6 12 8 15\n" + (RGB // 17).tobytes(), RGB // 17 * 17),
-    "ppm in words": (b"P3 8 8 1\n" + b"0 0 1 1 1 1 " * 32, np.uint8([[[0, 0, 255], [255] * 3] * 4] * 8)),
     "pbm": (b"P1 8 8\n" + b"0 1 " * 32, np.uint8([[255, 0] * 4] * 8)),
-    "ppm": (encode(RGB, "PPM"), RGB),
 }
 
 
@@ -207,24 +172,6 @@ def test_folder_reads_each_kind_of_lossless_file(kind, tmp_path):
         assert part.images.shape == (2, *expected.shape)
         assert abs(part.images.numpy().astype(int) - expected).max() <= ("alpha" in kind)  # blending rounds
     assert loaded.shape == expected.shape
-
-
-@pytest.mark.parametrize(
-    "pixels, options, expected",
-    [
-        (RGB, {}, RGB),
-        (RGB, {"progressive": True}, RGB),
-        (GREY, {}, GREY),
-        (RGB, {"exif": upright(6)}, np.rot90(RGB, -1)),
-        (GREY, {"exif": upright(3)}, np.rot90(GREY, 2)),
-        (Image.fromarray(RGB).convert("CMYK"), {}, RGB),
-    ],
-)
-def test_folder_reads_each_kind_of_jpeg(pixels, options, expected, tmp_path):
-    content = encode(pixels, "JPEG", quality=100, subsampling=0, **options)
-    image = load_folder(write_files(tmp_path, four(content))).train.images[0].permute(1, 2, 0).numpy()
-    assert image.shape == (expected[..., None] if expected.ndim == 2 else expected).shape
-    assert abs(image.astype(int) - expected.reshape(image.shape)).max() <= 3  # what JPEG itself loses
 
 
 def test_folder_with_both_parts(tmp_path):
@@ -257,29 +204,19 @@ def test_folder_of_classes_alone_is_split_by_class(tmp_path):
     assert torch.equal(load_folder(tmp_path).test.images, loaded.test.images)
 
 
-def test_one_coloured_image_makes_the_set_coloured(tmp_path):
-    files = four(encode(GREY)) | {"test/dog/colour.png": encode(RGB)}
-    loaded = load_folder(write_files(tmp_path, files))
-    assert loaded.shape == (3, 8, 12)
-    assert np.array_equal(loaded.train.images[0], np.stack([GREY] * 3))
-
-
-def test_hidden_and_system_files_are_ignored(tmp_path):
-    litter = (
-        ".DS_Store",
-        "train/.DS_Store",
-        "train/cat/.DS_Store",
-        "train/cat/Thumbs.db",
-        "test/dog/desktop.ini",
+def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
+    """Also by the names that a NAS, Windows, macOS and ext4 use; hidden files are left out without a word."""
+    png = encode(RGB)
+    litter = {f"train/{c}/@eaDir/image.png/SYNOPHOTO_THUMB_{size}.jpg": png for c in ("cat", "dog") for size in "SM"}
+    litter |= dict.fromkeys(("$RECYCLE.BIN/S-1-5/x.png", "System Volume Information/x", "__MACOSX/y/._x.png"), png)
+    litter |= dict.fromkeys(("lost+found/x", "train/cat/Thumbs.db", "test/dog/desktop.ini", "readme.txt"), b"litter")
+    litter |= dict.fromkeys((".DS_Store", "train/cat/.ipynb_checkpoints/x.png", "train/.thumbnails/a.png"), png)
+    loaded = load_folder(write_files(tmp_path, four(png) | {"test/cat/more/2.png": png} | litter))
+    assert loaded.train.labels.bincount().tolist() == [1, 1] and loaded.test.labels.bincount().tolist() == [2, 1]
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "data: left out, as systems put it there: 1 $RECYCLE.BIN, 2 @eaDir, 1 System Volume Information, 1 Thumbs.db, "
+        "1 __MACOSX, 1 desktop.ini, 1 lost+found"
     )
-    litter += ("train/cat/.ipynb_checkpoints/x.png", "train/.git/config", "readme.txt", "train/labels.csv")
-    loaded = load_folder(write_files(tmp_path, four(encode(RGB)) | dict.fromkeys(litter, b"litter")))
-    assert len(loaded.train) == len(loaded.test) == 2
-
-
-def test_images_in_subfolders_of_a_class_count(tmp_path):
-    files = four(encode(RGB)) | {"train/cat/more/1.png": encode(RGB), "train/cat/more/2.png": encode(RGB)}
-    assert load_folder(write_files(tmp_path, files)).train.labels.bincount().tolist() == [3, 1]
 
 
 def test_image_size_brings_all_images_to_one_size(tmp_path):
@@ -288,19 +225,16 @@ def test_image_size_brings_all_images_to_one_size(tmp_path):
         "test/dog/large.png": encode(large),
         "test/dog/thin.png": encode(large[:, :4]),
     }
-    loaded = load_folder(write_files(tmp_path, files), image_size=8)
+    square = random_images(8, 8, 3)
+    write_files(tmp_path / "square", four(encode(square)))
+    loaded = load_folder(write_files(tmp_path / "set", files), image_size=8)
     assert loaded.shape == (3, 8, 8)
     assert (loaded.train.images == 77).all()
+    assert np.array_equal(load_folder(tmp_path / "square", image_size=8).train.images[0], square.transpose(2, 0, 1))
     for image, source in ((loaded.test.images[2], large), (loaded.test.images[3], large[:, :4])):
         source = torch.from_numpy(source).permute(2, 0, 1)[None].float()
         expected = torch.nn.functional.interpolate(source, (8, 8), mode="bilinear", antialias=True)[0]
         assert abs(image - expected).max() <= 1.5
-
-
-def test_images_of_the_right_size_are_not_resampled(tmp_path):
-    pixels = random_images(8, 8, 3)
-    write_files(tmp_path, four(encode(pixels)))
-    assert np.array_equal(load_folder(tmp_path, image_size=8).train.images[0], pixels.transpose(2, 0, 1))
 
 
 # --- the cache
@@ -332,12 +266,7 @@ def test_cache_saves_decoding(tmp_path, decoded):
     assert len(decoded) == 12 and small.shape == (3, 8, 8)
     check_cache(tmp_path, decoded, 0, small, image_size=8)
     check_cache(tmp_path, decoded, 0, reference)
-
-
-def test_cache_moves_with_its_folder(tmp_path, decoded):
-    reference = load_folder(make_folder(tmp_path / "before"))
-    (tmp_path / "before").rename(tmp_path / "after")
-    check_cache(tmp_path / "after", decoded, 0, reference)
+    check_cache(tmp_path.rename(tmp_path.with_name("moved")), decoded, 0, reference)
 
 
 def test_stale_cache_is_noticed(tmp_path, decoded):
@@ -362,27 +291,6 @@ def test_stale_cache_is_noticed(tmp_path, decoded):
     assert len(load_folder(tmp_path).train) == 5
 
 
-def test_cache_notices_a_file_that_changed_its_class(tmp_path):
-    """All files have one size and one time of change, as bitmaps from an archive may have."""
-    names = ("train/a/1.bmp", "train/a/2.bmp", "train/b/3.bmp", "test/a/4.bmp", "test/b/5.bmp")
-    pixels = {name: random_images(8, 8) for name in names}
-    write_files(tmp_path, {name: encode(pixels[name], "BMP") for name in names})
-    for name in names:
-        os.utime(tmp_path / name, ns=(0, 0))
-    load_folder(tmp_path)
-    (tmp_path / "train/a/1.bmp").rename(tmp_path / "train/b/4.bmp")
-    labels = (1, 0, 1)
-    expected = sorted((y, pixels[name].tobytes()) for y, name in zip(labels, names[:3], strict=True))
-    assert rows(load_folder(tmp_path).train) == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
-def test_of_a_large_file_that_is_no_image_only_the_beginning_is_read(tmp_path):
-    write_files(tmp_path, four(encode(RGB)) | {"train/cat/film.mp4": b"\0\0\0\x18ftypmp42" + bytes(2000)})
-    os.truncate(tmp_path / "train/cat/film.mp4", 2**41)
-    assert len(load_folder(tmp_path).train) == 2
-
-
 def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
     def stopped(stored, file):
         file.write(b"half")
@@ -394,27 +302,15 @@ def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".jem*"))
 
 
-@pytest.mark.parametrize("pages, fits", [(2303, False), (2304, True)])
-def test_photos_that_do_not_fit_into_memory(tmp_path, monkeypatch, pages, fits):
-    """4 images of 3x8x12 bytes, of which there are two copies for a moment, in so much memory."""
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
+def test_memory_is_announced_and_asked_for_before(tmp_path, monkeypatch, capsys):
+    """4 images of 3x8x12 bytes, of which there are two copies for a moment."""
     write_files(tmp_path, four(encode(RGB)))
-    if fits:
-        assert len(load_folder(tmp_path).train) == 2
-    else:
-        assert "use fewer images, or a smaller --image_size" in refuses(
-            "4 images of 12x8 pixels need", "folder", tmp_path
-        )
-
-
-def test_much_memory_is_announced(tmp_path, capsys):
-    files = {
-        f"{c}/{i}.png": encode(Image.fromarray(np.uint8(i)[None, None]).resize((2048, 2048)))
-        for c in "ab"
-        for i in range(25)
-    }
-    listed = [str(path) for path in write_files(tmp_path, files).rglob("*.png")]
-    image_folder._room_for(tmp_path, len(listed), 2048, 2048)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2303}.get)
+    assert "use fewer images, or a smaller" in refuses("4 images of 12x8 pixels need", "folder", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2304}.get)
+    assert len(load_folder(tmp_path).train) == 2
+    monkeypatch.undo()
+    image_folder._room_for(tmp_path, 50, 2048, 2048)
     assert "data: 50 images of 2048x2048 pixels need 1.3 GB of memory while they are read" in capsys.readouterr().out
 
 
@@ -426,30 +322,17 @@ def flip_a_bit(content):
     return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
 
 
-class Malicious:
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "bit", "other content", "malicious"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "other content"])
 def test_damaged_cache_is_rebuilt(damage, tmp_path, decoded):
     reference = load_folder(make_folder(tmp_path / "images", n=20))
     cache = tmp_path / "images" / ".jem_cache_native.pt"
     content = cache.read_bytes()
     if damage == "other content":
         torch.save([1, 2, 3], cache)
-    elif damage == "malicious":
-        torch.save({"fingerprint": Malicious(tmp_path / "harm")}, cache)
     else:
-        cache.write_bytes(
-            {"cut": content[:-100], "empty": b"", "nonsense": b"x" * 1000, "bit": flip_a_bit(content)}[damage]
-        )
+        cache.write_bytes(content[:-100] if damage == "cut" else flip_a_bit(content))
     check_cache(tmp_path / "images", decoded, 80, reference)
     check_cache(tmp_path / "images", decoded, 0, reference)
-    assert not (tmp_path / "harm").exists()
 
 
 def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
@@ -467,11 +350,6 @@ def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
 FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
 NOISE = random_images(64, 64, 3)
 NOISY_JPEG = encode(NOISE, "JPEG")
-
-
-def zeroed(content):
-    """The second half was never downloaded, but for the last two bytes."""
-    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2 - 2) + content[-2:]
 
 
 DEFLATED = encode(NOISE, "TIFF", compression="tiff_deflate")
@@ -514,11 +392,6 @@ def test_unusable_file_is_named_with_its_reason(kind, tmp_path):
     assert reason in refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["x.heic", "x.SVG", "x.nef"])
-def test_formats_that_are_known_by_their_names(name, tmp_path):
-    assert "convert it to PNG or JPEG" in decode(tmp_path, encode(RGB, "TIFF"), name).problem
-
-
 def test_all_unusable_files_are_listed(tmp_path, capfd):
     files = four(encode(RGB)) | {f"train/dog/{i:02}.jpg": b"x" for i in range(15)}
     message = refuses("15 of 19 files", "folder", write_files(tmp_path, files))
@@ -548,43 +421,12 @@ def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
     assert load_folder(tmp_path, image_size=advice).shape == (1, advice, advice)
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({}, "has no class folders"),
-        ({"1.png": encode(RGB)}, "has no class folders"),
-        ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "has only one class folder, cat"),
-        ({"train/cat/1.png": encode(RGB), "test/cat/1.png": encode(RGB)}, "only one class folder, cat"),
-        ({"train/cat/1.png": encode(RGB), "train/dog/1.png": encode(RGB)}, "has train/ but no test/"),
-        ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has no train/: add it"),
-        (four(encode(RGB)) | {"test/bird/1.png": encode(RGB)}, "has bird: give both the same class folders"),
-        (four(encode(RGB)) | {"train/Cat/1.png": encode(RGB)}, "has Cat"),
-        (four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}, "class emu has no images in"),
-        ({"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)}, "too few images"),
-    ],
-)
-def test_folder_without_what_is_needed(files, message, tmp_path):
-    assert str(tmp_path) in refuses(message, "folder", write_files(tmp_path, files))
-
-
 def test_data_dir_that_is_not_there(tmp_path):
     refuses(f"--data_dir {tmp_path / 'nowhere'} does not exist", "folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"^{tmp_path / 'nowhere'} does not exist: name a folder of images$"):
         image_folder.read_unlabelled(tmp_path / "nowhere", None)
     (tmp_path / "file").write_text("not a folder")
     refuses(f"--data_dir {tmp_path / 'file'} is a file", "folder", tmp_path / "file")
-
-
-def test_dangling_link_is_named(tmp_path):
-    write_files(tmp_path, four(encode(RGB)))
-    (tmp_path / "train/cat/link.png").symlink_to(tmp_path / "nowhere.png")
-    refuses(f"cannot read {tmp_path / 'train/cat/link.png'}", "folder", tmp_path)
-
-
-def test_home_folder_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_files(tmp_path / "pictures", four(encode(RGB)))
-    assert len(load_folder("~/pictures").test) == 2
 
 
 # --- formats that lose a little, orientation, limits
@@ -621,6 +463,8 @@ LOSSY = {
     "webp": (encode(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), "WEBP", quality=100), None),
     "jpeg 2000": (encode(RGB, "JPEG2000"), RGB),
     "jpeg 2000 grey 16 bit": (encode(GREY.astype(np.uint16) * 257, "JPEG2000"), np.stack([GREY] * 3, -1)),
+    "jpeg grey": (encode(GREY, "JPEG", quality=100), np.stack([GREY] * 3, -1)),
+    "jpeg cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=100, subsampling=0), RGB),
     "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
     "jpeg with a picture in its header": (
         encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
@@ -643,18 +487,11 @@ def test_formats_that_lose_a_little(kind, tmp_path):
     assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
-@pytest.mark.parametrize("pixels, mode", [(NOISE, "RGB"), (RGB, "CMYK"), (np.zeros((40, 24), np.uint8), "L")])
-def test_a_sound_jpeg_is_never_called_damaged(options, pixels, mode, tmp_path):
-    content = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
-    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    assert np.array_equal(decode(tmp_path, content).pixels, expected)
-
-
-def test_pixel_limit_is_a_reason_of_its_own(tmp_path, monkeypatch):
+def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, monkeypatch):
     """Pillow warns of more than its limit and refuses more than twice that."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 47)
     assert "has more pixels than the limit of 94: make it smaller" in decode(tmp_path, encode(RGB)).problem
+    assert "of an unsupported format (heic): convert it" in decode(tmp_path, b"", "x.HEIC").problem
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48)
     assert decode(tmp_path, encode(RGB)).pixels.shape == (8, 12, 3)
 
@@ -673,11 +510,19 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     }
     files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
     files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
+    files |= {
+        "train/dog/table.csv": b"BMI,age\n1,2\n",
+        "test/cat/c.log": b"P1",
+        "train/loose.png": b"",
+        "extra/x.png": b"",
+    }
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines == [
+        f"left out: extra, because {tmp_path} has the folders train, test",
+        f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}",
         "4 of 15 images have transparency: composited on white",
         "1 of 15 images were turned upright by their EXIF orientation",
-        "left out: files that are no images: 2 (e.g. cat_boxes.txt)",
+        "left out: files that are no images: 4 (e.g. cat_boxes.txt)",
         "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
     ]
     decoded.clear()
@@ -685,28 +530,6 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept" in announced(
         capsys, tmp_path, image_size=8
     )
-
-
-def test_images_beside_the_class_folders_are_announced(tmp_path, capsys):
-    files = four(encode(RGB)) | {"train/loose.png": encode(RGB), "train/readme.txt": b"", "train/._one.jpg": b""}
-    lines = announced(capsys, write_files(tmp_path, files))
-    assert (
-        lines[0] == f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}" and len(lines) == 2
-    )
-
-
-def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):
-    files = four(encode(RGB)) | {
-        "train/cat/a.csv": b"BMI,age\n1,2\n",
-        "train/cat/b.txt": b"Python\n",
-        "test/cat/c.log": b"P1",
-    }
-    assert "left out: files that are no images: 3 (e.g. a.csv)" in announced(capsys, write_files(tmp_path, files))
-
-
-def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
-    opaque = np.concatenate([RGB, np.full_like(ALPHA, 255)], -1)
-    assert len(announced(capsys, write_files(tmp_path, four(encode(opaque))))) == 1
 
 
 def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
@@ -761,50 +584,45 @@ def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
     refuses("--n_valid 3", "folder", tmp_path, n_valid=3)
 
 
-def test_validation_folder_without_test_is_the_test_part(tmp_path, capsys):
-    loaded = load_folder(laid_out(tmp_path, "train/a", "train/b", "val/a", "val/b"))
-    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
-    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    assert load_folder(laid_out(tmp_path, "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
-
-
-def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
-    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", "extra")
-    assert any("left out: extra, because" in line for line in announced(capsys, tmp_path))
-
-
 @pytest.mark.parametrize(
     "folders, message",
     [
-        (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), "fold1, fold2 in"),
-        (("Train/a", "Train/b", "Probe/a", "Probe/b"), "Probe, Train in"),
+        ("", "has no class folders"),
+        (".", "has no class folders"),
+        ("cat", "has only one class folder, cat"),
+        ("train/cat test/cat", "has only one class folder, cat"),
+        ("cat dog", "too few images"),
+        ("train/cat train/dog", "has train/ but no test/: add it"),
+        ("test/cat test/dog", "has no train/: add it"),
+        ("val/a val/b test/a test/b", "has no train/: add it"),
+        ("fold1/a fold1/b fold2/a fold2/b", "fold1, fold2 in"),
+        ("Train/a Train/b Probe/a Probe/b", "Probe, Train in"),
+        ("Train/a Train/b training/a test/a", "several folders for the train part (Train, training)"),
+        ("train test", "train has no class folders, so its pictures have no labels"),
+        ("train/a train/b test", "test has no class folders, so its pictures have no labels"),
+        ("train/a train/b test/images", "test has no class folders, so its pictures have no labels"),
+        ("train/a train/b test/a test/b val", "val has no class folders"),
+        ("train/a train/b test/a test/b test/bird", "has bird: give both the same class folders"),
         (
-            ("Train/a", "Train/b", "training/a", "training/b", "test/a"),
-            "several folders for the train part (Train, training)",
+            " ".join(f"train/c{i:03}" for i in range(40)) + " test/c000",
+            "has c001, c002, c003, c004, c005 and 34 more: give",
         ),
-        (("train", "test"), "train has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
-        (("val/a", "val/b", "test/a", "test/b"), "has no train/: add it"),
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
-    refuses(message, "folder", laid_out(tmp_path, *folders, n=1))
+    assert str(tmp_path) in refuses(message, "folder", laid_out(tmp_path, *folders.split(), n=1))
 
 
-def test_few_of_many_odd_classes_are_named(tmp_path):
-    laid_out(tmp_path, *(f"train/c{i:03}" for i in range(40)), "test/c000", n=1)
-    message = refuses("c001, c002, c003, c004, c005 and 34 more", "folder", tmp_path)
-    assert len(message) < 400
+def test_class_without_images_is_refused(tmp_path):
+    files = four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}
+    refuses("class emu has no images in", "folder", write_files(tmp_path, files))
 
 
-def test_text_alone_makes_no_class(tmp_path):
-    laid_out(tmp_path, "a", "b")
-    refuses("class c has no images", "folder", write_files(tmp_path, {"c/notes.txt": b"text"}))
+def test_validation_folder_without_test_and_a_class_called_train(tmp_path, capsys):
+    loaded = load_folder(laid_out(tmp_path / "one", "train/a", "train/b", "val/a", "val/b"))
+    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
+    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
+    assert load_folder(laid_out(tmp_path / "two", "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
 
 
 def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
@@ -851,6 +669,9 @@ def test_missing_permission_is_said(tmp_path, monkeypatch):
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: closed(path) if Path(path).name == "b" else scandir(path))
     refuses(f"cannot read {tmp_path / 'b'}: Permission denied", "folder", tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "a/link.png").symlink_to(tmp_path / "nowhere.png")
+    refuses(f"cannot read {tmp_path / 'a/link.png'}: No such file", "folder", tmp_path)
 
 
 def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
