@@ -1,44 +1,31 @@
 """Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation.
 
-``load`` reads a data set by name and returns its train, validation and test parts. Splits are drawn with a
-seed of their own, so that runs with different seeds train and report on the same images.
+Parts are drawn with a seed of their own, so that runs with different seeds train and report on the same images.
 """
 
-import gzip
 import hashlib
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 import image_folder
 from distributed import World
-from image_folder.layout import describe
-from utils import UserError
+from utils import UserError, printable
 
-DATASETS = ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist", "digits", "folder")
-FLIP_KEEPS_LABEL = ("cifar10", "cifar100", "fashion_mnist", "folder")
 SPLIT_SEED = 0
 LARGE = 0.2  # of a GPU's memory: training images that take more stay on the host
 ALONE, WHOLE = World(), slice(None)
-
-SVHN_PARTS = ("train", "test")
-IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-TORCHVISION = {  # name: torchvision's class, and the files to fetch by hand where there is no network
-    "cifar10": (datasets.CIFAR10, ["cifar-10-python.tar.gz"]),
-    "cifar100": (datasets.CIFAR100, ["cifar-100-python.tar.gz"]),
-    "svhn": (datasets.SVHN, ["train_32x32.mat", "test_32x32.mat"]),
-    "mnist": (datasets.MNIST, [f"{file}.gz" for file in IDX_FILES]),
-    "fashion_mnist": (datasets.FashionMNIST, [f"{file}.gz" for file in IDX_FILES]),
-}
+FIRST_LABELS = {"mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "fashion_mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
 
 @dataclass(frozen=True)
@@ -60,13 +47,24 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set; ``flip`` says whether a horizontal flip keeps an image's label."""
+    """A data set. Raises UserError for images or labels on another scale than those of ``Split``."""
 
     train: Split
     valid: Split
     test: Split
     class_names: tuple[str, ...]
-    flip: bool
+    flip: bool  # whether a horizontal flip keeps an image's label
+
+    def __post_init__(self):
+        for images, labels in ((part.images, part.labels) for part in (self.train, self.valid, self.test)):
+            right = images.dtype == torch.uint8 and images.ndim == 4 and labels.dtype == torch.int64
+            first, last = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
+            if not right or len(labels) != len(images) or first < 0 or last >= len(self.class_names):
+                raise UserError(
+                    f"a data set has images uint8, 0 to 255, of shape (N, C, H, W), and labels int64, 0 to "
+                    f"{len(self.class_names) - 1}, of shape (N,); these images are {images.dtype} of shape "
+                    f"{tuple(images.shape)}, and the labels {labels.dtype}, {first} to {last}, {tuple(labels.shape)}"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,15 +79,14 @@ class ImageData:
     @cached_property
     def description(self) -> dict[str, Any]:
         """What a checkpoint remembers of its data: two data sets with the same description hold the same images."""
-        parts = (self.train, self.valid, self.test)
         digest = hashlib.blake2b(digest_size=16)
-        for part in parts:
+        for part in (self.train, self.valid, self.test):
             digest.update(part.images.cpu().contiguous().numpy())
             digest.update(part.labels.cpu().numpy())
         return {
             "shape": list(self.shape),
             "class_names": list(self.class_names),
-            "images": [len(part) for part in parts],
+            "images": [len(self.train), len(self.valid), len(self.test)],
             "digest": digest.hexdigest(),
         }
 
@@ -118,8 +115,7 @@ class Batches:
 
     The last images of a pass that fill no batch are left out. Images are augmented unless ``augmented`` is False. All
     randomness comes from ``rng``, on whose device the batches are. Where several processes draw with equal ``rng``,
-    each takes its part of the same batches with the same augmentation. Images that lie on the host are sent to a GPU
-    one batch ahead, while it computes.
+    each takes its part of the same batches with the same augmentation.
     """
 
     def __init__(
@@ -134,9 +130,7 @@ class Batches:
     ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
         self.augmented, self.part = augmented, world.slice_of(batch_size)
-        self.from_host = split.images.device.type != rng.device.type
-        self.copying = torch.cuda.Stream(rng.device) if self.from_host and rng.device.type == "cuda" else None
-        self.load_state_dict({"order": torch.empty(0, dtype=torch.int64, device=rng.device), "position": 0})
+        self._start_epoch(torch.empty(0, dtype=torch.int64, device=rng.device))
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``.
@@ -144,41 +138,38 @@ class Batches:
         Never waits for the device, but at the start of a pass over images on the host.
         """
         if self.position + self.batch_size > len(self.order):
-            order = torch.randperm(len(self.split), generator=self.rng, device=self.rng.device)
-            self.load_state_dict({"order": order, "position": 0})
-        batch = self.ready(self.ahead or self.batch_at(self.position))
+            self._start_epoch(torch.randperm(len(self.split), generator=self.rng, device=self.rng.device))
+        batch = self.split[self.index[self.position : self.position + self.batch_size][self.part]]
         self.position += self.batch_size
-        more = self.from_host and self.position + self.batch_size <= len(self.order)
-        self.ahead = self.batch_at(self.position) if more else None
+        images, labels, device = batch.images, batch.labels, self.rng.device
+        if images.device.type != device.type:  # pinned, so that the host need not wait for the copies
+            images = images.pin_memory().to(device, non_blocking=True)
+            labels = labels.pin_memory().to(device, non_blocking=True)
         if self.augmented:
-            return augment(batch.images, self.flip, self.sigma, self.rng, self.batch_size, self.part), batch.labels
-        return to_float(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
+            return augment(images, self.flip, self.sigma, self.rng, self.batch_size, self.part), labels
+        return to_float(images).contiguous(memory_format=torch.channels_last), labels
 
-    def batch_at(self, position: int) -> Split:
-        """This process's part of the batch there in the order; from the host, it is perhaps still on its way."""
-        batch = self.split[self.index[position : position + self.batch_size][self.part]]
-        if not self.copying:
-            return batch
-        with torch.cuda.stream(self.copying):
-            pinned = batch.images.pin_memory(), batch.labels.pin_memory()
-            return Split(*(t.to(self.rng.device, non_blocking=True) for t in pinned))
-
-    def ready(self, batch: Split) -> Split:
-        """The batch. The GPU waits until it has arrived; the host does not."""
-        if self.copying:
-            computing = torch.cuda.current_stream(self.rng.device)
-            computing.wait_stream(self.copying)
-            for t in (batch.images, batch.labels):
-                t.record_stream(computing)  # its memory serves other copies only when the computing is past
-        return batch
+    def _start_epoch(self, order: Tensor) -> None:
+        self.order, self.position = order, 0
+        self.index = order.to(self.split.images.device)  # the same order, where the images are
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order, self.position = state["order"], state["position"]
-        self.index = self.order.to(self.split.images.device)  # the same order, where the images are
-        self.ahead: Split | None = None
+        self._start_epoch(state["order"])
+        self.position = state["position"]
+
+
+Parts = tuple[list[str], dict[str, Split]]  # class names; "train", "test" and perhaps "valid", or "all" to be divided
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is read, from ``--data_dir`` and ``--image_size``."""
+
+    read: Callable[[Path, int | None], Parts]
+    flip: bool  # whether a horizontal flip keeps an image's label
 
 
 def load(
@@ -188,53 +179,51 @@ def load(
     n_valid: int | None = None,
     device: str | torch.device = "cpu",
     data_device: str = "auto",
+    trained_on: dict[str, Any] | None = None,
 ) -> ImageData:
     """Read the data set ``name``, one of ``DATASETS``, onto ``device``.
 
     Args:
-        data_dir: where the files are; torchvision's data sets are downloaded to it if they are missing. For
-            ``mnist`` and ``fashion_mnist`` it may hold the bare idx files, gzipped or not. For ``folder`` it
-            holds train/<class>/* and test/<class>/*, or only <class>/*, of which 20 % become the test part; with
-            val/<class>/* next to them, that is the validation part, and ``n_valid`` may not be given.
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: "cpu" leaves the training images on the host, "gpu" puts them on ``device`` with the others, "auto"
             leaves them if they take more than a fifth of its memory.
+        trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
+            on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
 
-    Raises:
-        UserError: files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
+    Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
-    try:
-        root = Path(data_dir).expanduser()
-    except RuntimeError as error:  # no such user
-        raise UserError(f"--data_dir {data_dir}: {error}") from None
-    valid = None  # a part of its own, where the data set has one
-    if name == "digits":
-        train, test, class_names = _read_digits()
-    elif name == "folder":
-        train, valid, test, class_names = _read_folder(root, image_size)
-    elif name in TORCHVISION:
-        train, test, class_names = _read_torchvision(name, root)
-    else:
+    if name not in DATASETS:
         raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
-    if valid is not None and n_valid is not None:
+    root = Path(data_dir).expanduser()
+    class_names, parts = DATASETS[name].read(root, image_size)
+    if "valid" in parts and n_valid is not None:
         raise UserError(f"{root} has a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
-    if n_valid is None:
-        n_valid = min(5000, len(train) // 10) if valid is None else 0
-    if not 0 <= n_valid < len(train):
-        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
-    order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
-    parts = (train[order[n_valid:]], train[order[:n_valid]] if valid is None else valid, test)
+    if "all" in parts:
+        parts = _divide(parts.pop("all"), class_names, root, trained_on)
+    if "train" in parts:
+        parts = _hold_out(parts, n_valid)
+    elif trained_on is None:
+        raise UserError(f"{root} has no train/: add it; {image_folder.EXPECTED}")
+    none = parts["test"][:0]
+    train, valid, test = parts.get("train", none), parts.get("valid", none), parts["test"]
     if name == "folder":
-        counts = zip(("train", "valid", "test"), (part.labels for part in parts), strict=True)
-        per_class = {part: labels.bincount(minlength=len(class_names)).tolist() for part, labels in counts}
-        print("data:", describe(class_names, per_class), flush=True)
+        print("data:", describe(class_names, {"train": train, "valid": valid, "test": test}), flush=True)
     device = torch.device(device)
-    train, *others = parts
     if not stays_on_host(train.images.nbytes, device, data_device):
         train = train.to(device)
-    others = (part.to(device) for part in others)
-    return ImageData(train, *others, tuple(class_names), flip=name in FLIP_KEEPS_LABEL)
+    return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
+
+
+def describe(class_names: list[str], parts: dict[str, Split], n: int = 10) -> str:
+    """One line such as "2 classes: cat (30 train, 10 test), dog (30 train, 10 test)", with ``n`` classes at most."""
+    counts = {part: split.labels.bincount(minlength=len(class_names)).tolist() for part, split in parts.items()}
+    lines = []
+    for label, name in enumerate(class_names[:n]):
+        numbers = ", ".join(f"{counts[part][label]} {part}" for part in counts if counts[part][label])
+        lines.append(f"{name} ({numbers})")
+    more = f" ... {len(class_names) - n} more" if len(class_names) > n else ""
+    return printable(f"{len(class_names)} classes: {', '.join(lines)}{more}")
 
 
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:
@@ -257,8 +246,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
         top, left: int64 (N,), offsets in [0, 2 * pad]; ``pad`` leaves the image in place.
         flip: bool (N,), whether to mirror left and right after the crop.
 
-    Returns:
-        uint8 (N, C, H, W), channels_last in memory.
+    Returns uint8 (N, C, H, W), channels_last in memory.
     """
     n, channels, height, width = images.shape
     rows = _reflect(top[:, None] - pad + torch.arange(height, device=images.device), height)  # (N, H)
@@ -270,12 +258,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
 
 
 def augment(
-    images: Tensor,
-    flip: bool,
-    sigma: float,
-    generator: Generator,
-    n: int | None = None,
-    part: slice = WHOLE,
+    images: Tensor, flip: bool, sigma: float, generator: Generator, n: int | None = None, part: slice = WHOLE
 ) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
 
@@ -285,8 +268,7 @@ def augment(
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
         generator: source of all randomness, on the images' device; it is drawn from for the whole batch.
 
-    Returns:
-        float32 (N, C, H, W), channels_last in memory.
+    Returns float32 (N, C, H, W), channels_last in memory.
     """
     n, (_, channels, height, width) = n or len(images), images.shape
     draw = {"generator": generator, "device": images.device}
@@ -305,83 +287,124 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def _stratified_split(split: Split, name: str) -> tuple[Split, Split]:
-    """80 % of each class for training and 20 % for testing."""
+def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[str, Any] | None) -> dict[str, Split]:
+    """80 % of each class for training and 20 % for testing; all for testing if a model was trained on others."""
     from sklearn.model_selection import train_test_split  # slow to import, and most data sets do without
 
-    everything = torch.arange(len(split))
+    numbers = torch.arange(len(images))
     try:
-        train, test = train_test_split(everything, test_size=0.2, stratify=split.labels, random_state=SPLIT_SEED)
+        train, test = train_test_split(numbers, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
+        parts = {"train": images[train], "test": images[test]}
     except ValueError as error:
-        raise UserError(f"{name} has too few images to hold out a fifth of each class: add some") from error
-    return split[train], split[test]
+        if trained_on is None:
+            raise UserError(f"{root} has too few images to hold out a fifth of each class: add some") from error
+        parts = {}
+    if trained_on is not None and not (parts and _same_images(parts, class_names, trained_on)):
+        print(f"data: {root} holds other images than those of the training: all are test images", flush=True)
+        parts = {"test": images}
+    return parts
 
 
-def _read_digits() -> tuple[Split, Split, list[str]]:
+def _same_images(parts: dict[str, Split], class_names: list[str], trained_on: dict[str, Any]) -> bool:
+    """Whether a model was trained on these images; its ``--n_valid`` may have been another."""
+    n_valid = trained_on.get("images", [0, 0, 0])[1]  # other programs' checkpoints do not say
+    if n_valid >= len(parts["train"]):
+        return False
+    parts = _hold_out(parts, n_valid)
+    own = ImageData(parts["train"], parts["valid"], parts["test"], tuple(class_names), flip=False).description
+    return all(own.get(key) == value for key, value in trained_on.items())
+
+
+def _hold_out(parts: dict[str, Split], n_valid: int | None) -> dict[str, Split]:
+    """The training images in a random order, and the first ``n_valid`` for validation if they have no such part."""
+    train = parts["train"]
+    if "valid" in parts:
+        n_valid = 0
+    elif n_valid is None:
+        n_valid = min(5000, len(train) // 10)
+    if not 0 <= n_valid < len(train):
+        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
+    order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
+    return {"valid": train[order[:n_valid]], **parts, "train": train[order[n_valid:]]}
+
+
+def read_digits(root: Path, image_size: int | None) -> Parts:
+    """scikit-learn's 8x8 digits, which need no files."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images * 255 / 16).round().byte()[:, None]  # (N, 1, 8, 8), from 0..16
-    train, test = _stratified_split(Split(images, torch.from_numpy(digits.target)), "digits")
-    return train, test, [str(digit) for digit in range(10)]
+    return [str(digit) for digit in range(10)], {"all": Split(images, torch.from_numpy(digits.target))}
 
 
-def _read_torchvision(name: str, root: Path) -> tuple[Split, Split, list[str]]:
-    dataset_class, files_to_fetch = TORCHVISION[name]
+def read_folder(root: Path, image_size: int | None) -> Parts:
+    """train/<class>/* and test/<class>/*, perhaps val/<class>/*, or only <class>/*; see ``image_folder.read``."""
+    images, labels, slices, class_names = image_folder.read(root, image_size)
+    return class_names, {part: Split(images[where], labels[where]) for part, where in slices.items()}
+
+
+def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -> Parts:
+    """One of torchvision's data sets, downloaded if it is not there. MNIST's idx files may also lie in ``root``."""
+    files = _files(cls)
+    if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
+        root = root.parent
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            bare = {path.name.removesuffix(".gz"): path for path in root.glob("*-idx?-ubyte*")}
-            if name in ("mnist", "fashion_mnist") and bare.keys() >= set(IDX_FILES):
-                _unpack_idx(bare, Path(scratch, dataset_class.__name__, "raw"))
-                train, test = (_open_part(dataset_class, scratch, part) for part in ("train", "test"))
-            else:
-                train, test = (_open_part(dataset_class, root, part) for part in ("train", "test"))
-        class_names = [str(digit) for digit in range(10)] if name == "svhn" else train.classes
-        return _as_split(train), _as_split(test), class_names
+            place = _unpack_idx(cls, root, Path(scratch))
+            train, test = _open_part(cls, place, "train"), _open_part(cls, place, "test")
+            parts = {"train": _as_split(train), "test": _as_split(test)}
     except UserError:
         raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
-        for path, md5 in _archives(dataset_class, root):
-            if path.is_file() and not check_integrity(path, md5):
-                raise UserError(
-                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there"
-                ) from error
         cause = " ".join(str(error).split())
-        raise UserError(
-            f"cannot read {name} from {root} ({cause}): put {' and '.join(files_to_fetch)} there, "
-            "or choose --dataset digits, which needs no files"
-        ) from error
+        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "no files"
+        lacks = ", ".join([file for file in files if not (root / file).exists()][:5])
+        downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
+        advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
+        raise UserError(f"cannot read {name} from {root} ({cause}): it holds {holds}, not {lacks}: {advice}") from error
+    for other, labels in FIRST_LABELS.items():
+        if other != name and parts["train"].labels[:10].tolist() == labels:
+            raise UserError(f"{root} holds {other}, not {name}: their files have the same names")
+    return [str(digit) for digit in range(10)] if cls is datasets.SVHN else train.classes, parts
 
 
-def _archives(dataset_class: type, root: Path) -> list[tuple[Path, str]]:
-    """Where torchvision's class keeps the files that it downloads, and the MD5 sum that each must have."""
-    if issubclass(dataset_class, datasets.CIFAR10):  # and CIFAR-100, which is made from it
-        return [(root / dataset_class.filename, dataset_class.tgz_md5)]
-    if dataset_class is datasets.SVHN:
-        return [(root / dataset_class.split_list[part][1], dataset_class.split_list[part][2]) for part in SVHN_PARTS]
-    raw = root / dataset_class.__name__ / "raw"
-    return [(raw / name, md5) for name, md5 in dataset_class.resources]
+def _unpack_idx(cls: type, root: Path, scratch: Path) -> Path:
+    """Lay MNIST's idx files that lie in ``root`` itself out in ``scratch``, as torchvision wants; returns its root."""
+    bare = list(root.glob("*-idx?-ubyte*")) if issubclass(cls, datasets.MNIST) else []
+    raw = scratch / cls.__name__ / "raw"
+    raw.mkdir(parents=True)
+    for path in bare:
+        try:
+            extract_archive(path, raw) if path.suffix == ".gz" else shutil.copy(path, raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path} is damaged: remove it and put an intact copy there ({error})") from error
+    return scratch if len({path.name.removesuffix(".gz") for path in bare}) == 4 else root
 
 
-def _unpack_idx(files: dict[str, Path], raw_folder: Path) -> None:
-    """Lay bare idx files out as torchvision's MNIST classes expect them."""
-    raw_folder.mkdir(parents=True)
-    for name in IDX_FILES:
-        open_file = gzip.open if files[name].suffix == ".gz" else open
-        with open_file(files[name], "rb") as source, open(raw_folder / name, "wb") as target:
-            try:
-                shutil.copyfileobj(source, target)
-            except (EOFError, gzip.BadGzipFile, zlib.error):
-                raise UserError(f"{files[name]} is damaged: remove it and put an intact copy there") from None
-
-
-def _open_part(dataset_class: type, root: str | Path, part: str) -> datasets.VisionDataset:
-    """torchvision's "train" or "test" data set; the network is asked only for what is not there."""
-    choice = {"split": part} if dataset_class is datasets.SVHN else {"train": part == "train"}
+def _open_part(cls: type, root: Path, part: str) -> datasets.VisionDataset:
+    """The "train" or "test" part, downloaded if it is not there; files that are there are never written over."""
+    choice = {"split": part} if cls is datasets.SVHN else {"train": part == "train"}
     try:
-        return dataset_class(root, **choice)
-    except RuntimeError:
-        return dataset_class(root, **choice, download=True)
+        return cls(root, **choice)
+    except RuntimeError:  # a file is missing, or its MD5 sum is wrong
+        for path, md5 in ((root / file, md5) for file, md5 in _files(cls).items()):
+            if path.exists() and not check_integrity(path, md5):
+                raise UserError(
+                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there (its "
+                    "MD5 sum is wrong; it may be of another data set whose files have the same names)"
+                ) from None
+        return cls(root, **choice, download=True)
+
+
+def _files(cls: type) -> dict[str, str | None]:
+    """What torchvision downloads to ``--data_dir`` and unpacks there, and the MD5 sums as far as they are known."""
+    if issubclass(cls, datasets.CIFAR10):  # and CIFAR-100, which is made from it
+        batches = {f"{cls.base_folder}/{name}": md5 for name, md5 in cls.train_list + cls.test_list}
+        return {cls.filename: cls.tgz_md5} | batches
+    if cls is datasets.SVHN:
+        return {name: md5 for _, name, md5 in (cls.split_list["train"], cls.split_list["test"])}
+    packed = {f"{cls.__name__}/raw/{name}": md5 for name, md5 in cls.resources}
+    return packed | {name.removesuffix(".gz"): None for name in packed}
 
 
 def _as_split(dataset: datasets.VisionDataset) -> Split:
@@ -396,11 +419,12 @@ def _as_split(dataset: datasets.VisionDataset) -> Split:
     return Split(images.contiguous(), labels)
 
 
-def _read_folder(root: Path, image_size: int | None) -> tuple[Split, Split | None, Split, list[str]]:
-    images, labels, parts, class_names = image_folder.read(root, image_size)
-    everything = Split(images, labels)
-    if not parts:
-        train, test = _stratified_split(everything, str(root))
-        return train, None, test, class_names
-    valid = everything[parts["valid"]] if "valid" in parts else None
-    return everything[parts["train"]], valid, everything[parts["test"]], class_names
+DATASETS = {  # a data set of your own: one function like read_digits, and one line here
+    "cifar10": DataSet(partial(read_torchvision, "cifar10", datasets.CIFAR10), flip=True),
+    "cifar100": DataSet(partial(read_torchvision, "cifar100", datasets.CIFAR100), flip=True),
+    "svhn": DataSet(partial(read_torchvision, "svhn", datasets.SVHN), flip=False),
+    "mnist": DataSet(partial(read_torchvision, "mnist", datasets.MNIST), flip=False),
+    "fashion_mnist": DataSet(partial(read_torchvision, "fashion_mnist", datasets.FashionMNIST), flip=True),
+    "digits": DataSet(read_digits, flip=False),
+    "folder": DataSet(read_folder, flip=True),
+}

@@ -57,9 +57,13 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
 
 
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
-    """The data set of ``cfg``, which the checkpoint's network must be able to classify."""
+    """The data set of ``cfg``, which the checkpoint's network must be able to classify.
+
+    A folder that is only to be measured may be another than that of the training; see ``data.load``.
+    """
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
-    images = distributed.rank0_first(lambda: data.load(*where))
+    trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
+    images = distributed.rank0_first(lambda: data.load(*where, trained_on))
     shape, class_names = content["data"]["shape"], content["data"]["class_names"]
     foreign = content["data"].get("assumed", False)  # does not say which images it was trained on
     if foreign and images.shape[0] == shape[0]:

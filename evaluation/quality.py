@@ -43,6 +43,8 @@ def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Scores and pictures of the model's samples, fresh ones and those of the replay buffer, beside real images."""
     cfg, feature_model = inputs.cfg, inputs.feature_model
+    if not len(inputs.data.train):
+        raise UserError("these data are test images alone: there are no training images to compare with")
     sets = sample_sets(inputs, section)
     real = reference(inputs)
     protocol = "test images"

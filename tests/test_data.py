@@ -1,19 +1,22 @@
 import gzip
 import hashlib
-import io
 import pickle
+import re
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms import functional as F
 
 import data
+import main
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -52,13 +55,6 @@ def test_crop_and_flip_is_what_torchvision_gives(shape, pad):
         assert torch.equal(got, F.hflip(expected) if mirrored else expected)
 
 
-def test_crop_and_flip_takes_any_memory_format():
-    images = torch.from_numpy(random_images(9, 3, 16, 16))
-    arguments = (*offsets(9, 2), 2)
-    strided = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(data.crop_and_flip(strided, *arguments), data.crop_and_flip(images, *arguments))
-
-
 def augment(images, flip=True, sigma=0.0, seed=0):
     return data.augment(images, flip, sigma, torch.Generator().manual_seed(seed))
 
@@ -82,7 +78,11 @@ def test_augment_draws_every_offset_of_the_pad_rule_and_flips_half(side, pad, fl
 
 
 def test_augment_without_noise_stays_in_range_and_reaches_both_ends():
-    x = augment(torch.from_numpy(random_images(16, 3, 32, 32)))
+    images = torch.from_numpy(random_images(16, 3, 32, 32))
+    x, before = augment(images), images.clone()
+    augment(images, sigma=1.0)
+    assert torch.equal(images, before)
+    torch.testing.assert_close(data.to_float(torch.arange(256, dtype=torch.uint8)), torch.linspace(-1, 1, 256))
     assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     assert x.min() == -1 and x.max() == 1
 
@@ -97,19 +97,6 @@ def test_augment_noise_is_gaussian_and_comes_from_the_generator():
     assert augment(images, sigma=0.3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3))
     assert not torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3, seed=1))
-
-
-def test_augment_leaves_the_data_alone():
-    images = torch.from_numpy(random_images(4, 1, 8, 8))
-    before = images.clone()
-    augment(images, sigma=1.0)
-    assert torch.equal(images, before)
-
-
-def test_to_float_covers_the_range():
-    x = data.to_float(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16))
-    assert x[0, 0, 0, 0] == -1 and x[0, 0, -1, -1] == 1
-    torch.testing.assert_close(x.flatten(), torch.linspace(-1, 1, 256))
 
 
 # --- digits and splits
@@ -158,10 +145,6 @@ def test_n_valid_moves_images_out_of_train_only():
     assert len(data.load("digits", n_valid=1436).train) == 1
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
-
-
-def test_unknown_name():
-    assert "digits" in refuses("unknown data set imagenet", "imagenet")
 
 
 # --- torchvision's data sets, from small files in their real formats
@@ -286,59 +269,61 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "name, files",
-    [
-        ("cifar10", "cifar-10-python.tar.gz"),
-        ("cifar100", "cifar-100-python.tar.gz"),
-        ("svhn", "train_32x32.mat and test_32x32.mat"),
-        ("mnist", "train-labels-idx1-ubyte.gz and t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz"),
-        ("fashion_mnist", "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz"),
-    ],
+    "name, files", [("svhn", "train_32x32.mat and test_32x32.mat"), ("cifar100", "cifar-100-python.tar.gz")]
 )
 def test_no_files_and_no_network(name, files, tmp_path, network):
-    message = refuses(f"cannot read {name} from {tmp_path / 'here'}", name, tmp_path / "here")
-    assert "put " in message and f"{files} there" in message and "--dataset digits" in message
-    assert "no network" in message
-    assert network
+    message = refuses(f"cannot read {name} from {tmp_path / 'here'} (", name, tmp_path / "here")
+    assert f"no network>): it holds no files, not {files.split()[0]}" in message
+    assert f": put {files} there, or choose --dataset digits" in message and network
+    assert "digits" in refuses("unknown data set imagenet", "imagenet")
 
 
-def test_missing_part_and_no_network(tmp_path, monkeypatch):
-    write_svhn(tmp_path, monkeypatch)
-    (tmp_path / "test_32x32.mat").unlink()
-    refuses("test_32x32.mat there", "svhn", tmp_path)
+@pytest.mark.parametrize(
+    "name, archive", [("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte.gz")]
+)
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_a_damaged_download_is_named_and_not_called_missing(name, archive, content, tmp_path, network):
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / archive).write_bytes(content)
+    refuses(f"{tmp_path / archive} is damaged: remove it and", name, tmp_path)
+    assert (tmp_path / archive).read_bytes() == content and not network
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense"])
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashion_mnist"])
-def test_a_damaged_download_is_named_and_not_called_missing(name, damage, tmp_path, monkeypatch):
-    """Only the archive is there, as a broken transfer leaves it."""
-    WRITERS[name](tmp_path / "source", monkeypatch) if name != "svhn" else write_svhn(tmp_path, monkeypatch)
-    cls = data.TORCHVISION[name][0]
-    world = {
-        "cifar10": "cifar-10-python.tar.gz",
-        "cifar100": "cifar-100-python.tar.gz",
-        "svhn": "test_32x32.mat",
-        "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
-        "fashion_mnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
-    }[name]
-    path = tmp_path / world
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
-        tar.add(__file__, "something")
-    content = path.read_bytes() if name == "svhn" else whole.getvalue()
-    if name.startswith("cifar"):
-        monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(content).hexdigest())
-    path.write_bytes({"cut": content[:-20], "empty": b"", "nonsense": b"x" * 100}[damage])
-    message = refuses(f"{path} is damaged: remove it and", name, tmp_path)
-    assert "no network" not in message and path.exists()
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"), ("svhn", "test_32x32.mat")])
+def test_another_set_whose_files_have_the_same_names_is_refused_and_kept(name, file, tmp_path, monkeypatch, network):
+    WRITERS[name](tmp_path, monkeypatch)
+    (tmp_path / file).write_bytes(b"of another set")
+    message = refuses(f"{tmp_path / file} is damaged: remove it", name, tmp_path)
+    assert "may be of another data set whose files have the same names" in message
+    assert (tmp_path / file).read_bytes() == b"of another set" and not network
 
 
-def test_damaged_cifar_is_noticed(tmp_path, monkeypatch):
-    write_cifar10(tmp_path, monkeypatch)
-    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    batch.write_bytes(batch.read_bytes()[:-5])
-    refuses("put cifar-10-python.tar.gz there", "cifar10", tmp_path)
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist_and_fashion_mnist_are_told_apart_by_their_labels(packed, tmp_path, monkeypatch):
+    """Their files have the same names."""
+    write_idx(tmp_path, [], packed)
+    monkeypatch.setitem(data.FIRST_LABELS, "fashion_mnist", list(range(10)))
+    refuses(f"{tmp_path} holds fashion_mnist, not mnist", "mnist", tmp_path)
+    assert len(data.load("fashion_mnist", tmp_path).test) == 6
+    monkeypatch.undo()
+    file = Path("/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz")  # of the Debian package
+    if file.exists():
+        assert list(gzip.open(file).read(18)[8:]) == data.FIRST_LABELS["fashion_mnist"]
+
+
+def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
+    write_cifar10(tmp_path / "set", monkeypatch)
+    batches = tmp_path / "set/cifar-10-batches-py"
+    assert len(data.load("cifar10", batches).test) == 4  # a folder too deep
+    write_mnist(tmp_path / "mnist", monkeypatch)
+    assert len(data.load("mnist", tmp_path / "mnist/MNIST").test) == 6
+    assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
+    (tmp_path / "file").write_text("not a folder")
+    for name in data.DATASETS.keys() - {"digits"}:
+        refuses(str(tmp_path / "file"), name, tmp_path / "file")
+    (batches / "data_batch_2").unlink()
+    message = "it holds cifar-10-batches-py, not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
+    refuses(message, "cifar10", tmp_path / "set")
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -354,15 +339,82 @@ def test_damaged_idx_is_noticed(bare, damage, tmp_path, network):
     assert not network
 
 
-def test_damaged_gzip_is_noticed(tmp_path):
-    write_idx(tmp_path, [], packed=True)
-    file = tmp_path / "t10k-images-idx3-ubyte.gz"
-    file.write_bytes(file.read_bytes()[:-200])
-    refuses(f"{file} is damaged: remove it and", "fashion_mnist", tmp_path)
+# --- data sets of one's own, and sets that are only measured
 
 
-def test_data_dir_that_is_a_file(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    for name in data.DATASETS:
-        if name != "digits":
-            refuses(str(tmp_path / "file"), name, tmp_path / "file")
+def own(images, labels):
+    """A data set as a user adds it: one function, and one entry in DATASETS."""
+    split = data.Split(images, labels)
+    return data.DataSet(lambda root, image_size: (["apple", "fig"], {"train": split, "test": split}), False)
+
+
+GOOD = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
+
+
+def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "mine", own(*GOOD))
+    loaded = data.load("mine")
+    assert torch.equal(loaded.test.images, GOOD[0]) and loaded.class_names == ("apple", "fig")
+    assert rows(loaded.train, loaded.valid) == rows(loaded.test) and len(loaded.valid) == 4
+
+
+@pytest.mark.parametrize(
+    "images, labels, found",
+    [
+        (GOOD[0] / 255, GOOD[1], "these images are torch.float32"),
+        (GOOD[0][:, 0], GOOD[1], "of shape (36, 8, 8)"),
+        (GOOD[0], GOOD[1].int(), "the labels torch.int32"),
+        (GOOD[0], GOOD[1] + 1, "the labels torch.int64, 1 to 2"),
+        (GOOD[0], GOOD[1] - 1, "the labels torch.int64, -1 to 0"),
+    ],
+)
+def test_images_and_labels_on_another_scale_are_refused(images, labels, found, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "mine", own(images, labels))
+    assert found in refuses(
+        "a data set has images uint8, 0 to 255, of shape (N, C, H, W), and labels int64, 0 to 1", "mine"
+    )
+
+
+def write_pngs(root, *folders, n=10):
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(random_images(8, 8, 3)).save(root / folder / f"{i}.png")
+    return root
+
+
+def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
+    trained_on = data.load("folder", write_pngs(tmp_path / "own", "a", "b"), n_valid=3).description
+    same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
+    assert [len(part) for part in (same.train, same.valid, same.test)] == [11, 5, 4]
+    assert "all are test images" not in capsys.readouterr().out
+    write_pngs(tmp_path / "few", "a", "b", n=1)
+    assert len(data.load("folder", tmp_path / "few", trained_on=trained_on).test) == 2
+    write_pngs(tmp_path / "other", "a", "b")
+    for description in (trained_on, {"shape": [3, 8, 8], "class_names": ["a", "b"], "assumed": True}):
+        other = data.load("folder", tmp_path / "other", trained_on=description)
+        assert [len(part) for part in (other.train, other.valid, other.test)] == [0, 0, 20]
+        assert other.shape == (3, 8, 8)
+        assert f"{tmp_path / 'other'} holds other images than those of the training" in capsys.readouterr().out
+    assert len(data.load("folder", tmp_path / "other").train) == 15
+
+
+def test_a_test_folder_alone_can_be_measured(tmp_path):
+    write_pngs(tmp_path, "test/a", "test/b")
+    refuses("has no train/: add it", "folder", tmp_path)
+    assert len(data.load("folder", tmp_path, trained_on={}).test) == 20
+
+
+def test_another_test_set_is_measured_whole(tmp_path):
+    """By the command line: the report's accuracy is of all its images, and speaks of no training images."""
+    write_pngs(tmp_path / "own", "a", "b", n=20)
+    write_pngs(tmp_path / "other", "a", "b", n=9)
+    options = ["--gpu", "cpu", "--no_log", "--logdir", str(tmp_path / "runs")]
+    small = "--depth 10 --width 1 --batch_size 8 --buffer_size 16 --sgld_step 1 --max_steps 1 --warmup_steps 1".split()
+    assert main.main(["--dataset", "folder", "--data_dir", str(tmp_path / "own"), *options, *small]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    measured = ["--mode", "test", "--load_ckpt", str(run), "--data_dir", str(tmp_path / "other"), "--eval"]
+    assert main.main([*measured, "classification,quality", *options]) == 0
+    report = (run / "eval/report.md").read_text()
+    assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
+    assert report.count("these data are test images alone") == 2

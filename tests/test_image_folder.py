@@ -1,7 +1,6 @@
 import io
 import os
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
+from test_data import random_images, refuses, rows
 
 import data
 import image_folder
-from image_folder import file as image_file
-from image_folder import layout as image_layout
 from utils import UserError
 
-RNG = np.random.default_rng(0)
 TILE = np.stack(np.meshgrid(np.arange(12) * 20, np.arange(8) * 30), -1)  # (8, 12, 2), no symmetry
 RGB = np.concatenate([TILE, TILE.sum(-1, keepdims=True) // 2], -1).astype(np.uint8)  # (8, 12, 3)
 GREY = RGB[..., 0] // 2 + RGB[..., 1] // 2
@@ -27,33 +24,14 @@ ALPHA = RGB[..., :1]
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded since the start of the test."""
-    files, decode_file = [], image_folder._decode_file
+    files, decode_file = [], image_folder.decode_file
 
-    def counted(file, image_size, notes):
+    def counted(file, image_size):
         files.append(file)
-        return decode_file(file, image_size, notes)
+        return decode_file(file, image_size)
 
-    monkeypatch.setattr(image_folder, "_decode_file", counted)
+    monkeypatch.setattr(image_folder, "decode_file", counted)
     return files
-
-
-def random_images(*shape):
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
-
-
-def refuses(message, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        data.load(*args, **kwargs)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def rows(*splits):
-    """Every (label, image) of the splits, as a sorted list."""
-    return sorted(
-        (int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.images, split.labels, strict=True)
-    )
 
 
 # --- folders of images
@@ -148,28 +126,16 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "png palette": (encode(PALETTE), PALETTE_RGB),
     "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
     "png 16 bit": (encode16(RGB, ".png"), RGB),
-    "png turned": (encode(RGB, exif=upright(6)), np.rot90(RGB, -1)),
     "png grey": (encode(GREY), GREY),
     "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
-    "png grey 16 bit": (encode16(GREY, ".png"), GREY),
-    "png grey as rgb": (encode(np.stack([GREY] * 3, -1)), GREY),
     "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
-    "tiff": (encode(RGB, "TIFF"), RGB),
     "tiff alpha": (encode(RGBA, "TIFF"), SEEN),
     "tiff 16 bit": (encode16(RGB, ".tiff"), RGB),
-    "tiff grey 16 bit": (encode16(GREY, ".tiff"), GREY),
     "tiff cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
-    "tiff turned": (encode(RGB, "TIFF", exif=upright(6)), np.rot90(RGB, -1)),
-    "tiff alpha turned": (
-        encode(RGBA, "TIFF", exif=upright(6)),
-        np.rot90(SEEN, -1),
-    ),
     "webp": (encode(RGB, "WEBP", lossless=True), RGB),
     "webp alpha": (encode(RGBA, "WEBP", lossless=True, exact=True), SEEN),
-    "webp turned": (encode(RGB, "WEBP", lossless=True, exif=upright(8)), np.rot90(RGB)),
     "gif": (encode(PALETTE, "GIF"), PALETTE_RGB),
     "gif transparent": (encode(PALETTE, "GIF", transparency=3), PALETTE_WHITE),
-    "gif grey": (encode(GREY, "GIF"), GREY),
     "bmp": (encode(RGB, "BMP"), RGB),
     "png 1 bit transparent": (
         png(np.uint8([[0b10100101]] * 8), 1, 0, (b"tRNS", b"\0\0")),
@@ -183,24 +149,17 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
         png(GREY, 8, 0, (b"tRNS", struct.pack(">H", GREY[2, 3]))),
         np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
     ),
-    "png grey 16 bit transparent": (
-        png((GREY.astype(">u2") * 257).view(np.uint8), 16, 0, (b"tRNS", struct.pack(">H", int(GREY[2, 3]) * 257))),
-        np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
-    ),
     "png 2 bit": (png(np.uint8([[0b00011011] * 2] * 8), 2, 0), np.uint8([[0, 85, 170, 255] * 2] * 8)),
     "tiff 1 bit": (tiff(np.uint8([[0b10100101]] * 8), 1, width=8), np.uint8([[255, 0, 255, 0, 0, 255, 0, 255]] * 8)),
     "tiff white is zero": (tiff(255 - GREY, 8, 0), GREY),
     "tiff white is zero, 16 bit": (tiff(65535 - GREY.astype(np.uint16) * 257, 16, 0), GREY),
     "tiff 12 bit": (tiff(np.uint8([[0x00, 0x0F, 0xFF] * 4] * 8), 12, width=8), np.uint8([[0, 255] * 4] * 8)),
-    "tiff lzw": (encode(RGB, "TIFF", compression="tiff_lzw"), RGB),
     "pgm": (encode(GREY, "PPM"), GREY),
     "pgm of 16 levels": (b"P5 12 8 15\n" + (GREY // 17).tobytes(), GREY // 17 * 17),
     "pgm of 4096 levels": (b"P5 12 8 4095\n" + (GREY.astype(int) * 4095 // 255).astype(">u2").tobytes(), GREY),
     "pgm of 65536 levels": (b"P5 12 8 65535\n" + (GREY.astype(">u2") * 257).tobytes(), GREY),
     "ppm of 16 levels": (b"P6 12 8 15\n" + (RGB // 17).tobytes(), RGB // 17 * 17),
-    "ppm in words": (b"P3 8 8 1\n" + b"0 0 1 1 1 1 " * 32, np.uint8([[[0, 0, 255], [255] * 3] * 4] * 8)),
     "pbm": (b"P1 8 8\n" + b"0 1 " * 32, np.uint8([[255, 0] * 4] * 8)),
-    "ppm": (encode(RGB, "PPM"), RGB),
 }
 
 
@@ -213,24 +172,6 @@ def test_folder_reads_each_kind_of_lossless_file(kind, tmp_path):
         assert part.images.shape == (2, *expected.shape)
         assert abs(part.images.numpy().astype(int) - expected).max() <= ("alpha" in kind)  # blending rounds
     assert loaded.shape == expected.shape
-
-
-@pytest.mark.parametrize(
-    "pixels, options, expected",
-    [
-        (RGB, {}, RGB),
-        (RGB, {"progressive": True}, RGB),
-        (GREY, {}, GREY),
-        (RGB, {"exif": upright(6)}, np.rot90(RGB, -1)),
-        (GREY, {"exif": upright(3)}, np.rot90(GREY, 2)),
-        (Image.fromarray(RGB).convert("CMYK"), {}, RGB),
-    ],
-)
-def test_folder_reads_each_kind_of_jpeg(pixels, options, expected, tmp_path):
-    content = encode(pixels, "JPEG", quality=100, subsampling=0, **options)
-    image = load_folder(write_files(tmp_path, four(content))).train.images[0].permute(1, 2, 0).numpy()
-    assert image.shape == (expected[..., None] if expected.ndim == 2 else expected).shape
-    assert abs(image.astype(int) - expected.reshape(image.shape)).max() <= 3  # what JPEG itself loses
 
 
 def test_folder_with_both_parts(tmp_path):
@@ -263,29 +204,19 @@ def test_folder_of_classes_alone_is_split_by_class(tmp_path):
     assert torch.equal(load_folder(tmp_path).test.images, loaded.test.images)
 
 
-def test_one_coloured_image_makes_the_set_coloured(tmp_path):
-    files = four(encode(GREY)) | {"test/dog/colour.png": encode(RGB)}
-    loaded = load_folder(write_files(tmp_path, files))
-    assert loaded.shape == (3, 8, 12)
-    assert np.array_equal(loaded.train.images[0], np.stack([GREY] * 3))
-
-
-def test_hidden_and_system_files_are_ignored(tmp_path):
-    litter = (
-        ".DS_Store",
-        "train/.DS_Store",
-        "train/cat/.DS_Store",
-        "train/cat/Thumbs.db",
-        "test/dog/desktop.ini",
+def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
+    """Also by the names that a NAS, Windows, macOS and ext4 use; hidden files are left out without a word."""
+    png = encode(RGB)
+    litter = {f"train/{c}/@eaDir/image.png/SYNOPHOTO_THUMB_{size}.jpg": png for c in ("cat", "dog") for size in "SM"}
+    litter |= dict.fromkeys(("$RECYCLE.BIN/S-1-5/x.png", "System Volume Information/x", "__MACOSX/y/._x.png"), png)
+    litter |= dict.fromkeys(("lost+found/x", "train/cat/Thumbs.db", "test/dog/desktop.ini", "readme.txt"), b"litter")
+    litter |= dict.fromkeys((".DS_Store", "train/cat/.ipynb_checkpoints/x.png", "train/.thumbnails/a.png"), png)
+    loaded = load_folder(write_files(tmp_path, four(png) | {"test/cat/more/2.png": png} | litter))
+    assert loaded.train.labels.bincount().tolist() == [1, 1] and loaded.test.labels.bincount().tolist() == [2, 1]
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "data: left out, as systems put it there: 1 $RECYCLE.BIN, 2 @eaDir, 1 System Volume Information, 1 Thumbs.db, "
+        "1 __MACOSX, 1 desktop.ini, 1 lost+found"
     )
-    litter += ("train/cat/.ipynb_checkpoints/x.png", "train/.git/config", "readme.txt", "train/labels.csv")
-    loaded = load_folder(write_files(tmp_path, four(encode(RGB)) | dict.fromkeys(litter, b"litter")))
-    assert len(loaded.train) == len(loaded.test) == 2
-
-
-def test_images_in_subfolders_of_a_class_count(tmp_path):
-    files = four(encode(RGB)) | {"train/cat/more/1.png": encode(RGB), "train/cat/more/2.png": encode(RGB)}
-    assert load_folder(write_files(tmp_path, files)).train.labels.bincount().tolist() == [3, 1]
 
 
 def test_image_size_brings_all_images_to_one_size(tmp_path):
@@ -294,21 +225,16 @@ def test_image_size_brings_all_images_to_one_size(tmp_path):
         "test/dog/large.png": encode(large),
         "test/dog/thin.png": encode(large[:, :4]),
     }
-    loaded = load_folder(write_files(tmp_path, files), image_size=8)
+    square = random_images(8, 8, 3)
+    write_files(tmp_path / "square", four(encode(square)))
+    loaded = load_folder(write_files(tmp_path / "set", files), image_size=8)
     assert loaded.shape == (3, 8, 8)
     assert (loaded.train.images == 77).all()
-    blocks = large.reshape(8, 4, 8, 6, 3).mean((1, 3)).transpose(2, 0, 1)  # area averages
-    assert abs(loaded.test.images[2].numpy() - blocks).max() <= 0.51
-    halves = large[:, :4].reshape(8, 4, 4, 3).mean(1).transpose(2, 0, 1)  # one side shrinks, the other grows
-    halves = torch.from_numpy(np.rint(halves))[None]
-    grown = torch.nn.functional.interpolate(halves, (8, 8), mode="bicubic", antialias=True)[0].numpy()
-    assert abs(loaded.test.images[3].numpy() - grown.clip(0, 255)).max() <= 1.5
-
-
-def test_images_of_the_right_size_are_not_resampled(tmp_path):
-    pixels = random_images(8, 8, 3)
-    write_files(tmp_path, four(encode(pixels)))
-    assert np.array_equal(load_folder(tmp_path, image_size=8).train.images[0], pixels.transpose(2, 0, 1))
+    assert np.array_equal(load_folder(tmp_path / "square", image_size=8).train.images[0], square.transpose(2, 0, 1))
+    for image, source in ((loaded.test.images[2], large), (loaded.test.images[3], large[:, :4])):
+        source = torch.from_numpy(source).permute(2, 0, 1)[None].float()
+        expected = torch.nn.functional.interpolate(source, (8, 8), mode="bilinear", antialias=True)[0]
+        assert abs(image - expected).max() <= 1.5
 
 
 # --- the cache
@@ -340,12 +266,7 @@ def test_cache_saves_decoding(tmp_path, decoded):
     assert len(decoded) == 12 and small.shape == (3, 8, 8)
     check_cache(tmp_path, decoded, 0, small, image_size=8)
     check_cache(tmp_path, decoded, 0, reference)
-
-
-def test_cache_moves_with_its_folder(tmp_path, decoded):
-    reference = load_folder(make_folder(tmp_path / "before"))
-    (tmp_path / "before").rename(tmp_path / "after")
-    check_cache(tmp_path / "after", decoded, 0, reference)
+    check_cache(tmp_path.rename(tmp_path.with_name("moved")), decoded, 0, reference)
 
 
 def test_stale_cache_is_noticed(tmp_path, decoded):
@@ -370,42 +291,6 @@ def test_stale_cache_is_noticed(tmp_path, decoded):
     assert len(load_folder(tmp_path).train) == 5
 
 
-def test_cache_notices_a_file_that_changed_its_class(tmp_path):
-    """All files have one size and one time of change, as bitmaps from an archive may have."""
-    names = ("train/a/1.bmp", "train/a/2.bmp", "train/b/3.bmp", "test/a/4.bmp", "test/b/5.bmp")
-    pixels = {name: random_images(8, 8) for name in names}
-    write_files(tmp_path, {name: encode(pixels[name], "BMP") for name in names})
-    for name in names:
-        os.utime(tmp_path / name, ns=(0, 0))
-    load_folder(tmp_path)
-    (tmp_path / "train/a/1.bmp").rename(tmp_path / "train/b/4.bmp")
-    labels = (1, 0, 1)
-    expected = sorted((y, pixels[name].tobytes()) for y, name in zip(labels, names[:3], strict=True))
-    assert rows(load_folder(tmp_path).train) == expected
-
-
-def test_cache_notices_that_two_files_changed_places(tmp_path):
-    pixels = {name: random_images(8, 8) for name in ("train/a/1.bmp", "train/b/2.bmp", "test/a/3.bmp", "test/b/4.bmp")}
-    write_files(tmp_path, {name: encode(image, "BMP") for name, image in pixels.items()})
-    for name in pixels:
-        os.utime(tmp_path / name, ns=(0, 0))
-    load_folder(tmp_path)
-    one, two = tmp_path / "train/a/1.bmp", tmp_path / "train/b/2.bmp"
-    one.rename(tmp_path / "kept")
-    two.rename(one)
-    (tmp_path / "kept").rename(two)
-    names = ("train/b/2.bmp", "train/a/1.bmp")
-    expected = sorted((y, pixels[name].tobytes()) for y, name in enumerate(names))
-    assert rows(load_folder(tmp_path).train) == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
-def test_of_a_large_file_that_is_no_image_only_the_beginning_is_read(tmp_path):
-    write_files(tmp_path, four(encode(RGB)) | {"train/cat/film.mp4": b"\0\0\0\x18ftypmp42" + bytes(2000)})
-    os.truncate(tmp_path / "train/cat/film.mp4", 2**41)
-    assert len(load_folder(tmp_path).train) == 2
-
-
 def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
     def stopped(stored, file):
         file.write(b"half")
@@ -417,16 +302,16 @@ def test_a_cache_that_is_not_finished_is_not_left(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".jem*"))
 
 
-def test_photos_that_do_not_fit_into_memory(tmp_path, monkeypatch):
-    def no_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(image_folder.np, "empty", no_memory)
-    refuses(
-        "4 images of 12x8 pixels do not fit into memory: give --image_size",
-        "folder",
-        write_files(tmp_path, four(encode(RGB))),
-    )
+def test_memory_is_announced_and_asked_for_before(tmp_path, monkeypatch, capsys):
+    """4 images of 3x8x12 bytes, of which there are two copies for a moment."""
+    write_files(tmp_path, four(encode(RGB)))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2303}.get)
+    assert "use fewer images, or a smaller" in refuses("4 images of 12x8 pixels need", "folder", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2304}.get)
+    assert len(load_folder(tmp_path).train) == 2
+    monkeypatch.undo()
+    image_folder._room_for(tmp_path, 50, 2048, 2048)
+    assert "data: 50 images of 2048x2048 pixels need 1.3 GB of memory while they are read" in capsys.readouterr().out
 
 
 def flip_a_bit(content):
@@ -437,30 +322,17 @@ def flip_a_bit(content):
     return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
 
 
-class Malicious:
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "bit", "other content", "malicious"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "other content"])
 def test_damaged_cache_is_rebuilt(damage, tmp_path, decoded):
     reference = load_folder(make_folder(tmp_path / "images", n=20))
     cache = tmp_path / "images" / ".jem_cache_native.pt"
     content = cache.read_bytes()
     if damage == "other content":
         torch.save([1, 2, 3], cache)
-    elif damage == "malicious":
-        torch.save({"fingerprint": Malicious(tmp_path / "harm")}, cache)
     else:
-        cache.write_bytes(
-            {"cut": content[:-100], "empty": b"", "nonsense": b"x" * 1000, "bit": flip_a_bit(content)}[damage]
-        )
+        cache.write_bytes(content[:-100] if damage == "cut" else flip_a_bit(content))
     check_cache(tmp_path / "images", decoded, 80, reference)
     check_cache(tmp_path / "images", decoded, 0, reference)
-    assert not (tmp_path / "harm").exists()
 
 
 def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
@@ -480,60 +352,44 @@ NOISE = random_images(64, 64, 3)
 NOISY_JPEG = encode(NOISE, "JPEG")
 
 
-def zeroed(content):
-    """The second half was never downloaded, but for the last two bytes."""
-    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2 - 2) + content[-2:]
-
-
+DEFLATED = encode(NOISE, "TIFF", compression="tiff_deflate")
 UNUSABLE = {  # content, and what is said about it
-    "zero bytes": (b"", "is empty"),
-    "text": (b"this is no image\n" * 20, "is no image"),
-    "one byte": (b"x", "is no image"),
+    "zero bytes": (b"", "is empty, damaged or"),
+    "text": (b"this is no image\n" * 20, "is empty, damaged or"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "of an unsupported format (HEIC?)"),
     "cut jpeg": (NOISY_JPEG[:-900], "is damaged"),
     "jpeg without an end": (NOISY_JPEG[:-2], "is damaged"),
-    "zeroed jpeg": (zeroed(NOISY_JPEG), "is damaged"),
-    "zeroed progressive jpeg": (zeroed(encode(NOISE, "JPEG", progressive=True)), "is damaged"),
-    "zeroed jpeg with restarts": (zeroed(encode(NOISE, "JPEG", restart_marker_rows=1)), "is damaged"),
-    "jpeg with bytes left over": (NOISY_JPEG[:-2] + b"1" * 500 + NOISY_JPEG[-2:], "is damaged"),
-    "jpeg with nine bytes left over": (NOISY_JPEG[:-2] + b"123456789" + NOISY_JPEG[-2:], "is damaged"),
-    "jpeg with bytes missing": (NOISY_JPEG[:-60] + NOISY_JPEG[-2:], "is damaged"),
+    "jpeg with zeros up to its end": (NOISY_JPEG[:-900] + bytes(900), "is damaged (its end is missing)"),
+    "progressive jpeg with zeros": (encode(NOISE, "JPEG", progressive=True)[:-900] + bytes(900), "is damaged"),
     "jpeg header alone": (NOISY_JPEG[:40], "is damaged"),
     "cut png": (encode(NOISE)[:-900], "is damaged"),
     "damaged png": (encode(RGB)[:60] + b"12345" + encode(RGB)[65:], "is damaged"),
     "cut webp": (encode(NOISE, "WEBP")[:-900], "is damaged"),
     "cut tiff": (encode(NOISE, "TIFF")[:-900], "is damaged"),
-    "zeroed tiff": (
-        encode(NOISE, "TIFF", compression="tiff_deflate")[:2000].ljust(12000, b"\0")
-        + encode(NOISE, "TIFF", compression="tiff_deflate")[12000:],
-        "is damaged",
-    ),
+    "zeroed tiff": (DEFLATED[:2000].ljust(12000, b"\0") + DEFLATED[12000:], "is damaged"),
     "cut bmp": (encode(NOISE, "BMP")[:-900], "is damaged"),
     "cut gif": (encode(Image.fromarray(NOISE).quantize(16), "GIF")[:-900], "is damaged"),
     "cut ppm": (encode(NOISE, "PPM")[:-900], "is damaged"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is of an unsupported format (SVG)"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "is of an unsupported format (HEIC): convert"),
-    "jpeg xl": (b"\xff\x0a" + bytes(100), "is of an unsupported format (JPEG XL)"),
-    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "(float PFM): convert it to 8 or 16 bit"),
-    "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "signed numbers (mode I)"),
-    "signed 8-bit tiff": (tiff(GREY // 2, 8, 1, 2), "signed numbers"),
-    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "float numbers (mode F)"),
-    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "32-bit or signed numbers (mode I)"),
-    "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "is a kind of image that is not supported"),
-    "png 16 bit, one colour transparent": (
+    "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "numbers (mode F)"),
+    "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "numbers (mode I)"),
+    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "numbers (mode F)"),
+    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "numbers (mode I)"),
+    "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "of an unsupported format"),
+    "png of 16-bit colours, one transparent": (
         png((RGB.reshape(8, -1).astype(">u2") * 257).view(np.uint8), 16, 2, (b"tRNS", bytes(6))),
-        "16-bit colours with one transparent colour",
+        "has one transparent colour but not 8 bits",
     ),
+    "png of 4 bits, one transparent": (png(GREY[:, :6], 4, 0, (b"tRNS", b"\0\5")), "has one transparent colour but"),
+    "several frames": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
+    "several pages": (encode(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
 }
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_file_is_named_with_its_reason(kind, tmp_path, capfd):
+def test_unusable_file_is_named_with_its_reason(kind, tmp_path):
     content, reason = UNUSABLE[kind]
     write_files(tmp_path, four(encode(RGB)) | {"train/dog/broken.png": content})
-    message = refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
-    assert reason in message
-    assert capfd.readouterr().err == ""  # the decoders' own complaints would hide the one line
-    assert isinstance(image_folder._decode_file(str(tmp_path / "train/dog/broken.png"), None), UserError)
+    assert reason in refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
 
 
 def test_all_unusable_files_are_listed(tmp_path, capfd):
@@ -543,17 +399,10 @@ def test_all_unusable_files_are_listed(tmp_path, capfd):
     assert message.endswith(f"all are listed in {tmp_path / 'unusable_images.txt'}")
     listed = (tmp_path / "unusable_images.txt").read_text().splitlines()
     assert [line.split(" is ")[0] for line in listed] == [str(tmp_path / f"train/dog/{i:02}.jpg") for i in range(15)]
-    assert capfd.readouterr().err.splitlines() == listed[:10]
+    assert capfd.readouterr().err.splitlines()[-10:] == listed[:10]
     for i in range(15):
         (tmp_path / f"train/dog/{i:02}.jpg").unlink()
     assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_animated_file_is_named(kind, tmp_path):
-    content = encode(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:])
-    write_files(tmp_path, four(encode(RGB)) | {"train/dog/film.png": content})
-    assert "export one frame" in refuses(str(tmp_path / "train/dog/film.png"), "folder", tmp_path)
 
 
 def test_different_sizes_need_image_size(tmp_path):
@@ -572,31 +421,6 @@ def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
     assert load_folder(tmp_path, image_size=advice).shape == (1, advice, advice)
 
 
-def test_image_size_must_be_a_multiple_of_four(tmp_path, decoded):
-    write_files(tmp_path, four(encode(RGB)))
-    refuses("try --image_size 28", "folder", tmp_path, image_size=29)
-    assert not decoded
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({}, "holds no class folders"),
-        ({"1.png": encode(RGB)}, "holds no class folders"),
-        ({"cat/1.png": encode(RGB), "cat/2.png": encode(RGB)}, "holds only one class folder, cat"),
-        ({"train/cat/1.png": encode(RGB), "test/cat/1.png": encode(RGB)}, "only one class folder, cat"),
-        ({"train/cat/1.png": encode(RGB), "train/dog/1.png": encode(RGB)}, "has train/ but no test/"),
-        ({"test/cat/1.png": encode(RGB), "test/dog/1.png": encode(RGB)}, "has test/ but no train/"),
-        (four(encode(RGB)) | {"test/bird/1.png": encode(RGB)}, "has bird: give both the same class folders"),
-        (four(encode(RGB)) | {"train/Cat/1.png": encode(RGB)}, "has Cat"),
-        (four(encode(RGB)) | {"train/emu/.x": b"", "test/emu/.x": b""}, "emu holds no images"),
-        ({"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)}, "too few images"),
-    ],
-)
-def test_folder_without_what_is_needed(files, message, tmp_path):
-    assert str(tmp_path) in refuses(message, "folder", write_files(tmp_path, files))
-
-
 def test_data_dir_that_is_not_there(tmp_path):
     refuses(f"--data_dir {tmp_path / 'nowhere'} does not exist", "folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"^{tmp_path / 'nowhere'} does not exist: name a folder of images$"):
@@ -605,23 +429,11 @@ def test_data_dir_that_is_not_there(tmp_path):
     refuses(f"--data_dir {tmp_path / 'file'} is a file", "folder", tmp_path / "file")
 
 
-def test_dangling_link_is_named(tmp_path):
-    write_files(tmp_path, four(encode(RGB)))
-    (tmp_path / "train/cat/link.png").symlink_to(tmp_path / "nowhere.png")
-    refuses(f"cannot read {tmp_path / 'train/cat/link.png'}", "folder", tmp_path)
-
-
-def test_home_folder_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_files(tmp_path / "pictures", four(encode(RGB)))
-    assert len(load_folder("~/pictures").test) == 2
-
-
 # --- formats that lose a little, orientation, limits
 
 
 def decode(tmp_path, content, name="x.png"):
-    return image_folder._decode_file(str(next(iter(write_files(tmp_path, {name: content}).iterdir()))), None)
+    return image_folder.decode_file(str(write_files(tmp_path, {name: content}) / name), None)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
@@ -640,12 +452,10 @@ def test_every_format_is_turned_upright(kind, orientation, tmp_path):
         8: stored[:, ::-1].T,
     }[orientation]
     content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
-    notes = []
-    file = write_files(tmp_path, {"x.bin": content}) / "x.bin"
-    pixels = image_file.decode(str(file), None, notes)
-    assert pixels.shape == (*seen.shape, 3)
-    assert abs(pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
-    assert notes == ([("turned", 1)] if orientation > 1 else [])
+    found = decode(tmp_path, content, "x.bin")
+    assert found.pixels.shape == (*seen.shape, 3)
+    assert abs(found.pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
+    assert found.done == (["were turned upright by their EXIF orientation"] if orientation > 1 else [])
 
 
 LOSSY = {
@@ -653,6 +463,8 @@ LOSSY = {
     "webp": (encode(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), "WEBP", quality=100), None),
     "jpeg 2000": (encode(RGB, "JPEG2000"), RGB),
     "jpeg 2000 grey 16 bit": (encode(GREY.astype(np.uint16) * 257, "JPEG2000"), np.stack([GREY] * 3, -1)),
+    "jpeg grey": (encode(GREY, "JPEG", quality=100), np.stack([GREY] * 3, -1)),
+    "jpeg cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=100, subsampling=0), RGB),
     "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
     "jpeg with a picture in its header": (
         encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
@@ -669,36 +481,19 @@ LOSSY = {
 @pytest.mark.parametrize("kind", LOSSY)
 def test_formats_that_lose_a_little(kind, tmp_path):
     content, expected = LOSSY[kind]
-    pixels = decode(tmp_path, content)
+    pixels = decode(tmp_path, content).pixels
     if expected is None:
         pixels, expected = pixels[4::8, 4::8], RGB
     assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
-@pytest.mark.parametrize("pixels", [NOISE, RGB, np.zeros((40, 24), np.uint8), np.full((1, 1, 3), 255, np.uint8)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_sound_jpeg_is_never_called_damaged(options, pixels, mode, tmp_path):
-    content = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=90, **options)
-    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    assert np.array_equal(decode(tmp_path, content), expected)
-
-
-def test_pixel_limit_is_a_reason_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 95)
-    assert "has 12x8 pixels, more than the limit of 95 pixels" in str(decode(tmp_path, encode(RGB)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96)
-    assert decode(tmp_path, encode(RGB)).shape == (8, 12, 3)
-
-
-@pytest.mark.parametrize("sides", [(12, 8), (9, 8), (100, 33), (31, 8)])
-def test_shrinking_takes_area_averages(sides):
-    """The reference repeats every pixel until the sides divide, and averages whole pixels."""
-    pixels, size = random_images(*sides, 3), 8
-    fine = np.kron(pixels, np.ones((size, size, 1)))
-    cells = fine.reshape(size, sides[0], size, sides[1], 3).mean((1, 3))
-    result = np.asarray(image_file._resize(Image.fromarray(pixels), size))
-    assert abs(result - cells).max() <= 0.51
+def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, monkeypatch):
+    """Pillow warns of more than its limit and refuses more than twice that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 47)
+    assert "has more pixels than the limit of 94: make it smaller" in decode(tmp_path, encode(RGB)).problem
+    assert "of an unsupported format (heic): convert it" in decode(tmp_path, b"", "x.HEIC").problem
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48)
+    assert decode(tmp_path, encode(RGB)).pixels.shape == (8, 12, 3)
 
 
 # --- what is announced
@@ -715,11 +510,19 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     }
     files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
     files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
+    files |= {
+        "train/dog/table.csv": b"BMI,age\n1,2\n",
+        "test/cat/c.log": b"P1",
+        "train/loose.png": b"",
+        "extra/x.png": b"",
+    }
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines == [
+        f"left out: extra, because {tmp_path} has the folders train, test",
+        f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}",
         "4 of 15 images have transparency: composited on white",
-        "1 of 15 images turned upright by their EXIF orientation",
-        "2 files that are not images were ignored (e.g. cat_boxes.txt)",
+        "1 of 15 images were turned upright by their EXIF orientation",
+        "left out: files that are no images: 4 (e.g. cat_boxes.txt)",
         "2 classes: cat (6 train, 1 test), dog (7 train, 1 test)",
     ]
     decoded.clear()
@@ -729,82 +532,20 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     )
 
 
-def test_colours_that_are_read_without_their_profile_are_announced(tmp_path, capsys):
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    other = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    files = four(encode(RGB, icc_profile=srgb))
-    files |= {"train/cat/p3.png": encode(RGB, icc_profile=other)}
-    files |= {f"train/dog/{i}.jpg": encode(Image.fromarray(RGB).convert("CMYK"), "JPEG") for i in range(2)}
-    lines = announced(capsys, write_files(tmp_path, files))
-    assert lines[:2] == [
-        "1 of 7 images have a colour profile that is not called sRGB and is not applied: their colours are read as "
-        "sRGB",
-        "2 of 7 images are CMYK: converted to RGB without a colour profile",
-    ]
-    assert len(lines) == 3
-
-
-@pytest.mark.parametrize("depth, level", [(2, 1), (4, 5), (4, 15)])
-def test_a_transparent_grey_level_of_a_few_bits(tmp_path, depth, level):
-    white = 2**depth - 1
-    levels = np.arange(96).reshape(8, 12) % (white + 1)
-    bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
-    packed = np.packbits(bits.reshape(8, -1), axis=-1)
-    found = decode(tmp_path, png(packed, depth, 0, (b"tRNS", struct.pack(">H", level))))
-    expected = np.where(levels == level, 255, levels * (255 // white))
-    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
-
-
-def test_images_beside_the_class_folders_are_announced(tmp_path, capsys):
-    files = four(encode(RGB)) | {
-        "train/loose.png": encode(RGB),
-        "one.jpg": b"",
-        "two.jpg": b"",
-        "readme.txt": b"",
-        "._one.jpg": b"",
-    }
-    lines = announced(capsys, write_files(tmp_path, files))
-    assert f"left out: images that belong to no class: 2 directly in {tmp_path}" in lines
-    assert f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}" in lines
-
-
-def test_a_table_that_begins_like_a_picture_is_ignored(tmp_path, capsys):
-    files = four(encode(RGB)) | {
-        "train/cat/a.csv": b"BMI,age\n1,2\n",
-        "train/cat/b.txt": b"Python\n",
-        "test/cat/c.log": b"P1",
-    }
-    assert "3 files that are not images were ignored (e.g. a.csv)" in announced(capsys, write_files(tmp_path, files))
-
-
-def test_opaque_alpha_is_no_transparency(tmp_path, capsys):
-    opaque = np.concatenate([RGB, np.full_like(ALPHA, 255)], -1)
-    assert len(announced(capsys, write_files(tmp_path, four(encode(opaque))))) == 1
-
-
 def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
     flat = announced(capsys, write_files(tmp_path / "flat", four(encode(GREY * 0 + 200))))
     assert "warning: 4 of 4 images are one flat colour each: is that what they should be?" in flat
     dark = announced(capsys, write_files(tmp_path / "dark", four(encode(GREY // 5))))
     assert "warning: all pixels lie between 0 and" in dark[0]
     deep = announced(capsys, write_files(tmp_path / "deep", four(tiff(GREY.astype(np.uint16) * 16, 16))))
-    assert "16 bits use values up to" in deep[0] and "12 bits" in deep[0]
+    assert "warning: all pixels lie between 0 and" in deep[0]  # 12 bits in 16
     assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
-
-
-def test_icons_that_live_in_their_alpha_channel_are_told_apart(tmp_path):
-    icons = np.zeros((20, 16, 16, 4), np.uint8)
-    icons[..., 3] = 255 * RNG.integers(0, 2, (20, 16, 16))
-    files = {f"{c}/{i}.png": encode(icons[i + 10 * (c == "b")]) for c in "ab" for i in range(10)}
-    loaded = load_folder(write_files(tmp_path, files))
-    assert sorted(x.numpy().tobytes() for x in torch.cat([loaded.train.images, loaded.test.images])) == sorted(
-        (255 - icon[..., 3]).tobytes() for icon in icons
-    )
 
 
 def test_many_classes_are_described_in_one_short_line():
     names = [f"class{i}" for i in range(200)]
-    line = image_layout.describe(names, {"train": [3] * 200, "test": [1] * 199 + [0]})
+    train, test = torch.arange(200).repeat(3), torch.arange(199)
+    line = data.describe(names, {"train": data.Split(train, train), "test": data.Split(test, test)})
     assert line.startswith("200 classes: class0 (3 train, 1 test), ") and line.endswith(" ... 190 more")
 
 
@@ -843,57 +584,52 @@ def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
     refuses("--n_valid 3", "folder", tmp_path, n_valid=3)
 
 
-def test_validation_folder_without_test_is_the_test_part(tmp_path, capsys):
-    loaded = load_folder(laid_out(tmp_path, "train/a", "train/b", "val/a", "val/b"))
-    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
-    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    assert load_folder(laid_out(tmp_path, "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
-
-
-def test_other_folders_beside_the_parts_are_left_out_aloud(tmp_path, capsys):
-    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", "extra")
-    assert any("left out: extra/" in line for line in announced(capsys, tmp_path))
-
-
 @pytest.mark.parametrize(
     "folders, message",
     [
-        (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), "fold1, fold2 in"),
-        (("Train/a", "Train/b", "Probe/a", "Probe/b"), "Probe, Train in"),
+        ("", "has no class folders"),
+        (".", "has no class folders"),
+        ("cat", "has only one class folder, cat"),
+        ("train/cat test/cat", "has only one class folder, cat"),
+        ("cat dog", "too few images"),
+        ("train/cat train/dog", "has train/ but no test/: add it"),
+        ("test/cat test/dog", "has no train/: add it"),
+        ("val/a val/b test/a test/b", "has no train/: add it"),
+        ("fold1/a fold1/b fold2/a fold2/b", "fold1, fold2 in"),
+        ("Train/a Train/b Probe/a Probe/b", "Probe, Train in"),
+        ("Train/a Train/b training/a test/a", "several folders for the train part (Train, training)"),
+        ("train test", "train has no class folders, so its pictures have no labels"),
+        ("train/a train/b test", "test has no class folders, so its pictures have no labels"),
+        ("train/a train/b test/images", "test has no class folders, so its pictures have no labels"),
+        ("train/a train/b test/a test/b val", "val has no class folders"),
+        ("train/a train/b test/a test/b test/bird", "has bird: give both the same class folders"),
         (
-            ("Train/a", "Train/b", "training/a", "training/b", "test/a"),
-            "several folders for the train part (Train, training)",
+            " ".join(f"train/c{i:03}" for i in range(40)) + " test/c000",
+            "has c001, c002, c003, c004, c005 and 34 more: give",
         ),
-        (("train", "test"), "train has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test"), "test has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test/images"), "test has no class folders, so its pictures have no labels"),
-        (("train/a", "train/b", "test/a", "test/b", "val"), "val has no class folders"),
-        (("val/a", "val/b", "test/a", "test/b"), "has val/ and test/ but no train/"),
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
-    refuses(message, "folder", laid_out(tmp_path, *folders, n=1))
+    assert str(tmp_path) in refuses(message, "folder", laid_out(tmp_path, *folders.split(), n=1))
 
 
-def test_few_of_many_odd_classes_are_named(tmp_path):
-    laid_out(tmp_path, *(f"train/c{i:03}" for i in range(40)), "test/c000", n=1)
-    message = refuses("c001, c002, c003, c004, c005 and 34 more", "folder", tmp_path)
-    assert len(message) < 400
+def test_class_without_images_is_refused(tmp_path):
+    files = four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}
+    refuses("class emu has no images in", "folder", write_files(tmp_path, files))
 
 
-def test_text_alone_makes_no_class(tmp_path):
-    laid_out(tmp_path, "a", "b")
-    refuses("class c has no images", "folder", write_files(tmp_path, {"c/notes.txt": b"text"}))
+def test_validation_folder_without_test_and_a_class_called_train(tmp_path, capsys):
+    loaded = load_folder(laid_out(tmp_path / "one", "train/a", "train/b", "val/a", "val/b"))
+    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
+    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
+    assert load_folder(laid_out(tmp_path / "two", "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
 
 
 def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
     laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
     images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
     assert images.shape == (8, 3, 8, 8)
-    assert capsys.readouterr().out == "data: 1 file that is not an image was ignored (list.txt)\n"
+    assert capsys.readouterr().out == "data: left out: files that are no images: 1 (e.g. list.txt)\n"
     decoded.clear()
     assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
     with pytest.raises(UserError, match="holds no images"):
@@ -918,7 +654,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
 
 def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(laid_out(tmp_path, "a", "b") / "a/pipe.png")
-    refuses("pipe.png is a named pipe, not a file", "folder", tmp_path)
+    refuses("pipe.png is a pipe, a socket or a device", "folder", tmp_path)
 
 
 def test_missing_permission_is_said(tmp_path, monkeypatch):
@@ -928,11 +664,14 @@ def test_missing_permission_is_said(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_file, "open", closed, raising=False)
+        patch.setattr(image_folder, "open", closed, raising=False)
         assert "cannot read" in refuses("Permission denied", "folder", tmp_path)
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: closed(path) if Path(path).name == "b" else scandir(path))
     refuses(f"cannot read {tmp_path / 'b'}: Permission denied", "folder", tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "a/link.png").symlink_to(tmp_path / "nowhere.png")
+    refuses(f"cannot read {tmp_path / 'a/link.png'}: No such file", "folder", tmp_path)
 
 
 def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
@@ -942,4 +681,4 @@ def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
     write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
     with pytest.raises(UserError):
         load_folder(tmp_path)
-    assert r"caf\udce9/x.png is no image" in (tmp_path / "unusable_images.txt").read_text()
+    assert r"caf\udce9/x.png is empty, damaged or" in (tmp_path / "unusable_images.txt").read_text()

@@ -1,0 +1,428 @@
+"""Folders of images, read with Pillow: decoded once, on all cores, and cached beside the files.
+
+Images are laid on white, turned upright by their EXIF orientation, and scaled by their format's own white level. What
+was done to them and what was left out is printed; what cannot be read rightly is refused.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import warnings
+import zlib
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+from utils import UserError, printable
+
+CACHE_FORMAT = 4  # raise it whenever the same files would decode to other pixels
+UNUSABLE_LIST = "unusable_images.txt"  # written beside the images
+SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; hidden files are left out, too
+    *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", UNUSABLE_LIST),
+}
+PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
+    "train": ("train", "training", "trn"),
+    "valid": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+EXPECTED = "expected are train/<class>/ and test/<class>/ (val/<class>/ too, if you like), or only <class>/"
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "PCX", "SGI", "QOI"]
+UNSUPPORTED = set(  # endings; of many camera raw files, Pillow would take the small preview for the picture
+    ".heic .heif .jxl .svg .psd .exr .hdr .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .raf .orf .rw2 .pef .raw".split()
+)
+IMAGE_ENDINGS = {end for end, name in Image.registered_extensions().items() if name in FORMATS} | UNSUPPORTED
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # EXIF and TIFF tags
+Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
+
+
+def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list[str]]:
+    """Every image below ``root``, which holds test/<class>/* and perhaps train and val beside it, or only <class>/*.
+
+    Args:
+        image_size: side in pixels to which images are resized; None keeps the size that all of them have.
+
+    Returns:
+        images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts
+        "train", "valid" and "test" that exist, or else for "all", the slice of the images; class names.
+
+    Raises UserError if the folder or a file in it is missing, broken or unusable.
+    """
+    paths, notes = _list(root, "--data_dir ")
+    folders = _find_parts(root, paths, notes) or {"all": ""}
+    inside = _folders(paths) | {"": paths}
+    parts = {folder: inside[folder] for folder in folders.values()}
+    class_names = _check_classes(root, parts, notes)
+    files, labels, ends = [], [], [0]
+    for folder, in_part in parts.items():
+        for label, (name, in_class) in enumerate(_folders(in_part).items()):
+            files += [os.path.join(root, folder, name, *path) for path in in_class]
+            labels += [label] * len(in_class)
+        ends.append(len(files))
+    images, kept = _read_files(root, files, image_size, notes)
+    labels, ends = torch.tensor(labels)[kept], np.searchsorted(kept, ends).tolist()
+    slices = {part: slice(ends[i], ends[i + 1]) for i, part in enumerate(folders)}
+    for part, folder in folders.items():
+        counts = labels[slices[part]].bincount(minlength=len(class_names)).tolist()
+        if 0 in counts:
+            raise UserError(f"class {class_names[counts.index(0)]} has no images in {root / folder}: add some")
+    return images, labels, slices, class_names
+
+
+def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Tensor:
+    """Every image below ``root``, however its folders are laid out: uint8 (N, C, H, W).
+
+    ``option`` names ``root`` in errors. Other args, and errors, are those of ``read``.
+    """
+    paths, notes = _list(root, option)
+    return _read_files(root, [os.path.join(root, *path) for path in paths], image_size, notes)[0]
+
+
+def read_test_part(root: Path, image_size: int | None) -> Tensor:
+    """The images of the test part below ``root``, or all if it has no parts, as ``read_unlabelled`` reads them."""
+    paths, notes = _list(root, "")
+    return read_unlabelled(root / _find_parts(root, paths, notes).get("test", ""), image_size)
+
+
+# --- which files belong to which part and class; no file is opened
+
+
+def _list(root: Path, option: str) -> tuple[list[Names], list[str]]:
+    """Every file below ``root``, sorted, and lines for the user. Links are followed, but not in circles."""
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"{option}{root} {state}: name a folder of images")
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    paths, left_out = [], Counter()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        here = Path(folder)
+        left_out.update(name for name in subfolders + names if name.lower() in SYSTEM_FILES)
+        subfolders[:] = [name for name in subfolders if _is_data(name) and not _leads_back(here / name)]
+        paths += [(*here.relative_to(root).parts, name) for name in names if _is_data(name)]
+    counts = ", ".join(f"{n} {name}" for name, n in sorted(left_out.items()))
+    return sorted(paths), [f"left out, as systems put it there: {counts}"] if left_out else []
+
+
+def _is_data(name: str) -> bool:
+    return name[0] != "." and name.lower() not in SYSTEM_FILES
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
+
+
+def _folders(paths: list[Names]) -> dict[str, list[Names]]:
+    """For each folder, the files in it, seen from there."""
+    inside = {}
+    for first, *rest in paths:
+        if rest:
+            inside.setdefault(first, []).append(tuple(rest))
+    return inside
+
+
+def _images(paths: list[Names]) -> list[str]:
+    """The files that lie in no folder and have the name of an image."""
+    return [path[0] for path in paths if len(path) == 1 and os.path.splitext(path[0])[1].lower() in IMAGE_ENDINGS]
+
+
+def _part_of(name: str) -> str | None:
+    """The part that a folder's name stands for, whatever its case and spelling: "Training_Set" is "train"."""
+    plain = re.sub(r"[\W_]", "", name.lower())
+    plain = re.sub(r"(set|data|images|imgs|split|folder)$", "", plain)
+    return next((part for part, names in PART_NAMES.items() if plain in names), None)
+
+
+def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, str]:
+    """The name of each part's folder, in the order train, valid, test; {} if the top folders are classes."""
+    inside = _folders(paths)
+    named = {part: [name for name in inside if _part_of(name) == part] for part in PART_NAMES}
+    for part, names in named.items():
+        if len(names) > 1:
+            raise UserError(f"{root} has several folders for the {part} part ({_some(names)}): keep one of them")
+    parts = {part: names[0] for part, names in named.items() if names}
+    others = [name for name in inside if not _part_of(name) and (_folders(inside[name]) or _images(inside[name]))]
+    if not any(_folders(inside[name]) for name in parts.values()) and any(_images(inside[name]) for name in others):
+        return {}  # a class may be called train
+    if "valid" in parts and "train" in parts and "test" not in parts:
+        notes.append(f"{root} has no test/: {parts['valid']}/ serves as the test part")
+        parts["test"] = parts.pop("valid")
+    subfolders = {name: tuple(_folders(files)) for name, files in inside.items() if len(_folders(files)) > 1}
+    how_many = Counter(subfolders.values())
+    alike = [name for name, names in subfolders.items() if how_many[names] > 1]
+    if alike and (others or not parts) and not parts.keys() >= {"train", "test"}:
+        raise UserError(
+            f"{_some(alike)} in {root} have the same subfolders, so they look like parts of a data set and not like "
+            f"classes; {EXPECTED}: rename them, or let --data_dir name one of them"
+        )
+    if parts and "test" not in parts:
+        have = " and ".join(f"{name}/" for name in parts.values())
+        raise UserError(f"{root} has {have} but no test/: add it; {EXPECTED}")
+    if parts and others:
+        notes.append(f"left out: {_some(others)}, because {root} has the folders {_some(list(parts.values()))}")
+    return parts
+
+
+def _check_classes(root: Path, parts: dict[str, list[Names]], notes: list[str]) -> list[str]:
+    """The names of the class folders, which must be the same in each part; parts: the files in each part's folder."""
+    first, *_ = parts  # train, if there is one
+    class_names = list(_folders(parts[first]))
+    for folder, paths in parts.items():
+        names = list(_folders(paths))
+        if len(names) < 2 and not set(names) & set(class_names):
+            advice = "sort them into one folder for each class"
+            if class_names:
+                advice += f", or give --data_dir {root / first}, of which a fifth becomes the test part"
+            raise UserError(f"{root / folder} has no class folders, so its pictures have no labels: {advice}")
+        if odd := sorted(set(names) ^ set(class_names)):
+            both = f"{first}/ and {folder}/ in {root}"
+            raise UserError(f"only one of {both} has {_some(odd)}: give both the same class folders")
+        if loose := _images(paths):
+            notes.append(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
+    if len(class_names) < 2:
+        raise UserError(f"{root / first} has only one class folder, {class_names[0]}: two or more are needed")
+    return class_names
+
+
+def _some(names: list[str], n: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:n])
+    return f"{shown} and {len(names) - n} more" if len(names) > n else shown
+
+
+# --- one file
+
+
+@dataclass
+class Decoded:
+    """What became of a file. With neither pixels nor a problem, it is no image and does not claim to be one."""
+
+    pixels: np.ndarray | None = None  # uint8 RGB (H, W, 3)
+    problem: str = ""
+    done: list[str] = field(default_factory=list)
+
+
+def decode_file(file: str, image_size: int | None) -> Decoded:
+    result = Decoded()
+    try:
+        result.pixels = _decode_file(file, image_size, result.done)
+    except UserError as error:
+        result.problem = f"{file} {error}"
+    except Image.UnidentifiedImageError:
+        result.problem = f"{file} is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
+    except Image.DecompressionBombError:
+        result.problem = f"{file} has more pixels than the limit of {2 * Image.MAX_IMAGE_PIXELS:,}: make it smaller"
+    except MemoryError:
+        raise
+    except Exception as error:  # image codecs raise almost anything on a broken file
+        result.problem = f"{file} is damaged ({error}): replace or remove it"
+        if isinstance(error, OSError) and error.errno:
+            result.problem = f"cannot read {file}: {error.strerror}"
+    return result
+
+
+def _decode_file(file: str, image_size: int | None, done: list[str] | None = None) -> np.ndarray | None:
+    """RGB (H, W, 3), uint8, or None for what is no image; ``done`` takes what was done to the image, in words."""
+    done = [] if done is None else done
+    ending = os.path.splitext(file)[1].lower()
+    if ending in UNSUPPORTED:
+        raise UserError(f"is of an unsupported format ({ending[1:]}): convert it to PNG or JPEG")
+    if not os.path.isfile(file) and os.path.exists(file):  # opening a pipe would wait for its other end
+        raise UserError("is a pipe, a socket or a device: remove it")
+    with open(file, "rb") as source:
+        try:
+            image = Image.open(source, formats=FORMATS)
+        except Exception:
+            if ending in IMAGE_ENDINGS:
+                raise
+            return None
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # an MPO's other pictures are previews
+            raise UserError("has several frames or pages: export one frame of it")
+        if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
+            raise UserError("has one transparent colour but not 8 bits, which Pillow mixes up: convert it to 8 bits")
+        turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        pixel_data = source.tell()
+        image.load()
+        source.seek(pixel_data)
+        if image.format == "JPEG" and b"\xff\xd9" not in source.read():  # libjpeg would take zeros for pixels
+            raise UserError("is damaged (its end is missing): replace or remove it")
+    if turned:
+        done.append("were turned upright by their EXIF orientation")
+        if image.format != "TIFF":  # which Pillow has turned as it was loaded
+            image = ImageOps.exif_transpose(image)
+    image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            done.append("have transparency: composited on white")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image_size is not None:
+        if image.width != image.height:
+            done.append(f"are not square: squeezed to {image_size}x{image_size}, the aspect ratio is not kept")
+        image = functional.resize(image, [image_size, image_size], antialias=True)
+    return np.asarray(image)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """The image with 16 bits scaled to 8 by the format's own white level; others as they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        white = 2 ** int(np.atleast_1d(tags.get(BITS_PER_SAMPLE, 16))[0]) - 1  # Pillow itself scales a PGM to 65535
+        levels = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
+        if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow respects only up to 8 bits
+            levels = 255 - levels
+        return Image.fromarray(levels.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = f"a {image.format} of signed, float or 32-bit numbers (mode {image.mode})"
+        raise UserError(f"is {kind}, of which none is known to be white: convert it to 8 or 16 bit, unsigned")
+    return image
+
+
+# --- all files, and the cache
+
+
+def _read_files(root: Path, files: list[str], image_size: int | None, notes: list[str]) -> tuple[Tensor, list[int]]:
+    """The images, uint8 (N, C, H, W), decoded or from the cache; and which of the files they are, ascending."""
+    cache, fingerprint = root / f".jem_cache_{image_size or 'native'}.pt", _fingerprint(root, files)
+    content = _load_cache(cache, fingerprint)
+    if content is None:
+        images, kept, decode_notes = _decode_all(root, files, image_size)
+        checksum = zlib.crc32(images.numpy())
+        content = {"fingerprint": fingerprint, "crc32": checksum, "images": images, "kept": kept, "notes": decode_notes}
+        _save_cache(cache, content)
+    for line in notes + content["notes"]:
+        print("data:", printable(line), flush=True)
+    return content["images"], content["kept"]
+
+
+def _decode_all(root: Path, files: list[str], image_size: int | None) -> tuple[Tensor, list[int], list[str]]:
+    """Decode files on all cores: images uint8 (N, C, H, W); which of the files they are; lines for the user."""
+    pixels, kept, problems, ignored, done, other_size = None, [], [], [], Counter(), ""
+    pool = ThreadPool()
+    try:
+        # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
+        results = pool.imap(partial(decode_file, image_size=image_size), files, chunksize=16)
+        results = tqdm(results, "decoding images", len(files), leave=False, delay=1, unit="file")
+        with warnings.catch_warnings(action="ignore"):
+            for i, result in enumerate(results):
+                if result.problem:
+                    problems.append(result.problem)
+                elif result.pixels is None:
+                    ignored.append(os.path.basename(files[i]))
+                else:
+                    height, width = result.pixels.shape[:2]
+                    if pixels is None:
+                        pixels = _room_for(root, len(files), height, width)
+                    if pixels.shape[2:] != (height, width):
+                        other_size = f"{files[i]} {width}x{height}"
+                        continue
+                    pixels[len(kept)] = result.pixels.transpose(2, 0, 1)
+                    kept.append(i)
+                    done.update(result.done)
+    finally:
+        pool.terminate()
+        pool.join()  # a thread that still decodes while Python exits would abort the process
+    if problems:
+        raise _unusable(root, problems, len(files))
+    if pixels is None:
+        raise UserError(f"{root} holds no images: name a folder of images")
+    if other_size:
+        size = f"{pixels.shape[3]}x{pixels.shape[2]}"
+        raise UserError(f"{files[kept[0]]} has {size} pixels but {other_size}: give --image_size to make them equal")
+    pixels = pixels[: len(kept)]
+    if (pixels == pixels[:, :1]).all():
+        pixels = pixels[:, :1].copy()  # grey
+    notes = [f"{n} of {len(kept)} images {text}" for text, n in sorted(done.items())]
+    if ignored:
+        notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
+    return torch.from_numpy(pixels), kept, notes + _warnings(pixels)
+
+
+def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
+    """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network, or no room."""
+    if height % 4 or width % 4 or min(height, width) < 8:
+        raise UserError(
+            f"{root} gives images of {width}x{height} pixels, but the model needs multiples of 4, at least 8: "
+            f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
+        )
+    gigabytes = n * 3 * height * width / 1e9
+    needed = f"{n} images of {width}x{height} pixels need {2 * gigabytes:.1f} GB of memory while they are read"
+    with suppress(AttributeError, ValueError):  # Windows has no sysconf
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        if 2 * gigabytes > memory:
+            raise UserError(f"{needed}, and there are {memory:.1f}: use fewer images, or a smaller --image_size")
+    if gigabytes > 0.5:
+        print(f"data: {needed}, and {gigabytes:.1f} GB later", flush=True)
+    return np.empty((n, 3, height, width), np.uint8)
+
+
+def _warnings(pixels: np.ndarray) -> list[str]:
+    """What looks wrong with the images, one line each."""
+    n, top, bottom, lines = len(pixels), pixels.max(), pixels.min(), []
+    flat = int((pixels == pixels[:, :, :1, :1]).all((1, 2, 3)).sum())
+    if flat >= 2 and flat > n / 10:
+        lines.append(f"warning: {flat} of {n} images are one flat colour each: is that what they should be?")
+    if top < 64 or top - bottom < 32:
+        lines.append(f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?")
+    return lines
+
+
+def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:
+    """The error to raise, after some problems are printed and all are written to a file."""
+    if len(problems) == 1:
+        return UserError(problems[0])
+    problems = [printable(problem) for problem in problems]
+    print(*problems[:10], sep="\n", file=sys.stderr, flush=True)
+    listed = (root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())) / UNUSABLE_LIST
+    with suppress(OSError):
+        listed.write_text("\n".join(problems) + "\n", encoding="utf-8")
+    first = f"{len(problems)} of {n_files} files in {root} are unusable, the first: {problems[0]}"
+    return UserError(f"{first}; all are listed in {listed}")
+
+
+def _fingerprint(root: Path, files: list[str]) -> str:
+    """A hash of every file's path below root, size and time of change."""
+    digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
+    for file in files:
+        with suppress(OSError):  # reported when the file is decoded
+            status = os.stat(file)
+            digest.update(ascii((file.removeprefix(str(root)), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _load_cache(cache: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What was decoded earlier from the same files, or None where there is nothing or the cache is damaged."""
+    try:
+        content = torch.load(cache, weights_only=True)
+        intact = content["crc32"] == zlib.crc32(content["images"].numpy())
+        return content if intact and content["fingerprint"] == fingerprint else None
+    except Exception:  # torch.load raises almost anything on a damaged file
+        return None
+
+
+def _save_cache(cache: Path, content: dict[str, Any]) -> None:
+    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+        os.replace(unfinished, cache)
+    except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
+        print(printable(f"cannot write {cache}: the next start will decode the images again"), file=sys.stderr)
+    finally:  # after Ctrl-C, too
+        unfinished.unlink(missing_ok=True)
