@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ class Trainer:
         compile = compiles(cfg.compile, device, self.total_steps) and not exchanges
 
         self.sampler, self.start = None, build_chain_init(cfg, images) if cfg.samples else None
-        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
+        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every and cfg.samples else None
         torch.manual_seed(cfg.seed)
         self.rng = {name: torch.Generator(device) for name in ("data", "sgld", "p_x")}
         self.model = build_for(cfg, images.shape[0], n_classes).to(device)
@@ -383,7 +384,10 @@ class Trainer:
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
         elif self.world.size > 1:
             state = gather_state(state)
-        self.record.checkpoint(name, {"config": asdict(self.cfg), "data": self.data.description, "state": state})
+        about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs
+        self.record.checkpoint(
+            name, {"config": asdict(self.cfg), "data": self.data.description, "state": state} | about
+        )
 
     def recover(self) -> None:
         """Training diverged: go back to the last proven state with new randomness and, perhaps, gentler settings."""

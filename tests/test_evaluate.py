@@ -460,11 +460,6 @@ def test_auto_names_the_usual_sets():
         (["--load_ckpt", "RUN", "--ood_datasets", "x" * 300], "is neither a folder nor one of interp"),
         (["--load_ckpt", "RUN", "--feature_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
-        (["--load_ckpt", "RUN", "--sigma", "0.1"], "--sigma is for --mode energy_train or baseline_train"),
-        (["--load_ckpt", "RUN", "--batch_size", "9"], "--batch_size is for --mode energy_train or baseline_train or"),
-        (["--load_ckpt", "RUN", "--p_x_weight", "2"], "--p_x_weight is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--class_cond"], "--class_cond is for --mode energy_train"),
-        (["--load_ckpt", "RUN", "--save_images"], "--save_images is for --mode sample"),
         (
             ["--load_ckpt", "RUN", "--fid_reference", "test"],
             "--fid_reference takes one of train, train+test, not 'test'",
@@ -599,12 +594,6 @@ def test_autoattack_alone_where_it_cannot_be_run(run, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "AutoAttack: absent, it needs at least 4 classes, not 3" in out and "at most about" not in out
     assert err.count("\n") == 1 and "nothing could be measured" in err
-
-
-def test_attacks_are_for_mode_test(tmp_path, capsys):
-    assert main(["--dataset", "digits", "--gpu", "cpu", "--logdir", str(tmp_path), "--attacks", "pgd"]) == 2
-    assert "--attacks is for --mode test" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():

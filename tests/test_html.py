@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from html import unescape
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import test_evaluate
@@ -311,9 +310,3 @@ def refused(run, place, message, capsys):
     out, err = capsys.readouterr()
     assert message in err and len(err.strip().splitlines()) == 1 and "classification ..." not in out
     assert sorted(run.rglob("*")) == before
-
-
-@pytest.mark.parametrize("mode", [[], ["--mode", "sample", "--load_ckpt", "x"]])
-def test_compare_is_for_mode_test(mode, capsys):
-    assert main([*mode, "--compare", str(Path.cwd())]) == 2
-    assert "--compare is for --mode test" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import main
 import trainer
 import utils
 from checkpoints.files import load_checkpoint
-from checkpoints.resume import before_restart
+from checkpoints.resume import named_run
 from config import Config
 from config.checks import check_sizes
 from distributed import World, shard_state
@@ -292,10 +292,9 @@ class TestPlace:
         (run,) = map(str, tmp_path.iterdir())
         monkeypatch.setattr(distributed, "attempts", 2)
         monkeypatch.setattr(distributed, "remembered", lambda name: run)
-        cfg = before_restart({"resume": run, "recipe": "sada-jem", "batch_size": 20}).cfg
-        assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
-        with pytest.raises(UserError, match="--p_x_batch_size 64 needs a new run"):  # begun without --resume
-            before_restart({"recipe": "sada-jem", "batch_size": 20, "sgld_step": 2, "n_valid": 100})
+        for given in ({"resume": run}, {"resume": "auto", "batch_size": 20}, {"load_ckpt": run, "sgld_step": 2}):
+            cfg = named_run({"recipe": "sada-jem", **given}).cfg
+            assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
 
     @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
     def test_a_number_that_is_none(self, name, monkeypatch, capsys):
