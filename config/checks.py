@@ -26,15 +26,11 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
     if cfg.mode == "energy_train":
         yield from contradictions_of_chains(cfg)
-    if cfg.mode == "test" and "robustness" not in cfg.metrics and cfg.attacks is not None:
-        yield "--attacks is for --mode test with robustness in --eval"
-    if (
-        cfg.mode == "test"
-        and "refined" in cfg.chosen_attacks
-        and cfg.attacks not in ("all", None)
-        and not cfg.refine_steps
-    ):
-        yield "--attacks refined needs --refine_steps above 0: leave out one of them"
+    if cfg.mode == "test":
+        if "robustness" not in cfg.metrics and cfg.attacks is not None:
+            yield "--attacks is for --mode test with robustness in --eval"
+        if "refined" in cfg.chosen_attacks and cfg.attacks not in ("all", None) and not cfg.refine_steps:
+            yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     tasks = [cfg.inpaint != "", cfg.denoise is not None, cfg.counterfactual is not None, cfg.from_buffer]
     if cfg.mode == "sample" and sum(tasks) > 1:
         yield "--inpaint, --denoise, --counterfactual and --from_buffer start from different images: give one of them"
@@ -65,9 +61,8 @@ def contradictions_of_chains(cfg) -> Iterator[str]:
 def unused(given: dict[str, Any], cfg) -> list[str]:
     """The names of those given options that a run with the options ``cfg`` does not use."""
     unread = {f.name for f in fields(cfg) if cfg.mode not in f.metadata["modes"]}
-    unread |= {
-        f.name for f in fields(cfg) if f.metadata["needs"] and not any(is_on(n, cfg) for n in f.metadata["needs"])
-    }
+    needs = {f.name: f.metadata["needs"] for f in fields(cfg) if f.metadata["needs"]}
+    unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
     if cfg.mode in TRAINING and not cfg.quality_every:
         unread |= {"feature_ckpt", "n_samples", "n_sample_steps"}
     if cfg.mode == "sample" and (not cfg.denoise or cfg.n_sample_steps is not None):

@@ -20,7 +20,7 @@ RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, r
 
 run = partial(option, "run", modes=MODES, resumable=True)
 settings = partial(option, "run", modes=MODES)
-images = partial(option, "data", modes=(*TRAINING, "test", "sample"))
+images = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
 network = partial(option, "model", modes=MODES, of_network=True)
 training_network = partial(option, "model", modes=TRAINING)
@@ -60,16 +60,13 @@ class Options:
         modes=TRAINING,
     )
 
-    dataset: str = images("cifar10", "training and test images", tuple(DATASETS), modes=MODES)
-    data_dir: str = images(
-        "data", "where the data set's files are, or are downloaded to", is_path=True, resumable=True, modes=MODES
-    )
+    dataset: str = images("cifar10", "training and test images", tuple(DATASETS))
+    data_dir: str = images("data", "where the data set's files are, or are downloaded to", is_path=True, resumable=True)
     image_size: int | None = images(
         None,
         "side in pixels to which the images of a folder are squeezed (default: their own size)",
         minimum=8,
         maximum=2048,
-        modes=MODES,
         needs=("dataset=folder",),
     )
     n_valid: int | None = images(
@@ -108,7 +105,7 @@ class Options:
     lr: float = optimisation(1e-4, "peak learning rate", above=0, flags=("-l",))
     batch_size: int = optimisation(
         128,
-        "real images, and chains, of one step; test and sample: chains that run together (as many as in training)",
+        "real images, and chains, of one step; in test and sample chains that run together (default: as in training)",
         minimum=1,
         modes=(*TRAINING, "test", "sample"),
     )
@@ -135,10 +132,7 @@ class Options:
         False, "measure --sam_rho in units of each weight's own size (adaptive SAM)", needs=("sam_rho",)
     )
     ema: float = optimisation(
-        0.0,
-        "decay of averaged weights, which evaluation and GIFs use, for instance 0.999; less in early steps; 0 is off",
-        minimum=0,
-        maximum=0.99999,
+        0.0, "decay of averaged weights, which evaluation and GIFs use, 0.999 say; 0 is off", minimum=0, maximum=0.99999
     )
 
     reinit_freq: float = training_chains(
@@ -169,9 +163,7 @@ class Options:
         needs=("sgld_step_max",),
     )
     class_cond: bool = sgld(
-        False,
-        "chains climb log p(x|y), equally many for each class, with a part of the replay buffer for each",
-        modes=("energy_train", "sample"),
+        False, "chains climb log p(x|y), equally many for each class", modes=("energy_train", "sample")
     )
     buffer_size: int = training_chains(10000, "images in the replay buffer", minimum=1)
 
@@ -183,10 +175,7 @@ class Options:
         needs=("p_x_weight",),
     )
     adversarial_eps: float = classifier(
-        0.0,
-        "train the classifier on adversarial images within this distance, pixels in [0, 1]; 0 is off",
-        minimum=0,
-        needs=("p_y_x_weight",),
+        0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
     )
     adversarial_norm: str = classifier(
         "L2", "how --adversarial_eps measures distance", ADVERSARIAL_NORMS, needs=("adversarial_eps",)
@@ -248,10 +237,7 @@ class Options:
     ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
     feature_ckpt: str = test(
-        "",
-        "classifier (run or checkpoint) in whose features samples and training images are compared",
-        is_path=True,
-        modes=("energy_train", "test"),
+        "", "classifier's run; images are compared in its features", is_path=True, modes=("energy_train", "test")
     )
     fid_reference: str = test(
         "train",

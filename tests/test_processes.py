@@ -310,7 +310,7 @@ class TestPlace:
             ({"batch_size": 15}, "--batch_size 15 cannot be divided evenly among 2 processes"),
             ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
             ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
-            ({"class_cond": True, "buffer_size": 110}, "among 2 processes and the 10 classes of --class_cond"),
+            ({"class_cond": True, "buffer_size": 110}, "among 2 processes and 10 classes"),
         ],
     )
     def test_what_cannot_be_divided(self, changes, words):
