@@ -91,32 +91,27 @@ def run(arguments: list[str]) -> int:
 
 def train(given: dict[str, Any]) -> int:
     """Start a run, or continue the one that ``--resume`` names."""
-    cfg, images, resumed = find_job(given)
+    cfg, device, images, resumed = find_job(given)
     note_unused(given, cfg)
-    trainer = Trainer(cfg, images, utils.pick_device(cfg.gpu), distributed.current_world())
+    trainer = Trainer(cfg, images, device, distributed.current_world())
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        return started(trainer, distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note)))
-
-    path, content = resumed.path, resumed.content
-    if content["data"] != images.description:
-        raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on: change --data_dir")
-    trainer.resume(content["state"])
-    if trainer.step >= trainer.total_steps:
-        limit = "--max_steps" if trainer.total_steps == cfg.max_steps else "--epochs"
-        print(f"{resumed.directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
-        return 0
-    if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
-        distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))
-    directory, position = resumed.directory, content["log_position"]
-    del resumed, content  # all that a checkpoint holds
-    return started(trainer, directory, position)
-
-
-def started(trainer: Trainer, directory: RunDir, log_position: int = 0) -> int:
-    """Train in a run directory, which torchrun's next attempt will find if this one fails."""
-    distributed.remember("run", str(directory.path))
+        directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
+        log_position = 0
+    else:
+        directory, path, log_position = resumed.directory, resumed.path, resumed.content["log_position"]
+        if resumed.content["data"] != images.description:
+            raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on: change --data_dir")
+        trainer.resume(resumed.content["state"])
+        if trainer.step >= trainer.total_steps:
+            limit = "--max_steps" if trainer.total_steps == cfg.max_steps else "--epochs"
+            print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
+            return 0
+        if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
+            distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))
+    del resumed  # all that a checkpoint holds
+    distributed.remember("run", str(directory.path))  # for torchrun's next attempt, should this one fail
     return trainer.train(directory, log_position)
 
 
@@ -124,6 +119,7 @@ class Job(NamedTuple):
     """What is to be trained: a new run, or ``resumed``, a run that goes on."""
 
     cfg: Config
+    device: torch.device
     images: data.ImageData
     resumed: resume.Resumed | None
 
@@ -132,16 +128,16 @@ def find_job(given: dict[str, Any]) -> Job:
     """The run that the options name, or that they find by ``--resume auto``, or else a new one; with its images."""
     resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
     cfg = resumed.cfg if resumed else Config(**given)
-    images = load_images(cfg, given)
-    if cfg.resume == "auto" and resumed is None:
-        resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
-    return Job(resumed.cfg if resumed else cfg, images, resumed)
-
-
-def load_images(cfg: Config, given: dict[str, Any]) -> data.ImageData:
-    """The data set, which must be the same for all processes."""
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
+    images = load_images(cfg, device, given)
+    if cfg.resume == "auto" and resumed is None:
+        resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
+    return Job(resumed.cfg if resumed else cfg, device, images, resumed)
+
+
+def load_images(cfg: Config, device: torch.device, given: dict[str, Any]) -> data.ImageData:
+    """The data set, which must be the same for all processes."""
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     try:
         images = distributed.rank0_first(lambda: data.load(*where))
@@ -163,11 +159,10 @@ def note_unused(given: dict[str, Any], cfg: Config) -> None:
     names = unused(given, cfg)
     if names:
         options = ", ".join(f"--{name}" for name in names)
-        print(f"note: --mode {cfg.mode} with these options does not use {options}", file=sys.stderr)
+        print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     terminal.protect()
-    terminal.leave(
-        main(sys.argv[1:]), at_once=distributed.is_distributed()
-    )  # others are still connected only after an error
+    status = main(sys.argv[1:])
+    terminal.leave(status, at_once=distributed.is_distributed())  # others are still connected only after an error

@@ -1,7 +1,6 @@
 """Which run a command line continues, and with which options."""
 
 import math
-import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +23,6 @@ class Resumed(NamedTuple):
     directory: RunDir
     path: Path  # of its checkpoint
     content: dict[str, Any]
-
-
-class Saved(NamedTuple):
-    """A run's newest checkpoint; the larger of two is the one that ``--resume auto`` takes."""
-
-    interrupted: bool
-    time: float  # seconds since 1970
-    step: int
-    run: Path
 
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
@@ -62,10 +52,10 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     changed = [name for name, value in given.items() if value != getattr(cfg, name)]
     others = [name for name in changed if name not in RESUMABLE]
     if others:
-        own, new = (" ".join(as_typed(name, of[name]) for name in others) for of in (vars(cfg), given))
-        raise UserError(
-            f"{path} was trained with {own}; {new} needs a new run: leave it out, or start one with --load_ckpt"
-        )
+        own = " ".join(as_typed(name, getattr(cfg, name)) for name in others)
+        new = " ".join(as_typed(name, given[name]) for name in others)
+        advice = "needs a new run: leave it out, or start one with --load_ckpt"
+        raise UserError(f"{path} was trained with {own}; {new} {advice}")
     if any(name in changed for name in OF_DISTANCES):
         content["state"]["best"].pop("best_quality.pt", None)
     if "start_dir" in changed:
@@ -78,20 +68,20 @@ def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) 
 
     Interrupted runs come before finished ones. A run that cannot be used is printed with the reason.
     """
-    for saved in sorted(same_runs(cfg, description), reverse=True):
+    priorities = {run: priority(run) for run in same_runs(cfg, description)}
+    for run in sorted(priorities, key=priorities.get, reverse=True):
         try:
-            resumed = continued(given, str(saved.run))
+            resumed = continued(given, str(run))
         except UserError as error:  # another process holds it, for instance
-            print(f"Skipping {saved.run}: {error}.")
+            print(f"Skipping {run}: {error}.")
             continue
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved.time))
-        print(f"--resume auto takes {saved.run}, saved {when} at step {saved.step}.")
+        print(f"--resume auto takes {run}, which was saved last after step {resumed.content['state']['step']}.")
         return resumed
-    print(f"No run with this configuration to continue in {cfg.logdir}: starting a new one.")
+    print(f"No run with these options and length in {cfg.logdir}: starting a new one. --resume RUN makes a run longer.")
     return None
 
 
-def same_runs(cfg: Config, description: dict[str, Any]) -> list[Saved]:
+def same_runs(cfg: Config, description: dict[str, Any]) -> list[Path]:
     """The runs in ``--logdir`` with the same images and options, apart from those that leave the job the same."""
     same = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE or name in OF_A_JOB}
     default = asdict(Config())  # of options that an older run does not know
@@ -99,19 +89,20 @@ def same_runs(cfg: Config, description: dict[str, Any]) -> list[Saved]:
         runs = {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}
     except OSError as error:
         raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
-    found = []
-    for run in runs:
-        about = read_config(run)
-        if not about["options"] or not same.items() <= (default | about["options"]).items():
-            continue
-        try:
-            if about.get("data") != description:
-                raise UserError("it was trained on other images, or by an older version")
-            path, content = find_checkpoint(str(run))
-        except UserError as error:
-            print(f"Skipping {run}: {error}.")
-            continue
-        step = content["state"]["step"]
-        interrupted = step < content.get("total_steps", math.inf)  # older checkpoints lack this, and their time
-        found.append(Saved(interrupted, content.get("time", path.stat().st_mtime), step, run))
-    return found
+    contents = {run: read_config(run) for run in runs}  # without options where it is no run's
+    options = {run: default | content["options"] for run, content in contents.items() if content["options"]}
+    alike = [run for run in options if same.items() <= options[run].items()]
+    for run in alike:
+        if contents[run].get("data") != description:
+            print(f"Skipping {run}: it was trained on other images, or by an older version.")
+    return [run for run in alike if contents[run].get("data") == description]
+
+
+def priority(run: Path) -> tuple[bool, float]:
+    """Whether a run was interrupted, and when it was saved last (seconds since 1970): the larger, the sooner."""
+    try:
+        path, content = find_checkpoint(str(run))
+    except UserError:  # ``continued`` says why
+        return False, 0.0
+    interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
+    return interrupted, content.get("time", path.stat().st_mtime)

@@ -39,7 +39,7 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    if not f.metadata["is_path"] or value in ("", *f.metadata["keywords"]):
+    if not f.metadata["is_path"] or value in ("", *f.metadata["keywords"]) or "://" in value:
         return value
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)
@@ -52,6 +52,8 @@ def check_value(f: Field, value: Any) -> str:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
     if meta["is_path"] and value.startswith("~"):
         return f"{name} {value}: there is no such user"
+    if meta["is_path"] and "://" in value:
+        return f"{name} {value} is not on this machine: mount it and give the folder, or copy it"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and value > meta["maximum"]:
         return f"{name} must be at most {meta['maximum']:.10g}, not {value}"

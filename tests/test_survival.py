@@ -260,7 +260,7 @@ class TestResume:
         torch.save(content | {"time": content["time"] - 3600}, copy / "ckpt" / "last.pt")
         (tmp_path / "zz_latest").symlink_to(copy, target_is_directory=True)
         assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
-        assert f"--resume auto takes {stopped}, saved 2" in capsys.readouterr().out
+        assert f"--resume auto takes {stopped}, which was saved last after step 17" in capsys.readouterr().out
         assert_same_run(stopped, undisturbed)
 
     def test_equal_jobs_that_were_stopped_each_find_a_run(self, stopped, tmp_path, undisturbed, capsys):
