@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class Trainer:
         self.rng = Generators(device, world.rank)
         self.build_batches()
         self.start = build_chain_init(cfg, images) if cfg.samples else None
-        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every else None
+        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every and cfg.samples else None
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
         self.rng.seed(cfg.seed)
@@ -370,7 +371,8 @@ class Trainer:
         state = tree_to(state, HOST)
         if name == "last.pt" and self.world.size > 1:
             state = gather_state(state)
-        content = {"config": asdict(self.cfg), "data": self.data.description, "state": state}
+        about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs
+        content = {"config": asdict(self.cfg), "data": self.data.description, "state": state} | about
         self.logger.checkpoint(save_checkpoint, name, content)
 
     def recover(self) -> None:

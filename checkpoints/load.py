@@ -1,8 +1,9 @@
 """What belongs to a checkpoint: its network, and the images that the network can classify."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,13 +16,48 @@ from models import JEM, build_model
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
-NETWORK = ("depth", "width", "stages", "backbone", "norm", "activation", "separate_energy")
+NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])
+
+
+class Trained(NamedTuple):
+    """A checkpoint and how to use it."""
+
+    cfg: Config
+    path: Path
+    content: dict[str, Any]
+
+
+def open_trained(given: dict[str, Any]) -> Trained:
+    """The checkpoint of ``--load_ckpt``. Where options were not given, its own data, network and chains stand.
+
+    So does its number of chains as the batch size: with batch normalisation an image depends on its batch. Raises
+    UserError if it cannot be used with the options that were given.
+    """
+    if not given.get("load_ckpt"):
+        raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
+    path, content = open_checkpoint(given["load_ckpt"], given)
+    trained = Config.from_dict(content["config"], str(path))
+    if given.get("recipe", trained.recipe) != trained.recipe:
+        raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
+    own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
+    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains}
+    own["class_cond"] = False  # as samples are of log p(x) unless it is given
+    if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images
+        del own["image_size"], own["n_valid"]
+        if "folder" in (given["dataset"], trained.dataset):
+            del own["data_dir"]
+    if given.get("start", trained.start) != "folder":
+        own["start_dir"] = ""
+    return Trained(Config(**own | given), path, content)
 
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
-    """The network of these options, freshly initialised."""
-    names = (*NETWORK, "dropout_rate")
-    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in names})
+    """The network of these options, freshly initialised. Raises UserError if there is no such network."""
+    options = {name: getattr(cfg, name) for name in (*NETWORK, "dropout_rate")}
+    try:
+        return build_model(channels, n_classes, **options)
+    except ValueError as error:
+        raise UserError(f"--backbone {cfg.backbone} cannot be built: {error}") from None
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:

@@ -1,18 +1,20 @@
 """Which run a command line continues, and with which options."""
 
-import os
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
-from config import CHANGEABLE, Config
+from config import Config
 from config.cli import as_typed
-from config.recipes import with_recipe
 from distributed import launch
 from logger.run_dir import RunDir, read_config
 from utils import UserError
 
+RESUMABLE = frozenset(f.name for f in fields(Config) if f.metadata["resumable"])
+# Resumable ones in which --resume auto wants a run to agree: with others it is another job.
+OF_A_JOB = ("epochs", "max_steps", "load_ckpt", "start_dir", "note")
 OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
 
 
@@ -23,7 +25,20 @@ class Resumed(NamedTuple):
     content: dict[str, Any]
 
 
-def continued(given: dict, run: str) -> Resumed:
+def named_run(given: dict[str, Any]) -> Resumed | None:
+    """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
+    before = launch.remembered("run")
+    if before and any(Path(before, "ckpt").glob("*.pt")):
+        return continued(given, before)
+    name = given.get("resume", "auto")
+    if name == "auto":
+        return None
+    if "load_ckpt" in given:
+        raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
+    return continued(given, name)
+
+
+def continued(given: dict[str, Any], run: str) -> Resumed:
     """``run``, a run directory or checkpoint, to go on with. Raises UserError if it cannot.
 
     Options that were not given are the run's own; those given must agree with it where another value would make
@@ -34,64 +49,60 @@ def continued(given: dict, run: str) -> Resumed:
     if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
-    changeable = CHANGEABLE | {"start_dir"}  # its images may have moved
-    for name, value in given.items():
-        if name not in changeable and value != getattr(cfg, name):
-            raise UserError(
-                f"{path} was trained with {as_typed(name, getattr(cfg, name))}; {as_typed(name, value)} needs a new "
-                "run: leave it out, or start one with --load_ckpt"
-            )
-    changes = {name: value for name, value in given.items() if name in changeable}
-    if any(changes.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in OF_DISTANCES):
+    changed = [name for name, value in given.items() if value != getattr(cfg, name)]
+    others = [name for name in changed if name not in RESUMABLE]
+    if others:
+        own = " ".join(as_typed(name, getattr(cfg, name)) for name in others)
+        new = " ".join(as_typed(name, given[name]) for name in others)
+        advice = "needs a new run: leave it out, or start one with --load_ckpt"
+        raise UserError(f"{path} was trained with {own}; {new} {advice}")
+    if any(name in changed for name in OF_DISTANCES):
         content["state"]["best"].pop("best_quality.pt", None)
-    if changes.get("start_dir", cfg.start_dir) != cfg.start_dir:
+    if "start_dir" in changed:
         print("The images of --start_dir are not compared with those that the run had before.")
-    return Resumed(replace(cfg, **changes), directory, path, content)
+    return Resumed(replace(cfg, **{name: given[name] for name in changed}), directory, path, content)
 
 
-def before_restart(given: dict) -> Resumed | None:
-    """The result of ``continued`` for the run that an earlier torchrun attempt started, if it has a checkpoint."""
-    run = launch.remembered("run")
-    if run is None or not any(Path(run, "ckpt").glob("*.pt")):
-        return None
-    began = with_recipe(given) if given.get("resume", "auto") == "auto" else given  # --resume RUN keeps the run's own
-    return continued(without_beginning(began), run)
+def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) -> Resumed | None:
+    """The run of ``--resume auto``: of those with the same options and images, the one that was saved last.
 
-
-def without_beginning(options: dict) -> dict:
-    """The options, but not what says where a run begins."""
-    return {name: value for name, value in options.items() if name not in ("load_ckpt", "resume")}
-
-
-def newest_continued(cfg: Config, given: dict, description: dict) -> Resumed | None:
-    """The result of ``continued`` for the newest run with the same options and images, if there is one."""
-    newest = newest_run(cfg, description)
-    if newest:
-        return continued(without_beginning(with_recipe(given)), newest)
-    print(f"No run with this configuration in {cfg.logdir}: starting a new one.")
+    Interrupted runs come before finished ones. A run that cannot be used is printed with the reason.
+    """
+    priorities = {run: priority(run) for run in same_runs(cfg, description)}
+    for run in sorted(priorities, key=priorities.get, reverse=True):
+        try:
+            resumed = continued(given, str(run))
+        except UserError as error:  # another process holds it, for instance
+            print(f"Skipping {run}: {error}.")
+            continue
+        print(f"--resume auto takes {run}, which was saved last after step {resumed.content['state']['step']}.")
+        return resumed
+    print(f"No run with these options and length in {cfg.logdir}: starting a new one. --resume RUN makes a run longer.")
     return None
 
 
-def newest_run(cfg: Config, description: dict) -> str | None:
-    """The newest run directory in logdir with the same options and images that can be written to.
-
-    A run that has the same options but cannot be used is printed with the reason.
-    """
-    same = {**cfg.identity, "load_ckpt": cfg.load_ckpt, "note": cfg.note}
+def same_runs(cfg: Config, description: dict[str, Any]) -> list[Path]:
+    """The runs in ``--logdir`` with the same images and options, apart from those that leave the job the same."""
+    same = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE or name in OF_A_JOB}
     default = asdict(Config())  # of options that an older run does not know
     try:
-        found = sorted(Path(cfg.logdir).glob("*/ckpt/*.pt"), key=lambda p: p.parent.parent.name, reverse=True)
+        runs = {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}
     except OSError as error:
         raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
-    for run in dict.fromkeys(path.parent.parent for path in found):
-        content = read_config(run)
-        options = content["options"]
-        if not options or {k: options.get(k, default[k]) for k in same} != same:
-            continue
-        if content.get("data") != description:
+    contents = {run: read_config(run) for run in runs}  # without options where it is no run's
+    options = {run: default | content["options"] for run, content in contents.items() if content["options"]}
+    alike = [run for run in options if same.items() <= options[run].items()]
+    for run in alike:
+        if contents[run].get("data") != description:
             print(f"Skipping {run}: it was trained on other images, or by an older version.")
-        elif not os.access(run, os.W_OK):
-            print(f"Skipping {run}: it cannot be written to.")
-        else:
-            return str(run)
-    return None
+    return [run for run in alike if contents[run].get("data") == description]
+
+
+def priority(run: Path) -> tuple[bool, float]:
+    """Whether a run was interrupted, and when it was saved last (seconds since 1970): the larger, the sooner."""
+    try:
+        path, content = find_checkpoint(str(run))
+    except UserError:  # ``continued`` says why
+        return False, 0.0
+    interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
+    return interrupted, content.get("time", path.stat().st_mtime)

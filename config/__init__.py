@@ -3,32 +3,46 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from config.checks import check_options
-from config.cli import absolute_paths, check_value
-from config.options import ATTACKS, METRICS, Options
+from config.checks import contradictions
+from config.cli import absolute_path, check_value
+from config.options import ATTACKS, Options
+from config.recipes import RECIPES
+from evaluation import METRICS
 from utils import UserError
 
 FRESH_STEPS = 200  # with a training chain's step size, when samples have settled
-# A resumed run may change these: how long it runs, where it runs, what it writes. All else would be another run.
-CHANGEABLE = frozenset(
-    "gpu logdir note no_log resume load_ckpt data_dir data_device epochs max_steps max_recoveries compile "
-    "sample_every gif_every eval_every quality_every ckpt_every "
-    "eval ood_datasets max_images attacks attack_images one_epsilon refine_steps ais_chains ais_temperatures "
-    "sigma_test feature_ckpt fid_reference compare n_samples n_sample_steps from_buffer inpaint denoise counterfactual "
-    "counterfactual_eps save_images export".split()
-)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Config(Options):
-    """One run's options. Construction checks every value and raises UserError for the first that is wrong."""
+    """One run's options: those given by name, then those of ``recipe``, then the defaults.
 
-    def __post_init__(self):
+    Raises UserError that names everything that is wrong.
+    """
+
+    def __init__(self, **given: Any):
+        unknown = given.keys() - {f.name for f in fields(self)}
+        if unknown:
+            raise TypeError(f"there are no options {', '.join(sorted(unknown))}")
+        recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
+        options = asdict(Options()) | recipe | given
         for f in fields(self):
-            check_value(f, getattr(self, f.name))
-        for name, path in absolute_paths(Config, vars(self)).items():
-            object.__setattr__(self, name, path)
-        check_options(self)
+            object.__setattr__(self, f.name, absolute_path(f, options[f.name]))
+        wrong = [check_value(f, getattr(self, f.name)) for f in fields(self)]
+        problems = [text for text in wrong if text] or list(contradictions(self))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
+        """A Config of a checkpoint's options as they are, without a recipe's; ``source`` names it in errors."""
+        unknown = options.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**asdict(Options()) | options)
+        except UserError as error:
+            raise UserError(f"{source} has an option this version refuses: {error}") from None
 
     @property
     def decay_at(self) -> list[int]:
@@ -66,7 +80,6 @@ class Config(Options):
         return self._names("attacks", ATTACKS)
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
-        """The names in an option that takes all, or names separated by commas."""
         text = getattr(self, name)
         words = list(known) if text in ("all", None) else [word.strip() for word in text.split(",")]
         for word in words:
@@ -83,19 +96,3 @@ class Config(Options):
     def classifies(self) -> bool:
         """Whether labels have a part in the training: without, the classes mean nothing."""
         return self.p_y_x_weight > 0 or self.p_x_y_weight > 0
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The options that a resumed run may not change."""
-        return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
-
-    @classmethod
-    def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
-        """A Config from a checkpoint's options; ``source`` names it in errors."""
-        unknown = options.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
-        try:
-            return cls(**options)
-        except UserError as error:
-            raise UserError(f"{source} has an option this version refuses: {error}") from None

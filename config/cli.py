@@ -1,136 +1,156 @@
-"""What an option is: its description in a dataclass, its checks, its place on the command line."""
+"""What an option is: its description in a dataclass, its value checked, its place on the command line."""
 
 import argparse
+import difflib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import field, fields
-from pathlib import Path
+import re
+from dataclasses import Field, field, fields
 from typing import Any
 
 from utils import UserError
 
-
-def option(
-    default: Any,
-    group: str,
-    text: str,
-    choices: tuple = (),
-    minimum: float = -math.inf,
-    maximum: float = 2**31 - 1,
-    above: float = -math.inf,
-    flags: tuple = (),
-    path_but: tuple | None = None,
-    off: bool = False,
-) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it.
-
-    ``minimum`` and ``maximum`` are allowed values, ``above`` is not. A step, a size or a factor beyond 2**31 - 1 would
-    only overflow somewhere. ``path_but``: a value is the path of a file or folder, unless it is one of these words.
-    ``off``: that word is the value None, which takes back what a recipe has set.
-    """
-    return field(
-        default=default,
-        metadata={
-            "group": group,
-            "help": text,
-            "choices": choices,
-            "minimum": minimum,
-            "maximum": maximum,
-            "above": above,
-            "flags": flags,
-            "path_but": path_but,
-            "off": off,
-        },
-    )
+PROPERTIES = {  # of an option, where its line in options.py does not say otherwise
+    "minimum": -math.inf,  # allowed, as maximum is
+    "maximum": 2**31 - 1,  # a larger step, size or factor would only overflow somewhere
+    "above": -math.inf,  # not allowed itself
+    "flags": (),  # short names
+    "is_path": False,  # of a file or folder
+    "keywords": (),  # words that are no paths
+    "nullable": False,  # the word off is None, which takes back what a recipe has set
+    "resumable": False,  # a resumed run may change it: where or how long it goes on, what it writes
+    "of_network": False,  # with another value it is another network
+    "needs": (),  # it is not used unless one of these options, NAME or NAME=VALUE, is set
+}
+KINDS = {bool: "no value, or True or False", int: "a whole number", float: "a number", str: "a text"}
+SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
-def absolute_paths(config: type, options: dict[str, Any]) -> dict[str, str]:
-    """Those options that are paths, with ~ expanded and from the root: they mean the same wherever they are read."""
-    paths = {}
-    for f in fields(config):
-        path, words = options.get(f.name, ""), f.metadata["path_but"]
-        if words is None or path in ("", *words):
-            continue
-        if "://" in path:
-            raise UserError(f"--{f.name} {path} is not on this machine: mount it and give the folder, or copy it")
-        try:
-            paths[f.name] = os.path.abspath(Path(path).expanduser())
-        except RuntimeError as error:  # no such user
-            raise UserError(f"--{f.name} {path}: {error}") from None
-    return paths
+def option(group: str, default: Any, help: str, choices: tuple = (), *, modes: tuple, **properties: Any) -> Any:
+    """A dataclass field with what the command line and the checks need to know; ``modes`` are those that read it."""
+    known = {"group": group, "help": help, "choices": choices, "modes": modes}
+    return field(default=default, metadata=PROPERTIES | properties | known)
 
 
-def check_value(f, value) -> None:
-    """Raise UserError unless ``value`` is one that option ``f`` allows."""
+def kind_of(f: Field) -> type:
+    """The type of an option's values, apart from None."""
+    return next(kind for kind in KINDS if f.type in (kind, kind | None))
+
+
+def absolute_path(f: Field, value: Any) -> Any:
+    """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
+    if not f.metadata["is_path"] or value in ("", *f.metadata["keywords"]) or "://" in value:
+        return value
+    path = os.path.expanduser(value)
+    return path if path.startswith("~") else os.path.abspath(path)
+
+
+def check_value(f: Field, value: Any) -> str:
+    """What is wrong with a value of option ``f``, or an empty text."""
     meta, name = f.metadata, f"--{f.name}"
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if value <= meta["above"]:
-        raise UserError(f"{name} must be above {meta['above']:g}, not {value}")
-    if value < meta["minimum"]:
-        raise UserError(f"{name} must be at least {meta['minimum']:g}, not {value}")
-    if value > meta["maximum"]:
-        raise UserError(f"{name} must be at most {meta['maximum']:.10g}, not {value}")
+        return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
+    if meta["is_path"] and value.startswith("~"):
+        return f"{name} {value}: there is no such user"
+    if meta["is_path"] and "://" in value:
+        return f"{name} {value} is not on this machine: mount it and give the folder, or copy it"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and value > meta["maximum"]:
+        return f"{name} must be at most {meta['maximum']:.10g}, not {value}"
+    if number and not (value >= meta["minimum"] and value > meta["above"]):  # nan is neither
+        least = f"above {meta['above']:g}" if meta["minimum"] == -math.inf else f"at least {meta['minimum']:g}"
+        return f"{name} must be {least}, not {value}"
+    return ""
 
 
-def option_names(f) -> list[str]:
+def read_value(f: Field, text: str) -> Any:
+    """The value of option ``f`` that a command line gives as text. Raises UserError if it is none."""
+    kind, nullable = kind_of(f), f.metadata["nullable"]
+    if nullable and text == "off":
+        return None
+    if text == "" and f.metadata["is_path"]:  # a shell variable that is not set
+        raise UserError(f"--{f.name} is empty: give a path")
+    try:
+        if kind is bool:
+            return SWITCH_VALUES[text.lower()]
+        if kind is int:
+            return int(re.sub(r"\.0+$", "", text))  # programs that start this one may write 2 as 2.0
+        return absolute_path(f, kind(text))
+    except (KeyError, ValueError):
+        raise UserError(f"--{f.name} takes {KINDS[kind]}{' or off' * nullable}, not {text!r}") from None
+
+
+def option_names(f: Field) -> list[str]:
     """How option ``f`` is typed: a switch also as --no_NAME, which switches off what a recipe has switched on."""
     return [f"--{f.name}"] + ([f"--no_{f.name}"] if f.type is bool and not f.name.startswith("no_") else [])
 
 
 def as_typed(name: str, value: Any) -> str:
     """An option with a value, as a command line has it."""
-    if value is None:
-        return f"the default --{name}"
-    if value is False:
-        return f"no --{name}" if name.startswith("no_") else f"--no_{name}"
-    return f"--{name}" if value is True else f"--{name} {value}"
-
-
-def or_off(kind: type) -> Callable[[str], Any]:
-    """The type of a number that may be absent: "off" is None."""
-
-    def parse(text: str) -> Any:
-        return None if text == "off" else kind(text)
-
-    parse.__name__ = kind.__name__  # argparse's messages name it
-    return parse
+    return f"--{name} {'off' if value is None else value}"
 
 
 class Switch(argparse.Action):
-    """True by --NAME, False by --no_NAME."""
+    """--NAME and --no_NAME, with or without True or False behind."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, option_string == f"--{self.dest}")
+    def __call__(self, parser, namespace, value, option_string=None):
+        if option_string != f"--{self.dest}":
+            value = {"true": "False", "false": "True"}.get(value.lower(), value)
+        setattr(namespace, self.dest, value)
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Give a parser every option of the class Config, in its groups.
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python main.py --help")
 
-    Only options that were given appear in the parsed namespace, so that a resumed run can tell them from defaults.
-    """
+
+def build_parser(config: type) -> Parser:
+    """A parser with every option of the dataclass, in its groups; what is not given is not in its result."""
+    parser = Parser(
+        usage="python main.py --mode MODE [--recipe NAME] [options]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a network as a classifier and as an energy-based model.",
+        epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
+        "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
+    )
     names = dict.fromkeys(f.metadata["group"] for f in fields(config))
     groups = {name: parser.add_argument_group(name) for name in names}
     for f in fields(config):
-        group, text = groups[f.metadata["group"]], f.metadata["help"].replace("%", "%%")
+        default = "off" if f.default is False else f.default
+        text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
+        text += "; the word off takes back a recipe's value" if f.metadata["nullable"] else ""
+        how = {
+            "help": text.replace("%", "%%"),
+            "metavar": "|".join(f.metadata["choices"]) or kind_of(f).__name__.upper(),
+        }
         if f.type is bool:
-            group.add_argument(*option_names(f), action=Switch, nargs=0, default=argparse.SUPPRESS, help=text)
-            continue
-        kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
-        if f.default not in (None, ""):
-            text += f" (default: {f.default})"
-        if f.metadata["off"]:
-            text += "; the word off takes back a recipe's value"
-        group.add_argument(
-            *option_names(f),
-            *f.metadata["flags"],
-            type=or_off(kind) if f.metadata["off"] else kind,
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar="|".join(f.metadata["choices"]) or kind.__name__.upper(),
-        )
+            how |= {"action": Switch, "nargs": "?", "const": "True"}
+        groups[f.metadata["group"]].add_argument(*option_names(f), *f.metadata["flags"], **how)
+    return parser
+
+
+def parse(arguments: list[str], config: type) -> dict[str, Any]:
+    """The options of the dataclass ``config`` that a command line gives, without defaults.
+
+    Raises UserError that names every option that is unknown or has a value of another kind.
+    """
+    namespace, rest = build_parser(config).parse_known_args(arguments)
+    unknown = [word.partition("=")[0] for word in rest if re.match("--?[A-Za-z]", word)]
+    problems = [no_such_option(name, config) for name in unknown or rest]
+    given = {}
+    for f in fields(config):
+        if f.name in namespace:
+            try:
+                given[f.name] = read_value(f, getattr(namespace, f.name))
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems) + "; see python main.py --help")
+    return given
+
+
+def no_such_option(name: str, config: type) -> str:
+    known = [typed for f in fields(config) for typed in option_names(f)]
+    near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
+    return f"there is no option {name}" + (f", did you mean {near[0]}?" if near else "")

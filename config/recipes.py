@@ -1,4 +1,4 @@
-"""What a paper is: a named set of options. Options that are also given replace the recipe's."""
+"""Training recipes, one a paper: named sets of options. Options that are also given replace the recipe's."""
 
 from typing import Any, NamedTuple
 
@@ -59,16 +59,3 @@ RECIPES = {
         | {"sam_rho": 2.0, "sam_adaptive": True},
     ),
 }
-
-
-def with_recipe(given: dict) -> dict:
-    """The options that were given, and those of the recipe where they were not."""
-    recipe = RECIPES.get(given.get("recipe"))
-    if recipe is None:  # Config refuses a name that is unknown
-        return given
-    options = recipe.options | given
-    if not options.get("sam_rho"):
-        options = {name: value for name, value in options.items() if name in given or name != "sam_adaptive"}
-    if options.get("schedule") != "step":
-        options = {name: value for name, value in options.items() if name in given or not name.startswith("decay_")}
-    return options

@@ -370,7 +370,6 @@ def test_an_export_overwrites_nothing(tmp_path, capsys):
         assert main([*export, str(tmp_path / target)]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "there.pt").read_text() == "mine"
-    assert main(["--mode", "sample", "--load_ckpt", str(tmp_path / "theirs.pt"), *export[4:], "x.pt"]) == 2
     assert main(export[:-1]) == 2
     (tmp_path / "torn.safetensors").write_bytes(b"12345678901")
     assert main([*export[:3], str(tmp_path / "torn.safetensors"), "--export", str(tmp_path / "x.pt")]) == 2

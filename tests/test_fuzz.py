@@ -11,44 +11,14 @@ from config import Config
 from config.cli import option_names
 
 OPTIONS = [f for f in fields(Config) if f.name not in ("mode", "gpu")]
-SWITCHES = [[name] for f in OPTIONS if f.type is bool for name in option_names(f)]
+SWITCHES = [[name + end] for f in OPTIONS if f.type is bool for name in option_names(f) for end in ("", "=True")]
 NAMES = [f"--{f.name}" for f in OPTIONS if f.type is not bool]
 OLD = str(Path(__file__).parent / "files" / "format_2.pt")  # a checkpoint of digits
-VALUES = st.one_of(
-    st.sampled_from(
-        [
-            "0",
-            "1",
-            "-1",
-            "2",
-            "4",
-            "10",
-            "nan",
-            "inf",
-            "-inf",
-            "1e400",
-            "0.5",
-            "",
-            "auto",
-            "off",
-            "digits",
-            "folder",
-            "all",
-            "cpu",
-            "..",
-            "/dev/null",
-            "/nonexistent/x",
-            "none",
-            "batch",
-            "999999999999999999999",
-            "é",
-            "\x00",
-        ]
-    ),
-    st.text(max_size=8),
-    st.integers().map(str),
-    st.floats().map(str),
+WORDS = (
+    "0 1 -1 2 4 10 nan inf -inf 1e400 0.5 auto off digits folder all cpu .. /dev/null /nonexistent/x batch é".split()
 )
+WORDS += ["", "\x00", "9" * 21]
+VALUES = st.one_of(st.sampled_from(WORDS), st.text(max_size=8), st.integers().map(str), st.floats().map(str))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,7 +1,7 @@
 """The command line, driven for real on the digits: files, options, bad input."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -10,18 +10,26 @@ import torch
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import config
 import data
 import main
 import trainer
 import utils
 from checkpoints.files import load_checkpoint
+from checkpoints.load import open_trained
+from config import Config
+from config.checks import unused
+from config.cli import parse
 from trainer import Trainer
 
 TINY = (
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --sgld_step 2 --buffer_size 64 --n_valid 100 "
     "--warmup_steps 2 --precision fp32"
 ).split()
+
+SCALARS = (
+    "loss/total loss/classification loss/generative log_density/real log_density/sampled accuracy/train lr".split()
+)
+SCALARS += ["speed/images_per_second"]
 
 
 def train(logdir, *options):
@@ -79,25 +87,11 @@ class TestEnergyTrain:
         assert steps == sorted(set(steps)) and steps[-1] == 84
         assert set(range(10, 81, 10)) <= set(steps)
         line = next(line for line in lines if line["step"] == 80)
-        assert {
-            "epoch",
-            "loss/total",
-            "loss/classification",
-            "loss/generative",
-            "log_density/real",
-            "log_density/real_std",
-            "log_density/sampled",
-            "log_density/sampled_std",
-            "accuracy/train",
-            "lr",
-            "speed/images_per_second",
-            "gradient_norm",
-            "sgld/gradient_norm",
-            "sgld/distance_moved",
-            "sgld/saturated_share",
-            "sgld/buffer_age",
-            "sgld/classes",
-        } <= set(line)
+        further = (
+            "epoch log_density/real_std log_density/sampled_std gradient_norm sgld/gradient_norm sgld/distance_moved "
+        )
+        further += "sgld/saturated_share sgld/buffer_age sgld/classes"
+        assert {*SCALARS, *further.split()} <= set(line)
         assert line["loss/total"] == pytest.approx(line["loss/classification"] + line["loss/generative"], abs=1e-5)
         assert line["loss/generative"] == pytest.approx(
             line["log_density/sampled"] - line["log_density/real"], abs=1e-5
@@ -109,7 +103,7 @@ class TestEnergyTrain:
     def test_evaluation_is_that_of_the_saved_weights(self, jem):
         images = data.load("digits", n_valid=100)
         state = torch.load(jem / "ckpt" / "last.pt", weights_only=True)
-        model = main.Trainer(config.Config(**state["config"]), images, torch.device("cpu")).model.eval()
+        model = main.Trainer(Config(**state["config"]), images, torch.device("cpu")).model.eval()
         model.load_state_dict(state["state"]["model"])
         for part in ("valid", "test"):
             split = getattr(images, part)
@@ -123,18 +117,7 @@ class TestEnergyTrain:
         board = EventAccumulator(str(jem), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
         board.Reload()
         tags = board.Tags()
-        assert {
-            "loss/total",
-            "loss/classification",
-            "loss/generative",
-            "log_density/real",
-            "log_density/sampled",
-            "accuracy/train",
-            "accuracy/valid",
-            "accuracy/test",
-            "lr",
-            "speed/images_per_second",
-        } <= set(tags["scalars"])
+        assert {*SCALARS, "accuracy/valid", "accuracy/test"} <= set(tags["scalars"])
         for name in ("loss/total", "accuracy/test", "lr"):
             logged = {line["step"]: line[name] for line in metrics(jem) if name in line}
             assert {e.step: pytest.approx(e.value) for e in board.Scalars(name)} == logged
@@ -152,7 +135,7 @@ class TestEnergyTrain:
     def test_config(self, jem):
         content = json.loads((jem / "config.json").read_text())
         assert content["options"]["sgld_step"] == 2 and content["options"]["sigma"] == 0.03
-        assert content["options"].keys() == {f.name for f in config.fields(config.Config)}
+        assert content["options"].keys() == {f.name for f in fields(Config)}
         assert content["environment"]["torch"] == version("torch")
         assert {"git_commit", "device", "command"} <= content["environment"].keys()
 
@@ -168,16 +151,8 @@ class TestEnergyTrain:
     def test_what_it_says(self, tmp_path, capfd):
         run = train(tmp_path, "--max_steps", "12")
         out, err = capfd.readouterr()
-        for word in (
-            str(run),
-            "CPU",
-            "float32",
-            "WRN-10-1",
-            "parameters",
-            "1337 train, 100 valid, 360 test",
-            "Done after 12",
-        ):
-            assert word in out, word
+        words = [str(run), *"CPU float32 WRN-10-1 parameters".split(), "1337 train, 100 valid, 360 test", "after 12"]
+        assert [word for word in words if word not in out] == []
         assert "images/s" in err and "steps will take about" in out + err
 
 
@@ -189,12 +164,6 @@ def test_baseline_makes_no_samples(tmp_path):
     assert line["loss/total"] == line["loss/classification"] and "log_density/sampled" not in line
     assert metrics(run)[-1]["accuracy/test"] > 0.3  # 84 steps of 16 images teach a classifier that much
     assert {"test_accuracy.png", "loss.png"} <= {p.name for p in run.iterdir()}
-
-
-def test_no_log_leaves_out_tensorboard_only(tmp_path):
-    run = train(tmp_path, "--max_steps", "10", "--no_log")
-    assert not list(run.glob("events*"))
-    assert metrics(run) and (run / "samples" / "sampled_image_00000001.png").exists()
 
 
 # ------------------------------------------------------------------------------- options change what they say
@@ -234,39 +203,26 @@ def test_options_change_what_they_say(option, digits_100):
     measure, expected = CHANGES[option]
     base = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2}
     base |= {"buffer_size": 64, "warmup_steps": 2, "precision": "fp32", "max_steps": 6}
-    field = config.Config.__dataclass_fields__[name].type
+    field = Config.__dataclass_fields__[name].type
     kind = field if isinstance(field, type) else int
     images = data.load("digits", n_valid=90) if name == "n_valid" else digits_100
     cpu = torch.device("cpu")
-    assert measure(Trainer(config.Config(**(base | {name: kind(value)})), images, cpu)) == expected
-    assert measure(Trainer(config.Config(**base), digits_100, cpu)) != expected
+    assert measure(Trainer(Config(**(base | {name: kind(value)})), images, cpu)) == expected
+    assert measure(Trainer(Config(**base), digits_100, cpu)) != expected
 
 
 def test_weights_of_the_objective(digits_100):
     """Each factor multiplies its own term."""
     base = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2}
-    base |= {"buffer_size": 64, "precision": "fp32"}
-    for weights in ({"p_x_weight": 0.5}, {"p_y_x_weight": 0.0}, {"energy_l2": 0.5}, {"generative": "logistic"}):
-        run = Trainer(config.Config(**base, **weights), digits_100, torch.device("cpu"))
+    for options in ({"p_x_weight": 0.5}, {"p_y_x_weight": 0.0}, {"energy_l2": 0.5}, {"generative": "logistic"}):
+        cfg = Config(**base, **options, buffer_size=64, precision="fp32")
+        run = Trainer(cfg, digits_100, torch.device("cpu"))
         inputs, parts = parts_of(run)
         with torch.no_grad():
             densities = torch.cat([run.model.log_density(inputs.x), run.model.log_density(inputs.samples)])
-        expected = weights.get("p_y_x_weight", 1) * parts["loss/classification"]
-        generative = parts["loss/logistic" if "generative" in weights else "loss/generative"]
-        expected += weights.get("p_x_weight", 1) * generative
-        expected += weights.get("energy_l2", 0) * densities.square().mean()
+        expected = cfg.p_y_x_weight * parts["loss/classification"] + cfg.energy_l2 * densities.square().mean()
+        expected += cfg.p_x_weight * parts["loss/logistic" if "generative" in options else "loss/generative"]
         assert parts["loss/total"].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_sigma_is_the_noise_of_real_images(digits_100):
-    """On images of one grey value nothing but the noise is left."""
-    grey = data.Split(torch.full((64, 1, 8, 8), 128, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
-    x, _ = data.Batches(grey, 64, True, 0.3, torch.Generator().manual_seed(0)).next()
-    assert x.std().item() == pytest.approx(0.3, rel=0.05)
-    run = Trainer(
-        config.Config(dataset="digits", gpu="cpu", depth=10, width=1, sigma=0.3), digits_100, torch.device("cpu")
-    )
-    assert run.batches.sigma == 0.3
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +238,7 @@ def test_options_that_do_not_concern_the_training_leave_it_alone(tmp_path, monke
     plain = train(tmp_path / "0", *long, "--eval_every", "9")
     run = train(tmp_path / "1", *long, *others, "--max_recoveries", "3", "--diverge_threshold", "500")
     assert same(weights(run), weights(plain))
+    assert list(plain.glob("events*")) and not list(run.glob("events*"))
     assert len(list(run.glob("sgld/*.gif"))) == 1 and sum("accuracy/test" in line for line in metrics(run)) == 2
 
 
@@ -290,33 +247,10 @@ def short_run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("short"), "--max_steps", "6")
 
 
-def test_same_options_same_run(tmp_path, short_run):
-    assert same(weights(train(tmp_path, "--max_steps", "6")), weights(short_run))
-
-
 def test_sgld_lr_and_std_are_the_chains(tmp_path):
     """With hardly a step and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
     run = train(tmp_path, "--max_steps", "10", "--sgld_lr", "1e-12", "--sgld_std", "0.1", "--sgld_step", "4")
     assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
-
-
-def test_sgld_step_counts_network_calls(tmp_path, monkeypatch):
-    calls = []
-    original = main.Trainer.__init__.__globals__["SGLD"].__call__
-    monkeypatch.setattr(
-        "trainer.SGLD.__call__",
-        lambda self, x, steps, *a: calls.append((len(x), steps)) or original(self, x, steps, *a),
-    )
-    train(tmp_path, "--max_steps", "2", "--sgld_step", "5", "--sample_every", "100")
-    assert calls == [(16, 5)] * 2
-
-
-def test_schedule(tmp_path):
-    """Linear warm-up to --lr over --warmup_steps, then a cosine down to 1e-6."""
-    run = train(tmp_path, "--mode", "baseline_train", "--max_steps", "40", "--warmup_steps", "20", "--lr", "1e-3")
-    lr = {line["step"]: line["lr"] for line in metrics(run)}
-    assert lr[10] == pytest.approx(5e-4) and lr[20] == pytest.approx(1e-3)
-    assert lr[30] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2) and lr[40] == pytest.approx(1e-6)
 
 
 def test_epochs_and_max_steps_both_end_a_run(tmp_path):
@@ -327,19 +261,8 @@ def test_epochs_and_max_steps_both_end_a_run(tmp_path):
 
 
 def test_eval_every_and_ckpt_every(tmp_path, monkeypatch):
-    options = [
-        "--mode",
-        "baseline_train",
-        "--batch_size",
-        "300",
-        "--max_steps",
-        "9",
-        "--eval_every",
-        "2",
-        "--ckpt_every",
-        "3",
-    ]  # 4 steps an epoch
-    monkeypatch.setattr("trainer.MIN_EPOCH", 1)
+    options = "--mode baseline_train --batch_size 300 --max_steps 9 --eval_every 2 --ckpt_every 3".split()
+    monkeypatch.setattr("trainer.MIN_EPOCH", 1)  # epochs have 4 steps
     saved, original = [], Trainer.checkpoint
     monkeypatch.setattr(Trainer, "checkpoint", lambda self, *a: saved.append((*a, self.step)) or original(self, *a))
     run = train(tmp_path, *options)
@@ -383,36 +306,18 @@ def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
     assert main.main([*TINY, *options, "1e9"]) == 0
 
 
-def test_l_is_short_for_lr(tmp_path, short_run):
-    run = train(tmp_path, "--max_steps", "6", "-l", "1e-2")
-    assert json.loads((run / "config.json").read_text())["options"]["lr"] == 0.01
-    assert not same(weights(run), weights(short_run))
-
-
 def test_a_folder_its_image_size_and_no_flip(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(48):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(path)
-    options = [
-        "--mode",
-        "baseline_train",
-        "--dataset",
-        "folder",
-        "--data_dir",
-        str(tmp_path / "images"),
-        "--n_valid",
-        "4",
-        "--max_steps",
-        "3",
-        "--image_size",
-        "12",
-    ]
+    options = "--mode baseline_train --dataset folder --n_valid 4 --max_steps 3 --image_size 12".split()
+    options += ["--data_dir", str(tmp_path / "images")]
     mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
     content = load_checkpoint(mirrored / "ckpt" / "last.pt")
     assert content["data"]["shape"] == [3, 12, 12] and not same(weights(mirrored), weights(upright))
-    cfg, cpu = config.Config(**content["config"]), torch.device("cpu")
+    cfg, cpu = Config(**content["config"]), torch.device("cpu")
     images = data.load("folder", cfg.data_dir, 12, 4)
     assert Trainer(cfg, images, cpu).batches.flip
     assert not Trainer(replace(cfg, no_flip=True), images, cpu).batches.flip
@@ -424,7 +329,7 @@ def test_ema_is_what_evaluation_uses(tmp_path):
     assert same(weights(plain), weights(averaged))
     content = load_checkpoint(averaged / "ckpt" / "last.pt")
     images = data.load("digits", n_valid=100)
-    model = Trainer(config.Config(**content["config"]), images, torch.device("cpu")).model.eval()
+    model = Trainer(Config(**content["config"]), images, torch.device("cpu")).model.eval()
     model.load_state_dict(content["state"]["ema"])
     right = (model(data.to_float(images.test.images)).argmax(1) == images.test.labels).float().mean().item()
     assert metrics(averaged)[-1]["accuracy/test"] == pytest.approx(right)
@@ -432,19 +337,8 @@ def test_ema_is_what_evaluation_uses(tmp_path):
 
 
 def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
-    run = train(
-        tmp_path,
-        "--max_steps",
-        "1",
-        "--load_ckpt",
-        str(jem),
-        "--lr",
-        "1e-12",
-        "--warmup_steps",
-        "0",
-        "--reinit_freq",
-        "0",
-    )
+    options = "--max_steps 1 --lr 1e-12 --warmup_steps 0 --reinit_freq 0".split()
+    run = train(tmp_path, "--load_ckpt", str(jem), *options)
     mine, theirs = (load_checkpoint(r / "ckpt" / "last.pt")["state"] for r in (run, jem))
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
@@ -471,11 +365,94 @@ def test_help_is_grouped_and_has_every_option(capsys):
         main.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for f in config.fields(config.Config):
+    for f in fields(Config):
         assert f"--{f.name}" in text
         assert f"\n{f.metadata['group']}:" in text
-        if f.default not in (None, "", False):
-            assert f"default: {f.default}" in " ".join(text.split())
+        default = "off" if f.default is False else f.default
+        assert default in (None, "") or f"(default: {default})" in " ".join(text.split())
+
+
+# ---------------------------------------------------------------------------------------- from text to a Config
+
+
+def parsed(line):
+    return parse(line.split(), Config)
+
+
+def test_switches_and_numbers_as_other_programs_write_them():
+    for line in ("--sgld_clamp", "--sgld_clamp=True", "--sgld_clamp true", "--no_sgld_clamp=False", "--sgld_clamp=1"):
+        assert parsed(line) == {"sgld_clamp": True}
+    for line in ("--no_sgld_clamp", "--sgld_clamp=False", "--no_sgld_clamp True", "--sgld_clamp --sgld_clamp 0"):
+        assert parsed(line) == {"sgld_clamp": False}
+    assert parsed("--no_log --width 2.0 -l 1e-3") == {"no_log": True, "width": 2, "lr": 1e-3}
+    assert parsed("--max_steps off --sgld_grad_clamp off") == {"max_steps": None, "sgld_grad_clamp": None}
+
+
+@pytest.mark.parametrize("name", "learning_rate device checkpoint ckpt output_dir data bs warmup weights".split())
+def test_nothing_is_proposed_for_an_option_of_another_program(name):
+    with pytest.raises(utils.UserError) as refusal:
+        parsed(f"--{name} 0.1")
+    assert f"no option --{name}; see" in str(refusal.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path, capsys):
+    err = refused(capsys, "--depth", "x", "--foo", "3", "--sgld_clamp=maybe", "--bar=4", "--width", "2.5")
+    assert all(word in err for word in ("--depth", "--foo", "--bar", "'maybe'", "--width takes a whole number"))
+    err = refused(capsys, *"--lr -1 --sigma -0.1 --norm weight".split())
+    assert all(word in err for word in ("--lr must be above 0", "--sigma must be at least 0", "--norm takes one of"))
+    err = refused(capsys, *"--schedule step --sgld_step_max 2 --p_x_y_weight 1".split())
+    assert all(word in err for word in ("--decay_epochs", "--sgld_step_max 2 must be above", "--class_cond"))
+
+
+def test_a_recipe_from_python_is_the_recipe():
+    cfg = Config(recipe="sada-jem", batch_size=64)
+    assert (cfg.norm, cfg.optimizer, cfg.sam_rho, cfg.batch_size) == ("batch", "sgd", 2.0, 64)
+    assert replace(cfg, norm="none").sam_rho == 2.0 and replace(cfg, optimizer="adam").optimizer == "adam"
+    plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3}, "a checkpoint")  # of its options as they are
+    assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
+    with pytest.raises(TypeError, match="teapot"):
+        Config(teapot=1)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood"}, ["lr", "epochs"]),
+        (
+            {"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "eval": "ood", "resume": "x"},
+            ["sgld_step", "eval", "resume"],
+        ),
+        ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "start": "uniform"}, ["start"]),
+        ({"mode": "sample", "counterfactual": "0", "sgld_lr": 1.0, "class_cond": True}, ["sgld_lr", "class_cond"]),
+        ({"mode": "baseline_train", "sgld_step": 3, "lr": 1.0, "denoise": 0.1}, ["sgld_step", "denoise"]),
+        ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
+        ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
+        (
+            {"sgld_step_auroc": 0.8, "adversarial_steps": 3, "image_size": 32},
+            ["sgld_step_auroc", "adversarial_steps", "image_size"],
+        ),
+        ({"p_y_x_weight": 0.0, "labels_per_class": 9, "adversarial_eps": 0.5}, ["labels_per_class", "adversarial_eps"]),
+    ],
+)
+def test_options_that_are_not_used(given, expected):
+    assert unused(given, Config(**given)) == expected
+
+
+def test_a_command_line_of_which_only_the_mode_was_changed(jem, tmp_path, capsys):
+    """It works, and one line names what it does not use; the chains of a batch are as many as in training."""
+    options = [*TINY, "--lr", "1e-3", "--max_steps", "9", "--load_ckpt", str(jem), "--logdir", str(tmp_path)]
+    for mode, more in (("sample", "--n_sample_steps 1"), ("test", "--eval classification --max_images 20")):
+        assert main.main([*options, *more.split(), "--mode", mode]) == 0
+        (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert all(word in note for word in (f"--mode {mode} ", "--lr", "--max_steps", "--buffer_size"))
+
+
+def test_a_batch_of_samples_is_as_large_as_in_training(jem, tmp_path):
+    path = str(edited(jem, tmp_path / "a.pt", p_x_batch_size=8, class_cond=True))
+    for mode in ("test", "sample"):
+        cfg = open_trained({"mode": mode, "load_ckpt": path}).cfg
+        assert (cfg.batch_size, cfg.depth, cfg.sgld_step, cfg.class_cond, cfg.seed) == (8, 10, 2, False, 1)
+        assert open_trained({"mode": mode, "load_ckpt": path, "batch_size": 5}).cfg.batch_size == 5
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -484,7 +461,7 @@ def test_help_is_grouped_and_has_every_option(capsys):
 def refused(capsys, *options):
     """Run main.py, expect exit status 2 and one line on stderr; returns the line."""
     mode = options[options.index("--mode") + 1] if "--mode" in options else "energy_train"
-    assert main.main([*(TINY if mode.endswith("train") else ["--gpu", "cpu"]), *options]) == 2
+    assert main.main([*(TINY if mode == "energy_train" else ["--gpu", "cpu"]), *options]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
     return err
@@ -494,65 +471,36 @@ def refused(capsys, *options):
     "options, words",
     [
         ("--nonsense", "--nonsense"),
-        ("--sgld_step_auroc 0.8", "--sgld_step_auroc does nothing without --sgld_step_max"),
-        ("--adversarial_steps 3", "--adversarial_steps does nothing without --adversarial_eps"),
-        ("--decay_rate 0.5", "--decay_rate does nothing without --decay_epochs"),
-        ("--n_samples 30", "--n_samples does nothing without --quality_every"),
-        ("--p_y_x_weight 0 --adversarial_eps 0.5", "--adversarial_eps does nothing without --p_y_x_weight"),
-        ("--p_y_x_weight 0 --labels_per_class 9", "does nothing without --p_y_x_weight or --p_x_y_weight"),
+        ("stray", "stray"),
+        ("--epoch 3", "did you mean --epochs?"),
+        ("--lr", "expected one argument"),
         ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
         ("--mode fly", "--mode takes one of energy_train"),
         ("--depth 12", "6n + 4"),
-        ("--depth x", "--depth"),
         ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
-        ("--buffer_size 8", "--buffer_size 8 is smaller than --batch_size 16"),
-        ("--lr -1", "--lr must be above 0"),
-        ("--lr nan", "--lr must be a finite number"),
-        ("--lr inf", "--lr"),
-        ("--sigma -0.1", "--sigma must be at least 0"),
-        ("--dropout_rate 1", "--dropout_rate"),
+        ("--buffer_size 8", "--buffer_size 8 is smaller than the 16 chains"),
+        ("--lr nan", "--lr must be above 0, not nan"),
+        ("--lr inf", "--lr must be at most 2147483647, not inf"),
+        ("--width 1e400", "--width takes a whole number"),
+        ("--dropout_rate 1", "--dropout_rate must be at most 0.99"),
         ("--sgld_step 0", "--sgld_step must be at least 1"),
-        ("--sgld_std -1", "--sgld_std"),
         ("--reinit_freq 1.5", "--reinit_freq must be at most 1"),
         ("--gpu one", "--gpu"),
-        ("--gpu -1", "--gpu"),
-        ("--norm weight", "--norm takes one of"),
-        ("--optimizer lion", "--optimizer takes one of"),
-        ("--epochs 0", "--epochs"),
-        ("--max_steps 0", "--max_steps"),
-        ("--ema 1", "--ema"),
-        ("--image_size 32", "--image_size is for --dataset folder"),
         ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
-        ("--buffer_size 100000000000000", "--buffer_size must be at most 2147483647"),
-        ("--sigma 1e300", "--sigma must be at most"),
         ("--sgld_lr 1e-300", "--sgld_lr must be at least 1e-12"),
         ("--load_ckpt=", "--load_ckpt is empty"),
         ("--resume=", "--resume is empty"),
-        ("--mode sample --load_ckpt a --resume b", "--mode sample takes --load_ckpt alone"),
+        ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
-        ("--mode baseline_train --p_y_x_weight 0", "nothing to train"),
         ("--n_valid 2000", "--n_valid 2000"),
-        ("--seed -1", "--seed"),
         ("--note a/b", "--note"),
-        ("--note \x07", "--note"),
         ("--note \udcff", "--note"),
         ("--data_dir ~nosuchuser/x", "--data_dir ~nosuchuser/x: "),
-        ("--dataset folder --image_size 30", "--image_size must be a multiple of 4"),
         (f"--resume auto --logdir {'x' * 300}", "File name too long"),
-        ("--width 0", "--width"),
-        ("--dataset imagenet", "--dataset takes one of"),
         ("--dataset folder --data_dir nowhere", "nowhere"),
         ("--load_ckpt nowhere.pt", "nowhere.pt"),
         ("--resume nowhere", "no checkpoint at"),
         ("--resume a --load_ckpt b", "give one of them"),
-        ("--warmup_steps -1", "--warmup_steps"),
-        ("--mode baseline_train --denoise 0.1", "--denoise is for --mode sample"),
-        ("--precision fp8", "--precision takes one of"),
-        ("--compile maybe", "--compile"),
-        ("--sgld_lr 0", "--sgld_lr must be at least 1e-12"),
-        ("--gif_every 0", "--gif_every"),
-        ("stray", "stray"),
-        ("--epoch 3", "--epoch"),
     ],
 )
 def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
@@ -610,89 +558,72 @@ def edited(run, path, **options):
 
 def test_another_data_set_for_a_checkpoint_leaves_its_image_size_behind(jem, tmp_path):
     path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
-    assert main.trained({"mode": "test", "load_ckpt": path})[0].image_size == 8
-    cfg, *_ = main.trained({"mode": "test", "load_ckpt": path, "dataset": "digits"})
+    assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
+    cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
     assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
 
 
+DAMAGE = {
+    "empty": (lambda whole: b"", "broken.pt"),
+    "text": (lambda whole: b"hello", "broken.pt"),
+    "torn": (lambda whole: b"PK\x03\x04 torn", "broken.pt"),
+    "cut off": (lambda whole: whole[: len(whole) // 2], "incomplete"),
+    "one flipped bit": (
+        lambda whole: whole[:90000] + bytes([whole[90000] ^ 1]) + whole[90001:],
+        "broken.pt is corrupted",
+    ),
+}
+
+
 class TestBrokenCheckpoints:
-    def test_options_that_this_version_refuses_come_with_their_file(self, jem, tmp_path, capsys):
-        path = edited(jem, tmp_path / "old.pt", sgld_lr=0.0)
-        assert "old.pt has an option this version refuses: --sgld_lr" in refused(
-            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path)
-        )
-
-    @pytest.mark.parametrize("mode", ["energy_train", "sample", "test"])
-    @pytest.mark.parametrize(
-        "own, other", [("--activation leaky_relu", "--activation silu"), ("--norm group", "--norm instance")]
-    )
-    def test_another_activation_or_norm(self, own, other, mode, tmp_path, capsys):
-        """The weights would fit, but the network would be another one."""
-        run = train(tmp_path / "runs", "--max_steps", "1", *own.split())
-        capsys.readouterr()
-        options = [*other.split(), "--load_ckpt", str(run), "--logdir", str(tmp_path / "new")]
-        assert own in refused(capsys, "--mode", mode, *options) and not (tmp_path / "new").exists()
-
-    def test_options_of_a_later_version(self, jem, tmp_path, capsys):
-        path = edited(jem, tmp_path / "later.pt", teapot=True)
-        assert "options this version does not know: teapot" in refused(
-            capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", str(tmp_path)
-        )
-
-    def test_a_directory_without_a_checkpoint(self, tmp_path, capsys):
-        (tmp_path / "ckpt").mkdir()
-        assert "no checkpoint" in refused(capsys, "--load_ckpt", str(tmp_path))
-
-    def test_images_of_another_size(self, jem, tmp_path, capsys):
-        for name in "ab":
-            (tmp_path / "images" / name).mkdir(parents=True)
-            for i in range(10):
-                Image.new("RGB", (12, 12)).save(tmp_path / "images" / name / f"{i}.png")
-        options = ["--load_ckpt", str(jem), "--dataset", "folder", "--data_dir", str(tmp_path / "images")]
-        assert "was trained on images of 1x8x8 in 10 classes" in refused(
-            capsys, "--mode", "test", "--n_valid", "2", *options
-        )
-
-    def test_wrong_architecture(self, jem, tmp_path, capsys):
-        err = refused(capsys, "--width", "2", "--load_ckpt", str(jem), "--logdir", str(tmp_path))
-        assert "holds another network" in err and "--width 1" in err
-
-    @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 torn"], ids=["empty", "text", "torn"])
-    def test_not_a_checkpoint(self, content, tmp_path, capsys):
-        path = tmp_path / "broken.pt"
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_damaged(self, damage, jem, tmp_path, capsys):
+        change, words = DAMAGE[damage]
+        path, content = tmp_path / "broken.pt", change((jem / "ckpt" / "last.pt").read_bytes())
         path.write_bytes(content)
-        assert "broken.pt" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        assert words in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
         assert path.read_bytes() == content and not (tmp_path / "runs").exists()
-
-    def test_truncated(self, jem, tmp_path, capsys):
-        path, whole = tmp_path / "half.pt", (jem / "ckpt" / "last.pt").read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        assert "incomplete" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
-
-    def test_one_flipped_bit_in_the_weights(self, jem, tmp_path, capsys):
-        path, content = tmp_path / "flipped.pt", bytearray((jem / "ckpt" / "last.pt").read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        assert "flipped.pt is corrupted" in refused(
-            capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs")
-        )
 
     def test_malicious(self, tmp_path, capsys):
         class Attack:
             def __reduce__(self):
                 return (open, (str(tmp_path / "owned"), "w"))
 
-        path = tmp_path / "evil.pt"
-        torch.save({"format": 1, "config": Attack()}, path)
-        assert "more than tensors" in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
+        torch.save({"format": 1, "config": Attack()}, tmp_path / "evil.pt")
+        assert "more than tensors" in refused(capsys, "--load_ckpt", str(tmp_path / "evil.pt"))
         assert not (tmp_path / "owned").exists()
 
-    def test_foreign(self, tmp_path, capsys):
-        path = tmp_path / "foreign.pt"
-        torch.save({"weights": torch.zeros(3)}, path)
-        assert "not a checkpoint of this program" in refused(capsys, "--load_ckpt", str(path))
+    def test_of_another_program_version_or_format(self, jem, tmp_path, capsys):
+        path, last = tmp_path / "other.pt", load_checkpoint(jem / "ckpt" / "last.pt")
+        for content, words in (
+            ({"weights": torch.zeros(3)}, "not a checkpoint of this program"),
+            (last | {"format": 99}, "format 99"),
+            (last | {"config": last["config"] | {"teapot": True}}, "options this version does not know: teapot"),
+            (last | {"config": last["config"] | {"sgld_lr": 0.0}}, "has an option this version refuses: --sgld_lr"),
+        ):
+            torch.save(content, path)
+            assert words in refused(capsys, "--mode", "sample", "--load_ckpt", str(path))
 
-    def test_later_format(self, jem, tmp_path, capsys):
-        path = tmp_path / "later.pt"
-        torch.save({**load_checkpoint(jem / "ckpt" / "last.pt"), "format": 99}, path)
-        assert "format 99" in refused(capsys, "--load_ckpt", str(path))
+    @pytest.mark.parametrize("own", ["--activation leaky_relu", "--norm group", "--width 1"])
+    def test_another_network(self, own, tmp_path, capsys):
+        """The weights would fit another activation or norm, but the network would be another one."""
+        other = {"--activation": "silu", "--norm": "instance", "--width": "2"}[own.split()[0]]
+        run = train(tmp_path / "runs", "--max_steps", "1", *own.split())
+        capsys.readouterr()
+        options = [own.split()[0], other, "--load_ckpt", str(run), "--logdir", str(tmp_path / "new")]
+        for mode in ("energy_train", "sample", "test"):
+            err = refused(capsys, "--mode", mode, *options)
+            assert "holds another network" in err and own in err and not (tmp_path / "new").exists()
+
+    def test_a_directory_without_a_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "ckpt").mkdir()
+        assert "no checkpoint" in refused(capsys, "--load_ckpt", str(tmp_path))
+
+    def test_images_of_another_size(self, jem, tmp_path, capsys):
+        for i in range(20):
+            path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 12)).save(path)
+        options = ["--n_valid", "2", "--dataset", "folder", "--data_dir", str(tmp_path / "images")]
+        words = "was trained on images of 1x8x8 in 10 classes"
+        assert words in refused(capsys, "--mode", "test", "--load_ckpt", str(jem), *options)

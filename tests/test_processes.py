@@ -18,7 +18,7 @@ import main
 import trainer
 import utils
 from checkpoints.files import load_checkpoint
-from checkpoints.resume import before_restart
+from checkpoints.resume import named_run
 from config import Config
 from config.checks import check_sizes
 from distributed import World, launch, shard_state
@@ -278,10 +278,9 @@ class TestPlace:
         assert main.main([*begun, "--logdir", str(tmp_path)]) == 0
         (run,) = map(str, tmp_path.iterdir())
         monkeypatch.setattr(launch, "remembered", lambda name: run)
-        cfg = before_restart({"resume": run, "recipe": "sada-jem", "batch_size": 20}).cfg
-        assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
-        with pytest.raises(UserError, match="--p_x_batch_size 64 needs a new run"):  # begun without --resume
-            before_restart({"recipe": "sada-jem", "batch_size": 20, "sgld_step": 2, "n_valid": 100})
+        for given in ({"resume": run}, {"resume": "auto", "batch_size": 20}, {"load_ckpt": run, "sgld_step": 2}):
+            cfg = named_run({"recipe": "sada-jem", **given}).cfg
+            assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
 
     @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
     def test_a_number_that_is_none(self, name, monkeypatch, capsys):
@@ -336,7 +335,7 @@ class TestPlace:
             ({"batch_size": 15}, "--batch_size 15 cannot be divided evenly among 2 processes"),
             ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
             ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
-            ({"class_cond": True, "buffer_size": 110}, "among 2 processes and the 10 classes of --class_cond"),
+            ({"class_cond": True, "buffer_size": 110}, "among 2 processes and 10 classes"),
         ],
     )
     def test_what_cannot_be_divided(self, changes, words):

@@ -341,7 +341,6 @@ def test_quality_while_training(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ("--quality_every 1", "--quality_every needs --feature_ckpt, a classifier, or Inception"),
-        ("--quality_every 1 --mode baseline_train", "this training draws none"),
         ("--quality_every 1 --norm batch --sync_batch_norm", "--sync_batch_norm would mix"),
     ],
 )

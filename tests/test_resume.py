@@ -84,6 +84,37 @@ class TestResume:
         assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "2", "--resume", "auto"]) == 0
         assert f"{second} is finished" in capsys.readouterr().out
 
+    def test_auto_leaves_runs_of_another_length_alone(self, stopped, tmp_path, undisturbed, capsys):
+        """A sweep over --max_steps: the short run is neither made longer nor lost, the long one goes on."""
+        status, short = start(tmp_path, "--max_steps", "3", "--resume", "auto")
+        assert status == 0 and "starting a new one" in capsys.readouterr().out
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        assert_same_run(stopped, undisturbed)
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "3", "--resume", "auto"]) == 0
+        assert f"{short} is finished after 3 steps" in capsys.readouterr().out and state(short)["step"] == 3
+
+    def test_auto_goes_by_when_a_run_was_saved_not_by_its_name(self, stopped, tmp_path, undisturbed, capsys):
+        copy = shutil.copytree(stopped, tmp_path / "zz_copy_of_an_hour_ago")
+        content = load_checkpoint(copy / "ckpt" / "last.pt")
+        torch.save(content | {"time": content["time"] - 3600}, copy / "ckpt" / "last.pt")
+        (tmp_path / "zz_latest").symlink_to(copy, target_is_directory=True)
+        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        assert f"--resume auto takes {stopped}, which was saved last after step 17" in capsys.readouterr().out
+        assert_same_run(stopped, undisturbed)
+
+    def test_equal_jobs_that_were_stopped_each_find_a_run(self, stopped, tmp_path, undisturbed, capsys):
+        """One in use is passed over, a finished one comes after those that are not."""
+        other = shutil.copytree(stopped, tmp_path / "other")
+        command = [*TINY, "--logdir", str(tmp_path), "--resume", "auto"]
+        holder = RunDir.of(str(stopped))
+        assert main.main(command) == 0 and main.main(command) == 0
+        out = capsys.readouterr().out
+        assert f"Skipping {stopped}: {stopped} is in use" in out and f"{other} is finished" in out
+        holder.lock.release()
+        assert main.main(command) == 0
+        for run in (stopped, other):
+            assert_same_run(run, undisturbed)
+
     def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
         """One command line for fine-tuning on a machine that may be taken away."""
         options = ["--load_ckpt", str(undisturbed), "--max_steps", "6", "--resume", "auto"]

@@ -418,25 +418,11 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "counterfactual of the buffer": (["JEM", "--counterfactual", "3", "--from_buffer"], "give one of them"),
     "counterfactual filled in": (["JEM", "--counterfactual", "3", "--inpaint", "left"], "give one of them"),
     "counterfactual of noise": (["JEM", "--counterfactual", "3", "--denoise", "1"], "give one of them"),
-    "two classes": (["JEM", "--counterfactual", "3", "--class_cond"], "leave --class_cond out"),
-    "no counterfactual": (["JEM", "--counterfactual_eps", "1"], "--counterfactual_eps is for --counterfactual"),
     "no distance": (["JEM", "--counterfactual", "3", "--counterfactual_eps", "0"], "must be above 0"),
     "no change": (["JEM", "--counterfactual", "3", "--n_sample_steps", "0"], "give at least 1"),
     "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
-    "counterfactuals in a test": (["JEM", "--counterfactual", "3", "--mode", "test"], "is for --mode sample"),
     "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
-    "option of training": (["JEM", "--lr", "1"], "--lr is for --mode energy_train or baseline_train"),
-    "option of a test": (["JEM", "--eval", "ood"], "--eval is for --mode test"),
-    "steps of training": (["JEM", "--sgld_step", "9"], "--sgld_step is for training"),
     "no mode": (["JEM", "--mode", "fly", "--lr", "1"], "--mode takes one of energy_train"),
-    "start of the buffer": (["JEM", "--from_buffer", "--start", "gaussian"], "--from_buffer does not use --start"),
-    "start of a test image": (["JEM", "--inpaint", "left", "--start", "uniform"], "--inpaint does not use --start"),
-    "chain of a counterfactual": (["JEM", "--counterfactual", "3", "--sgld_lr", "2"], "does not use --sgld_lr"),
-    "steps of nothing": (
-        ["JEM", "--denoise", "1", "--sgld_step", "9", "--n_sample_steps", "2"],
-        "without --n_sample_steps: leave it out",
-    ),
-    "bf16": (["JEM", "--counterfactual", "3", "--precision", "bf16"], "--counterfactual does not use --precision"),
 }
 
 
