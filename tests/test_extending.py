@@ -1,0 +1,57 @@
+"""The examples of docs/extending.md, pasted into a copy of the program and used from the command line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--gpu cpu --batch_size 16 --buffer_size 64 --warmup_steps 2 --no_log --logdir".split()
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the program with every Python block of the page in its place."""
+    copy = tmp_path_factory.mktemp("program")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("evaluation/*.jinja")]:
+        if path.parent.name not in ("tests", "benchmarks"):
+            target = copy / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    page = (ROOT / "docs" / "extending.md").read_text()
+    blocks = re.findall(r"```python\n# (at the end of )?(\S+)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    for at_the_end, name, code in blocks:
+        assert (copy / name).exists() == bool(at_the_end)
+        with open(copy / name, "a") as file:
+            file.write("\n\n" + code)
+    return copy
+
+
+def run(program, *options):
+    done = subprocess.run([sys.executable, "main.py", *map(str, options)], cwd=program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_examples_train_and_measure(extended, tmp_path):
+    """The last commands of the page, made small."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    train, measure = re.findall(r"^python main\.py (.*)$", page, re.MULTILINE)
+    out = run(extended, *train.split(), *SMALL, tmp_path)
+    assert "stripes 1x8x8: 288 train, 32 valid, 80 test" in out and "CNN-1" in out
+    (run_dir,) = tmp_path.iterdir()
+    options = json.loads((run_dir / "config.json").read_text())["options"]
+    assert (options["recipe"], options["sgld_step"], options["start"]) == ("short-chains", 4, "gaussian")
+    run(extended, *measure.replace("runs/<run>", str(run_dir)).split(), "--gpu", "cpu")
+    results = json.loads((run_dir / "eval" / "results.json").read_text())
+    assert 0.5 <= results["confidence"]["results"]["largest probability"]["value"] <= 1
+
+
+def test_the_table_names_what_is_there():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    for name, file in re.findall(r"`(\w+)` in `([\w/.]+)`", page):
+        assert re.search(rf"^(def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE), (name, file)
