@@ -214,7 +214,7 @@ def test_separate_energy_is_kept_by_the_checkpoint(tmp_path, capsys):
         == 0
     )
     assert main.main([*SMALL, "--load_ckpt", str(run), "--logdir", str(tmp_path)]) == 2
-    assert "holds another network, --separate_energy:" in capsys.readouterr().err
+    assert "holds another network, --separate_energy True" in capsys.readouterr().err
 
 
 def test_mean_energy_l2():

@@ -386,4 +386,4 @@ def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
     assert main([*sample, "--load_ckpt", old, "--logdir", str(tmp_path)]) == 0
     assert list(tmp_path.glob("*/samples.npz"))
     assert main(["--resume", old]) == 2
-    assert "can start a new run with --load_ckpt" in capsys.readouterr().err
+    assert "--load_ckpt starts a new run" in capsys.readouterr().err

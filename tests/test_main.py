@@ -499,7 +499,7 @@ def refused(capsys, *options):
         (f"--resume auto --logdir {'x' * 300}", "File name too long"),
         ("--dataset folder --data_dir nowhere", "nowhere"),
         ("--load_ckpt nowhere.pt", "nowhere.pt"),
-        ("--resume nowhere", "no checkpoint at"),
+        ("--resume nowhere", "is not a run directory"),
         ("--resume a --load_ckpt b", "give one of them"),
     ],
 )

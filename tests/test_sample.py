@@ -396,7 +396,7 @@ def test_images_of_the_buffer_that_are_not_finite_are_left_out(jem, tmp_path):
 BAD = {  # the checkpoint and other options, and what is said of them
     "no checkpoint": ([], "needs --load_ckpt"),
     "missing": (["nowhere.pt"], "no checkpoint at"),
-    "torn": (["torn.pt"], "torn.pt is empty, incomplete or not a checkpoint"),
+    "torn": (["torn.pt"], "torn.pt was refused: it is broken, incomplete"),
     "no images": (["JEM", "--n_samples", "0"], "--n_samples must be at least 1"),
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
     "no buffer": (["BASELINE", "--from_buffer"], "has no replay buffer"),
