@@ -5,9 +5,8 @@ from typing import Any
 
 from config.checks import contradictions
 from config.cli import absolute_path, check_value
-from config.options import ATTACKS, Options
+from config.options import ATTACKS, METRICS, Options
 from config.recipes import RECIPES
-from evaluation import METRICS
 from utils import UserError
 
 FRESH_STEPS = 200  # with a training chain's step size, when samples have settled

@@ -9,13 +9,13 @@ from functools import partial
 from config.cli import option
 from config.recipes import RECIPES
 from data import DATASETS
-from evaluation import METRICS
 from models import BACKBONES
 from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
 MODES = (*TRAINING, "test", "sample", "export")
+METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 

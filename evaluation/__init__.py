@@ -1,3 +1,4 @@
-"""Measuring a trained model (``--mode test``). Each metric is a module of this package with a function ``measure``."""
+"""Measuring a trained model (``--mode test``).
 
-METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")
+Each metric is a module with a function ``measure``; ``config.options.METRICS`` has their names.
+"""

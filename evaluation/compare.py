@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from evaluation import METRICS
+from config.options import METRICS
 from evaluation.report import ALONE, VALUE, Measurement, Report
 from utils import UserError
 
