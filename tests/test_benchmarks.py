@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import throughput, time_to_quality
+from benchmarks import gpu, throughput, time_to_quality
 from models import build_model
 
 HERE = Path(__file__).parent.parent
@@ -97,3 +97,33 @@ def test_time_to_quality(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             time_to_quality.main()
         assert message in capsys.readouterr().err
+
+
+def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
+    """A second start does the parts that are missing; the tables hold the numbers of all of them."""
+    asked = []
+
+    def call(arguments, seconds, environment):
+        asked.append(str(arguments[0]))
+        if "--json" in arguments:
+            rows = [{"what": "sampler, plain", "seconds": 0.2}]
+            rows.append({"what": "sampler", "seconds": 0.1, "speedup": 2.0, "share_of_ceiling": 0.4})
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({"rows": rows}))
+        if "energy_train" in str(arguments) or "--resume" in arguments:
+            (tmp_path / "runs" / f"1_{gpu.RUN}").mkdir(parents=True)
+        return {"status": 0, "output": "27 passed"}
+
+    monkeypatch.setattr(gpu, "call", call)
+    monkeypatch.setattr(gpu, "recipe_step", lambda *_: {"seconds": 0.05, "images_per_second": 20.0})
+    for minutes, expected in (
+        ("4", []),
+        ("25", ["-m", *2 * ["benchmarks/throughput.py"], *2 * ["main.py"]]),
+        ("25", []),
+    ):
+        monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--device", "cpu", "--minutes", minutes])
+        asked.clear()
+        gpu.main()
+        assert asked == expected
+    page = (tmp_path / "gpu.md").read_text()
+    assert "Tests marked gpu: 27 passed" in page and "| 200.0 ms | 100.0 ms | 2.0 x | 40 % |" in page
+    assert "| sada-jem, WRN-10-1 | 50.0 ms | 20 |" in page
