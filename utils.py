@@ -221,7 +221,7 @@ def evaluation_packages() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0].replace("_", "-")
-        if package not in EVALUATION_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package.replace("_", "-") not in EVALUATION_PACKAGES:
             raise
         raise UserError(f"{package} is not installed: pip install -r requirements-eval.txt") from None
