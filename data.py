@@ -129,7 +129,8 @@ class Batches:
         world: World = ALONE,
     ):
         self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
-        self.augmented, self.part = augmented, world.slice_of(batch_size)
+        part = batch_size // world.size
+        self.augmented, self.part = augmented, slice(world.rank * part, (world.rank + 1) * part)
         self._start_epoch(torch.empty(0, dtype=torch.int64, device=rng.device))
 
     def next(self) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,7 +27,6 @@ from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.checks import unused
 from config.cli import parse
-from distributed import launch
 from generation import sample
 from logger import terminal
 from logger.progress import check_room
@@ -36,48 +35,40 @@ from trainer import Trainer
 from utils import TrainingFailed, UserError
 
 USES = {"test": evaluation.run.run, "sample": sample.run, "export": export.run}  # of a trained network
-NOT_ENOUGH_MEMORY = (
-    "not enough memory; a smaller --batch_size, --width, --buffer_size, --image_size, --n_samples or --max_images "
-    "needs less"
-)
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in messages of torch
+NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
-        launch.connect()
-        with launch.only_rank0_prints():
+        distributed.connect()
+        with distributed.only_rank0_prints():
             status = run(arguments)
         if distributed.is_distributed():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        launch.disconnect()
+            torch.distributed.destroy_process_group()
         return status
     except UserError as error:
         return complain(2, "error", str(error))
     except TrainingFailed as error:
         return complain(1, "failed", str(error))
     except (MemoryError, RuntimeError) as error:
-        if launch.lost_connection(error):
+        if distributed.lost_connection(error):
             reason = str(error).strip().partition("\n")[0]
             return complain(1, "failed", f"a process of this run has ended or cannot be reached ({reason})")
-        if not out_of_memory(error):
-            raise
-        return complain(2, "error", NOT_ENOUGH_MEMORY)
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            return complain(2, "error", NOT_ENOUGH_MEMORY)
+        raise
     except KeyboardInterrupt:
         return 130
 
 
 def complain(status: int, kind: str, message: str) -> int:
     """One line on stderr, from one of several processes that have the same to say; returns ``status``."""
-    if launch.first_to_say(message):
+    if distributed.first_to_say(message):
         print(f"{kind}: {utils.printable(message)}", file=sys.stderr)
     return status
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Python, NumPy and CUDA's allocator have exceptions of their own for it, other parts of torch only messages."""
-    messages = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
 def run(arguments: list[str]) -> int:
@@ -120,20 +111,11 @@ def train(given: dict[str, Any]) -> int:
         if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
             distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))
     del resumed  # all that a checkpoint holds
-    launch.remember("run", str(directory.path))  # for torchrun's next attempt, should this one fail
+    distributed.remember("run", str(directory.path))  # for torchrun's next attempt, should this one fail
     return trainer.train(directory, log_position)
 
 
-class Job(NamedTuple):
-    """What is to be trained: a new run, or ``resumed``, a run that goes on."""
-
-    cfg: Config
-    device: torch.device
-    images: data.ImageData
-    resumed: resume.Resumed | None
-
-
-def find_job(given: dict[str, Any]) -> Job:
+def find_job(given: dict[str, Any]) -> tuple[Config, torch.device, data.ImageData, resume.Resumed | None]:
     """The run that the options name, or that they find by ``--resume auto``, or else a new one; with its images."""
     resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
     cfg = resumed.cfg if resumed else Config(**given)
@@ -142,7 +124,7 @@ def find_job(given: dict[str, Any]) -> Job:
     images = load_images(cfg, device, given)
     if cfg.resume == "auto" and resumed is None:
         resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
-    return Job(resumed.cfg if resumed else cfg, device, images, resumed)
+    return resumed.cfg if resumed else cfg, device, images, resumed
 
 
 def load_images(cfg: Config, device: torch.device, given: dict[str, Any]) -> data.ImageData:

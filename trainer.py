@@ -21,7 +21,7 @@ from checkpoints.files import save_checkpoint
 from checkpoints.load import build_for, load_weights
 from config import Config
 from config.checks import check_sizes
-from distributed import World, gather_state, shard_buffer, shard_state
+from distributed import World, gather_state, shard_state
 from divergence import Recovery
 from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
@@ -150,7 +150,7 @@ class Trainer:
                     self.logger.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
-            distributed.barrier()  # when one process ends, torchrun stops the others
+            distributed.all_reduce_max(0)  # when one process ends, torchrun stops the others
         self.logger.end(self.step, status)
         return status
 
@@ -358,7 +358,7 @@ class Trainer:
         kind = "averaged weights" if "ema" in content["state"] else "weights"
         print(f"Starting from the {kind} of {path}" + (f", step {step}." if step is not None else "."))
         if self.sampler is not None and "buffer" in content["state"]:
-            stored = shard_buffer(content["state"]["buffer"], self.world)
+            stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
             if stored["images"].shape == self.sampler.buffer.images.shape:
                 self.sampler.buffer.load_state_dict(stored)
             else:

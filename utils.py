@@ -9,26 +9,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-EVALUATION_PACKAGES = (
-    "torchmetrics",
-    "torch_fidelity",
-    "pyautoattack",
-)  # of requirements-eval.txt, imported where needed
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "torch-fidelity", "pyautoattack")
+EVALUATION_PACKAGES = ("torchmetrics", "torch-fidelity", "pyautoattack")  # imported where needed
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", *EVALUATION_PACKAGES)
 
 
 class UserError(Exception):
     """Something the user can put right: a bad option, a missing or broken input, a full disk.
 
-    The message is one line that names the thing and says what to do. ``main.py`` prints it on stderr and
-    exits with status 2; nothing has been overwritten when it is raised.
+    The message is one line that says what to do, with which ``main.py`` ends; nothing has been overwritten.
     """
 
 
@@ -52,31 +49,21 @@ def pick_device(gpu: str) -> torch.device:
     Each of torchrun's processes on a machine takes a device of its own: of a list, the one in its place, else the one
     of its local rank.
     """
-    listed = gpu.split(",")
-    n_local, local_rank = (int(os.environ.get(name, i)) for name, i in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    listed, n_gpus = gpu.split(","), torch.cuda.device_count()
+    n_local, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if len(listed) > 1 and n_local == 1:
-        raise UserError(
-            f"--gpu {gpu} names {len(listed)} GPUs for one process; torchrun --nproc_per_node={len(listed)} main.py "
-            "and the same options start one for each"
-        )
-    if gpu == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if local_rank == 0:
+        raise UserError(f"--gpu {gpu} is for several processes: torchrun --nproc_per_node={len(listed)} main.py ...")
+    if gpu == "cpu" or not torch.cuda.is_available():
+        if gpu != "cpu" and local_rank == 0:
             print(f"No CUDA device: running on the CPU instead of GPU {gpu}.", file=sys.stderr)
         return torch.device("cpu")
-    if n_local > 1 and len(listed) == 1:
-        if gpu != "0":  # the default
-            raise UserError(
-                f"--gpu {gpu} names one GPU, but there are {n_local} processes: name as many, or leave --gpu out for "
-                "all of them"
-            )
-        listed = [str(i) for i in range(torch.cuda.device_count())]
+    if n_local > 1 and gpu == "0":  # the default
+        listed = [str(i) for i in range(n_gpus)]
     if n_local > len(listed):
-        raise UserError(f"{n_local} processes on this machine need a GPU each, and there are {len(listed)}")
+        raise UserError(f"{n_local} processes on this machine need a GPU each; --gpu {gpu} gives {len(listed)}")
     chosen = int(listed[local_rank])
-    if chosen >= torch.cuda.device_count():
-        raise UserError(f"--gpu {chosen} does not exist: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    if chosen >= n_gpus:
+        raise UserError(f"--gpu {chosen} does not exist: this machine has GPUs 0 to {n_gpus - 1}")
     return torch.device("cuda", chosen)
 
 
@@ -86,7 +73,10 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_has("avx512_bf16", "amx_bf16")
+            cpuinfo = Path("/proc/cpuinfo")  # of Linux
+            flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+            avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+            fast = avx512 and ("avx512_bf16" in flags or "amx_bf16" in flags)
         precision = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
@@ -96,28 +86,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def cpu_has(*flags: str) -> bool:
-    """Whether the processor reports one of these instruction sets (Linux; elsewhere False)."""
-    try:
-        return any(flag in Path("/proc/cpuinfo").read_text().split() for flag in flags)
-    except OSError:
-        return False
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep big freed buffers; giving them back to the kernel at every layer costs a third of the time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
-        libc.mallopt(m_mmap_threshold, largest) or libc.mallopt(m_mmap_threshold, 2**25)  # older ones take no more
-        libc.mallopt(m_trim_threshold, largest)
-
-
 def set_speed_options(device: torch.device) -> None:
     """Process-wide settings for speed; on CUDA, only algorithms that give the same result each time."""
     torch.backends.cudnn.deterministic = True
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # It is to keep big freed buffers: to give them back to the kernel at every layer costs a third of the time.
+        libc, m_trim_threshold, m_mmap_threshold, largest = ctypes.CDLL(None), -1, -3, 2**31 - 1
+        libc.mallopt(m_mmap_threshold, largest) or libc.mallopt(m_mmap_threshold, 2**25)  # older ones take no more
+        libc.mallopt(m_trim_threshold, largest)
     elif device.index is not None:
         torch.cuda.set_device(device)  # where streams and graphs are made
 
@@ -134,22 +110,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str:
-    """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown".
-
-    A copy of the program inside somebody's own repository must not be taken for a commit of that repository.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace").stdout
-
+    """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown"."""
+    if not (folder / ".git").exists():  # a copy inside somebody's own repository is not that repository's commit
+        return "unknown"
+    git = partial(subprocess.run, capture_output=True, check=True, encoding="utf-8", errors="replace", cwd=folder)
     try:
-        if not os.path.samefile(git("rev-parse", "--show-toplevel").removesuffix("\n"), folder):
-            return "unknown"
-        commit = git("rev-parse", "HEAD").strip()
-        return f"{commit} with local changes" if git("status", "--porcelain").strip() else commit
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit} with local changes" if changed else commit
 
 
 def installed(package: str) -> str:
@@ -172,13 +142,11 @@ class Signals:
     ignored before, as SIGHUP under nohup, stays ignored, except SIGUSR1.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
-
     def __enter__(self):
         self.received, self.status, self.before = False, 0, {}
         in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
-        for name in self.NAMES if in_main_thread else ():
-            number = getattr(signal, name, None)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if in_main_thread else ():
+            number = getattr(signal, name, None)  # Windows lacks the last two
             if number and (name == "SIGUSR1" or signal.getsignal(number) != signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self._note)
         return self
@@ -202,18 +170,13 @@ class Signals:
             signal.signal(number, handler)
 
 
-def tree_to(tree: Any, device: torch.device | None = None) -> Any:
+def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
     """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
-    match tree:
-        case Tensor():
-            return tree.detach().to(device or tree.device, copy=True)
-        case dict():
-            return {key: tree_to(value, device) for key, value in tree.items()}
-        case tuple() if hasattr(tree, "_fields"):
-            return type(tree)(*(tree_to(value, device) for value in tree))
-        case list() | tuple():
-            return type(tree)(tree_to(value, device) for value in tree)
-    return tree
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().to(device or leaf.device, copy=True) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(copied, tree)
 
 
 class Generators:
@@ -239,10 +202,8 @@ class Generators:
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {name: getattr(self, name).get_state() for name in ("data", "p_x", "sgld")}
-        state["torch"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return state | {"torch": torch.get_rng_state()} | cuda
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises RuntimeError if the state is of another kind of device; the global generator has it all the same."""
@@ -261,6 +222,6 @@ def evaluation_packages() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EVALUATION_PACKAGES:
+        if package.replace("_", "-") not in EVALUATION_PACKAGES:
             raise
         raise UserError(f"{package} is not installed: pip install -r requirements-eval.txt") from None

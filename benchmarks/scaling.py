@@ -27,7 +27,6 @@ import utils  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
-from distributed import launch  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 
@@ -48,7 +47,7 @@ def options() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> None:
     """What each of the processes does: time its training steps."""
-    launch.connect()
+    distributed.connect()
     place = distributed.current_world()
     torch.set_num_threads(1)
     device = utils.pick_device("cpu" if args.device == "cpu" else "0")
@@ -81,7 +80,8 @@ def work(args: argparse.Namespace) -> None:
         parameters = sum(p.numel() for p in run.model.parameters())
         result = medians | spread | about | {"batch_size": cfg.batch_size, "parameters": parameters}
         Path(args.worker).write_text(json.dumps(result))
-    launch.disconnect()
+    if place.size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def timed(n: int, args: argparse.Namespace) -> dict:

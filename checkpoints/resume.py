@@ -5,10 +5,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import distributed
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import Config
 from config.cli import as_typed
-from distributed import launch
 from logger.run_dir import RunDir, read_config
 from utils import UserError
 
@@ -27,7 +27,7 @@ class Resumed(NamedTuple):
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
     """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
-    before = launch.remembered("run")
+    before = distributed.remembered("run")
     if before and any(Path(before, "ckpt").glob("*.pt")):
         return continued(given, before)
     name = given.get("resume", "auto")

@@ -14,7 +14,8 @@ from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
-MODES = (*TRAINING, "test", "sample", "export")
+NETWORK = (*TRAINING, "test", "sample")  # modes that compute with it
+MODES = (*NETWORK, "export")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
@@ -35,7 +36,7 @@ sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
 test = partial(option, "test", modes=("test",), resumable=True)
 sample = partial(option, "sample", modes=("sample",), resumable=True)
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True)
-speed = partial(option, "speed", modes=(*TRAINING, "test", "sample"))
+speed = partial(option, "speed", modes=NETWORK)
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class Options:
     """One run's options, unchecked: see ``Config``."""
 
     mode: str = settings("energy_train", "train a JEM or a plain classifier; test, sample, export --load_ckpt", MODES)
-    recipe: str = settings(
-        "jem", f"a paper's options; those that are given replace them. {RECIPE_HELP}", tuple(RECIPES)
-    )
+    recipe: str = settings("jem", f"a paper's options, which those given replace. {RECIPE_HELP}", tuple(RECIPES))
     gpu: str = run("0", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (0: all devices)")
     seed: int = settings(1, "seed of every random generator", minimum=0)
     logdir: str = run("runs", "folder in which each run makes its own directory", is_path=True)
@@ -70,9 +69,7 @@ class Options:
         maximum=2048,
         needs=("dataset=folder",),
     )
-    n_valid: int | None = images(
-        None, "training images held out for validation (default: 5000, or a tenth where that is less)", minimum=0
-    )
+    n_valid: int | None = images(None, "images held out for validation (default: 5000 or, if less, a tenth)", minimum=0)
     labels_per_class: int | None = training_images(
         None,
         "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
@@ -81,10 +78,7 @@ class Options:
         needs=("p_y_x_weight", "p_x_y_weight"),
     )
     data_device: str = images(
-        "auto",
-        "where training images are kept, the GPU's memory or the computer's; auto: cpu above a fifth of the GPU's",
-        ("auto", "cpu", "gpu"),
-        resumable=True,
+        "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
@@ -92,53 +86,32 @@ class Options:
     depth: int = network(28, "layers of the Wide-ResNet, 6n + 4", minimum=10)
     width: int = network(10, "widening factor of the Wide-ResNet", minimum=1)
     stages: int = network(3, "a fourth stage, of twice the channels, suits images of 64x64", minimum=3, maximum=4)
-    backbone: str = network(
-        "jem", "the JEM papers' Wide-ResNet, or robust classifiers' (no biases, normalised images)", tuple(BACKBONES)
-    )
+    backbone: str = network("jem", "of JEM, or of robust classifiers: no biases, normalised images", tuple(BACKBONES))
     norm: str = network("none", "normalisation layers", tuple(NORMS))
-    sync_batch_norm: bool = training_network(
-        False, "batch statistics over all processes (torchrun), not over each", needs=("norm=batch",)
-    )
+    sync_batch_norm: bool = training_network(False, "batch statistics over all processes", needs=("norm=batch",))
     dropout_rate: float = training_network(0.0, "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = network(False, "log p(x) from a linear head of its own, not from the logits' logsumexp")
     activation: str = network("leaky_relu", "nonlinearity", tuple(ACTIVATIONS))
 
     lr: float = optimisation(1e-4, "peak learning rate", above=0, flags=("-l",))
     batch_size: int = optimisation(
-        128,
-        "real images, and chains, of one step; in test and sample chains that run together (default: as in training)",
-        minimum=1,
-        modes=(*TRAINING, "test", "sample"),
+        128, "images and chains of a step; in test, sample: chains (as in training)", minimum=1, modes=NETWORK
     )
     epochs: int = optimisation(200, "passes over the training images", minimum=1, resumable=True)
     max_steps: int | None = optimisation(
-        None,
-        "stop after this many steps if the epochs last longer (default: no limit)",
-        minimum=1,
-        nullable=True,
-        resumable=True,
+        None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
     )
     optimizer: str = optimisation("adam", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
     weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
-    decay_epochs: str = optimisation(
-        "", "epochs, separated by commas, after which the learning rate falls", needs=("schedule=step",)
-    )
+    decay_epochs: str = optimisation("", "epochs, with commas, after which the rate falls", needs=("schedule=step",))
     decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
-    sam_rho: float = optimisation(
-        0.0, "radius of sharpness-aware minimisation, which takes two passes a step; 0 is off", minimum=0
-    )
-    sam_adaptive: bool = optimisation(
-        False, "measure --sam_rho in units of each weight's own size (adaptive SAM)", needs=("sam_rho",)
-    )
-    ema: float = optimisation(
-        0.0, "decay of averaged weights, which evaluation and GIFs use, 0.999 say; 0 is off", minimum=0, maximum=0.99999
-    )
+    sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
+    sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
-    reinit_freq: float = training_chains(
-        0.05, "probability that a chain starts afresh, from --start", minimum=0, maximum=1
-    )
+    reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
     sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=1, modes=("energy_train", "sample"))
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
@@ -163,9 +136,7 @@ class Options:
         maximum=1,
         needs=("sgld_step_max",),
     )
-    class_cond: bool = sgld(
-        False, "chains climb log p(x|y), equally many for each class", modes=("energy_train", "sample")
-    )
+    class_cond: bool = sgld(False, "chains climb log p(x|y), as many for each class", modes=("energy_train", "sample"))
     buffer_size: int = training_chains(10000, "images in the replay buffer", minimum=1)
 
     p_x_weight: float = energy(1.0, "weight of the generative term of log p(x); with 0 it draws no samples", minimum=0)
@@ -178,31 +149,20 @@ class Options:
     adversarial_eps: float = classifier(
         0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
     )
-    adversarial_norm: str = classifier(
-        "L2", "how --adversarial_eps measures distance", ADVERSARIAL_NORMS, needs=("adversarial_eps",)
-    )
-    adversarial_steps: int = classifier(
-        10, "gradient steps that make an adversarial image", minimum=1, needs=("adversarial_eps",)
-    )
+    adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
+    adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
     energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
-    mean_energy_l2: float = energy(
-        0.0, "weight of the squares of the mean log-density of real images and that of samples", minimum=0
-    )
+    mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
     p_x_batch_size: int | None = energy(
-        None,
-        "chains, and real images drawn for log p(x) alone (default: --batch_size chains, and the labelled images)",
-        minimum=1,
-        nullable=True,
+        None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
     )
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
     diverge_threshold: float = energy(
         1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
     )
-    max_recoveries: int = classifier(
-        10, "returns to an earlier state after divergence before giving up", minimum=0, resumable=True
-    )
+    max_recoveries: int = classifier(10, "returns to an earlier state before giving up", minimum=0, resumable=True)
 
     sample_every: int = sample_dumps(100, "steps between grids of samples (PNG)", minimum=1)
     gif_every: int = sample_dumps(500, "steps between films of a long SGLD chain (GIF)", minimum=1)
@@ -214,9 +174,7 @@ class Options:
         minimum=0,
         needs=("p_x_weight", "p_x_y_weight"),
     )
-    ckpt_every: int = dumps(
-        1000, "steps between checkpoints, besides the one after each epoch of 50 steps or more", minimum=1
-    )
+    ckpt_every: int = dumps(1000, "steps between checkpoints, besides those of epochs of 50 steps or more", minimum=1)
 
     eval: str = test("all", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = test(
@@ -225,20 +183,14 @@ class Options:
         "folders, and interp, noise, constant, shuffled, which need no files; auto: these four, with cifar10 also svhn "
         "and cifar100",
     )
-    max_images: int | None = test(
-        None, "images, at most, that a metric takes from any set (default: all; 1000 for attacks)", minimum=20
-    )
+    max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(
         None,
         "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
         "distal (noise that becomes a class) (default: all)",
     )
-    attack_images: int | None = test(
-        None, "test images, at most, that are attacked (default: as --max_images says)", minimum=20
-    )
-    one_epsilon: bool = test(
-        False, "attack at one epsilon of each norm alone, that of AutoAttack: Linf 8/255 and L2 0.5"
-    )
+    attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
+    one_epsilon: bool = test(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
     refine_steps: int = test(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
     ais_chains: int = test(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
@@ -247,9 +199,7 @@ class Options:
         "", "classifier's run; images are compared in its features", is_path=True, modes=("energy_train", "test")
     )
     fid_reference: str = test(
-        "train",
-        "real images for FID, KID, precision, recall: all training images (with those held out), or test images too",
-        ("train", "train+test"),
+        "train", "real images for FID, KID, precision, recall: all of training, or test too", ("train", "train+test")
     )
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
@@ -261,14 +211,9 @@ class Options:
     )
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample(
-        "",
-        "part of test images to fill in: left, center, or where a picture of their size is white",
-        is_path=True,
-        keywords=("left", "center"),
+        "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
     )
-    denoise: float | None = sample(
-        None, "clean test images of Gaussian noise of this standard deviation, [-1, 1] scale", above=0
-    )
+    denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
     counterfactual: str | None = sample(
         None, "move test images a little towards this class (name, or number from 0 on), or to each of all"
     )
@@ -288,9 +233,5 @@ class Options:
 
     precision: str = speed("auto", "arithmetic; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
     compile: str = speed(
-        "auto",
-        "torch.compile; auto: on a GPU from 20,000 steps on",
-        ("auto", "on", "off"),
-        resumable=True,
-        modes=(*TRAINING, "sample"),
+        "auto", "torch.compile; auto: long GPU runs", ("auto", "on", "off"), resumable=True, modes=(*TRAINING, "sample")
     )

@@ -18,7 +18,6 @@ import distributed
 import utils
 from checkpoints.load import frozen, load_data, load_feature_model
 from config import Config
-from distributed import launch
 from evaluation import ood
 from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
@@ -85,7 +84,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
     except UserError as error:
         section.add_absent(section.name, str(error))
     except Exception as error:
-        if launch.lost_connection(error):
+        if distributed.lost_connection(error):
             raise
         traceback.print_exc()
         section.add_absent(section.name, f"{type(error).__name__}: {error}")

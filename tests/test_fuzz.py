@@ -14,10 +14,8 @@ OPTIONS = [f for f in fields(Config) if f.name not in ("mode", "gpu")]
 SWITCHES = [[name + end] for f in OPTIONS if f.type is bool for name in option_names(f) for end in ("", "=True")]
 NAMES = [f"--{f.name}" for f in OPTIONS if f.type is not bool]
 OLD = str(Path(__file__).parent / "files" / "format_2.pt")  # a checkpoint of digits
-WORDS = (
-    "0 1 -1 2 4 10 nan inf -inf 1e400 0.5 auto off digits folder all cpu .. /dev/null /nonexistent/x batch é".split()
-)
-WORDS += ["", "\x00", "9" * 21]
+WORDS = "0 1 -1 2 4 10 nan inf -inf 1e400 0.5 auto off digits folder all cpu .. /dev/null /nonexistent/x é"
+WORDS = [*WORDS.split(), "", "\x00", "9" * 21]
 VALUES = st.one_of(st.sampled_from(WORDS), st.text(max_size=8), st.integers().map(str), st.floats().map(str))
 
 
@@ -35,9 +33,7 @@ def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, cap
         "sample": f"--load_ckpt {OLD} --n_samples 10 --n_sample_steps 1",
         "export": f"--load_ckpt {OLD} --export weights.pt",
     }
-    train = (
-        "--dataset digits --depth 10 --width 1 --batch_size 8 --buffer_size 20 --sgld_step 1 --n_valid 20 --max_steps 1"
-    )
+    train = "--dataset digits --depth 10 --width 1 --batch_size 8 --buffer_size 20 --sgld_step 1 --max_steps 1"
     chosen = [part for option in options for part in option]
     arguments = ["--mode", mode, "--gpu", "cpu", *chosen, *little.get(mode, train).split()]
     try:

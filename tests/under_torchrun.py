@@ -13,7 +13,6 @@ import distributed
 import main
 import trainer
 from config import Config
-from distributed import launch
 from evaluation import robustness
 
 COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
@@ -72,12 +71,12 @@ def divided_work() -> list:
 def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     (folder,) = options
-    launch.connect()
+    distributed.connect()
     images, world = data.load("digits", n_valid=COMMON["n_valid"]), distributed.current_world()
     done = {name: train(run_of(name, images, world)) for name in CONFIGS} | {"divided": divided_work()}
     done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
     torch.save(done, Path(folder) / f"{world.rank}.pt")
-    launch.disconnect()
+    torch.distributed.destroy_process_group()
 
 
 def dies(options: list[str]) -> int:
