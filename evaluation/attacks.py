@@ -23,7 +23,6 @@ from sgld import LogDensity, langevin_step, normal_like, uniform_images
 from utils import UserError
 
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
-AUTOATTACK_TARGETS = 9
 DISTAL_STEPS, DISTAL_STEP = 500, 0.05
 
 
@@ -108,7 +107,7 @@ class AutoAttack:
 
     def __init__(self, norm: str, part: str, n_classes: int, seed: int):
         self.norm, self.part, self.seed, self.name = norm, part, seed, f"{norm}, AutoAttack {part}"
-        self.targets = min(AUTOATTACK_TARGETS, n_classes - 1)
+        self.targets = min(9, n_classes - 1)
 
     def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
         return self.package(classifier, eps, x.device).run_standard_evaluation(x, y, batch_size=len(x))[0]

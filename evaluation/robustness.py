@@ -182,13 +182,12 @@ def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes)
     for part in AUTOATTACK_PARTS:
         attack = AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
         mask = target.robust(attack, eps, mask)
-    section.add_proportion(
-        f"accuracy under {norm.name} attack",
-        mask,
+    protocol = (
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
-        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added",
-        (norm.autoattack_eps, TITLES["autoattack"]),
+        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
     )
+    at = norm.autoattack_eps, TITLES["autoattack"]
+    section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, at)
     axes.plot(eps / norm.unit, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 

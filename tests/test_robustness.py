@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from reference import reference_chain
 
 from config import Config
-from data import Split, load
+from data import load
 from evaluation import attacks, robustness
 from evaluation.attacks import (
     AUTOATTACK_PARTS,
@@ -149,31 +149,14 @@ def auto_attack(norm, seed):
     return [AutoAttack(norm, part, 4, seed) for part in AUTOATTACK_PARTS]
 
 
-def test_autoattack_is_as_strong_as_pgd_and_no_stronger_than_its_ball(model, images, short):
-    """A radius of a ten-thousandth fools nothing; elsewhere it fools at least what PGD does."""
-    classifier = Classifier(model)
-    labels = classifier(images).argmax(1)
-    epsilons = [1e-4, 0.05, 0.1]
-    alive = masks(classifier, auto_attack("Linf", 0), images, labels, epsilons, 8)
-    against_pgd = masks(classifier, [PGDAttack("Linf", 10, seeded())], images, labels, epsilons, 8)
-    assert alive[1].all()
-    for ours, plain in zip(alive, against_pgd, strict=True):
-        assert ours.sum() <= plain.sum()
-    assert alive[-1].sum() < 8
-
-
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
 def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, short):
     """One attack after the other is what the package does in one call, with fewer than 10 classes, too."""
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
     whole = AutoAttack(norm, "square", 4, seed=5).package(classifier, epsilon, torch.device("cpu"))
-    assert (whole.version, whole.apgd.n_restarts, whole.fab.n_restarts, whole.apgd_targeted.n_target_classes) == (
-        "standard",
-        1,
-        1,
-        3,
-    )
+    assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
+    assert whole.apgd.n_restarts == whole.fab.n_restarts == 1
     whole.attacks_to_run = list(AUTOATTACK_PARTS)
     attacked, _ = whole.run_standard_evaluation(images, labels, batch_size=8)
     expected = classifier(attacked).argmax(1) == labels
@@ -215,16 +198,6 @@ def test_refinement_runs_the_chains_of_training():
     assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.attacked.classifier.chain.keywords.items()
 
 
-def test_the_first_images_of_a_subset_are_of_all_classes():
-    """Folders are read class by class, and some attacks take the first images alone."""
-    cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=200)
-    inputs = EvalInputs(cfg, torch.nn.Identity(), load("digits"), None, None, torch.device("cpu"))
-    labels = torch.arange(10).repeat_interleave(100)
-    chosen = inputs.subset(Split(labels[:, None, None, None], labels))
-    assert len(chosen) == 200 and torch.equal(chosen.images.flatten(), chosen.labels)
-    assert len(chosen.labels[:50].unique()) == 10
-
-
 def test_the_gradient_goes_through_the_whole_chain():
     """Of log p = -0.15 x^2 the chain is x_T = 0.7^T x_0 + noise; and a nonlinear one by finite differences."""
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded()).requires_grad_()
@@ -253,8 +226,7 @@ def test_distal_adversarials_reach_the_confidence_they_are_asked_for(model):
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("batch", [100, 1])
+@pytest.mark.parametrize(("steps", "batch"), [(3, 100), (1, 1)])
 def test_distal_adversarials_out_of_steps_report_what_they_reached(model, steps, batch, monkeypatch):
     monkeypatch.setattr(attacks, "images_per_batch", lambda *_: batch)
     x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), confidence=0.999, max_steps=steps)
