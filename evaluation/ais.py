@@ -13,15 +13,12 @@ It is an upper bound only if the samples come from ``exp(log_density) / Z``. Tho
 one. A reverse estimate clearly below the forward one says that the samples are not the model's. The bootstrap interval
 shows the spread between chains: it knows nothing of a mode that no chain has found.
 
-Images, and the density whose bits are counted, live in the box [-1, 1]^D: the energy is normalised over the box (base
-``Box``), a proper density of dequantised images. ``log_density`` maps (N, ...) to (N,), each row on its own and without
-randomness (a model in eval mode; no bf16 or TF32, since the acceptance test subtracts nearly equal numbers), and is
-finite there. Only its gradient in x is computed. Everything runs on the device of the generator.
+The energy is normalised over the box [-1, 1]^D: a proper density of dequantised images. ``log_density`` maps (N, ...)
+to (N,), each row on its own, without randomness, bf16 or TF32 (the acceptance test subtracts nearly equal numbers).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,22 +38,18 @@ TUNING_CHAINS = 64  # at most
 TUNING_STEPS = 10  # at each temperature that the tuning visits
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """The uniform density on [-1, 1]^D; ``shape`` is that of one image.
 
-    Chains walk in y = artanh(x), where there are no walls and the uniform density is a logistic one. Bouncing
-    off walls would cost leapfrog an energy error of first order in its step at each bounce, and tiny steps
-    where pixels crowd a wall, as the background of digits does; in y such pixels are as wide as others.
+    Chains walk in y = artanh(x), where there are no walls and the uniform density is a logistic one. Bouncing off walls
+    would cost tiny steps where pixels crowd a wall, as the background of digits does.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    scale = 1.0  # of y, whose standard deviation is 0.91
 
     def sample(self, n: int, generator: Generator) -> Tensor:
-        u = torch.rand(n, *self.shape, generator=generator, device=generator.device, dtype=self.dtype)
-        return 0.5 * u.logit(eps=torch.finfo(self.dtype).eps)  # (n, *shape)
+        u = torch.rand(n, *self.shape, generator=generator, device=generator.device)
+        return 0.5 * u.logit(eps=torch.finfo(u.dtype).eps)  # (n, *shape)
 
     def log_prob(self, y: Tensor) -> Tensor:
         log_dx_dy = logsigmoid(2 * y) + logsigmoid(-2 * y) + 2 * math.log(2)  # log(1 - tanh(y)^2)
@@ -72,8 +65,6 @@ class Box:
         return y.tanh()
 
     def from_image(self, x: Tensor) -> Tensor:
-        if not (x.abs() <= 1).all():
-            raise UserError("reverse AIS: samples must lie inside [-1, 1]; clamp or drop the others first")
         return x.clamp(-1 + 1e-6, 1 - 1e-6).atanh()  # the walls themselves are infinitely far away
 
 
@@ -141,10 +132,9 @@ def hmc_step(
     p_accept = log_accept.exp().clamp(max=1).nan_to_num(0)
     accept = torch.rand(len(at.y), **draw) < p_accept
 
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-    return Point(*map(choose, new, at)), p_accept
+    accept_y = accept.view(-1, *[1] * (v.dim() - 1))
+    y, grad = torch.where(accept_y, new.y, at.y), torch.where(accept_y, new.grad, at.grad)
+    return Point(y, torch.where(accept, new.ratio, at.ratio), grad), p_accept
 
 
 def sigmoid_schedule(n_temperatures: int) -> list[float]:
@@ -158,16 +148,15 @@ def tune_step_sizes(
 ) -> Tensor:
     """HMC step sizes, (n_temperatures,), at which about ``ACCEPTED`` of the proposals are accepted.
 
-    A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias
-    their weights. Visits up to ``n_knots`` temperatures, raises the step where too much is accepted and
-    lowers it where too little, and interpolates between. No step is longer than 2 * scale of the base, where
-    leapfrog on a Gaussian becomes unstable.
+    A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias their
+    weights. Visits up to ``n_knots`` temperatures and interpolates between. No step is longer than 2, where leapfrog on
+    a Gaussian of standard deviation 1 becomes unstable (the box has 0.91).
     """
     betas = sigmoid_schedule(n_temperatures)[1:]
     knots = np.linspace(0, n_temperatures - 1, min(n_knots, n_temperatures)).astype(int)
     path = GeometricPath(log_density, base)
     at = path.point(base.sample(min(n_chains, TUNING_CHAINS), generator))
-    log_max = math.log(2 * base.scale)
+    log_max = math.log(2)
     log_step = torch.full((), log_max - 0.25 * math.log(math.prod(base.shape)), device=at.y.device)
     tuned = []
     for knot in knots:
@@ -178,11 +167,10 @@ def tune_step_sizes(
             log_step = (log_step + p_accept.mean() - ACCEPTED).clamp(max=log_max)
         tuned.append(torch.stack(visited[TUNING_STEPS // 2 :]).mean())
     curve = np.interp(np.arange(n_temperatures), knots, torch.stack(tuned).cpu())
-    return torch.tensor(np.exp(curve), dtype=base.dtype, device=at.y.device)
+    return torch.tensor(np.exp(curve), dtype=torch.float32, device=at.y.device)
 
 
-@dataclass(frozen=True)
-class AISResult:
+class AISResult(NamedTuple):
     """An estimate of log Z in nats, and what is needed to judge it. All but ``samples`` is on the CPU."""
 
     log_z: float
@@ -194,7 +182,7 @@ class AISResult:
 
 
 def forward_ais(
-    log_density: LogDensity, base: Box, n_chains: int, step_sizes: Tensor, generator: Generator, progress: bool = False
+    log_density: LogDensity, base: Box, n_chains: int, step_sizes: Tensor, generator: Generator
 ) -> AISResult:
     """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
 
@@ -203,42 +191,31 @@ def forward_ais(
     """
     path = GeometricPath(log_density, base)
     at = path.point(base.sample(n_chains, generator))
-    return _anneal(path, at, step_sizes, generator, progress, sign=1)
+    return _anneal(path, at, step_sizes, generator, sign=1)
 
 
 def reverse_ais(
-    log_density: LogDensity,
-    base: Box,
-    samples: Tensor,
-    step_sizes: Tensor,
-    generator: Generator,
-    burn_in: int = 0,
-    progress: bool = False,
+    log_density: LogDensity, base: Box, samples: Tensor, step_sizes: Tensor, generator: Generator, burn_in: int = 0
 ) -> AISResult:
     """Stochastic upper bound of log Z (Grosse et al. 2015): P(estimate < log Z - b) < exp(-b).
 
-    The forward run backwards, one chain from each of ``samples`` (N, ...), after ``burn_in`` HMC transitions
-    on the model itself. A bound only as far as the chains then follow the model. ``step_sizes`` (T,) are
-    those of the forward run and set the number of temperatures. Raises UserError if samples lie outside the
-    box, or the density is not finite.
+    The forward run backwards, one chain from each of ``samples`` (N, ...), after ``burn_in`` HMC transitions on the
+    model itself. ``step_sizes`` (T,) are those of the forward run. Raises UserError if the density is not finite.
     """
     path = GeometricPath(log_density, base)
-    at = path.point(base.from_image(samples.to(base.dtype)))
-    for _ in tqdm(range(burn_in), desc="burn-in", disable=not progress):
+    at = path.point(base.from_image(samples))
+    for _ in tqdm(range(burn_in), desc="burn-in", leave=False):
         at, _ = hmc_step(path, at, 1.0, step_sizes[-1], generator)
-    return _anneal(path, at, step_sizes, generator, progress, sign=-1)
+    return _anneal(path, at, step_sizes, generator, sign=-1)
 
 
-def _anneal(
-    path: GeometricPath, at: Point, step_sizes: Tensor, generator: Generator, progress: bool, sign: int
-) -> AISResult:
+def _anneal(path: GeometricPath, at: Point, step_sizes: Tensor, generator: Generator, sign: int) -> AISResult:
     """Sign 1: from base to model, mean(w) estimates Z. Sign -1: and back, mean(1/w) estimates 1/Z."""
-    n_chains, n_temperatures = len(at.y), len(step_sizes)
-    betas = sigmoid_schedule(n_temperatures)
+    n_chains, betas = len(at.y), sigmoid_schedule(len(step_sizes))
     log_w = torch.zeros(n_chains, dtype=torch.float64, device=at.y.device)
-    acceptance = torch.zeros(n_temperatures, device=at.y.device)
+    acceptance = torch.zeros(len(step_sizes), device=at.y.device)
     name = "AIS" if sign > 0 else "reverse AIS"
-    for t in tqdm(range(n_temperatures)[::sign], desc=name, disable=not progress):
+    for t in tqdm(range(len(step_sizes))[::sign], desc=name, leave=False):
         weight_step = betas[t + 1] - betas[t]
         if sign > 0:
             log_w += weight_step * at.ratio.double()
@@ -252,10 +229,8 @@ def _anneal(
     def estimate(log_w: Tensor) -> Tensor:
         return sign * (torch.logsumexp(sign * log_w, 0) - math.log(n_chains))
 
-    def resampled() -> Tensor:
-        return log_w[torch.randint(n_chains, (n_chains,), generator=generator, device=log_w.device)]
-
-    bootstrap = torch.stack([estimate(resampled()) for _ in range(1000)])
+    draw = {"generator": generator, "device": log_w.device}
+    bootstrap = torch.stack([estimate(log_w[torch.randint(n_chains, (n_chains,), **draw)]) for _ in range(1000)])
     low, high = bootstrap.quantile(bootstrap.new_tensor([0.025, 0.975])).tolist()
     log_ess = 2 * torch.logsumexp(sign * log_w, 0) - torch.logsumexp(2 * sign * log_w, 0)
     return AISResult(
@@ -277,10 +252,9 @@ def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:
 def bits_per_dim(log_px: Tensor, dim: int, levels: int) -> Tensor:
     """Upper bound of -log2 P(image) / dim for integer images with ``levels`` grey levels.
 
-    ``log_px`` is the normalised log density, ``log_density(x) - log_z`` in nats, of images from
-    ``dequantise``. A cell has volume (2 / levels)^dim, so log P >= E[log p(x)] + dim log(2 / levels) (Theis
-    et al. 2016, "A note on the evaluation of generative models", section 3.1). The uniform density has
-    log2(levels) bits whatever the images, so the number means nothing without its ``levels``: 256 for 8-bit
-    images; the digits have 17, which their loader spreads over 0..255 (grey = round(uint8 * 16 / 255)).
+    ``log_px`` is the normalised log density, ``log_density(x) - log_z`` in nats, of images from ``dequantise``. A cell
+    has volume (2 / levels)^dim, so log P >= E[log p(x)] + dim log(2 / levels) (Theis et al. 2016, "A note on the
+    evaluation of generative models", section 3.1). The uniform density has log2(levels) bits whatever the images, so
+    the number means nothing without its ``levels``.
     """
     return -(log_px / dim + math.log(2 / levels)) / math.log(2)

@@ -5,7 +5,8 @@ Attacks see images in [0, 1], as their libraries and their epsilons do; the mode
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ from sgld import LogDensity, langevin_step, normal_like, uniform_images
 from utils import UserError
 
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
-AUTOATTACK_TARGETS = 9
 DISTAL_STEPS, DISTAL_STEP = 500, 0.05
 
 
@@ -46,46 +46,26 @@ def to_model_scale(x: Tensor) -> Tensor:
 class RefinedClassifier(nn.Module):
     """Classification after SGLD from the input (JEM, section 5.4), averaged over several chains.
 
-    The chains are differentiable, with new noise in each call: a gradient attack on this module goes end to end
+    ``chain`` is differentiable, with new noise in each call: a gradient attack on this module goes end to end
     through the refinement, in expectation over its noise (Athalye et al., ICML 2018).
     """
 
-    def __init__(
-        self,
-        model: JEM,
-        steps: int,
-        sgld_lr: float,
-        sgld_std: float,
-        n_chains: int,
-        generator: Generator,
-        **limits: Any,
-    ):
-        """``limits``: those of a chain's steps, as for ``langevin_step``."""
+    def __init__(self, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int):
         super().__init__()
-        self.model, self.n_chains, self.generator = model, n_chains, generator
-        self.steps, self.sgld_lr, self.sgld_std, self.limits = steps, sgld_lr, sgld_std, limits
+        self.model, self.chain, self.n_chains = model, chain, n_chains
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
-        x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
-        x = differentiable_chain(
-            self.model.log_density, x, self.steps, self.sgld_lr, self.sgld_std, self.generator, **self.limits
-        )
+        x = self.chain(to_model_scale(x).repeat(self.n_chains, 1, 1, 1))
         log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
         return log_p.logsumexp(0) - math.log(self.n_chains)
 
 
 def differentiable_chain(
-    log_density: LogDensity,
-    x: Tensor,
-    steps: int,
-    sgld_lr: float,
-    sgld_std: float,
-    generator: Generator,
-    **limits,
+    log_density: LogDensity, x: Tensor, steps: int, sgld_lr: float, sgld_std: float, generator: Generator, **limits: Any
 ) -> Tensor:
-    """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1]; ``limits`` as above.
+    """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1]; ``limits`` as in ``langevin_step``.
 
     Under ``no_grad`` the same chain without a graph. Each step is computed again in the backward pass, because
     storing the graph of all steps would need ``steps`` times the memory of one.
@@ -127,7 +107,7 @@ class AutoAttack:
 
     def __init__(self, norm: str, part: str, n_classes: int, seed: int):
         self.norm, self.part, self.seed, self.name = norm, part, seed, f"{norm}, AutoAttack {part}"
-        self.targets = min(AUTOATTACK_TARGETS, n_classes - 1)
+        self.targets = min(9, n_classes - 1)
 
     def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
         return self.package(classifier, eps, x.device).run_standard_evaluation(x, y, batch_size=len(x))[0]
@@ -160,40 +140,40 @@ def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
         raise UserError(f"its Square attack does not work on images of {shape[1]}x{shape[2]}") from None
 
 
-@torch.no_grad()
-def predicted(classifier: nn.Module, x: Tensor, batch_size: int, rng: Generator | None = None) -> Tensor:
-    """The classes (N,) of images (N, C, H, W) in [0, 1]; ``rng`` is what the classifier draws from, if it does."""
-    batches = x.split(batch_size)
-    return torch.cat(distributed.sharded_map(batches, lambda x: classifier(x).argmax(1), x.device, rng))
+class Attacked(NamedTuple):
+    """A classifier and the images on which it is attacked."""
 
+    classifier: nn.Module
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,)
+    batch_size: int
+    rng: Generator | None = None  # what the classifier and its attacks draw from, if they do
 
-def robust_mask(
-    classifier: nn.Module,
-    attack: PGDAttack | AutoAttack,
-    eps: float,
-    x: Tensor,
-    y: Tensor,
-    mask: Tensor,
-    batch_size: int,
-    rng: Generator | None = None,
-) -> Tensor:
-    """Which of the images in ``mask``, bool (N,), are still classified as y after the attack, bool (N,).
+    @torch.no_grad()
+    def predicted(self) -> Tensor:
+        """The classes (N,) without attack."""
+        batches = self.x.split(self.batch_size)
+        answers = distributed.sharded_map(batches, lambda x: self.classifier(x).argmax(1), self.x.device, self.rng)
+        return torch.cat(answers)
 
-    x: (N, C, H, W) in [0, 1]; y: (N,); eps on the [0, 1] scale. ``rng``: what classifier and attack draw from, if they
-    do.
-    """
+    def robust(self, attack: PGDAttack | AutoAttack, eps: float, mask: Tensor) -> Tensor:
+        """Which of the images in ``mask``, bool (N,), are still classified as y after the attack, bool (N,).
 
-    def withstands(batch: Tensor) -> Tensor:
-        moved = attack.perturb(classifier, eps, x[batch], y[batch])
-        with torch.no_grad():
-            return classifier(moved).argmax(1) == y[batch]
+        eps is on the [0, 1] scale.
+        """
 
-    batches = mask.nonzero().flatten().split(batch_size) if mask.any() else ()
-    title = f"{attack.name}, {mask.sum()} of {len(x)} images left"
-    robust = mask.clone()
-    for batch, kept in zip(batches, distributed.sharded_map(batches, withstands, x.device, rng, title), strict=True):
-        robust[batch] = kept
-    return robust
+        def withstands(batch: Tensor) -> Tensor:
+            moved = attack.perturb(self.classifier, eps, self.x[batch], self.y[batch])
+            with torch.no_grad():
+                return self.classifier(moved).argmax(1) == self.y[batch]
+
+        batches = mask.nonzero().flatten().split(self.batch_size) if mask.any() else ()
+        title = f"{attack.name}, {mask.sum()} of {len(mask)} images left"
+        robust = mask.clone()
+        kept = distributed.sharded_map(batches, withstands, mask.device, self.rng, title)
+        for batch, still in zip(batches, kept, strict=True):
+            robust[batch] = still
+        return robust
 
 
 def distal_adversarials(
@@ -211,9 +191,8 @@ def distal_adversarials(
     ``DISTAL_STEP`` times the square root of the number of pixels; images that have arrived stand still.
     """
     starts = uniform_images(n_each, shape, generator)
-    batches = torch.arange(n_classes, device=starts.device).split(
-        max(1, images_per_batch(GRADIENT_BATCH, shape) // n_each)
-    )
+    classes_at_once = max(1, images_per_batch(GRADIENT_BATCH, shape) // n_each)
+    batches = torch.arange(n_classes, device=starts.device).split(classes_at_once)
 
     def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
         x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
@@ -229,6 +208,5 @@ def distal_adversarials(
             x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
         return x.detach(), (-loss.detach()).exp()
 
-    parts = distributed.sharded_map(batches, climb_to, starts.device)
-    x, reached = (torch.cat(part) for part in zip(*parts, strict=True))
-    return x, reached
+    x, reached = zip(*distributed.sharded_map(batches, climb_to, starts.device), strict=True)
+    return torch.cat(x), torch.cat(reached)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -23,12 +24,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     if len(valid):
         temperature = fit_temperature(predict(inputs.model, inputs.with_noise(valid.images)), valid.labels)
         scaled["temperature-scaled"] = temperature
-        section.add(
-            "temperature",
-            temperature,
-            len(valid),
-            f"minimises the cross-entropy on validation images, {inputs.noise_protocol}",
-        )
+        protocol = f"minimises the cross-entropy on validation images, {inputs.noise_protocol}"
+        section.add("temperature", temperature, len(valid), protocol)
     else:
         section.add_absent("temperature scaling", "there are no validation images; train with --n_valid above 0")
     figure = Figure(figsize=(5 * len(scaled), 5.5), layout="constrained")
@@ -38,10 +35,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         ece, mce = calibration_errors(p, test.labels)
         protocol = f"test images, {inputs.noise_protocol}"
         bins = f"{protocol}; {BINS} equally wide bins of the largest probability, torchmetrics"
+        drawn = f"{bins}; interval: 200 bootstrap samples, moved down by how much such samples raise the error"
         interval = ece_interval(p, test.labels)
-        at = "expected calibration error", name
-        drawn = "interval: 200 bootstrap samples, moved down by how much such samples raise the error"
-        section.add("calibration", ece, len(test), f"{bins}; {drawn}", interval, at)
+        section.add("calibration", ece, len(test), drawn, interval, ("expected calibration error", name))
         section.add("calibration", mce, len(test), bins, at=("maximum calibration error", name))
         brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
         section.add_mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
@@ -80,26 +76,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T that minimises the cross-entropy of softmax(logits / T) (Guo et al., ICML 2017), within [0.01, 100]."""
     from scipy.optimize import minimize_scalar
 
-    logits = logits.double()
-
     def loss(log_t: float) -> float:
-        return F.cross_entropy(logits / math.exp(log_t), labels).item()
+        return F.cross_entropy(logits.double() / math.exp(log_t), labels).item()
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
 def reliability_panel(axes, p: Tensor, labels: Tensor, title: str) -> None:
     """Accuracy against confidence, bin by bin, above the number of images in each bin."""
-    confidence, predicted = p.max(1)
-    correct = (predicted == labels).double()
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
-    count = torch.bincount(place, minlength=BINS)
-    share = (torch.bincount(place, weights=correct, minlength=BINS) / count).nan_to_num(0)
-    edges = [i / BINS for i in range(BINS)]
+    confidence, predicted = (values.cpu().numpy() for values in p.double().max(1))
     above, below = axes
-    above.bar(edges, share.tolist(), 1 / BINS, align="edge", edgecolor="white", label="accuracy")
+    style = {"edgecolor": "white"}
+    counts, edges, _ = below.hist(confidence, BINS, range=(0, 1), color="tab:gray", **style)
+    right, _ = np.histogram(confidence[predicted == labels.cpu().numpy()], edges)
+    above.bar(edges[:-1], right / counts.clip(1), 1 / BINS, align="edge", label="accuracy", **style)
     above.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfect")
     above.set(title=title, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     above.legend()
-    below.bar(edges, count.tolist(), 1 / BINS, align="edge", edgecolor="white", color="tab:gray")
     below.set(xlabel="confidence", ylabel="images", yscale="log", ylim=(0.8, None))

@@ -17,6 +17,7 @@ from config import Config
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.intervals import bootstrap
 from evaluation.report import Section
+from losses import auroc
 from models import JEM, log_density
 from models.predict import images_per_batch
 from pgd import pgd
@@ -30,7 +31,8 @@ MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-cas
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Each score against each set of ``--ood_datasets``, and their histograms."""
     test = inputs.subset(inputs.data.test)
-    inside, outside = scores(inputs.model, inputs.with_noise(test.images)), {}
+    inside = scores(inputs.model, inputs.with_noise(test.images))
+    drawn = {score: {"test images": values} for score, values in inside.items()}
     for name in set_names(inputs.cfg):
         shown = printable(name, "utf-8")
         try:
@@ -40,7 +42,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         except UserError as error:
             section.add_absent(shown, str(error))
             continue
-        outside[shown] = scores(inputs.model, inputs.with_noise(images))
+        for score, outside in scores(inputs.model, inputs.with_noise(images)).items():
+            add_detection(section, (shown, score), inside[score], outside, inputs.noise_protocol)
+            drawn[score][shown] = outside
         moved = moved_towards_data(inputs.model, images[:MOVED])
         section.add(
             "AUROC, worst case",
@@ -50,13 +54,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}",
             at=(shown, "log p(x)"),
         )
-    for name, measured in outside.items():
-        for score, out in measured.items():
-            add_detection(section, (name, score), inside[score], out, inputs.noise_protocol)
-    for score in inside:
-        shown = {"test images": inside[score]} | {name: measured[score] for name, measured in outside.items()}
+    for score, sets in drawn.items():
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
-        section.picture(file_name, f"{score} of test images against other images", histograms(shown, score))
+        section.picture(file_name, f"{score} of test images against other images", histograms(sets, score))
 
 
 def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside: Tensor, noise: str) -> None:
@@ -69,20 +69,10 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
         f"{len(inside)} test images (positives, which should score higher) against {len(outside)} others; {noise}"
     )
     fpr, tpr, _ = roc_curve(is_test, score, drop_intermediate=False)
-    fpr_at_95 = fpr[tpr >= 0.95].min()
-    section.add("AUROC", auroc(inside, outside), len(score), protocol, bootstrap(auroc, inside, outside), at)
-    section.add("AUPR", average_precision_score(is_test, score), len(score), protocol, at=at)
-    section.add("FPR at 95 % true positives", fpr_at_95, len(score), protocol, at=at)
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that an inside score (N,) exceeds an outside one (M,); a tie counts half.
-
-    Sorting makes it fast enough for a thousand bootstrap samples.
-    """
-    ordered = outside.sort().values
-    below, not_above = torch.searchsorted(ordered, inside), torch.searchsorted(ordered, inside, right=True)
-    return ((below + not_above).double().mean() / (2 * len(outside))).item()
+    n = len(score)
+    section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside), at)
+    section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
+    section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)
 
 
 def set_names(cfg: Config) -> list[str]:
@@ -102,7 +92,7 @@ def set_names(cfg: Config) -> list[str]:
 
 
 def is_folder(name: str) -> bool:
-    return bool(name) and os.path.isdir(os.path.expanduser(name))
+    return os.path.isdir(os.path.expanduser(name))
 
 
 def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Section) -> None:
@@ -144,13 +134,10 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
 
 
 def download_folder(cfg: Config) -> str:
-    """Where named data sets are, or are downloaded to: not a folder of images, where it would be one class more."""
-    if cfg.dataset != "folder":
-        return cfg.data_dir
-    place = os.path.abspath(Config.data_dir)
-    if place == cfg.data_dir:
-        raise UserError(f"it would be downloaded into your images in {place}: move them elsewhere")
-    return place
+    """Where named data sets are, or are downloaded to: not into a folder of images, as one class more."""
+    if cfg.dataset == "folder" and cfg.data_dir == os.path.abspath(Config.data_dir):
+        raise UserError(f"it would be downloaded into your images in {cfg.data_dir}: move them elsewhere")
+    return os.path.abspath(Config.data_dir) if cfg.dataset == "folder" else cfg.data_dir
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -166,9 +153,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
     batches = x.split(images_per_batch(GRADIENT_BATCH, x.shape[1:]))
-    parts = distributed.sharded_map(
-        batches, lambda x: logits_and_slope(model, data.to_float(x)), x.device, title="scores"
-    )
+    parts = distributed.sharded_map(batches, lambda x: logits_and_slope(model, x), x.device, title="scores")
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
@@ -190,7 +175,7 @@ def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
 
 def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K), and the norm of d log p(x) / dx, (N,)."""
-    x = x.detach().requires_grad_()
+    x = data.to_float(x).detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
     return logits.detach(), grad.flatten(1).norm(dim=1)
@@ -198,28 +183,18 @@ def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:
     """Shares of the images at each score; the first set is filled and, with its width on both sides, sets the range."""
-    sets = {name: values.double().cpu() for name, values in scores.items()}
-    first, everything = next(iter(sets.values())), torch.cat(list(sets.values()))
-    low, high = first.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
-    low, high = (max(everything.min().item(), 2 * low - high), min(everything.max().item(), 2 * high - low))
+    names, sets = list(scores), [values.double().cpu().numpy() for values in scores.values()]
+    low, high = np.quantile(sets[0], [0.005, 0.995])
+    everything = np.concatenate(sets)
+    low, high = max(everything.min(), 2 * low - high), min(everything.max(), 2 * high - low)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, values in enumerate(sets.values()):
-        axes.hist(
-            values.clamp(low, high).tolist(),
-            bins=50,
-            range=(low, high),
-            weights=[1 / len(values)] * len(values),
-            label=str(i),
-            **({"color": "lightgray"} if i == 0 else {"histtype": "step", "linewidth": 1.5}),
-        )
-    axes.set(
-        xlabel=f"{label} (the end bins hold all that lies beyond)",
-        ylabel="share of images (log)",
-        yscale="log",
-        ylim=(5e-4, 1.5),
-    )
-    names = list(sets)
+    for i, values in enumerate(sets):
+        style = {"histtype": "step", "linewidth": 1.5} if i else {"color": "lightgray"}
+        weights = np.full(len(values), 1 / len(values))
+        axes.hist(values.clip(low, high), 50, range=(low, high), weights=weights, label=str(i), **style)
+    axes.set(xlabel=f"{label} (the end bins hold all that lies beyond)", ylabel="share of images (log)")
+    axes.set(yscale="log", ylim=(5e-4, 1.5))
     for text in axes.legend().get_texts():  # given as labels, names that begin with "_" would be left out
         text.set(text=names[int(text.get_text())], parse_math=False)
     return figure

@@ -1,6 +1,7 @@
 """Adversarial robustness: accuracy under attack, with JEM's refinement too, and distal adversarials."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -13,14 +14,14 @@ from evaluation.attacks import (
     AUTOATTACK_PARTS,
     DISTAL_STEP,
     DISTAL_STEPS,
+    Attacked,
     AutoAttack,
     Classifier,
     PGDAttack,
     RefinedClassifier,
     check_autoattack,
+    differentiable_chain,
     distal_adversarials,
-    predicted,
-    robust_mask,
 )
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
@@ -40,23 +41,15 @@ class Norm(NamedTuple):
     autoattack_eps: str
     unit: float  # of the figure's axis
 
-    def eps_to_grey(self, dim: int) -> float:
-        """From here on any image of ``dim`` values can become plain grey: no model can be right."""
-        return 0.5 if self.name == "Linf" else 0.5 * math.sqrt(dim)
-
 
 class PGDSweep(NamedTuple):
-    """PGD against a classifier, over a norm's epsilons: a column of the report."""
+    """PGD over a norm's epsilons: a column of the report."""
 
     name: str
-    classifier: nn.Module
-    x: Tensor  # (N, C, H, W) in [0, 1]
-    y: Tensor  # (N,)
+    attacked: Attacked
     steps: int
     restarts: int
-    batch_size: int
-    protocol: str
-    rng: Generator  # of the attack's starts and of the classifier
+    protocol: str = ""  # of the classifier
 
 
 ATTACK_NORMS = (
@@ -120,49 +113,54 @@ def attack_norms(cfg: Config) -> list[Norm]:
     return [norm._replace(epsilons={norm.autoattack_eps: norm.epsilons[norm.autoattack_eps]}) for norm in ATTACK_NORMS]
 
 
-def attacked_images(inputs: EvalInputs, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Test images (N, C, H, W) in [0, 1], and their labels (N,)."""
+def attacked(
+    inputs: EvalInputs,
+    classifier: nn.Module,
+    rng: Generator | None,
+    most: int | None = None,
+    images_per_answer: int = 1,
+) -> Attacked:
+    """The classifier with test images, at most ``most``; it looks at ``images_per_answer`` of them for one answer."""
     n = inputs.cfg.attack_images or inputs.cfg.max_images or ATTACKED_IMAGES
     test = inputs.subset(inputs.data.test, n)[:most]
-    return test.images.float() / 255, test.labels
+    batch_size = max(1, images_per_batch(GRADIENT_BATCH, inputs.data.shape) // images_per_answer)
+    return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
 
 
 def pgd_sweep(inputs: EvalInputs) -> PGDSweep:
-    batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
-    x, y = attacked_images(inputs)
-    return PGDSweep(TITLES["pgd"], Classifier(inputs.model), x, y, PGD_STEPS, RESTARTS, batch_size, "", inputs.rng())
+    return PGDSweep(TITLES["pgd"], attacked(inputs, Classifier(inputs.model), inputs.rng()), PGD_STEPS, RESTARTS)
 
 
 def refined_sweep(inputs: EvalInputs) -> PGDSweep:
     """PGD through the refinement."""
     cfg, rng = inputs.cfg, inputs.rng()
-    sizes = cfg.refine_steps, cfg.sgld_lr, cfg.sgld_std
-    refined = RefinedClassifier(inputs.model, *sizes, CHAINS, rng, **chain_options(cfg))
+    sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
+    chain = partial(differentiable_chain, inputs.model.log_density, generator=rng, **sizes, **chain_options(cfg))
+    refined = RefinedClassifier(inputs.model, chain, CHAINS)
     protocol = (
         f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
         f"probabilities averaged over {CHAINS} chains, attacked through these chains"
     )
-    batch_size = max(1, images_per_batch(GRADIENT_BATCH, inputs.data.shape) // (4 * CHAINS))
-    x, y = attacked_images(inputs, REFINED_IMAGES)
-    return PGDSweep(TITLES["refined"], refined, x, y, REFINED_PGD_STEPS, 1, batch_size, protocol, rng)
+    target = attacked(inputs, refined, rng, REFINED_IMAGES, 4 * CHAINS)  # a step's graph takes memory, too
+    return PGDSweep(TITLES["refined"], target, REFINED_PGD_STEPS, 1, protocol)
 
 
 def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None:
-    """A column of accuracies: without attack, at each epsilon, and where any image can become grey."""
-    grey = norm.eps_to_grey(math.prod(sweep.x.shape[1:]))
-    answers = predicted(sweep.classifier, sweep.x, sweep.batch_size, sweep.rng)
-    masks = {"0": answers == sweep.y}
-    mask = masks["0"]
+    """A column of accuracies: without attack, at each epsilon, and where any image can become plain grey."""
+    target, steps = sweep.attacked, sweep.steps
+    answers = target.predicted()
+    grey = 0.5 if norm.name == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
+    mask = answers == target.y
+    masks = {"0": mask}
     for label, eps in {**norm.epsilons, f"{grey:.3g} (check)": grey}.items():
         for restart in range(1, sweep.restarts + 1):
-            attack = PGDAttack(norm.name, sweep.steps, sweep.rng, f"{norm.name} {label}, {sweep.name} {restart}")
-            mask = robust_mask(sweep.classifier, attack, eps, sweep.x, sweep.y, mask, sweep.batch_size, sweep.rng)
+            attack = PGDAttack(norm.name, steps, target.rng, f"{norm.name} {label}, {sweep.name} {restart}")
+            mask = target.robust(attack, eps, mask)
         masks[label] = mask
     protocol = (
-        f"{norm.name} PGD, {sweep.steps} steps of epsilon / {sweep.steps / 2.5:g}, starts: {sweep.restarts}, "
+        f"{norm.name} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {sweep.restarts}, "
         "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too, "
-        "and one that has fallen stays fallen, whatever noise is drawn later"
-        f"{sweep.protocol}"
+        f"and one that has fallen stays fallen, whatever noise is drawn later{sweep.protocol}"
     )
     for label, mask in masks.items():
         section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, (label, sweep.name))
@@ -179,19 +177,17 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
 
 
 def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
-    classifier, (x, y) = Classifier(inputs.model), attacked_images(inputs)
-    eps, batch_size = norm.epsilons[norm.autoattack_eps], images_per_batch(GRADIENT_BATCH, inputs.data.shape)
-    mask = predicted(classifier, x, batch_size) == y
+    target, eps = attacked(inputs, Classifier(inputs.model), rng=None), norm.epsilons[norm.autoattack_eps]
+    mask = target.predicted() == target.y
     for part in AUTOATTACK_PARTS:
         attack = AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
-        mask = robust_mask(classifier, attack, eps, x, y, mask, batch_size)
-    section.add_proportion(
-        f"accuracy under {norm.name} attack",
-        mask,
+        mask = target.robust(attack, eps, mask)
+    protocol = (
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
-        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added",
-        (norm.autoattack_eps, TITLES["autoattack"]),
+        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
     )
+    at = norm.autoattack_eps, TITLES["autoattack"]
+    section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, at)
     axes.plot(eps / norm.unit, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 
@@ -219,7 +215,6 @@ def distal_figure(images: Tensor, names: tuple[str, ...], n_each: int) -> Figure
     figure = Figure(figsize=(7, 0.7 * n_rows), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid)
-    middles = [(i + 0.5) * len(grid) / n_rows for i in range(n_rows)]
-    axes.set_yticks(middles, names[:n_rows], parse_math=False)
+    axes.set_yticks([(i + 0.5) * len(grid) / n_rows for i in range(n_rows)], names[:n_rows], parse_math=False)
     axes.set(xticks=[], frame_on=False)
     return figure
