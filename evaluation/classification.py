@@ -17,41 +17,35 @@ needs_labels = True
 def measure(inputs: EvalInputs, section: Section) -> None:
     test = inputs.subset(inputs.data.test)
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
-    correct = logits.argmax(1) == test.labels
-    protocol = f"test images, {inputs.noise_protocol}"
+    predicted, protocol = logits.argmax(1), f"test images, {inputs.noise_protocol}"
+    correct = predicted == test.labels
     section.add_proportion("accuracy", correct, protocol)
     section.add_mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
-
-    on_test = log_density(logits)
-    section.add_mean("log p(x) of test images (nats)", on_test, f"{protocol}; up to the unknown constant log Z")
-    if len(inputs.data.train):
-        add_training_images(inputs, section, on_test)
-    else:
-        section.add_absent("log p(x) of training images", "these data are test images alone")
+    add_log_density(inputs, section, log_density(logits))
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
-            section.add_proportion(
-                "accuracy of each class", correct[of_class], f"{protocol}, of one class", (name, "accuracy")
-            )
-    pairs = test.labels * len(names) + logits.argmax(1)
-    counts = torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1).cpu()
-    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))
+            place = (name, "accuracy")
+            section.add_proportion("accuracy of each class", correct[of_class], f"{protocol}, of one class", place)
+    counts = torch.bincount(test.labels * len(names) + predicted, minlength=len(names) ** 2)
+    figure = confusion_figure(counts.view(len(names), -1).cpu(), names)
+    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", figure)
 
 
-def add_training_images(inputs: EvalInputs, section: Section, on_test: Tensor) -> None:
-    """log p(x) of training images, and how far it lies above that of test images, ``on_test`` (N,)."""
+def add_log_density(inputs: EvalInputs, section: Section, on_test: Tensor) -> None:
+    """log p(x) of test images, ``on_test`` (N,), and of training images, and how far these lie above those."""
+    noise, constant = inputs.noise_protocol, "up to the unknown constant log Z"
+    section.add_mean("log p(x) of test images (nats)", on_test, f"test images, {noise}; {constant}")
+    if not len(inputs.data.train):
+        section.add_absent("log p(x) of training images", "these data are test images alone")
+        return
     train = inputs.subset(inputs.data.train)
     on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
-    section.add_mean(
-        "log p(x) of training images (nats)",
-        on_train,
-        f"training images, {inputs.noise_protocol}; up to the unknown constant log Z",
-    )
+    section.add_mean("log p(x) of training images (nats)", on_train, f"training images, {noise}; {constant}")
     section.add(
         "log p(x), training minus test (nats)",
         on_train.mean() - on_test.mean(),
         len(on_test) + len(on_train),
-        f"difference of the two means above, {inputs.noise_protocol}; well above 0 shows memorisation",
+        f"difference of the two means above, {noise}; well above 0 shows memorisation",
         bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
     )
 
@@ -68,15 +62,8 @@ def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=turn, parse_math=False)
         axes.set_yticks(range(len(names)), names, parse_math=False)
         for i, j in counts.nonzero().tolist():
-            axes.text(
-                j,
-                i,
-                counts[i, j].item(),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if shares[i, j] > 0.5 else "black",
-            )
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, counts[i, j].item(), ha="center", va="center", fontsize=8, color=color)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(shown, label="share of the true class")
     return figure

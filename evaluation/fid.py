@@ -3,10 +3,7 @@
 Images are uint8 (N, C, H, W), features float32 (N, D).
 """
 
-import contextlib
-import io
 from pickle import UnpicklingError
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +14,10 @@ from models import JEM
 from models.predict import images_per_batch, predict
 from utils import UserError
 
-INCEPTION_BATCH = 250  # images of 3x32x32
 CHUNK = 1000  # rows of a matrix of distances, of 50,000 columns
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
 EXACT = "donot_use_mm_for_euclid_dist"  # so that an image lies at distance 0 from itself
-
-
-class Outputs(NamedTuple):
-    """What a network makes of images."""
-
-    features: Tensor  # float32 (N, D)
-    logits: Tensor | None  # float32 (N, K), from which IS is computed
 
 
 class InceptionSpace:
@@ -44,10 +33,12 @@ class InceptionSpace:
         self.network = distributed.rank0_first(load_inception).to(device)
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> Outputs:
-        batches = images.expand(-1, 3, -1, -1).split(images_per_batch(INCEPTION_BATCH, images.shape[1:]))  # grey: RGB
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """``features``, and ``logits``, from which IS is computed."""
+        batches = images.expand(-1, 3, -1, -1).split(images_per_batch(250, images.shape[1:]))  # grey as RGB
         parts = distributed.sharded_map(batches, self.network, images.device, title="Inception's features")
-        return Outputs(torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts]))
+        features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {"features": features, "logits": logits}
 
 
 def load_inception() -> nn.Module:
@@ -55,8 +46,7 @@ def load_inception() -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress of a download that fails
-            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
         raise UserError(
             f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
@@ -65,15 +55,17 @@ def load_inception() -> nn.Module:
 
 
 class ClassifierSpace:
-    """The features of a classifier, which ``--feature_ckpt`` names."""
+    """The features of the classifier that ``--feature_ckpt`` names; UserError if it names none."""
 
     table, frechet_name = "in a classifier's features", "Fréchet distance"
 
-    def __init__(self, model: JEM, name: str):
+    def __init__(self, model: JEM | None, name: str):
+        if model is None:
+            raise UserError("no --feature_ckpt names one")
         self.backbone, self.network_name = model.f, f"features of {name}"
 
-    def outputs(self, images: Tensor) -> Outputs:
-        return Outputs(predict(self.backbone, images), None)
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        return {"features": predict(self.backbone, images)}
 
 
 def feature_statistics(features: Tensor) -> dict[str, np.ndarray]:

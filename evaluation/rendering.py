@@ -1,7 +1,8 @@
-"""A report's files: results.json, and report.md and report.html from a template each. See compare.py for --compare."""
+"""A report's files: results.json, also read back for --compare; report.md and report.html from a template each."""
 
 import base64
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from evaluation.report import ALONE, Measurement, Report, Section
-from logger.files import disk_errors, replace_file
+from config.options import METRICS
+from evaluation.report import ALONE, VALUE, Measurement, Report, Section
+from logger.files import replace_file
+from utils import UserError
 
 RUNS = ("this run", "other run")
 NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
@@ -29,16 +32,14 @@ def write_files(report: Report) -> None:
         "report.md": render(report, "report.md.jinja", finalize=markdown_text),
         "report.html": render(report, "report.html.jinja"),  # one file with the pictures inside
     }
-    with disk_errors(report.directory):
-        for name, text in texts.items():
-            replace_file(report.directory / name, text.encode())
+    for name, text in texts.items():
+        replace_file(report.directory / name, text.encode())
 
 
 def render(report: Report, template: str, **options: Any) -> str:
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
-    for function in (facts, changed_options, runs_of, protocols, tables, unique, data_uri):
-        env.globals[function.__name__] = function
+    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique, data_uri)}
     return env.get_template(template).render(report=report)
 
 
@@ -54,7 +55,7 @@ def data_uri(picture: Path) -> str:
 
 def facts(report: Report) -> Table:
     """What was measured and with which program."""
-    runs = [run.header["about"] for run in (report, report.other) if run]
+    runs = [run.header["about"] | run.header["environment"] for run in (report, report.other) if run]
     return Table("", ["", *RUNS[: len(runs)]], [[name, *(run.get(name, "") for run in runs)] for name in unique(runs)])
 
 
@@ -107,3 +108,37 @@ def tables(report: Report, name: str) -> list[Table]:
 def unique(groups: Iterable[Iterable[str]]) -> list[str]:
     """Every text once, in the order of their first appearance."""
     return list(dict.fromkeys(text for group in groups for text in group))
+
+
+def read_report(place: str) -> Report:
+    """The report in an eval folder, or in the folder ``eval`` of a run directory.
+
+    Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is left out.
+    """
+    folder = next((f for f in (Path(place), Path(place, "eval")) if os.path.isfile(f / "results.json")), None)
+    if folder is None:
+        raise UserError(f"--compare {place}: no results.json there or in its folder eval; --mode test writes one")
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        report = Report(folder, {name: content[name] for name in ("about", "options", "environment")})
+        for name in filter(content.get, METRICS):
+            read_section(report, name, content[name])
+        render(report, "report.html.jinja")  # here what cannot be shown is one line
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--compare {path} is broken, or not from --mode test: measure that run again") from None
+    return report
+
+
+def read_section(report: Report, name: str, content: dict[str, dict]) -> None:
+    """The section that ``as_dict`` has made this content of."""
+    section = report.section(name)
+    for title, item in content["results"].items():
+        table, rows = (ALONE, {title: {VALUE: item}}) if "protocol" in item else (title, item)
+        for row, line in rows.items():
+            for column, cell in line.items():
+                section.measurements[table, row, column] = Measurement(**cell)
+    section.notes, section.absent = content["notes"], content["absent"]
+    for picture, caption in content["pictures"].items():
+        if os.access(report.directory / f"{picture}.png", os.R_OK):
+            section.pictures[picture] = caption

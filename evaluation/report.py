@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
+import distributed
 from evaluation.intervals import Interval, bootstrap, wilson
-from logger.files import disk_errors, replace_file
+from logger.files import replace_file
+from logger.images import save_png
 from utils import printable
 
 Place = tuple[str, str]  # row and column in a table
@@ -39,8 +40,8 @@ class Section:
     Every text is made printable on its way in: the name of a file or an error may hold what is no UTF-8.
     """
 
-    def __init__(self, name: str, directory: Path, writes: bool = True):
-        self.name, self.directory, self.writes = name, directory, writes
+    def __init__(self, name: str, directory: Path):
+        self.name, self.directory = name, directory
         self.measurements: dict[tuple[str, str, str], Measurement] = {}
         self.notes: list[str] = []
         self.absent: dict[str, str] = {}  # reasons, by what is absent
@@ -54,8 +55,7 @@ class Section:
             self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
             return
         table, row, column = (printable(text, "utf-8") for text in ((name, *at) if at else (ALONE, name, VALUE)))
-        measurement = Measurement(float(value), interval, n, printable(protocol, "utf-8"))
-        self.measurements[table, row, column] = measurement
+        self.measurements[table, row, column] = Measurement(float(value), interval, n, printable(protocol, "utf-8"))
 
     def add_mean(self, name: str, values: Tensor, protocol: str, at: Place | None = None) -> None:
         """The mean of one value an image, (N,), with its bootstrap interval."""
@@ -75,15 +75,15 @@ class Section:
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
-        """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png."""
-        if self.writes:
-            png = io.BytesIO()
-            if isinstance(content, Figure):
-                content.savefig(png, dpi=120)
-            else:
-                Image.fromarray(content).save(png, "PNG")
-            with disk_errors(self.directory):
-                replace_file(self.directory / f"{name}.png", png.getvalue())
+        """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
+        name = name.replace(",", "").replace(" ", "_")
+        path, encoded = self.directory / f"{name}.png", io.BytesIO()
+        writes = distributed.current_world().rank == 0
+        if writes and isinstance(content, Figure):
+            content.savefig(encoded, dpi=120)
+            replace_file(path, encoded.getvalue())
+        elif writes:
+            save_png(path, content)
         self.pictures[name] = printable(caption, "utf-8")
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,16 +100,16 @@ class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
     header: "about", "options" and "environment", each a dict. ``other``: the report of another run, to be shown beside
-    this one. ``writes``: whether this process, if there are several, saves pictures.
+    this one.
     """
 
-    def __init__(self, directory: Path, header: dict[str, dict], other: "Report | None" = None, writes: bool = True):
-        self.directory, self.other, self.writes = directory, other, writes
+    def __init__(self, directory: Path, header: dict[str, dict], other: "Report | None" = None):
+        self.directory, self.other = directory, other
         self.header = {name: {k: as_printable(v) for k, v in part.items()} for name, part in header.items()}
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
-        self.sections[name] = Section(name, self.directory, self.writes)
+        self.sections[name] = Section(name, self.directory)
         return self.sections[name]
 
     def as_dict(self) -> dict[str, Any]:

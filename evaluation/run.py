@@ -10,18 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
+import imageio.v3 as imageio
 import torch
-from PIL import Image
 
 import distributed
 import utils
 from checkpoints.load import frozen, load_data, load_feature_model
 from config import Config
 from evaluation import ood
-from evaluation.compare import read_report
 from evaluation.inputs import EvalInputs
-from evaluation.rendering import write_files
+from evaluation.rendering import read_report, write_files
 from evaluation.report import ALONE, Report, Section
 from logger.files import disk_errors, first_free
 from logger.metrics_log import tensorboard_writer
@@ -46,14 +44,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
     writes = distributed.current_world().rank == 0
-    environment = utils.environment(device)
-    about = facts(inputs, trained, path, state) | {
-        "device": environment["device"],
-        "version of the program (git commit)": environment["git_commit"],
-        "command": environment["command"],
-    }
-    header = {"about": about, "options": vars(cfg), "environment": environment}
-    report = Report(directory, header, other, writes)
+    about = facts(inputs, trained, path, state)
+    header = {"about": about, "options": vars(cfg), "environment": utils.environment(device)}
+    report = Report(directory, header, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()
@@ -122,8 +115,7 @@ def to_tensorboard(report: Report, step: int) -> None:
                 tag = f"{name}/{row}" if table == ALONE else f"{name}/{table}/{row}/{column}"
                 board.add_scalar(tag, measurement.value, step)
             for picture in section.pictures:
-                with Image.open(report.directory / f"{picture}.png") as image:
-                    pixels = np.asarray(image.convert("RGB"))
+                pixels = imageio.imread(report.directory / f"{picture}.png", mode="RGB")
                 board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
 
 

@@ -28,20 +28,15 @@ class SampleQuality:
         self.cfg, self.device = cfg, device
         classes = range(len(images.class_names))
         self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes)
+        classifier = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
         with evaluation_packages():
-            self.space = self.feature_space(images)
+            try:
+                self.space = ClassifierSpace(classifier, cfg.feature_ckpt) if classifier else InceptionSpace(device)
+            except UserError as error:
+                raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
             order = torch.randperm(len(images.train), generator=Generator().manual_seed(0))[:N_REFERENCE]
             real = images.train.images[order.to(images.train.images.device)].to(device)
-            self.real = feature_statistics(self.space.outputs(real).features)
-
-    def feature_space(self, images: ImageData) -> ClassifierSpace | InceptionSpace:
-        classifier = load_feature_model(self.cfg.feature_ckpt, self.cfg.dataset, images, self.device)
-        if classifier is not None:
-            return ClassifierSpace(classifier, self.cfg.feature_ckpt)
-        try:
-            return InceptionSpace(self.device)
-        except UserError as error:
-            raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
+            self.real = feature_statistics(self.space.outputs(real)["features"])
 
     def __call__(self, model: JEM, buffer: Tensor, rng: Generator) -> dict[str, float]:
         """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W).
@@ -55,6 +50,6 @@ class SampleQuality:
         sets = {"fresh_samples": to_uint8(chains.x), "chain_starts": to_uint8(chains.start), "buffer": held}
         distances = {}
         for name, shown in sets.items():
-            features = self.space.outputs(shown.to(self.device)).features
+            features = self.space.outputs(shown.to(self.device))["features"]
             distances[f"quality/{name}"] = frechet_distance(feature_statistics(features), self.real)
         return distances

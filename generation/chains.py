@@ -31,14 +31,14 @@ class StartImages(NamedTuple):
 
 
 class ChainResult(NamedTuple):
-    """Where n chains have begun and gone, on the CPU; values of images may lie outside [-1, 1]."""
+    """Where n chains (or counterfactuals) have begun and gone, on the CPU; values may lie outside [-1, 1]."""
 
     start: Tensor  # float32 (n, C, H, W)
     x: Tensor  # their ends, of the same shape
     logits_start: Tensor  # float32 (n, K), at their starts
     logits: Tensor  # float32 (n, K), at their ends
     labels: Tensor  # int64 (n,), the classes that the chains climb, or else the most probable at their ends
-    frames: Tensor  # the first M chains at the recorded steps, uint8 (T, M, C, H, W)
+    frames: Tensor | None = None  # the first M chains at the recorded steps, uint8 (M, T, C, H, W)
 
 
 def recorded_steps(steps: int) -> list[int]:
@@ -55,17 +55,13 @@ def run_chains(
     With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). With batch normalisation an image
     depends on its batch. So batches are always whole, of as many chains as in training (``cfg.n_chains``): the last one
     is filled up with chains that are then left out. Each batch has randomness of its own: a seed's first chains are the
-    same however many follow.
-
-    Args:
-        model: a ``frozen_sampler_model``, on the device of ``rng``.
-        n_filmed: of how many chains ``frames`` shows the way.
+    same however many follow. ``model`` is a ``frozen_sampler_model`` on the device of ``rng``; ``frames`` shows the
+    first ``n_filmed`` chains.
     """
     compiled = cfg.compile == "on" and cfg.mode == "sample"  # in training it would take longer than the chains
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=compiled)
     batches = [range(first, first + cfg.n_chains) for first in range(0, start.n, cfg.n_chains)]
-    n_steps = distributed.shard_size(len(batches)) * steps
-    bar = tqdm(total=n_steps, desc="SGLD", unit="step", leave=False)
+    bar = tqdm(total=distributed.shard_size(len(batches)) * steps, desc="SGLD", unit="step", leave=False)
 
     def run_batch(numbers: range) -> ChainResult:
         classes = [start.classes[i % len(start.classes)] for i in numbers]
@@ -86,15 +82,8 @@ def run_chains(
             bar.update(after - before)
         logits_start, logits = model.logits(first).cpu(), model.logits(x).cpu()
         labels = logits.argmax(1) if y is None else y.cpu()
-        return ChainResult(first.cpu(), x.cpu(), logits_start, logits, labels, torch.stack(frames))
+        return ChainResult(first.cpu(), x.cpu(), logits_start, logits, labels, torch.stack(frames, 1))
 
     with bar:
         results = distributed.sharded_map(batches, run_batch, "cpu", rng)
-    return ChainResult(
-        start=torch.cat([result.start for result in results])[: start.n],
-        x=torch.cat([result.x for result in results])[: start.n],
-        logits_start=torch.cat([result.logits_start for result in results])[: start.n],
-        logits=torch.cat([result.logits for result in results])[: start.n],
-        labels=torch.cat([result.labels for result in results])[: start.n],
-        frames=torch.cat([result.frames for result in results], 1)[:, : start.n],
-    )
+    return ChainResult(*(torch.cat(parts)[: start.n] for parts in zip(*results, strict=True)))

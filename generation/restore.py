@@ -1,7 +1,5 @@
 """Restoration: images filled in (--inpaint) or cleaned (--denoise) by chains."""
 
-import warnings
-
 import numpy as np
 import torch
 from PIL import Image
@@ -44,11 +42,10 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
 
 def read_mask(path: str, height: int, width: int) -> np.ndarray:
     """A picture's grey levels, uint8 (H, W), black where it is transparent."""
-    silent = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)  # its size is compared
     try:
-        with silent, Image.open(path) as picture:
+        with Image.open(path) as picture:
             if picture.size != (width, height):
-                size = "{}x{}".format(*picture.size)
+                size = f"{picture.width}x{picture.height}"
                 raise UserError(f"the mask {path} has {size} pixels, but the images have {width}x{height}: resize it")
             if picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
@@ -60,10 +57,10 @@ def read_mask(path: str, height: int, width: int) -> np.ndarray:
 def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
     """A row for each image: itself, the chain's start, some of its steps (most of them early), its end.
 
-    originals: uint8 (N, C, H, W); frames: uint8 (T, N, C, H, W), at the steps ``recorded`` (T).
+    originals: uint8 (N, C, H, W); frames: uint8 (N, T, C, H, W), at the steps ``recorded`` (T).
     """
     last = len(recorded) - 1
     during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
-    stages = torch.stack([originals, *frames[[0, *during, last]]], 1)  # (N, stages, C, H, W)
+    stages = torch.cat([originals[:, None], frames[:, [0, *during, last]]], 1)  # (N, stages, C, H, W)
     names = ["original", "before", *(f"step {recorded[i]}" for i in during), "after"]
     return captioned(image_grid(stages.flatten(0, 1), len(names)), columns=names)

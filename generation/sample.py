@@ -34,13 +34,15 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     Raises UserError for input that does not fit, before anything is written.
     """
-    if cfg.counterfactual is not None:
-        return counterfactual.run(cfg, path, content)
-    if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
-        raise UserError(f"{path} was trained without labels: leave --class_cond out")
+    needs_labels = cfg.class_cond or cfg.counterfactual is not None
+    if needs_labels and not Config.from_dict(content["config"], str(path)).classifies:
+        raise UserError(f"{path} was trained without labels: leave --class_cond and --counterfactual out")
     class_names = content["data"]["class_names"]
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
+    if cfg.counterfactual is not None:
+        counterfactual.run(cfg, path, content, device)
+        return 0
     dtype = utils.pick_dtype(cfg.precision, device)
     model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype)
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
@@ -53,12 +55,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         "start": start.name,
         "target": "log p(x|y)" if cfg.class_cond else "log p(x)",
         "steps": steps,
-        "sgld_lr": cfg.sgld_lr,
-        "sgld_std": cfg.sgld_std,
-        **{f"sgld_{name}": value for name, value in chain_options(cfg).items()},
-        "start_dir": cfg.start_dir,
         "batch_size": cfg.n_chains,
-        "seed": cfg.seed,
+        **{f"sgld_{name}": value for name, value in chain_options(cfg).items()},
+        **{name: getattr(cfg, name) for name in ("sgld_lr", "sgld_std", "start_dir", "seed")},
     }
 
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
@@ -68,13 +67,12 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
     write_pictures(directory.path, name, start, result, recorded_steps(steps), class_names)
     print(summary(start, result, settings))
-    arrays = {"x": result.x, "labels": result.labels, "logits": result.logits}
+    further = {}
     if start.originals is not None:
-        arrays["originals"] = start.originals.permute(0, 2, 3, 1)  # uint8 (N, H, W, C)
-        arrays["start"] = result.start  # float32 (N, C, H, W)
+        further = {"originals": start.originals.permute(0, 2, 3, 1), "start": result.start}  # uint8 (N, H, W, C)
     if start.known is not None:
-        arrays["known"] = start.known  # bool (H, W)
-    write_result(directory, name, arrays, settings, cfg, device)
+        further["known"] = start.known  # bool (H, W)
+    write_result(directory, name, result, further, settings, cfg, device)
     return 0
 
 
@@ -118,13 +116,13 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> 
 
     Raises UserError if a class has too few.
     """
-    n_each = n // len(names)
-    places = [order[predicted == k][:n_each] for k in range(len(names))]
-    for name, found in zip(names, places, strict=True):
-        if len(found) < n_each:
+    n_each, places = n // len(names), []
+    for k, name in enumerate(names):
+        places.append(order[predicted == k][:n_each])
+        if len(places[k]) < n_each:
             raise UserError(
-                f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(found)} in the "
-                "replay buffer: give a smaller --n_samples"
+                f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])} in "
+                "the replay buffer: give a smaller --n_samples"
             )
     return torch.stack(places, 1).flatten()
 
@@ -133,33 +131,29 @@ def write_pictures(
     directory: Path, name: str, start: StartImages, result: ChainResult, recorded: list[int], class_names: list[str]
 ) -> None:
     """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
-    frames, columns, rows = result.frames[:, :PICTURE_IMAGES], PICTURE_COLUMNS, []
-    if start.class_cond and start.originals is None:  # chain i has class i mod K; the picture has a row for each class
-        columns, rows = min(columns, start.n // len(class_names)), class_names
-        order = torch.arange(columns * len(class_names)).view(columns, -1).T
-        frames = result.frames[:, order.flatten()]
+    frames, columns, rows = result.frames[:PICTURE_IMAGES], PICTURE_COLUMNS, []
     if start.originals is not None:
         picture = restoration_picture(start.originals[:PICTURE_IMAGES].cpu(), frames, recorded)
     else:
-        picture = captioned(image_grid(frames[-1], columns), rows=rows)
+        if start.class_cond:  # chain i has class i mod K; the picture has a row for each class
+            columns, rows = min(columns, start.n // len(class_names)), class_names
+            frames = torch.cat([result.frames[k :: len(class_names)][:columns] for k in range(len(class_names))])
+        picture = captioned(image_grid(frames[:, -1], columns), rows=rows)
     save_png(directory / f"{name}.png", picture)
     if len(recorded) > 1:
-        captions = [f"SGLD step {step}" for step in recorded]
-        pictures = [image_grid(images[:PICTURE_IMAGES], columns, tile=32) for images in frames]
-        save_gif(directory / f"{name}.gif", pictures, captions)
+        pictures = [image_grid(images, columns, tile=32) for images in frames[:PICTURE_IMAGES].unbind(1)]
+        save_gif(directory / f"{name}.gif", pictures, [f"SGLD step {step}" for step in recorded])
 
 
 def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -> str:
     """How far the chains climbed and, of test images, how near they came to the originals."""
-    before, after = log_density(result.logits_start).mean(), log_density(result.logits).mean()
+    before, after = (log_density(logits).mean() for logits in (result.logits_start, result.logits))
     text = f"{start.n} chains, {settings['steps']} steps on {settings['target']}: mean log p(x) "
     text += f"{before:.2f} -> {after:.2f} (unnormalised, nats)"
     if start.originals is None:
         return text
-    truth = data.to_float(start.originals).cpu()
-    kind, changed = "noisy", torch.ones(truth.shape[2:], dtype=torch.bool)
-    if start.known is not None:
-        kind, changed = "unknown", ~start.known.cpu()
+    kind, truth = ("noisy" if start.known is None else "unknown"), data.to_float(start.originals).cpu()
+    changed = torch.ones(truth.shape[2:], dtype=torch.bool) if start.known is None else ~start.known.cpu()
     errors = [(x.clamp(-1, 1) - truth)[..., changed] for x in (result.start, result.x)]
     before, after = (error.square().mean().sqrt() for error in errors)
     return f"{text}\nroot mean square error of the {kind} pixels: {before:.3f} -> {after:.3f} ([-1, 1] scale)"

@@ -14,8 +14,7 @@ import test_evaluate
 from PIL import Image
 from test_evaluate import SHORT, new_report
 
-from evaluation.compare import read_report
-from evaluation.rendering import write_files
+from evaluation.rendering import read_report, write_files
 from evaluation.report import Report
 from main import main
 
@@ -107,7 +106,7 @@ def test_both_forms_say_the_same(evaluated):
     number = results["classification"]["results"]["accuracy"]
     low, high = number["interval"]
     assert rows["accuracy"][1:3] == [f"{number['value']:.4g} [{low:.4g}, {high:.4g}]", str(number["n"])]
-    assert all(rows[name][1] == fact for name, fact in results["about"].items())
+    assert all(rows[name][1] == fact for part in ("about", "environment") for name, fact in results[part].items())
     assert all(number["protocol"] in page.text for number in results["ood"]["results"]["AUROC"]["noise"].values())
 
 
@@ -182,9 +181,7 @@ def test_two_runs_side_by_side(run, evaluated, tmp_path):
     assert len(sources) == 2 + 2 * len(mine["ood"]["pictures"]) - 1  # one is missing there
     for name in re.findall(r"\]\((\S+\.png)\)", text):
         Image.open(folder / name).load()
-    assert "0.1234" not in (folder / "results.json").read_text() and other["about"] == mine["about"] | {
-        name: other["about"][name] for name in ("command",)
-    }
+    assert "0.1234" not in (folder / "results.json").read_text() and other["about"] == mine["about"]
 
 
 def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
@@ -209,32 +206,14 @@ def test_a_report_read_back_is_the_report(evaluated):
     assert before == {name: (evaluated / name).read_bytes() for name in before}
 
 
-def broken(name):
-    number = {"value": 1, "interval": None, "n": 2, "protocol": "p"}
-    section = {"results": {"a": number}, "notes": [], "absent": {}, "pictures": {}}
-    good = {"about": {}, "options": {}, "environment": {}, "classification": section}
-    changes = {
-        "no JSON": "{",
-        "no UTF-8": b"\xff",
-        "deep": "[" * 100_000,
-        "a list": [],
-        "no facts": {k: v for k, v in good.items() if k != "about"},
-        "no numbers": good | {"classification": section | {"results": [1]}},
-        "a word": good | {"classification": section | {"results": {"a": number | {"value": "one"}}}},
-        "half an interval": good | {"classification": section | {"results": {"a": number | {"interval": [1]}}}},
-        "no pictures": good | {"classification": section | {"pictures": [1]}},
-    }
-    content = changes[name]
-    text = content if isinstance(content, str | bytes) else json.dumps(content)
-    return text if isinstance(text, bytes) else text.encode()
+NUMBER = {"value": "one", "interval": None, "n": 2, "protocol": "p"}
+SECTION = {"results": {"a": NUMBER}, "notes": [], "absent": {}, "pictures": {}}
+WRONG_NUMBER = {"about": {}, "options": {}, "environment": {}, "classification": SECTION}
 
 
-@pytest.mark.parametrize(
-    "name",
-    "no JSON,no UTF-8,deep,a list,no facts,no numbers,a word,half an interval,no pictures".split(","),
-)
-def test_a_broken_results_json_is_one_line_before_anything_is_measured(name, run, tmp_path, capsys):
-    (tmp_path / "results.json").write_bytes(broken(name))
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", json.dumps(WRONG_NUMBER)], ids=range(4))
+def test_a_broken_results_json_is_one_line_before_anything_is_measured(content, run, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
     refused(run, str(tmp_path), f"--compare {tmp_path / 'results.json'} is broken", capsys)
 
 

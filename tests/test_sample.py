@@ -233,17 +233,10 @@ def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
 
 
-@pytest.mark.parametrize("start", [("--denoise", "0.3"), ("--inpaint", "left")])
-def test_no_step_leaves_the_start(start, jem, tmp_path):
-    run, content = sample(jem, tmp_path, *start, "--n_samples", "3", "--n_sample_steps", "0")
+def test_no_step_leaves_the_start(jem, tmp_path):
+    run, content = sample(jem, tmp_path, "--inpaint", "left", "--n_samples", "3", "--n_sample_steps", "0")
     np.testing.assert_array_equal(content["x"], content["start"])
     assert pixels(next(run.glob("*.png"))).std() > 5
-
-
-def test_a_small_buffer_gives_all_it_has(jem, tmp_path):
-    _, content = sample(jem, tmp_path, "--from_buffer", "--n_sample_steps", "0")
-    buffer = state_of(jem)["buffer"]["images"].numpy()
-    assert sorted(x.tobytes() for x in content["x"]) == sorted(x.tobytes() for x in buffer)
 
 
 def test_what_is_transparent_in_a_mask_is_known(tmp_path):
@@ -260,15 +253,11 @@ def test_what_is_transparent_in_a_mask_is_known(tmp_path):
         np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
 
 
-def test_a_mask_of_too_many_pixels_is_one_line(tmp_path, monkeypatch, recwarn):
+def test_a_mask_of_too_many_pixels_is_one_line(tmp_path, monkeypatch):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises, below it warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises
     with pytest.raises(UserError, match="not .*mask.png: Image size .64 pixels. exceeds limit"):
         unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match="mask.png has 8x8 pixels, but the images have 9x9: resize it"):
-        unknown_pixels(str(tmp_path / "mask.png"), 9, 9)
-    assert not recwarn.list
 
 
 def by_hand(model, image: np.ndarray, y: int, radius: float, steps: int) -> torch.Tensor:
@@ -385,44 +374,33 @@ def test_a_checkpoint_of_class_conditional_chains_draws_classes_only_if_asked_fo
     assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
 
 
-def test_images_of_the_buffer_that_are_not_finite_are_left_out(jem, tmp_path):
+def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):
     content = torch.load(jem / "ckpt" / "last.pt", weights_only=True)
-    content["state"]["buffer"]["images"][5:60, 0, 3, 3] = math.nan
+    buffer = content["state"]["buffer"]["images"]
+    buffer[5:60, 0, 3, 3] = math.nan
     torch.save(content, tmp_path / "nan.pt")
     _, found = sample(tmp_path / "nan.pt", tmp_path, "--from_buffer", "--n_sample_steps", "0")
-    assert len(found["x"]) == 9 and np.isfinite(found["x"]).all()
+    finite = torch.cat([buffer[:5], buffer[60:]]).numpy()
+    assert sorted(x.tobytes() for x in found["x"]) == sorted(x.tobytes() for x in finite)
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
     "no checkpoint": ([], "needs --load_ckpt"),
-    "missing": (["nowhere.pt"], "no checkpoint at"),
     "torn": (["torn.pt"], "torn.pt was refused: it is broken, incomplete"),
-    "no images": (["JEM", "--n_samples", "0"], "--n_samples must be at least 1"),
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
     "no buffer": (["BASELINE", "--from_buffer"], "has no replay buffer"),
     "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "more than the 64 images"),
-    "two starts": (["JEM", "--from_buffer", "--denoise", "0.3"], "give one of them"),
-    "no noise": (["JEM", "--denoise", "0"], "--denoise must be above 0"),
     "no mask": (["JEM", "--inpaint", "right"], "right: [Errno 2] No such file"),
     "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
-    "mask is a folder": (["JEM", "--inpaint", "."], "Is a directory"),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
     "no class": (["JEM", "--counterfactual", "ten"], "the name of a class (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) or a number"),
-    "empty class": (["JEM", "--counterfactual", ""], "not ''"),
     "trained without labels": (["UNLABELLED", "--counterfactual", "3"], "was trained without labels"),
-    "classes without labels": (["UNLABELLED", "--class_cond"], "was trained without labels: leave --class_cond out"),
-    "another recipe": (["JEM", "--recipe", "dat"], "was trained with --recipe"),
-    "an empty path": (["JEM", "--inpaint", ""], "--inpaint is empty: give a path"),
+    "classes without labels": (["UNLABELLED", "--class_cond"], "was trained without labels: leave --class_cond"),
     "counterfactual of the buffer": (["JEM", "--counterfactual", "3", "--from_buffer"], "give one of them"),
-    "counterfactual filled in": (["JEM", "--counterfactual", "3", "--inpaint", "left"], "give one of them"),
-    "counterfactual of noise": (["JEM", "--counterfactual", "3", "--denoise", "1"], "give one of them"),
-    "no distance": (["JEM", "--counterfactual", "3", "--counterfactual_eps", "0"], "must be above 0"),
-    "no change": (["JEM", "--counterfactual", "3", "--n_sample_steps", "0"], "give at least 1"),
     "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
     "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
-    "no mode": (["JEM", "--mode", "fly", "--lr", "1"], "--mode takes one of energy_train"),
 }
 
 
