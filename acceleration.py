@@ -39,10 +39,7 @@ class CompiledOrEager:
 
 
 class CUDAGraphStep:
-    """A function of tensors (and None) as a CUDA graph, which starts all its operations on the GPU at once.
-
-    Without a graph the CPU starts each operation; with a small network the GPU waits for it.
-    """
+    """A function of tensors (and None) as a CUDA graph: the GPU need not wait for the CPU to start each operation."""
 
     def __init__(self, function: Callable, *example: Tensor | None):
         self.inputs = [t if t is None else t.clone() for t in example]
@@ -67,19 +64,18 @@ class CUDAGraphStep:
 class CUDAGraphBackward:
     """CUDA graphs of ``backward(batch, update_statistics)``, which leaves gradients in a model's parameters.
 
-    There is one graph for each ``update_statistics`` and combination of shapes in ``batch``, a named tuple of tensors
-    and None. Results come as detached copies. Capturing leaves the model's buffers and the random generators alone.
+    ``batch`` is a named tuple of tensors, whose shapes never change, and None. Each ``update_statistics`` has a graph.
+    Results are detached copies. Capturing leaves the model's buffers and the random generators alone.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.graphs: dict[tuple, CUDAGraphStep] = {}
+        self.graphs: dict[bool, CUDAGraphStep] = {}
 
-    def __call__(self, backward: Callable, batch: tuple, update_statistics: bool) -> dict[str, Tensor]:
-        key = (update_statistics, *(None if tensor is None else tensor.shape for tensor in batch))
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(backward, batch, update_statistics)
-        results, gradients = self.graphs[key](*batch)
+    def __call__(self, backward: Callable, batch: tuple, update_statistics: bool = True) -> dict[str, Tensor]:
+        if update_statistics not in self.graphs:
+            self.graphs[update_statistics] = self.capture(backward, batch, update_statistics)
+        results, gradients = self.graphs[update_statistics](*batch)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # each graph has its own
         return {name: value.clone() for name, value in results.items()}
@@ -90,11 +86,10 @@ class CUDAGraphBackward:
             detached = {name: value.detach() for name, value in results.items()}
             return detached, [parameter.grad for parameter in self.model.parameters()]
 
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        before = [buffer.clone() for buffer in self.model.buffers()]
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             graph = CUDAGraphStep(with_gradients, *batch)
-        for buffer, value in zip(buffers, before, strict=True):
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
         return graph

@@ -1,7 +1,7 @@
 """Initialization of chains: uniform noise, Gaussians fitted to the training images, or other images.
 
-It is called with the classes of the images that are wanted, a list on the host, and a generator; it returns
-float32 (n, C, H, W) in [-1, 1], channels_last, on the generator's device, and never waits for the device.
+Called with the wanted images' classes, a list on the host, and a generator, it returns float32 (n, C, H, W) in [-1, 1],
+channels_last, on the generator's device, and never waits for the device.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,9 @@ def build_chain_init(cfg, images: ImageData) -> ChainInit:
     if cfg.start == "gaussian":
         return GaussianInit(images.train, None, images.device)
     n_classes = len(images.class_names)
-    counts = images.train.labels.bincount(minlength=n_classes).tolist()
-    if 0 in counts:
-        empty = images.class_names[counts.index(0)]
-        raise UserError(f"--start class_gaussian: the class {empty} has no training images: lower --n_valid")
+    for k, name in enumerate(images.class_names):
+        if not (images.train.labels == k).any():
+            raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
     return GaussianInit(some_of_each_class(images.train, cfg.labels_per_class, n_classes), n_classes, images.device)
 
 
@@ -102,9 +101,8 @@ class GaussianInit:
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """Mean (D,), factor (R, D) and noise of a Gaussian: its samples are mean + normal @ factor + noise * normal.
 
-    If there are more images, uint8 (N, C, H, W), than dimensions D, the factor is the Cholesky factor of the covariance
-    plus 1e-4 I, and noise 0. If not, it is the centred images over sqrt(N): normal @ factor then has their covariance;
-    noise is 0.01. If N and D are both above ``MAX_ROWS``, so many random images are taken.
+    images: uint8 (N, C, H, W). If N > D, the factor is the Cholesky factor of the covariance plus 1e-4 I, and noise 0.
+    If not, it is the centred images over sqrt(N), and noise 0.01. At most ``MAX_ROWS`` random images represent more.
     """
     n, d = len(images), images[0].numel()
     if min(n, d) > MAX_ROWS:

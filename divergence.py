@@ -18,12 +18,10 @@ class Recovery:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.proven: dict[str, Any] | None = None
-        self.latest: dict[str, Any] | None = None
+        self.proven = self.latest = None
         self.remedies = {"sgld_step_factor": 1, "lr_factor": 1.0, "energy_l2": cfg.energy_l2}
-        self.recoveries = 0  # in the whole run
+        self.recoveries, self.failed_at = 0, -1  # in the whole run; the last one's step
         self.close_failures = 0  # each soon after the one before
-        self.failed_at = -1  # the last one's step
 
     def keep(self, state: dict[str, Any]) -> None:
         """``state`` is the latest, and the one before it has proven good."""
@@ -60,8 +58,7 @@ class Recovery:
         return "new randomness"
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("remedies", "recoveries", "close_failures", "failed_at")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("remedies", "recoveries", "close_failures", "failed_at")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in tree_to(state).items():

@@ -23,14 +23,12 @@ def joint_loss(
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
-    does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT), in which
-    real images and samples count alike. The penalties keep log-densities small: ``energy_l2`` the mean square of all of
-    them (Du & Mordatch, NeurIPS 2019), ``mean_energy_l2`` the squares of the two means, over all processes' images
-    (M-JEM, section 3). A plain classifier has none.
+    does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
+    penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
+    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3).
 
     Args:
-        cfg: a Config, or anything with its options mode, generative, and the weights p_y_x_weight, p_x_weight,
-            p_x_y_weight and mean_energy_l2.
+        cfg: a Config, or anything with its options mode, generative, and the weights.
         logits, y: of the labelled images (N, K), (N,).
         logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
         logits_sampled: of the negative samples (M, K), or None for a plain classifier.
@@ -63,7 +61,7 @@ def joint_loss(
             "sgld/auroc": auroc(real, sampled).float(),
             "log_density/sampled": sampled.mean(),
             "log_density/sampled_std": sampled.std(correction=0),
-            "sgld/classes": class_counts(logits_sampled),
+            "sgld/classes": (logits_sampled == logits_sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
         }
     if y_sampled is not None:
         joint = log_density(logits_sampled, y_sampled).mean() - log_density(logits, y).mean()
@@ -86,9 +84,3 @@ def auroc(real: Tensor, sampled: Tensor) -> Tensor:
     ordered = sampled.detach().sort().values
     below, not_above = (torch.searchsorted(ordered, real.detach(), right=right) for right in (False, True))
     return (below + not_above).double().mean() / (2 * len(sampled))
-
-
-def class_counts(logits: Tensor) -> Tensor:
-    """How many of N images each class is the most likely of, int64 (K,). Bincount would wait for the device."""
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    return (logits.argmax(1) == classes[:, None]).sum(1)

@@ -46,10 +46,9 @@ class SAM:
         self.param_groups = self.optimizer.param_groups  # it makes new ones
 
     def step(self, closure: Callable[..., Any]) -> Any:
-        """One update; returns the result of the closure's first call.
+        """One update; returns the result of the first ``closure(update_statistics=...)``, which leaves gradients.
 
-        ``closure(update_statistics=...)`` leaves gradients in the parameters. Running statistics are to follow the
-        first pass alone: nobody evaluates the network at w + e.
+        Running statistics are to follow the first pass alone: nobody evaluates the network at w + e.
         """
         result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -69,16 +68,10 @@ class SAM:
 
 def learning_rate(cfg: Any, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:
     """By ``--schedule``, of a step that counts from 1; ``cycle_ends`` as for ``cosine_learning_rate``."""
-    if cfg.schedule == "step":
-        decay_steps = [epoch * steps_per_epoch for epoch in cfg.decay_at]
-        return step_learning_rate(step, cfg.lr, cfg.warmup_steps, decay_steps, cfg.decay_rate)
-    return cosine_learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
-
-
-def step_learning_rate(step: int, peak: float, warmup_steps: int, decay_steps: Sequence[int], rate: float) -> float:
-    """Linear warm-up, then ``peak`` times ``rate`` for each of ``decay_steps`` that has passed; from step 1."""
-    n_passed = sum(step > decay_step for decay_step in decay_steps)
-    return peak * min(1, step / max(1, warmup_steps)) * rate**n_passed
+    if cfg.schedule == "cosine":
+        return cosine_learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
+    n_passed = sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
+    return cfg.lr * min(1, step / max(1, cfg.warmup_steps)) * cfg.decay_rate**n_passed
 
 
 def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:
@@ -87,17 +80,13 @@ def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: 
     ``cycle_ends``, ascending: a run has one cycle that ends with its last step. Each time that a run is made longer,
     another cycle follows (Loshchilov & Hutter, ICLR 2017), whose warm-up takes at most a tenth of it.
     """
-    start, end = 0, cycle_ends[0]
-    for next_end in cycle_ends[1:]:
-        if step > end:
-            start, end = end, next_end
-    length = end - start
+    start = max((end for end in cycle_ends if end < step), default=0)
+    step, length = step - start, min(end for end in cycle_ends if end >= step) - start  # of the cycle
     if start > 0:
         warmup_steps = min(warmup_steps, length // 10)
-    step_of_cycle = step - start
-    if step_of_cycle <= warmup_steps:
-        return peak * step_of_cycle / warmup_steps
-    done = (step_of_cycle - warmup_steps) / max(1, length - warmup_steps)  # from 0 to 1
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    done = (step - warmup_steps) / max(1, length - warmup_steps)  # from 0 to 1
     final = min(FINAL_LR, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -106,8 +95,8 @@ def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: 
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters, in place; ``step`` counts from 1.
 
-    The decay is (1 + step) / (10 + step) as long as that is less: a short memory first, since the start is no model
-    yet. Running statistics are not averaged: see ``recalibrate_batch_norm``.
+    The decay is (1 + step) / (10 + step) as long as that is less: a short memory first. Running statistics are not
+    averaged: see ``recalibrate_batch_norm``.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -21,14 +21,9 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018), step size 2.5 radius / steps. Never waits for the device.
 
-    Args:
-        function: what is to grow: the sum of a value of each image.
-        x: float32 (N, C, H, W) in [-1, 1].
-        radius: of the ball around each image, on the [-1, 1] scale; norm: "L2" or "Linf".
-        start: added to x before the first step, inside the ball (default: nothing).
-
-    Returns:
-        Images like x, inside the ball and [-1, 1].
+    function: what is to grow: the sum of a value of each image. x: float32 (N, C, H, W) in [-1, 1]. radius: of the ball
+    around each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the
+    ball. Returns images like x, inside the ball and [-1, 1].
     """
     step_size = 2.5 * radius / steps
     change = torch.zeros_like(x) if start is None else (x + start).clamp(-1, 1) - x

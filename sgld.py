@@ -1,6 +1,6 @@
 """Stochastic gradient Langevin dynamics and its replay buffer.
 
-Knows tensors and a callable ``log_density(x)`` or ``log_density(x, y)`` that returns (N,), nothing else. Images are
+All it knows of a network is a function ``log_density(x)`` or ``log_density(x, y)`` that returns (N,). Images are
 float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
 """
 
@@ -98,8 +98,8 @@ class SGLD:
         self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     def one_step(self, x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        grad = input_gradient(self.log_density, x, y)
-        return langevin_step(x, grad, noise, size, std, self.grad_clamp, self.clamp, self.normalize), grad
+        grad = limited(input_gradient(self.log_density, x, y), self.grad_clamp, self.normalize)
+        return langevin_step(x, grad, noise, size, std, clamp=self.clamp), grad
 
     @torch.no_grad()
     def __call__(
@@ -108,25 +108,21 @@ class SGLD:
         """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = torch.full((), step_size, device=x.device), torch.full((), noise_std, device=x.device)
-        captured = self.capture and x.is_cuda
-        step = self.captured_step(x, y, size, std) if captured else self.step
-        noise = torch.zeros_like(x)
+        noise, step, captured = torch.zeros_like(x), self.step, self.capture and x.is_cuda
+        if captured:
+            key = (x.shape, y is None)
+            if key not in self.graphs:
+                self.graphs[key] = CUDAGraphStep(self.step, x, y, noise, size, std)
+            step = self.graphs[key]
         for _ in range(steps):
             if noise_std > 0:
                 noise = normal_like(x, generator)
             x, grad = step(x, y, noise, size, std)
-        grad = limited(grad, self.grad_clamp, self.normalize)
         return Chain(x.clone(), grad.clone()) if captured else Chain(x, grad)  # the next replay overwrites a graph's
-
-    def captured_step(self, x: Tensor, y: Tensor | None, size: Tensor, std: Tensor) -> CUDAGraphStep:
-        key = (x.shape, y is None)
-        if key not in self.graphs:
-            self.graphs[key] = CUDAGraphStep(self.step, x, y, torch.zeros_like(x), size, std)
-        return self.graphs[key]
 
 
 def chain_options(cfg) -> dict[str, Any]:
-    """What a Config says of each step of a chain, as arguments of ``SGLD``."""
+    """A Config's limits of each step, as arguments of ``SGLD``."""
     return {"grad_clamp": cfg.sgld_grad_clamp, "clamp": cfg.sgld_clamp, "normalize": cfg.sgld_normalize}
 
 
@@ -172,10 +168,6 @@ class ReplayBuffer:
         self.images = start([i * n_classes // size for i in range(size)], generator)
         self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
 
-    def places(self, n: int, generator: Generator) -> Tensor:
-        """n different random places, int64 (n,)."""
-        return torch.randperm(len(self.images), generator=generator, device=generator.device)[:n]
-
     def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
         """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
         size, k, device = len(self.images), self.n_classes, y.device
@@ -185,7 +177,6 @@ class ReplayBuffer:
         return first[y] + shuffled[y, turn]
 
     def store(self, index: Tensor, x: Tensor) -> None:
-        """Put the chains' ends (n, C, H, W) back into their places (n,)."""
         self.images[index] = x
         self.age[index] += 1
 
@@ -200,8 +191,8 @@ class ReplayBuffer:
 class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
-    Randomness comes from ``rng``, except how many chains start afresh and of which classes: that comes from a generator
-    on the host, because nothing here waits for the device.
+    Randomness comes from ``rng``, except how many chains start afresh and of which classes: that is drawn on the host,
+    because nothing here waits for the device.
     """
 
     def __init__(
@@ -222,10 +213,9 @@ class Sampler:
         self.host_rng.seed(self.rng.initial_seed())  # to be called after ``rng`` got another seed
 
     def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Starts of n chains (n, C, H, W), their places (n,) and, where asked for, their classes (n,), in turn.
+        """Starts of n chains (n, C, H, W), their places in the buffer (n,) and, with ``class_cond``, classes (n,).
 
-        A start is an image of the buffer (noise, if a value of it is not finite) or, with probability ``reinit_freq``,
-        a fresh one.
+        With probability ``reinit_freq`` a start is fresh; it is noise where the buffer's image is not finite.
         """
         k, buffer = self.buffer.n_classes, self.buffer
         fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
@@ -236,7 +226,7 @@ class Sampler:
             index = buffer.places_of_classes(y, self.rng)
         else:
             classes = [self.host_rng.randrange(k) for _ in range(fresh)]
-            y, index = None, buffer.places(n, self.rng)
+            y, index = None, torch.randperm(len(buffer.images), generator=self.rng, device=self.rng.device)[:n]
         x = buffer.images[index].contiguous(memory_format=torch.channels_last)
         finite = x.isfinite().all(dim=(1, 2, 3))
         x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))

@@ -30,8 +30,8 @@ from logger.run_dir import RunDir
 from logger.run_logger import RunLogger
 from losses import joint_loss
 from models import JointForward, copy_weights, frozen_sampler_model
+from models.batch_norm import average_running_stats, convert_sync_batchnorm
 from models.predict import accuracy, evaluation_mode
-from models.sync_batch_norm import average_running_stats, convert_sync_batchnorm
 from optim import build_optimizer, learning_rate, recalibrate_batch_norm, update_ema
 from pgd import adversarial_images
 from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
@@ -57,8 +57,8 @@ class StepBatch(NamedTuple):
 class Trainer:
     """One run: everything that changes from step to step, and the loop that changes it.
 
-    Of several processes, each has a part of every batch and of the replay buffer, and chains of its own. Weights,
-    optimizer, averaged weights and the order of the images are the same in all of them.
+    Of several processes, each has a part of every batch and of the replay buffer, and chains of its own. The rest is
+    the same in all of them.
     """
 
     def __init__(self, cfg: Config, images: data.ImageData, device: torch.device, world: World = data.ALONE):
@@ -71,20 +71,16 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
         self.rng.seed(cfg.seed)
-        self.sampler = None
+        self.buffer = self.sampler = None
         if cfg.samples:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "batches": self.batches}
-        parts |= {"real_batches": self.real_batches, "meter": self.meter, "recovery": self.recovery}
-        if self.sampler is not None:
-            parts |= {"buffer": self.sampler.buffer, "sampler": self.sampler}
-        self.parts = {name: part for name, part in parts.items() if part is not None}  # by their names in a checkpoint
+        names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer", "sampler")
+        self.parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}  # of a checkpoint
         self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
     def build_batches(self) -> None:
-        """Labelled images, real images of log p(x) where these are others, and the lengths of epoch and run."""
         cfg, images = self.cfg, self.data
         labelled = data.some_of_each_class(images.train, cfg.labels_per_class, self.n_classes)
         n_images = {"batch_size": len(labelled)}
@@ -98,13 +94,12 @@ class Trainer:
         if cfg.separate_p_x:
             rng, augmented = self.rng.p_x, not cfg.p_x_no_augment
             self.real_batches = data.Batches(images.train, cfg.n_chains, flip, cfg.sigma, rng, augmented, self.world)
-        if cfg.separate_p_x and cfg.labels_per_class:  # few labels: an epoch is a pass over all images
-            self.steps_per_epoch = len(images.train) // cfg.n_chains
+            if cfg.labels_per_class:  # few labels: an epoch is a pass over all images
+                self.steps_per_epoch = len(images.train) // cfg.n_chains
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.cycle_ends = [self.total_steps]  # see optim.cosine_learning_rate
 
     def build_model(self) -> None:
-        """The network, how its passes run, and what trains it."""
         cfg = self.cfg
         self.synced = cfg.sync_batch_norm and self.world.size > 1  # processes exchange numbers within the network
         self.compiles = compiles(cfg.compile, self.device, self.total_steps) and not self.synced
@@ -120,28 +115,26 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, self.model)
 
     def build_sampler(self) -> None:
-        """The frozen network that chains climb, the replay buffer, and what runs the chains."""
         cfg, rng = self.cfg, self.rng.sgld
         self.sampler_model = frozen_sampler_model(self.model, self.dtype)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
-        buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.start, rng)
-        self.sampler = Sampler(engine, buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
-        # Its own engine, not compiled, for one long chain in 500 steps.
-        self.gif_engine = SGLD(self.sampler_model.log_density, **options)
+        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.start, rng)
+        self.sampler = Sampler(engine, self.buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
+        self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
-        """Train to the end of the run; returns the exit status: 0, or 128 + its number when a signal stopped it.
+        """Returns the exit status: 0 at the run's end, 128 + its number when a signal stopped it.
 
-        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes. The process of rank 0 writes.
+        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
         """
         self.warm_up()
-        ran = {"precision": str(self.dtype).removeprefix("torch."), "compiled": compiled(self.forward, self.sampler)}
-        ran |= {"processes": self.world.size}
+        precision = str(self.dtype).removeprefix("torch.")
+        ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
         announce(self, run.path, ran)
-        if self.world.rank == 0:
-            run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
         written = run if self.world.rank == 0 else None
+        if written:
+            run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:
@@ -163,24 +156,17 @@ class Trainer:
         if self.compiles:
             self.try_to_compile(batch)
         if distributed.is_distributed():
-            self.warm_up_ddp(batch)
+            self.backward(batch)  # DistributedDataParallel's first step adds gradients up in another order than later
         self.load_state_dict(state)
 
     def try_to_compile(self, batch: StepBatch) -> None:
-        """Compile the network's forward and backward pass; where one process cannot, all go on without."""
+        """Compile the network's forward and backward pass, or go on without."""
         try:
             with utils.autocast(self.device, self.dtype):  # not in joint_forward, where processes wait for each other
                 logits = JointForward(self.model, self.forward)(batch.x, batch.x_real, batch.samples)
             sum(part.sum() for part in logits if part is not None).backward()
         except Exception as error:  # the compiler's exceptions share no public base class
             self.forward.give_up(type(error).__name__)
-        (failed,) = distributed.all_reduce_max(not self.forward.works)
-        if failed and self.forward.works:
-            self.forward.give_up("in another process")
-
-    def warm_up_ddp(self, batch: StepBatch) -> None:
-        """DistributedDataParallel's first step, which adds gradients up in another order than all later ones."""
-        self.backward(batch)
 
     def loop(self, signals: Signals) -> int:
         """Steps to the end of the run or to a signal, and after each what is due; returns the exit status."""
@@ -198,7 +184,7 @@ class Trainer:
             measure = self.quality is not None and self.due(quality_every)
             save = asked or self.due(save_every) or self.due(cfg.ckpt_every)
 
-            if (log or evaluate or measure or save) and self.any_diverged():
+            if (log or evaluate or measure or save) and distributed.all_reduce_sum(self.diverged.int()).item() > 0:
                 self.recover()
                 if status:
                     return status
@@ -210,7 +196,7 @@ class Trainer:
             if self.step % divergence.STATE_EVERY == 0:
                 self.recovery.keep(tree_to(self.state_dict(), HOST))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
-                shown = torch.cat([samples, self.sampler.buffer.images[:SHOWN]])  # of a small batch, from the buffer
+                shown = torch.cat([samples, self.buffer.images[:SHOWN]])  # of a small batch, from the buffer
                 self.logger.samples(self.step, shown[:SHOWN])
             if self.sampler is not None and self.step > 1 and (self.step - 1) % cfg.gif_every == 0:
                 self.dump_gif()
@@ -232,19 +218,16 @@ class Trainer:
         return 0
 
     def due(self, every: int) -> bool:
-        """Whether something is due after this step that comes each ``every`` steps, and at the end."""
+        """Whether this step is one of each ``every`` steps, or the last."""
         return self.step % every == 0 or self.step == self.total_steps
-
-    def any_diverged(self) -> bool:
-        """Whether a step since the last good state diverged, in any process. Waits for the device."""
-        return distributed.all_reduce_sum(self.diverged.int()).item() > 0
 
     def training_step(self) -> Tensor | None:
         """One update; returns the negative samples (N, C, H, W), or None. Never waits for the device."""
         batch, chain_values = self.next_inputs(self.sgld_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        parts = self.optimizer.step(partial(self.gradient, batch))
+        backward = self.backward if self.cuda_graphs is None else partial(self.cuda_graphs, self.backward)
+        parts = self.optimizer.step(partial(backward, batch))
         if self.ema is not None:
             update_ema(self.ema, self.model, self.cfg.ema, self.step)
 
@@ -272,17 +255,8 @@ class Trainer:
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
         return StepBatch(x, y, x_real, samples, y_sampled), measured
 
-    def gradient(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
-        """``backward``, on a GPU as a CUDA graph."""
-        if self.cuda_graphs is None:
-            return self.backward(batch, update_statistics)
-        return self.cuda_graphs(self.backward, batch, update_statistics)
-
     def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
-        """The loss's gradient in the parameters, left in their ``grad``; returns the loss and its parts.
-
-        ``update_statistics``: whether running statistics follow this batch; SAM's second pass leaves them alone.
-        """
+        """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
         with utils.autocast(self.device, self.dtype):
             logits = self.joint_forward(batch.x, batch.x_real, batch.samples, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
@@ -298,17 +272,16 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        factor = self.recovery.remedies["lr_factor"]
-        return factor * learning_rate(self.cfg, self.step, self.steps_per_epoch, self.cycle_ends)
+        rate = learning_rate(self.cfg, self.step, self.steps_per_epoch, self.cycle_ends)
+        return rate * self.recovery.remedies["lr_factor"]
 
     @property
     def sgld_steps(self) -> int:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
-        """Averaged weights, if there are any, get running statistics of their own: before they are used or saved."""
         if self.ema is not None:
-            recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)
+            recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)  # before they are used or saved
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
@@ -325,14 +298,13 @@ class Trainer:
             self.rng.load_state_dict(state["rng"])
         except RuntimeError:
             print(f"The run goes on with new randomness: it was on another kind of device than {self.device.type}.")
-            self.new_randomness(self.cfg.seed + self.step)
+            self.reseed(self.cfg.seed + self.step)
         self.diverged.fill_(False)
         if self.cuda_graphs is not None:
             self.cuda_graphs.graphs.clear()  # a remedy may have changed the loss
 
-    def new_randomness(self, seed: int, own_alone: bool = False) -> None:
-        """``own_alone``: only that which differs between processes."""
-        self.rng.seed(seed, own_alone)
+    def reseed(self, seed: int) -> None:
+        self.rng.seed(seed)
         if self.sampler is not None:
             self.sampler.reseed()
 
@@ -341,11 +313,8 @@ class Trainer:
         n_before = len(state.get("processes", [None]))
         self.load_state_dict(shard_state(state, self.world))
         if n_before != self.world.size:
-            print(
-                f"The run had {n_before} processes and goes on with {self.world.size}: the replay buffer is "
-                "divided again, and the chains have new randomness."
-            )
-            self.new_randomness(self.cfg.seed + self.step, own_alone=True)
+            print(f"The run had {n_before} processes and goes on with {self.world.size}: it has new randomness.")
+            self.reseed(self.cfg.seed + self.step)
         if self.total_steps > self.cycle_ends[-1]:
             self.cycle_ends.append(self.total_steps)
 
@@ -354,22 +323,19 @@ class Trainer:
         load_weights(self.model, self.cfg, path, content)
         if self.ema is not None:
             self.ema.load_state_dict(self.model.state_dict())
-        step = content["state"]["step"]
-        kind = "averaged weights" if "ema" in content["state"] else "weights"
-        print(f"Starting from the {kind} of {path}" + (f", step {step}." if step is not None else "."))
-        if self.sampler is not None and "buffer" in content["state"]:
+        print(f"Starting from the {'averaged ' if 'ema' in content['state'] else ''}weights of {path}.")
+        if self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
-            if stored["images"].shape == self.sampler.buffer.images.shape:
-                self.sampler.buffer.load_state_dict(stored)
+            if stored["images"].shape == self.buffer.images.shape:
+                self.buffer.load_state_dict(stored)
             else:
                 print("The checkpoint's replay buffer has another size: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
-        state = self.state_dict()
+        state = tree_to(self.state_dict(), HOST)
         if name != "last.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
-        state = tree_to(state, HOST)
-        if name == "last.pt" and self.world.size > 1:
+        elif self.world.size > 1:
             state = gather_state(state)
         about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs
         content = {"config": asdict(self.cfg), "data": self.data.description, "state": state} | about
@@ -380,7 +346,7 @@ class Trainer:
         diverged_at = self.step
         state, change = self.recovery.go_back(diverged_at)
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
-        self.new_randomness(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
+        self.reseed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
         self.logger.recovery(diverged_at, self.step, change)
         self.recalibrate_ema()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
@@ -390,8 +356,7 @@ class Trainer:
         values, speed = self.meter.read(), self.logger.speed(self.step)
         if self.sampler is not None:
             values["sgld/steps"] = self.sgld_steps
-            longest = self.cfg.sgld_step_max or 0
-            if self.sgld_step < longest and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
+            if self.sgld_step < (self.cfg.sgld_step_max or 0) and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on
         self.logger.show(speed, values)
         return values | {"lr": self.lr, "speed/images_per_second": speed}
@@ -406,10 +371,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy; best.pt is chosen by the first, never by the second."""
-        if not self.cfg.classifies:
-            return {}
-        model, splits = self.eval_model, {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test}
-        found = {name: accuracy(model, split, self.dtype) for name, split in splits.items() if len(split)}
+        splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test} if self.cfg.classifies else {}
+        found = {name: accuracy(self.eval_model, split, self.dtype) for name, split in splits.items() if len(split)}
         if "accuracy/valid" in found:
             self.keep_if_best("best.pt", found["accuracy/valid"])
         return found
@@ -418,7 +381,7 @@ class Trainer:
         """How far samples are from training images; their randomness is their own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         copy_weights(self.eval_model, self.sampler_model)
-        found = self.quality(self.sampler_model, self.sampler.buffer.images, rng)
+        found = self.quality(self.sampler_model, self.buffer.images, rng)
         self.keep_if_best("best_quality.pt", -found["quality/fresh_samples"])
         return found
 

@@ -192,11 +192,9 @@ class Generators:
         self.device, self.rank = device, rank
         self.data, self.p_x, self.sgld = torch.Generator(device), torch.Generator(device), torch.Generator(device)
 
-    def seed(self, seed: int, own_alone: bool = False) -> None:
-        """``own_alone``: only the generators that differ between processes."""
-        if not own_alone:
-            self.data.manual_seed(2 * seed)
-            self.p_x.manual_seed(2**31 + seed)
+    def seed(self, seed: int) -> None:
+        self.data.manual_seed(2 * seed)
+        self.p_x.manual_seed(2**31 + seed)
         self.sgld.manual_seed(2 * seed + 1 + self.FAR * self.rank)
         torch.manual_seed(seed + self.FAR * self.rank)
 

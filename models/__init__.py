@@ -1,7 +1,6 @@
-"""Networks: images to logits, no sampler, no buffer, no options of a run.
+"""Networks: images to logits. A new one is a class in a file of its own and a line in ``BACKBONES``.
 
-A new network is a class in a file of its own and a line in ``BACKBONES``, whose names ``--backbone`` takes;
-``models.jem.JEM`` says what the class must have.
+Its name there is what ``--backbone`` takes; ``models.jem.JEM`` says what the class must have.
 """
 
 from typing import Any
@@ -29,8 +28,7 @@ def build_model(
 ) -> JEM:
     """A JEM for images of ``channels`` channels, freshly initialised from PyTorch's global generator, channels_last.
 
-    depth, width and ``options`` (norm, dropout_rate, activation, stages) go to the backbone, which raises UserError if
-    it cannot be built with them.
+    The backbone takes depth, width and ``options``; it raises UserError if it cannot be built with them.
     """
     features = BACKBONES[backbone](channels, depth, width, **options)
     return JEM(features, n_classes, separate_energy).to(memory_format=torch.channels_last)

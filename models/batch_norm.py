@@ -1,27 +1,68 @@
-"""Batch normalisation: which batches change its running statistics."""
+"""Batch normalisation: which batches change its running statistics, and what several processes do together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+import distributed
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """The batch normalisation layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 @contextmanager
 def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Inside, if not ``enabled``, batches in training mode leave the running statistics of batch normalisation alone.
-
-    They are normalised by their own statistics all the same.
-    """
-    layers = [] if enabled else [layer for layer in batch_norms(model) if layer.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
+    """Inside, if not ``enabled``, batches in training mode leave running statistics alone; their own normalise them."""
+    for layer in batch_norms(model):
+        layer.track_running_stats = enabled
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in batch_norms(model):
             layer.track_running_stats = True
+
+
+@torch.no_grad()
+def average_running_stats(model: nn.Module) -> None:
+    """Give every process the mean of all processes' running statistics."""
+    kept = [buffer for layer in batch_norms(model) for buffer in (layer.running_mean, layer.running_var)]
+    if kept:
+        together = distributed.all_reduce_mean(torch.cat(kept))
+        torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes' batches together, which have one size.
+
+    ``torch.nn.SyncBatchNorm`` is the same for GPUs alone; this one runs on CPUs too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
+        if not self.training:
+            return super().forward(x)
+        n = distributed.current_world().size * x.numel() // x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.float()
+            variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+            near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
+            mean, square = distributed.all_reduce_mean(torch.stack([mean, variance + (mean - near).square()]))
+            variance = (square - (mean - near).square()).clamp(min=0)
+            if self.track_running_stats:
+                self.num_batches_tracked += 1
+                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, share)
+                    self.running_var.lerp_(variance * n / (n - 1), share)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            h = h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return h.to(x.dtype)
+
+
+def convert_sync_batchnorm(model: nn.Module) -> None:
+    """From now on the model's batch normalisation is by all processes' batches together."""
+    for layer in batch_norms(model):
+        layer.__class__ = SyncedBatchNorm  # the same parameters and buffers, by the same names

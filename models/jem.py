@@ -17,9 +17,8 @@ class JEM(nn.Module):
     linear head of its own (M-JEM): the same number is added to all logits of an image, so that their logsumexp is the
     output of that head. This leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
 
-    The backbone ``f`` maps float32 images to features (N, n_features). It casts them to the type of its weights, has
-    the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError, which names the option, for
-    images or sizes that it cannot be built for.
+    The backbone ``f`` maps float32 images to features (N, n_features) and casts them to the type of its weights. It has
+    the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
@@ -74,8 +73,7 @@ class JointForward(nn.Module):
     ) -> Logits:
         """Logits of labelled images, other real ones and samples, if there are any, (N, C, H, W) each.
 
-        Batch normalisation must not mix them. Its running statistics follow the real images, unless
-        ``update_statistics`` is False, and never the samples.
+        Batch normalisation must not mix them. With ``update_statistics`` its running statistics follow the real ones.
         """
         if self.has_batch_norm:
             with running_stats_update(self.model, enabled=update_statistics):
@@ -94,9 +92,8 @@ def frozen_sampler_model(model: JEM, dtype: torch.dtype) -> JEM:
     """A frozen copy that sees images as the loss does, whose backbone computes in ``dtype`` and its head in float32.
 
     Dropout is off; batch normalisation uses each batch's own statistics and keeps none, so that chains climb the
-    function that the loss scores. Chains run on this copy, so that sampling touches neither the mode nor the flags of
-    the model in training, casts the weights once a step instead of once a layer and SGLD step, and finds them at
-    addresses that never change.
+    function that the loss scores. A copy casts the weights once a training step instead of once an SGLD step, and has
+    them at addresses that never change.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     frozen.f.to(dtype)

@@ -21,14 +21,13 @@ def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
 @contextmanager
 def evaluation_mode(network: Callable) -> Iterator[None]:
     """A module with all its parts is in evaluation mode meanwhile; afterwards each part is in the mode it was in."""
-    parts = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes = [part.training for part in parts]
+    modes = {part: part.training for part in network.modules()} if isinstance(network, nn.Module) else {}
     try:
-        for part in parts:
+        for part in modes:
             part.training = False
         yield
     finally:
-        for part, mode in zip(parts, modes, strict=True):
+        for part, mode in modes.items():
             part.training = mode
 
 

@@ -40,22 +40,43 @@ NORMS = {
 class Block(nn.Module):
     """A pre-activation residual block; the stride sits on the second convolution and on the shortcut."""
 
+    bias, stride_first = True, False
+
     def __init__(self, channels_in: int, channels: int, stride: int, norm: str, dropout_rate: float, activation: str):
         super().__init__()
+        strides = (stride, 1) if self.stride_first else (1, stride)
         self.bn1 = NORMS[norm](channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, strides[0], padding=1, bias=self.bias)
         self.bn2 = NORMS[norm](channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, strides[1], padding=1, bias=self.bias)
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout_rate)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride=stride))
+            self.shortcut.append(nn.Conv2d(channels_in, channels, 1, stride, bias=self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.dropout(self.conv1(self.activation(self.bn1(x))))
         h = self.conv2(self.activation(self.bn2(h)))
         return h + self.shortcut(x)
+
+
+class RobustBlock(Block):
+    """A pre-activation block without biases; the stride sits on the first convolution.
+
+    Where the number of channels changes, the shortcut takes the activated input.
+    """
+
+    bias, stride_first = False, True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.shortcut = self.shortcut[0] if len(self.shortcut) else None  # the name in checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(self.bn1(x))
+        h = self.conv2(self.dropout(self.activation(self.bn2(self.conv1(activated)))))
+        return h + (x if self.shortcut is None else self.shortcut(activated))
 
 
 class WideResNet(nn.Module):
@@ -66,8 +87,7 @@ class WideResNet(nn.Module):
     more) has 128 times ``width`` channels, which then are the features. Raises UserError for other depths.
     """
 
-    block: type[nn.Module] = Block
-    stem_bias = True
+    block = Block
 
     def __init__(
         self,
@@ -85,13 +105,12 @@ class WideResNet(nn.Module):
         n = (depth - 4) // 6
 
         def stage(c_in: int, c_out: int, stride: int) -> nn.Sequential:
-            options = norm, dropout_rate, activation
-            blocks = [self.block(c_in, c_out, stride, *options)]
-            blocks += [self.block(c_out, c_out, 1, *options) for _ in range(n - 1)]
-            return nn.Sequential(*blocks)
+            first = self.block(c_in, c_out, stride, norm, dropout_rate, activation)
+            others = [self.block(c_out, c_out, 1, norm, dropout_rate, activation) for _ in range(n - 1)]
+            return nn.Sequential(first, *others)
 
         self.name, self.in_channels = f"WRN-{depth}-{width}", channels_in
-        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=self.stem_bias)
+        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=self.block.bias)
         self.layer1 = stage(16, 16 * width, 1)
         self.layer2 = stage(16 * width, 32 * width, 2)
         self.layer3 = stage(32 * width, 64 * width, 2)
@@ -109,30 +128,6 @@ class WideResNet(nn.Module):
         return self.activation(self.bn1(h)).mean((2, 3))  # (N, n_features)
 
 
-class RobustBlock(nn.Module):
-    """A pre-activation block without biases; its first convolution has the stride.
-
-    Where the number of channels changes, the shortcut takes the activated input.
-    """
-
-    def __init__(self, channels_in: int, channels: int, stride: int, norm: str, dropout_rate: float, activation: str):
-        super().__init__()
-        self.bn1 = NORMS[norm](channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = NORMS[norm](channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.activation = ACTIVATIONS[activation]()
-        self.dropout = nn.Dropout(dropout_rate)
-        self.shortcut = None
-        if channels_in != channels:
-            self.shortcut = nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        activated = self.activation(self.bn1(x))
-        h = self.conv2(self.dropout(self.activation(self.bn2(self.conv1(activated)))))
-        return h + (x if self.shortcut is None else self.shortcut(activated))
-
-
 class RobustWideResNet(WideResNet):
     """The Wide-ResNet of robust classifiers and of DAT (Zagoruyko & Komodakis' own form), on normalised images.
 
@@ -140,7 +135,6 @@ class RobustWideResNet(WideResNet):
     """
 
     block = RobustBlock
-    stem_bias = False
 
     def __init__(self, channels_in: int, *args, **options):
         if channels_in != 3:

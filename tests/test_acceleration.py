@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections import namedtuple
 from functools import partial
 
 import pytest
@@ -76,26 +75,6 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
 
     for one, other in zip(trained(True), trained(False), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def test_other_shapes_and_other_passes_have_a_graph_of_their_own(monkeypatch):
-    monkeypatch.setattr(acceleration, "CUDAGraphStep", lambda function, *example: function)
-    model = torch.nn.Linear(2, 1)
-
-    def backward(batch, update_statistics):
-        model.zero_grad()
-        total = model(batch.x).sum() * (1 if update_statistics else 2)
-        total.backward()
-        return {"total": total}
-
-    graphs, batch = CUDAGraphBackward(model), namedtuple("StepBatch", "x y")
-    for n in (3, 5, 3):
-        graphs(backward, batch(torch.ones(n, 2), None), True)
-        assert model.weight.grad.tolist() == [[n, n]]
-    graphs(backward, batch(torch.ones(3, 2), torch.ones(3)), True)
-    assert len(graphs.graphs) == 3
-    graphs(backward, batch(torch.ones(3, 2), None), False)
-    assert len(graphs.graphs) == 4 and model.weight.grad.tolist() == [[6, 6]]
 
 
 def test_a_trainer_is_freed_when_nobody_has_it(digits):

@@ -151,12 +151,6 @@ class TestSampler:
             seen |= set(index.tolist())
         assert seen == set(range(50))
 
-    def test_starts_are_the_images_of_their_places(self):
-        one = sampler()
-        one.buffer.images.copy_(torch.randn(one.buffer.images.shape))
-        x, index, y = one.draw(8, class_cond=False)
-        assert torch.equal(x, one.buffer.images[index]) and y is None
-
     @pytest.mark.parametrize("class_cond", [False, True])
     def test_chains_climb_the_density_of_their_class(self, class_cond):
         def density(x, y=None):

@@ -45,7 +45,7 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
     """Some steps; what the first one saw, its gradient, and what all have made."""
     seen, backward = {}, run.backward
 
-    def recorded(batch, update_statistics):
+    def recorded(batch, update_statistics=True):
         parts = backward(batch, update_statistics)
         seen.setdefault("inputs", batch)
         seen.setdefault("gradient", gradient(run))
