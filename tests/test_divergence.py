@@ -222,13 +222,3 @@ class TestDivergence:
         assert {path.name for path in (undisturbed / "ckpt").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
         assert {path.name for path in undisturbed.iterdir() if path.is_dir()} == {"ckpt", "samples"}
         assert state(undisturbed, "best.pt").keys() == {"step", "model", "ema"}
-
-    def test_a_state_is_copied_once_a_step(self, tmp_path, monkeypatch):
-        copied, original = [], trainer.tree_to
-        monkeypatch.setattr(
-            trainer,
-            "tree_to",
-            lambda tree, device: (copied.append(tree["step"]) if "step" in tree else None, original(tree, device))[1],
-        )
-        start(tmp_path)
-        assert copied == sorted(set(copied)) and copied[-1] == 34
