@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the seconds in which torch and Matplotlib a
 import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,6 @@ from config.cli import parse
 from distributed import launch
 from generation import sample
 from logger import terminal
-from logger.progress import check_room
 from logger.run_dir import RunDir
 from trainer import Trainer
 from utils import TrainingFailed, UserError
@@ -105,7 +103,6 @@ def train(given: dict[str, Any]) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        check_room(trainer, Path(cfg.logdir))
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0
     else:

@@ -147,7 +147,6 @@ class Trainer:
             with self.logger:
                 self.recovery.keep(tree_to(self.state_dict(), HOST))
                 if self.step == 0:
-                    self.logger.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
             distributed.barrier()  # when one process ends, torchrun stops the others
@@ -393,7 +392,6 @@ class Trainer:
             longest = self.cfg.sgld_step_max or 0
             if self.sgld_step < longest and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on
-        self.logger.show(speed, values)
         return values | {"lr": self.lr, "speed/images_per_second": speed}
 
     def dump_gif(self) -> None:

@@ -1,19 +1,12 @@
-"""What the terminal says before a run begins: on what it runs, what it trains, how much room it needs."""
+"""What the terminal says before a run begins: on what it runs, and what it trains."""
 
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from acceleration import CompiledOrEager
 from sgld import Sampler
-from utils import UserError, device_name
-
-
-def bar_interval() -> float:
-    """Seconds between two states of a bar: a cluster's log file wants fewer of them than a terminal."""
-    return 0.1 if sys.stderr.isatty() else 10
+from utils import device_name
 
 
 def compiled(forward: Callable, sampler: Sampler | None) -> str:
@@ -40,33 +33,9 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
         "network": f"{trainer.model.name}, {parameters:,} parameters; recipe {cfg.recipe}",
         "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
         "steps": steps,
-        "disk": f"{room_for_checkpoints(trainer) / 1e6:,.0f} MB for checkpoints",
     }
     if len(trainer.cycle_ends) > 1 and cfg.schedule == "cosine":
         start = trainer.cycle_ends[-2]
         lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
-    if cfg.warmup_steps >= trainer.total_steps:
-        lines["note"] = f"--warmup_steps {cfg.warmup_steps} lasts longer than the run"
     for name, text in lines.items():
         print(f"{name:8} {text}", flush=True)
-
-
-def room_for_checkpoints(trainer) -> int:
-    """Bytes of three full checkpoints: the newest, the one before, and the next while it is written."""
-    cfg = trainer.cfg
-    copies = 2 + (cfg.optimizer == "adam") + bool(cfg.ema)  # the weights, their moments in the optimizer, their average
-    size = copies * sum(p.nbytes for p in trainer.model.parameters())
-    if trainer.sampler is not None:
-        size += trainer.world.size * trainer.sampler.buffer.images.nbytes
-    return 3 * size
-
-
-def check_room(trainer, logdir: Path) -> None:
-    """Raise UserError if the disk of ``logdir``, or of the folder in which it is to be made, is too small for a run."""
-    there = next(folder for folder in (logdir, *logdir.parents) if folder.is_dir())
-    needed, free = room_for_checkpoints(trainer), shutil.disk_usage(there).free
-    if needed > free:
-        raise UserError(
-            f"the run's checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free: free some "
-            "space, or choose another --logdir, or a smaller --buffer_size, --width or --depth"
-        )
