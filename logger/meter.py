@@ -15,6 +15,9 @@ class Meter:
     """
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
 
@@ -32,7 +35,7 @@ class Meter:
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
         means = distributed.all_reduce_mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
         counts = {name: distributed.all_reduce_sum(value).tolist() for name, value in self.sums.items() if value.ndim}
-        self.sums, self.steps = {}, 0
+        self.reset()
         return dict(zip(numbers, means, strict=True)) | counts
 
     def state_dict(self) -> dict[str, Any]:
