@@ -140,7 +140,6 @@ class Trainer:
             with self.logger:
                 self.recovery.keep(tree_to(self.state_dict(), HOST))
                 if self.step == 0:
-                    self.logger.hyperparameters(asdict(self.cfg))
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
             distributed.all_reduce_max(0)  # when one process ends, torchrun stops the others
@@ -358,7 +357,6 @@ class Trainer:
             values["sgld/steps"] = self.sgld_steps
             if self.sgld_step < (self.cfg.sgld_step_max or 0) and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on
-        self.logger.show(speed, values)
         return values | {"lr": self.lr, "speed/images_per_second": speed}
 
     def dump_gif(self) -> None:

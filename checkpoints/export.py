@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import save
 from checkpoints.load import load_model
 from checkpoints.other_programs import authors_weights
 from config import Config
-from logger.files import disk_errors, replace_file
+from logger.files import replace_file
 from utils import UserError, printable
 
 
@@ -22,6 +23,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """
     target = Path(cfg.export)
     weights = load_model(cfg, path, content).state_dict()
+    if os.path.exists(target):  # False where it may not be looked at
+        raise UserError(f"--export {target} exists: name a new file")
     if target.suffix == ".pt":
         file = io.BytesIO()
         torch.save({"model_state_dict": authors_weights(weights, cfg.backbone)}, file)
@@ -31,11 +34,6 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         about["averaged"] = "ema" in content["state"]
         tensors = {name: value.contiguous() for name, value in weights.items()}
         written = save(tensors, {name: json.dumps(value) for name, value in about.items()})
-    with disk_errors(target):
-        if target.exists():
-            raise UserError(f"--export {target} exists: name a new file")
-        if not target.parent.is_dir():
-            raise UserError(f"--export {target}: there is no folder {target.parent}")
-        replace_file(target, written)
+    replace_file(target, written)
     print(f"Wrote {printable(target)} ({len(written) / 2**20:.1f} MiB)")
     return 0

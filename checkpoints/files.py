@@ -1,13 +1,12 @@
 """Checkpoint files: written whole or not at all, checked when they are read, never code to run."""
 
-import errno
 import json
 import os
 import pickle
 import sys
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,14 @@ from utils import UserError
 
 CHECKPOINT_FORMAT = 4
 READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
-CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # a directory; the last on Windows
 # Plain values that other programs keep beside their weights, and that torch does not take by itself.
 SCALAR = np._core.multiarray.scalar
 PLAIN = [Namespace, np.dtype, np.ndarray, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 PLAIN += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-Converter = Callable[[Path, Any], dict[str, Any]]
 
 
 class Damaged(UserError):
-    """A checkpoint is missing or broken. Trying again does not help, but an earlier checkpoint may work."""
+    """A checkpoint is broken. Trying again does not help, but an earlier checkpoint may work."""
 
 
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
@@ -50,15 +47,12 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Have renamed files on disk. Some file systems, and Windows, cannot do that: then they sync as they like."""
-    try:
+    with suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise
 
 
 def set_aside(path: Path) -> None:
@@ -69,23 +63,16 @@ def set_aside(path: Path) -> None:
             path.replace(free)
 
 
-def load_checkpoint(path: Path, convert: Converter | None = None) -> dict[str, Any]:
-    """Read one checkpoint file to the CPU. It may hold tensors and plain values, never code to run.
+def load_checkpoint(path: Path) -> Any:
+    """Read one checkpoint file to the CPU; without "format" in it, it is another program's.
 
-    ``convert`` makes a checkpoint of what a file of another program holds; without, such a file is refused.
-
-    Raises UserError for a file that is missing, torn, corrupted, not ours, or of another format version.
+    It may hold tensors and plain values, never code to run. Raises UserError for a file that is missing, torn,
+    corrupted, or of a format that this version does not know.
     """
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
-    if not isinstance(state, dict) or "format" not in state:
-        if convert is None:
-            raise UserError(f"{path} is not a checkpoint of this program")
-        return convert(path, state)
-    if state["format"] not in READABLE:
-        raise UserError(
-            f"{path} has checkpoint format {state['format']}, which this version does not know: update this program"
-        )
-    return state
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
+    if isinstance(content, dict) and content.get("format", CHECKPOINT_FORMAT) not in READABLE:
+        raise UserError(f"{path} has format {content['format']}, which this version does not know: update this program")
+    return content
 
 
 def _read(path: Path) -> Any:
@@ -98,19 +85,16 @@ def _read(path: Path) -> Any:
                 raise Damaged(f"{path} is corrupted (record {broken}); use another checkpoint")
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, MemoryError):
-        raise
     except FileNotFoundError:
-        raise Damaged(f"no checkpoint at {path}") from None
+        raise UserError(f"no checkpoint at {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
-        if "allocate memory" in str(error):
+        if isinstance(error, UserError | MemoryError) or "allocate memory" in str(error):
             raise
-        code = is_archive and isinstance(error, pickle.UnpicklingError)
-        reason = (
-            "it holds more than tensors and plain values" if code else "it is broken, incomplete or not a checkpoint"
-        )
+        reason = "it is broken, incomplete or not a checkpoint"
+        if is_archive and isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors and plain values"
         raise Damaged(f"{path} was refused: {reason}; use another checkpoint") from None
 
 
@@ -123,28 +107,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is missing, incomplete or not a safetensors file: {error}") from None
     if not {"config", "data", "step"} <= about.keys():
         return tensors
-    config, data, step = (json.loads(about[name]) for name in ("config", "data", "step"))
-    state = {"step": step, "model": tensors}
-    if json.loads(about.get("averaged", "false")):
-        state["ema"] = tensors
-    return {"format": CHECKPOINT_FORMAT, "config": config, "data": data, "state": state}
+    about = {name: json.loads(value) for name, value in about.items()}
+    state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
+    return {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
 
 
-def find_checkpoint(path: str, convert: Converter | None = None) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole.
-
-    A file may be another program's where ``convert`` reads it.
-    """
+def find_checkpoint(path: str) -> tuple[Path, Any]:
+    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
     if not os.path.isdir(path):
-        return Path(path), load_checkpoint(Path(path), convert)
-    last, previous = Path(path, "ckpt", "last.pt"), Path(path, "ckpt", "previous.pt")
-    if not os.path.exists(last) and not os.path.exists(previous):
-        raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt and ckpt/previous.pt)")
-    try:
-        return last, load_checkpoint(last)
-    except Damaged as error:
-        if not os.path.exists(previous):
-            raise
-        if os.path.exists(last):
-            print(f"Warning: {error}; taking {previous} instead.", file=sys.stderr)
-        return previous, load_checkpoint(previous)
+        return Path(path), load_checkpoint(Path(path))
+    newest_first = Path(path, "ckpt", "last.pt"), Path(path, "ckpt", "previous.pt")
+    there = [file for file in newest_first if os.path.exists(file)]
+    for file in there:
+        try:
+            return file, load_checkpoint(file)
+        except Damaged as error:
+            if file == there[-1]:
+                raise
+            print(f"Warning: {error}; taking {there[-1]} instead.", file=sys.stderr)
+    raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt and ckpt/previous.pt)")

@@ -20,9 +20,7 @@ NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])
 
 
 class Trained(NamedTuple):
-    """A checkpoint and how to use it."""
-
-    cfg: Config
+    cfg: Config  # with which the checkpoint is used
     path: Path
     content: dict[str, Any]
 
@@ -62,8 +60,7 @@ def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
-    channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
-    model = build_for(cfg, channels, n_classes)
+    model = build_for(cfg, content["data"]["shape"][0], len(content["data"]["class_names"]))
     load_weights(model, cfg, path, content)
     return model
 
@@ -81,15 +78,24 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -
         raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
     if (model.in_channels, model.n_classes) != (channels, n_classes):
         raise UserError(
-            f"{path} holds a network for images of {channels} channels in {n_classes} classes, and this one has "
-            f"{model.in_channels} channels and {model.n_classes} classes: choose another --dataset or --data_dir"
+            f"{path} is for images of {channels} channels in {n_classes} classes, and these have {model.in_channels} "
+            f"channels and {model.n_classes} classes: choose another --dataset or --data_dir"
         )
-    state = content["state"]
     try:
-        model.load_state_dict(state.get("ema", state["model"]))
+        model.load_state_dict(content["state"].get("ema", content["state"]["model"]))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds other weights than its options say: {reason}") from None
+
+
+def fits(trained_on: dict[str, Any], images: data.ImageData, names_too: bool = False) -> bool:
+    """Whether images have the shape and as many classes, or the classes, of those that a checkpoint was trained on."""
+    shape, class_names = list(images.shape), list(images.class_names)
+    same_number = len(class_names) == len(trained_on["class_names"])
+    if trained_on.get("assumed"):  # another program's file tells neither size nor names
+        return same_number and shape[0] == trained_on["shape"][0]
+    same_classes = class_names == list(trained_on["class_names"]) if names_too else same_number
+    return same_classes and shape == list(trained_on["shape"])
 
 
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
@@ -100,16 +106,13 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
-    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
-    foreign = content["data"].get("assumed", False)  # does not say which images it was trained on
-    if foreign and images.shape[0] == shape[0]:
-        shape = images.shape
-    if list(images.shape) != list(shape) or len(images.class_names) != len(class_names):
+    if not fits(content["data"], images):
+        shape, n_classes = "x".join(map(str, content["data"]["shape"])), len(content["data"]["class_names"])
         raise UserError(
-            f"{path} was trained on images of {'x'.join(map(str, shape))} in {len(class_names)} "
-            f"classes, and those of {cfg.dataset} are others: choose another --dataset or --image_size"
+            f"{path} was trained on images of {shape} in {n_classes} classes, and those of {cfg.dataset} are others: "
+            "choose another --dataset or --image_size"
         )
-    if not foreign and list(images.class_names) != list(class_names):
+    if not fits(content["data"], images, names_too=True):
         print(
             f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
             "means nothing.",
@@ -133,12 +136,7 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     if not place:
         return None
     path, content = distributed.broadcast_from_rank0(lambda: open_checkpoint(place, {"dataset": dataset}))
-    shape, class_names = content["data"]["shape"], content["data"]["class_names"]
-    if content["data"].get("assumed"):  # it does not say which images it was trained on
-        same = (shape[0], len(class_names)) == (images.shape[0], len(images.class_names))
-    else:
-        same = (shape, class_names) == (list(images.shape), list(images.class_names))
-    if not same:
+    if not fits(content["data"], images, names_too=True):
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
     cfg = Config.from_dict(content["config"], str(path))
     if not cfg.classifies:

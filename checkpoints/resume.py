@@ -15,7 +15,7 @@ from utils import UserError
 RESUMABLE = frozenset(f.name for f in fields(Config) if f.metadata["resumable"])
 # Resumable ones in which --resume auto wants a run to agree: with others it is another job.
 OF_A_JOB = ("epochs", "max_steps", "load_ckpt", "start_dir", "note")
-OF_DISTANCES = ("feature_ckpt", "n_samples", "n_sample_steps")  # with others, distances cannot be compared
+OF_DISTANCES = {"feature_ckpt", "n_samples", "n_sample_steps"}  # with others, distances cannot be compared
 
 
 class Resumed(NamedTuple):
@@ -49,18 +49,16 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
-    changed = [name for name, value in given.items() if value != getattr(cfg, name)]
-    others = [name for name in changed if name not in RESUMABLE]
+    changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
+    others = changed.keys() - RESUMABLE
     if others:
-        own = " ".join(as_typed(name, getattr(cfg, name)) for name in others)
-        new = " ".join(as_typed(name, given[name]) for name in others)
+        own = " ".join(as_typed(name, getattr(cfg, name)) for name in sorted(others))
+        new = " ".join(as_typed(name, changed[name]) for name in sorted(others))
         advice = "needs a new run: leave it out, or start one with --load_ckpt"
         raise UserError(f"{path} was trained with {own}; {new} {advice}")
-    if any(name in changed for name in OF_DISTANCES):
+    if changed.keys() & OF_DISTANCES:
         content["state"]["best"].pop("best_quality.pt", None)
-    if "start_dir" in changed:
-        print("The images of --start_dir are not compared with those that the run had before.")
-    return Resumed(replace(cfg, **{name: given[name] for name in changed}), directory, path, content)
+    return Resumed(replace(cfg, **changed), directory, path, content)
 
 
 def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) -> Resumed | None:
@@ -85,17 +83,16 @@ def same_runs(cfg: Config, description: dict[str, Any]) -> list[Path]:
     """The runs in ``--logdir`` with the same images and options, apart from those that leave the job the same."""
     same = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE or name in OF_A_JOB}
     default = asdict(Config())  # of options that an older run does not know
-    try:
-        runs = {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}
-    except OSError as error:
-        raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
-    contents = {run: read_config(run) for run in runs}  # without options where it is no run's
-    options = {run: default | content["options"] for run, content in contents.items() if content["options"]}
-    alike = [run for run in options if same.items() <= options[run].items()]
-    for run in alike:
-        if contents[run].get("data") != description:
+    found = []
+    for run in {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}:
+        content = read_config(run)
+        if not content or not same.items() <= (default | content["options"]).items():
+            continue
+        if content.get("data") == description:
+            found.append(run)
+        else:
             print(f"Skipping {run}: it was trained on other images, or by an older version.")
-    return [run for run in alike if contents[run].get("data") == description]
+    return found
 
 
 def priority(run: Path) -> tuple[bool, float]:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,10 +74,9 @@ def first_free(path: Path, claim: Callable[[Path], None], suffix: str = "") -> P
 
     ``claim`` makes the directory (``Path.mkdir``) or file, so that no two processes get the same.
     """
-    for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+    for n in itertools.count(1):
+        end = f"-{n}" if n > 1 else ""
         free = path.with_name(f"{path.name}{end}{suffix}")
-        try:
+        with suppress(FileExistsError):
             claim(free)
-        except FileExistsError:
-            continue
-        return free
+            return free

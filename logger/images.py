@@ -37,12 +37,9 @@ def image_grid(images: Tensor, columns: int = 8, tile: int = 64, padding: int = 
 
     Small images are enlarged by a whole factor, without smoothing, until a side has about ``tile`` pixels.
     """
-    n, channels, height, width = images.shape
-    size = max(1, round(tile / width)) * np.array([width, height])
-    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (N, H, W, C)
-    large = np.stack([cv2.resize(image, size, interpolation=cv2.INTER_NEAREST) for image in pixels])
-    large = torch.from_numpy(large).view(n, size[1], size[0], channels)  # OpenCV leaves the axis of one channel out
-    grid = make_grid(large.permute(0, 3, 1, 2), nrow=columns, padding=padding, pad_value=128)
+    factor = max(1, round(tile / images.shape[-1]))
+    large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(large, nrow=columns, padding=padding, pad_value=128)
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
@@ -57,10 +54,8 @@ def write_text(picture: np.ndarray, x: int, y: int, text: str, width: int) -> No
     Names of files can hold what no font can draw: that is escaped.
     """
     text = printable(text, "utf-8")
-    if text_width(text) > width:
-        while text and text_width(text + "…") > width:
-            text = text[:-1]
-        text += "…"
+    while len(text) > 1 and text_width(text) > width:
+        text = text[:-2] + "…"
     cv2.putText(picture, text, (x, y + FONT_SIZE // 3), (0, 0, 0), FONT, FONT_SIZE)
 
 

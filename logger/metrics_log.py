@@ -14,21 +14,16 @@ from utils import UserError, printable
 
 
 def tensorboard_writer(directory: Path, purge_step: int | None = None):
-    """A SummaryWriter. Errors of its background thread are raised at the next call, and not printed as well."""
+    """A SummaryWriter. Disk errors of its background thread are raised at the next call, and not printed as well."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    threading.excepthook = print_thread_error
+    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
     try:
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:
         raise UserError(
             f"TensorBoard cannot write to {directory}: its name is not valid UTF-8; rename it, or give --no_log"
         ) from None
-
-
-def print_thread_error(args: threading.ExceptHookArgs) -> None:
-    if not (type(args.thread).__name__ == "_AsyncWriterThread" and issubclass(args.exc_type, OSError)):
-        threading.__excepthook__(args)
 
 
 class Log:
@@ -75,12 +70,12 @@ class Log:
                 self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
                 self.board.add_text("event/recovery", message, step)
 
-    def image(self, step: int, name: str, encoded: bytes, height: int, width: int) -> None:
+    def image(self, step: int, name: str, encoded: bytes) -> None:
         """A PNG or GIF file's bytes; TensorBoard plays a GIF."""
         if self.board:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            image = Summary.Image(height=1, width=1, encoded_image_string=encoded)  # is shown in its own size
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def hyperparameters(self, options: dict[str, Any]) -> None:
@@ -95,17 +90,13 @@ class Log:
                     self.board.file_writer.add_summary(summary)
                 self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
 
-    def position(self) -> int:
-        """Length of metrics.jsonl in bytes."""
-        with open(self.path, "ab") as file:
-            return file.tell()
-
-    def flush(self) -> None:
-        """Have all of it on disk."""
+    def flush(self) -> int:
+        """Have all of it on disk; returns the length of metrics.jsonl in bytes."""
         with disk_errors(self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
             if self.board:
                 self.board.flush()
+            return file.tell()
 
     def close(self) -> None:
         if self.board:

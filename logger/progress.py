@@ -1,7 +1,6 @@
 """What the terminal says before a run begins: on what it runs, what it trains, how much room it needs."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,6 @@ from typing import Any
 from acceleration import CompiledOrEager
 from sgld import Sampler
 from utils import UserError, device_name
-
-
-def bar_interval() -> float:
-    """Seconds between two states of a bar: a cluster's log file wants fewer of them than a terminal."""
-    return 0.1 if sys.stderr.isatty() else 10
 
 
 def compiled(forward: Callable, sampler: Sampler | None) -> str:
@@ -45,8 +39,6 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
     if len(trainer.cycle_ends) > 1 and cfg.schedule == "cosine":
         start = trainer.cycle_ends[-2]
         lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
-    if cfg.warmup_steps >= trainer.total_steps:
-        lines["note"] = f"--warmup_steps {cfg.warmup_steps} lasts longer than the run"
     for name, text in lines.items():
         print(f"{name:8} {text}", flush=True)
 

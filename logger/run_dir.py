@@ -69,9 +69,9 @@ class RunDir:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The content of a run directory's config.json; no options if there is no such file or it is broken."""
+    """The content of a run directory's config.json; empty if there is no such file or it is broken."""
     try:
         content = json.loads((run / "config.json").read_text())
-        return content if isinstance(content["options"], dict) else {"options": {}}
+        return content if isinstance(content["options"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"options": {}}
+        return {}

@@ -1,16 +1,17 @@
 """What a training run leaves behind: measurements, pictures, checkpoints, and what the terminal shows meanwhile."""
 
 import math
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,12 +19,11 @@ from config import Config
 from logger.files import replace_file, warn_on_error
 from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
 from logger.metrics_log import Log
-from logger.progress import bar_interval
 from logger.run_dir import RunDir
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
-BESIDE_BAR = {"loss": "loss/total", "accuracy": "accuracy/train", "log p(real)": "log_density/real"}
-BESIDE_BAR |= {"log p(sampled)": "log_density/sampled"}
+BESIDE_BAR = {"images/s": "speed/images_per_second", "loss": "loss/total", "accuracy": "accuracy/train"}
+BESIDE_BAR |= {"log p(real)": "log_density/real", "log p(sampled)": "log_density/sampled"}
 MAX_WAITING = 4  # jobs of the writer; the end of an epoch brings as many: two checkpoints, samples, curves
 
 
@@ -42,7 +42,10 @@ class RunLogger:
         if run is not None:
             run.remove_unfinished()
             self.log = Log(run.path, not cfg.no_log, log_position, step)
-            self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=bar_interval())
+            if step == 0:
+                self.log.hyperparameters(asdict(cfg))
+            interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer states than a terminal
+            self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=interval)
             self.writer, self.jobs = ThreadPoolExecutor(max_workers=1), deque()
 
     def __enter__(self) -> "RunLogger":
@@ -91,64 +94,51 @@ class RunLogger:
         if not self.estimated and remaining:
             self.estimated = True
             duration = timedelta(seconds=round(remaining * self.cfg.batch_size / speed))
-            self.line(f"The remaining {remaining} steps will take about {duration} (hours:minutes:seconds).")
-        return speed
-
-    def show(self, speed: float, values: dict[str, float]) -> None:
-        """Some of the log's numbers behind the bar, when it is drawn next."""
-        if self.run is not None:
-            shown = {name: f"{values[key]:.3g}" for name, key in BESIDE_BAR.items() if key in values}
-            self.bar.set_postfix({"images/s": f"{speed:.0f}"} | shown, refresh=False)
-
-    def line(self, text: str) -> None:
-        """A line above the bar."""
-        if self.run is not None:
-            self.bar.write(text)
+            self.bar.write(f"The remaining {remaining} steps will take about {duration} (hours:minutes:seconds).")
+        return round(speed, 1)
 
     def values(self, step: int, values: dict[str, float | list[int]]) -> None:
-        """Measurements into the log: numbers, and lists of how often each of K classes occurred."""
+        """Measurements into the log, numbers and lists of how often each of K classes occurred; some behind the bar."""
         if self.run is not None:
             self.log.values(step, values)
-
-    def hyperparameters(self, options: dict[str, Any]) -> None:
-        if self.run is not None:
-            self.log.hyperparameters(options)
+            shown = {name: values[key] for name, key in BESIDE_BAR.items() if key in values}
+            if shown:
+                self.bar.set_postfix(shown, refresh=False)
 
     def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Print what an evaluation has found."""
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.line(f"step {step}, epoch {epoch:.4g}: {found}")
+        if self.run is not None:
+            found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.bar.write(f"step {step}, epoch {epoch:.4g}: {found}")
 
     def recovery(self, step: int, back_to: int, change: str) -> None:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
         if self.run is not None:
             message = f"diverged at step {step}; back to step {back_to} with {change}"
             self.bar.n, self.timed_from, self.timed_step = back_to, time.perf_counter(), back_to
-            self.line(message)
+            self.bar.write(message)
             self.log.recovery(step, back_to, message)
 
     def samples(self, step: int, x: Tensor) -> None:
         """A grid of samples, float (N, C, H, W) in [-1, 1]."""
         if self.run is not None:
-            self.write(self._samples, step, image_grid(to_uint8(x)))
-
-    def _samples(self, step: int, picture: np.ndarray) -> None:
-        with warn_on_error(f"the samples of step {step} could not be written"):
-            png = save_png(self.run.path / "samples" / f"sampled_image_{step:08d}.png", picture)
-            self.log.image(step, "samples", png, *picture.shape[:2])
+            path = self.run.path / "samples" / f"sampled_image_{step:08d}.png"
+            self.write(self._picture, step, "samples", save_png, path, image_grid(to_uint8(x)))
 
     def gif(self, step: int, frames: Tensor, every: int) -> None:
         """A long chain, float (T, N, C, H, W) in [-1, 1], with ``every`` SGLD steps between its frames."""
         if self.run is not None:
+            path = self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif"
             pictures = [image_grid(images, columns=4) for images in to_uint8(frames)]
             captions = [f"training step {step}, SGLD step {every * i}" for i in range(len(pictures))]
-            self.write(self._gif, step, pictures, captions)
+            self.write(self._picture, step, "SGLD_process_demo", save_gif, path, pictures, captions)
 
-    def _gif(self, step: int, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-        with warn_on_error(f"the GIF of step {step} could not be written"):
-            gif = save_gif(self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif", pictures, captions)
-            replace_file(self.run.path / "SGLD_process_demo.gif", gif)  # the newest, at the top of the run
-            self.log.image(step, "SGLD_process_demo", gif, 1, 1)
+    def _picture(self, step: int, name: str, save: Callable[..., bytes], path: Path, *content: Any) -> None:
+        with warn_on_error(f"{path.name} could not be written"):
+            encoded = save(path, *content)
+            if path.suffix == ".gif":  # the newest stands at the top of the run
+                replace_file(self.run.path / f"{name}.gif", encoded)
+            self.log.image(step, name, encoded)
 
     def curves(self) -> None:
         """The newest curves of the log, as pictures."""
@@ -158,11 +148,7 @@ class RunLogger:
     def checkpoint(self, save: Callable[[Path, str, dict], None], name: str, content: dict[str, Any]) -> None:
         """Have ``save(folder, name, content)`` write a checkpoint, after all that was logged before."""
         if self.run is not None:
-            self.write(self._checkpoint, save, name, content | {"log_position": self.log.position()})
-
-    def _checkpoint(self, save: Callable[[Path, str, dict], None], name: str, content: dict[str, Any]) -> None:
-        self.log.flush()
-        save(self.run.path / "ckpt", name, content)
+            self.write(save, self.run.path / "ckpt", name, content | {"log_position": self.log.flush()})
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on."""

@@ -26,6 +26,17 @@ def remembered():
         yield
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The directory of a run that nothing happens to; all runs of a file that uses this have short epochs."""
+    import small_runs  # imports the whole program
+
+    with small_runs.short_epochs():
+        status, run = small_runs.start(tmp_path_factory.mktemp("undisturbed"))
+        assert status == 0
+        yield run
+
+
 @pytest.fixture(autouse=True)
 def network(monkeypatch, tmp_path_factory):
     """No test reaches the network or what was downloaded before; the list holds the addresses that were asked for."""

@@ -8,23 +8,24 @@ import pytest
 
 import main
 from benchmarks import reproduce
-from config import Config, cli
+from config import Config
+from config.cli import parse
+
+
+def options(name, *further):
+    return parse(reproduce.command(name, False, list(further), "there")[2:], Config)
 
 
 @pytest.mark.parametrize("name", reproduce.TRAIN)
 def test_every_run_has_valid_options(name):
-    line = reproduce.command(name, False, ["--seed", "7"], "there")
-    cfg = Config(**cli.parse(line[2:], Config))
+    cfg = Config(**options(name, "--seed", "7"))
     assert (cfg.note, cfg.seed, Path(cfg.logdir).name) == (name, 7, "there")
     assert (cfg.mode == "baseline_train") == name.endswith("_baseline")
 
 
 def test_a_baseline_differs_in_nothing_but_the_samples():
     for name in (name for name in reproduce.TRAIN if name.endswith("_baseline")):
-        jem, plain = (
-            cli.parse(reproduce.command(n, False, [], "runs")[2:], Config)
-            for n in (name.replace("digits_baseline", "digits_jem").removesuffix("_baseline"), name)
-        )
+        jem, plain = options(name.replace("digits_baseline", "digits_jem").removesuffix("_baseline")), options(name)
         differ = {key for key in jem.keys() | plain.keys() if jem.get(key) != plain.get(key)}
         of_samples = {"sgld_step", "buffer_size", "gif_every", "start", "p_x_batch_size", "mean_energy_l2"}
         assert differ <= {"mode", "note"} | of_samples
