@@ -45,6 +45,13 @@ TO_ROBUST: Rules = (
     (r"f\.layer(\d)\.", r"block\1.layer."),
     (r"f\.", ""),
 )
+TO_SECOND: Rules = (  # names that JEM++'s network gives to the same weights once more
+    (r"f\.conv1\.", "f.layer_one."),
+    (r"f\.layer1\.", "f.other_layers.0."),
+    (r"f\.layer2\.", "f.other_layers.1."),
+    (r"f\.layer3\.", "f.other_layers.2."),
+    (r"f\.bn1\.", "f.other_layers.3."),
+)
 LAYOUTS = {  # a name that tells which it is, and options that its files do not tell
     "robust classifier": (r"block1\.", {"backbone": "robust", "activation": "relu", "recipe": "dat"}),
     "resnet and linear": (r"(main\.0|resnet)\.", {"dropout_rate": 0.25}),
@@ -178,6 +185,7 @@ def fitted(path: Path, layout: str, weights: StateDict, options: dict[str, Any])
     unused += [] if options["separate_energy"] else ["energy_output."]
     unused += ["f.layer1.0.bn1."] if options["norm"] == "none" else []  # VERA has one in its first block
     weights = {name: value for name, value in weights.items() if not name.startswith(tuple(unused))}
+    weights = {name: value for name, value in weights.items() if not name.endswith(".initialized")}  # of act norm
     counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
     weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -209,12 +217,19 @@ def description(
     return "; ".join([*told, f"chains see {'batch statistics' if options['norm'] == 'batch' else 'single images'}"])
 
 
-def authors_weights(weights: StateDict, backbone: str) -> StateDict:
-    """Weights under the names of the JEM authors' programs, or with the backbone robust of robust classifiers."""
+def authors_weights(weights: StateDict, program: str) -> StateDict:
+    """Weights under the names of a program of ``--export_for``, with all that its network has besides; see the docs."""
     weights = {name: value.contiguous() for name, value in weights.items()}
-    if backbone == "robust":
+    if program == "robust":
         return renamed(weights, TO_ROBUST)
     head = weights["class_output.weight"]
-    for name, rows in (("f.linear", head), ("energy_output", head[:1])):  # heads that they want and do not use
-        weights = {f"{name}.weight": torch.zeros_like(rows), f"{name}.bias": rows.new_zeros(len(rows))} | weights
+    heads = {"energy_output": 1, "f.linear": 10} if program == "jem" else {"energy_output": 1}
+    for name, rows in heads.items():  # they want them and do not use them; f.linear has 10 rows for any classes
+        unused = {f"{name}.weight": head.new_zeros(rows, head.shape[1]), f"{name}.bias": head.new_zeros(rows)}
+        weights = unused | weights
+    act_norms = [name.removesuffix("loc") for name in weights if name.endswith(".loc")]
+    started = torch.tensor(1, dtype=torch.uint8)  # without, these layers start anew from the first batch
+    weights |= {f"{layer}initialized": started for layer in act_norms}
+    if program == "jem++":
+        weights |= renamed({name: value for name, value in weights.items() if name.startswith("f.")}, TO_SECOND)
     return weights
