@@ -109,8 +109,10 @@ def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]
     """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
     told = [f"for {PROGRAMS[program].title}"]
+    if cfg.stages == 4:
+        told.append("build its network with a large dataset, such as stl10: only these have a fourth stage")
     if cfg.stages == 4 and width < 64:
-        told.append(f"its fourth stage is for images of 64x64 or more, and these are {height}x{width}")
+        told.append(f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}")
     if cfg.stages == 3 and (height, width) != (32, 32):
         told.append(f"its pooling is for images of 32x32, and these are {height}x{width}")
     if channels != 3:

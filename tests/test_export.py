@@ -129,7 +129,10 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
         (ROBUST, "for DAT"),
         ({"separate_energy": True}, "with --uncond"),
         ({"shape": (1, 8, 8)}, "for images of 32x32, and these are 8x8; its images have 3 channels"),
-        ({"stages": 4}, "for images of 64x64 or more, and these are 32x32"),
+        (
+            {"stages": 4},
+            "have a fourth stage; it uses its fourth stage for images of 64x64 or more, and these are 32x32",
+        ),
         (ROBUST | {"activation": "silu"}, 'activation="swish"'),
     ],
 )
