@@ -4,7 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -12,22 +12,53 @@ from safetensors.torch import save
 from checkpoints.load import load_model
 from checkpoints.other_programs import authors_weights
 from config import Config
+from config.cli import as_typed
 from logger.files import replace_file
+from sgld import uniform_images
 from utils import UserError, printable
+
+FRESH = 1000  # images of a replay buffer, where the checkpoint has none
+
+
+class Program(NamedTuple):
+    """What the networks of a program of ``--export_for`` can be: the values that an option may have there."""
+
+    title: str
+    backbone: tuple[str, ...] = ("jem",)
+    norm: tuple[str, ...] = ("none", "batch", "instance", "layer", "act")
+    activation: tuple[str, ...] = ("leaky_relu",)
+    stages: tuple[int, ...] = (3,)
+    separate_energy: tuple[bool, ...] = (False, True)
+
+
+PROGRAMS = {
+    "jem": Program("JEM"),
+    "jem++": Program("JEM++ (its --model yopo)"),
+    "sada-jem": Program("SADA-JEM or M-JEM", stages=(3, 4)),
+    "robust": Program(
+        "DAT, whose images are in [0, 1]", ("robust",), ("batch",), ("relu", "silu"), separate_energy=(False,)
+    ),
+}
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Write the network of ``content``, read from ``path``, to ``--export``; returns the exit status.
 
-    The averaged weights are written where there are any. Raises UserError for a file that is there already.
+    The averaged weights are written where there are any. Raises UserError for a file that is there already, and for a
+    network that the program of ``--export_for`` does not have.
     """
     target = Path(cfg.export)
     weights = load_model(cfg, path, content).state_dict()
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
+    if not target.parent.is_dir():
+        raise UserError(f"--export {target}: there is no folder {target.parent}")
+    told = []
     if target.suffix == ".pt":
+        program = program_for(cfg)
+        told = differences(cfg, program, content)
         file = io.BytesIO()
-        torch.save({"model_state_dict": authors_weights(weights, cfg.backbone)}, file)
+        torch.save(authors_file(cfg, program, weights, content), file)
         written = file.getvalue()
     else:
         about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
@@ -35,5 +66,63 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         tensors = {name: value.contiguous() for name, value in weights.items()}
         written = save(tensors, {name: json.dumps(value) for name, value in about.items()})
     replace_file(target, written)
-    print(f"Wrote {printable(target)} ({len(written) / 2**20:.1f} MiB)")
+    print("; ".join([f"Wrote {printable(target)} ({len(written) / 2**20:.1f} MiB)", *told]))
     return 0
+
+
+def program_for(cfg: Config) -> str:
+    """The name of the program that a file is for. Raises UserError if it does not have the network of ``cfg``."""
+    name = cfg.export_for
+    if name == "auto" and cfg.backbone == "robust":
+        name = "robust"
+    elif name == "auto" and (cfg.recipe in ("sada-jem", "m-jem") or cfg.stages == 4):
+        name = "sada-jem"
+    elif name == "auto":
+        name = "jem++" if cfg.recipe == "jem++" else "jem"
+    allowed = PROGRAMS[name]._asdict()
+    title = allowed.pop("title")
+    own = {option: getattr(cfg, option) for option in allowed}
+    lacks = [as_typed(option, value) for option, value in own.items() if value not in allowed[option]]
+    if lacks:
+        raise UserError(
+            f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: name another program, or "
+            "give --export NAME.safetensors, which holds any network"
+        )
+    return name
+
+
+def authors_file(
+    cfg: Config, program: str, weights: dict[str, torch.Tensor], content: dict[str, Any]
+) -> dict[str, Any]:
+    """What the scripts of a program read: weights and replay buffer, or of robust classifiers just the weights."""
+    weights = authors_weights(weights, program)
+    if program == "robust":
+        return weights
+    if "buffer" in content["state"]:
+        images = content["state"]["buffer"]["images"].float()
+    else:
+        images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
+    return {"model_state_dict": weights, "replay_buffer": images.contiguous()}
+
+
+def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
+    """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
+    (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
+    told = [f"for {PROGRAMS[program].title}"]
+    if cfg.stages == 4:
+        told.append("build its network with a large dataset, such as stl10: only these have a fourth stage")
+    if cfg.stages == 4 and width < 64:
+        told.append(f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}")
+    if cfg.stages == 3 and (height, width) != (32, 32):
+        told.append(f"its pooling is for images of 32x32, and these are {height}x{width}")
+    if channels != 3:
+        told.append(f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}")
+    if n_classes != 10:
+        told.append(f"build its network with n_classes={n_classes}")
+    if cfg.activation == "silu":
+        told.append('build its network with activation="swish"')
+    if cfg.separate_energy:
+        told.append("log p(x) is that of energy_output, which its scripts take with --uncond")
+    if program != "robust" and "buffer" not in content["state"]:
+        told.append(f"its replay buffer is {FRESH} images of noise, since the checkpoint has none")
+    return told

@@ -35,6 +35,13 @@ TO_ROBUST: Rules = (
     (r"f\.layer(\d)\.", r"block\1.layer."),
     (r"f\.", ""),
 )
+TO_SECOND: Rules = (  # names that JEM++'s network gives to the same weights once more
+    (r"f\.conv1\.", "f.layer_one."),
+    (r"f\.layer1\.", "f.other_layers.0."),
+    (r"f\.layer2\.", "f.other_layers.1."),
+    (r"f\.layer3\.", "f.other_layers.2."),
+    (r"f\.bn1\.", "f.other_layers.3."),
+)
 LAYOUTS = (  # how names begin in the files of a program, and options that these do not tell
     (r"block1\.", {"backbone": "robust", "activation": "relu", "recipe": "dat"}),  # robust classifiers
     (r"(main\.0|resnet)\.", {"dropout_rate": 0.25}),  # the re-implementation
@@ -151,6 +158,9 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     if options["norm"] == "none":
         unused += ("f.layer1.0.bn1.",)  # VERA has one in its first block
     weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
+    weights = {name: value for name, value in weights.items() if not name.endswith(".initialized")}  # of act norm
+    counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
+    weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
     odd = sorted(expected.keys() ^ weights.keys())
     if odd:
         size = "depth {depth}, width {width}, {stages} stages, norm {norm}".format(**options)
@@ -176,12 +186,19 @@ def description(weights: StateDict, options: dict[str, Any], state: dict[str, An
     return "; ".join(told + ([f"{assumed} assumed: give others if these are wrong"] if assumed else []))
 
 
-def authors_weights(weights: StateDict, backbone: str) -> StateDict:
-    """Weights under the names of the JEM authors' programs, or with the backbone robust of robust classifiers."""
+def authors_weights(weights: StateDict, program: str) -> StateDict:
+    """Weights under the names of a program of ``--export_for``, with all that its network has besides; see the docs."""
     weights = {name: value.contiguous() for name, value in weights.items()}
-    if backbone == "robust":
+    if program == "robust":
         return renamed(weights, TO_ROBUST)
     head = weights["class_output.weight"]
-    for name, rows in (("f.linear", head), ("energy_output", head[:1])):  # heads that they want and do not use
-        weights = {f"{name}.weight": torch.zeros_like(rows), f"{name}.bias": rows.new_zeros(len(rows))} | weights
+    heads = {"energy_output": 1, "f.linear": 10} if program == "jem" else {"energy_output": 1}
+    for name, rows in heads.items():  # they want them and do not use them; f.linear has 10 rows for any classes
+        unused = {f"{name}.weight": head.new_zeros(rows, head.shape[1]), f"{name}.bias": head.new_zeros(rows)}
+        weights = unused | weights
+    act_norms = [name.removesuffix("loc") for name in weights if name.endswith(".loc")]
+    started = torch.tensor(1, dtype=torch.uint8)  # without, these layers start anew from the first batch
+    weights |= {f"{layer}initialized": started for layer in act_norms}
+    if program == "jem++":
+        weights |= renamed({name: value for name, value in weights.items() if name.startswith("f.")}, TO_SECOND)
     return weights

@@ -65,6 +65,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
     if cfg.mode in TRAINING and not cfg.quality_every:
         unread |= {"feature_ckpt", "n_samples", "n_sample_steps"}
+    if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
+        unread.add("export_for")
     if cfg.mode == "sample" and (not cfg.denoise or cfg.n_sample_steps is not None):
         unread.add("sgld_step")
     if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise or cfg.from_buffer or cfg.counterfactual is not None):

@@ -16,6 +16,7 @@ from pgd import NORMS as ADVERSARIAL_NORMS
 TRAINING = ("energy_train", "baseline_train")
 NETWORK = (*TRAINING, "test", "sample")  # modes that compute with it
 MODES = (*NETWORK, "export")
+EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
@@ -225,9 +226,17 @@ class Options:
     export: str = option(
         "export",
         "",
-        "new file: NAME.pt as the JEM authors' programs name its parts; NAME.safetensors, which --load_ckpt opens",
+        "new file: NAME.pt, which the program of --export_for opens; NAME.safetensors, which --load_ckpt opens",
         modes=("export",),
         is_path=True,
+        resumable=True,
+    )
+    export_for: str = option(
+        "export",
+        "auto",
+        "program that NAME.pt is for; sada-jem: M-JEM's too; robust: DAT's; auto: by the recipe, stages and backbone",
+        EXPORT_FOR,
+        modes=("export",),
         resumable=True,
     )
 

@@ -1,0 +1,174 @@
+"""--mode export: names and shapes are those of docs/checkpoints.md, and the numbers those of the network."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from test_foreign import authors_features, robust_logits
+
+from checkpoints.files import CHECKPOINT_FORMAT
+from checkpoints.load import build_for, load_model
+from checkpoints.other_programs import open_checkpoint
+from config import Config
+from main import main
+
+DOCS = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm": "batch"}
+
+
+def documented(program, norm, depth, width, channels, classes, stages=3):
+    """Names and shapes by the table of the docs, with JEM++'s second names."""
+    robust, found, blocks, before = program == "robust", {}, [], 16
+    for stage in range(1, stages + 1):
+        for i in range((depth - 4) // 6):
+            m = 8 * width * 2**stage
+            short = before != m or (not robust and stage > 1 and i == 0)
+            blocks.append({"s": stage, "i": i, "m": m, "p": before, "short": short})
+            before = m
+    block = "block{s}.layer.{i}" if robust else "f.layer{s}.{i}"
+    norms = [(block.format(**b) + ".bn1", b["p"]) for b in blocks] + [
+        (block.format(**b) + ".bn2", b["m"]) for b in blocks
+    ]
+    norms += [("bn1" if robust else "f.bn1", before)]
+    rows = re.findall(
+        r"^\| `(.+?)` \| ?(.*?) ?\| (.+?) \| (.+?) \|$", DOCS.read_text().split("### Names and shapes")[1], re.M
+    )
+    assert len(rows) == 28
+    for name, shape, programs, of_norms in rows:
+        if (
+            program not in programs.split(", ")
+            and programs != "all"
+            or norm not in of_norms.split(", ")
+            and of_norms != "all"
+        ):
+            continue
+        places = [{"name": name, "m": before}]
+        if "{norm}" in name:
+            places = [{"name": name.replace("{norm}", layer), "b": b} for layer, b in norms]
+        elif "{s}" in name:
+            places = [{"name": name.format(**b), **b} for b in blocks if b["short"] or "hortcut" not in name]
+        for place in places:
+            sizes = place | {"c": channels, "k": classes}
+            found[place["name"]] = tuple(sizes[n] if n in sizes else int(n) for n in shape.split(", ") if n)
+    if program == "jem++":
+        second = {"f.conv1.": "f.layer_one.", "f.bn1.": "f.other_layers.3."}
+        second |= {f"f.layer{s}.": f"f.other_layers.{s - 1}." for s in (1, 2, 3)}
+        for one, other in second.items():
+            found |= {name.replace(one, other): shape for name, shape in found.items() if name.startswith(one)}
+    return found
+
+
+def checkpoint(path, classes=10, shape=(3, 32, 32), buffer=None, **options):
+    """A checkpoint of this program with random weights."""
+    cfg, g = Config(depth=options.pop("depth", 10), width=1, **options), torch.Generator().manual_seed(5)
+    model = build_for(cfg, shape[0], classes).eval()
+    weights = {
+        n: torch.rand(v.shape, generator=g) / 2 + 0.1 if ".bn" in n and v.ndim else v
+        for n, v in model.state_dict().items()
+    }
+    state = {"step": 3, "model": weights} | (
+        {} if buffer is None else {"buffer": {"images": buffer, "age": torch.zeros(len(buffer))}}
+    )
+    data = {"shape": list(shape), "class_names": [str(i) for i in range(classes)]}
+    torch.save({"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "data": data, "state": state}, path)
+    model.load_state_dict(weights)
+    return model
+
+
+def export(tmp_path, *options):
+    return main(
+        ["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt"), *options]
+    )
+
+
+FAMILY = [
+    (program, norm)
+    for program in ("jem", "jem++", "sada-jem")
+    for norm in ("none", "batch", "layer", "instance", "act")
+]
+
+
+@pytest.mark.parametrize("program, norm", [*FAMILY, ("robust", "batch")])
+@pytest.mark.parametrize("depth, classes", [(10, 7), (16, 10)])
+def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, program, norm, depth, classes):
+    options = {"norm": norm} | (ROBUST if program == "robust" else {})
+    buffer = torch.rand(20, 3, 32, 32)
+    model = checkpoint(tmp_path / "a.pt", classes, depth=depth, buffer=buffer, **options)
+    assert export(tmp_path, "--export_for", program) == 0
+    told = capsys.readouterr().out
+    assert ("n_classes=7" in told) == (classes == 7) and "32x32" not in told and "channels" not in told
+    file = torch.load(tmp_path / "b.pt", weights_only=True)
+    weights = file if program == "robust" else file["model_state_dict"]
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    assert shapes == documented(program, norm, depth, 1, 3, classes)
+    assert all(v == 1 and v.dtype == torch.uint8 for n, v in weights.items() if n.endswith("initialized"))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    path, content = open_checkpoint(str(tmp_path / "b.pt"), {"norm": norm})
+    back = load_model(Config.from_dict(content["config"], ""), path, content).eval()
+    with torch.no_grad():
+        if program == "robust":
+            theirs = robust_logits(weights, x)
+        else:
+            theirs = (
+                authors_features(weights, x, norm) @ weights["class_output.weight"].T + weights["class_output.bias"]
+            )
+            assert list(file) == ["model_state_dict", "replay_buffer"] and torch.equal(file["replay_buffer"], buffer)
+        torch.testing.assert_close(theirs, model(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(back(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, chosen",
+    [
+        ({}, "for JEM;"),
+        ({"recipe": "jem++"}, "for JEM++"),
+        ({"recipe": "m-jem"}, "for SADA-JEM or M-JEM"),
+        ({"stages": 4, "shape": (3, 64, 64)}, "for SADA-JEM or M-JEM"),
+        (ROBUST, "for DAT"),
+        ({"separate_energy": True}, "with --uncond"),
+        ({"shape": (1, 8, 8)}, "for images of 32x32, and these are 8x8; its images have 3 channels"),
+        (
+            {"stages": 4},
+            "have a fourth stage; it uses its fourth stage for images of 64x64 or more, and these are 32x32",
+        ),
+        (ROBUST | {"activation": "silu"}, 'activation="swish"'),
+    ],
+)
+def test_the_line_says_which_program_and_what_it_needs(tmp_path, capsys, options, chosen):
+    checkpoint(tmp_path / "a.pt", **options)
+    assert export(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert chosen in out and out.count("\n") == 1 and ("32x32" in out) == ("32x32" in chosen)
+    file = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert ("1000 images of noise" in out) == ("replay_buffer" in file) == (options.get("backbone") != "robust")
+    if "replay_buffer" in file:
+        assert tuple(file["replay_buffer"].shape) == (1000, *options.get("shape", (3, 32, 32)))
+        assert -1 <= file["replay_buffer"].min() < -0.9 < 0.9 < file["replay_buffer"].max() <= 1
+    if options.get("stages") == 4:
+        shapes = {name: tuple(value.shape) for name, value in file["model_state_dict"].items()}
+        assert shapes == documented("sada-jem", "none", 10, 1, 3, 10, stages=4)
+    if options.get("separate_energy"):
+        assert file["model_state_dict"]["energy_output.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "options, export_for, lacks",
+    [
+        ({"norm": "group"}, "auto", "--norm group"),
+        ({"activation": "silu", "norm": "group"}, "sada-jem", "--norm group, --activation silu"),
+        ({"stages": 4}, "jem", "--stages 4"),
+        ({}, "robust", "--backbone jem, --norm none, --activation leaky_relu"),
+        (ROBUST, "jem", "--backbone robust, --activation relu"),
+        (ROBUST | {"separate_energy": True}, "auto", "--separate_energy True"),
+    ],
+)
+def test_a_network_that_the_program_lacks_is_refused(tmp_path, capsys, options, export_for, lacks):
+    checkpoint(tmp_path / "a.pt", **options)
+    assert export(tmp_path, "--export_for", export_for) == 2
+    error = capsys.readouterr().err
+    assert f"has no {lacks}:" in error and error.count("\n") == 1
+    assert not (tmp_path / "b.pt").exists()
+    there = ["--export", str(tmp_path / "b.safetensors")]
+    assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), *there]) == 0
