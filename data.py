@@ -357,11 +357,12 @@ def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -
         raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         cause = " ".join(str(error).split())
-        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "no files"
-        lacks = ", ".join([file for file in files if not (root / file).exists()][:5])
+        inside = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "no files"
+        state = "is a file" if root.is_file() else f"holds {inside}"
+        lacks = ", ".join([file for file in files if not (root / file).exists()][:3])
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
-        raise UserError(f"cannot read {name} from {root} ({cause}): it holds {holds}, not {lacks}: {advice}") from error
+        raise UserError(f"cannot read {name} from {root} ({cause}): it {state}, not {lacks}: {advice}") from error
     for other, labels in FIRST_LABELS.items():
         if other != name and parts["train"].labels[:10].tolist() == labels:
             raise UserError(f"{root} holds {other}, not {name}: their files have the same names")
@@ -387,12 +388,11 @@ def _open_part(cls: type, root: Path, part: str) -> datasets.VisionDataset:
     try:
         return cls(root, **choice)
     except RuntimeError:  # a file is missing, or its MD5 sum is wrong
-        for path, md5 in ((root / file, md5) for file, md5 in _files(cls).items()):
-            if path.exists() and not check_integrity(path, md5):
-                raise UserError(
-                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there (its "
-                    "MD5 sum is wrong; it may be of another data set whose files have the same names)"
-                ) from None
+        for file, md5 in _files(cls).items():
+            if (root / file).exists() and not check_integrity(root / file, md5):
+                advice = "remove it and run this again with a network, or put an intact copy there"
+                other = "it may be of another data set whose files have the same names"
+                raise UserError(f"{root / file} is damaged: {advice} (its MD5 sum is wrong; {other})") from None
         return cls(root, **choice, download=True)
 
 

@@ -320,7 +320,7 @@ def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
     assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
     (tmp_path / "file").write_text("not a folder")
     for name in data.DATASETS.keys() - {"digits"}:
-        refuses(str(tmp_path / "file"), name, tmp_path / "file")
+        assert " is a file" in refuses(str(tmp_path / "file"), name, tmp_path / "file")
     (batches / "data_batch_2").unlink()
     message = "it holds cifar-10-batches-py, not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
     refuses(message, "cifar10", tmp_path / "set")
