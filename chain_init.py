@@ -35,13 +35,14 @@ def build_chain_init(cfg, images: ImageData) -> ChainInit:
     if cfg.start == "folder":
         read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
         return FolderInit(distributed.rank0_first(read), images)
+    device = images.test.images.device
     if cfg.start == "gaussian":
-        return GaussianInit(images.train, None, images.device)
+        return GaussianInit(images.train, None, device)
     n_classes = len(images.class_names)
     for k, name in enumerate(images.class_names):
         if not (images.train.labels == k).any():
             raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
-    return GaussianInit(some_of_each_class(images.train, cfg.labels_per_class, n_classes), n_classes, images.device)
+    return GaussianInit(some_of_each_class(images.train, cfg.labels_per_class, n_classes), n_classes, device)
 
 
 class UniformInit:

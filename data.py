@@ -1,17 +1,13 @@
-"""Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation.
-
-Parts are drawn with a seed of their own, so that runs with different seeds train and report on the same images.
-"""
+"""Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation."""
 
 import hashlib
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -22,10 +18,9 @@ import image_folder
 from distributed import World
 from utils import UserError, printable
 
-SPLIT_SEED = 0
-LARGE = 0.2  # of a GPU's memory: training images that take more stay on the host
+SPLIT_SEED = 0  # not the run's seed: all runs train and report on the same images
 ALONE, WHOLE = World(), slice(None)
-FIRST_LABELS = {"mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "fashion_mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
+FIRST_LABELS = {datasets.MNIST: [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], datasets.FashionMNIST: [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
 
 @dataclass(frozen=True)
@@ -60,21 +55,14 @@ class ImageData:
             right = images.dtype == torch.uint8 and images.ndim == 4 and labels.dtype == torch.int64
             first, last = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
             if not right or len(labels) != len(images) or first < 0 or last >= len(self.class_names):
-                raise UserError(
-                    f"a data set has images uint8, 0 to 255, of shape (N, C, H, W), and labels int64, 0 to "
-                    f"{len(self.class_names) - 1}, of shape (N,); these images are {images.dtype} of shape "
-                    f"{tuple(images.shape)}, and the labels {labels.dtype}, {first} to {last}, {tuple(labels.shape)}"
-                )
+                found = f"images {images.dtype} {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}"
+                needed = f"images uint8 (N, C, H, W) and labels int64 (N,), 0 to {len(self.class_names) - 1}"
+                raise UserError(f"a data set has {needed}, not {found}, {first} to {last}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.images.shape[1:])
-
-    @property
-    def device(self) -> torch.device:
-        """Where everything is but, perhaps, the training images."""
-        return self.test.images.device
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -110,28 +98,25 @@ def evenly_spaced(split: Split, n: int, kind: str) -> Split:
     return split[torch.arange(n, device=split.labels.device) * len(split) // n]
 
 
+@dataclass(eq=False)
 class Batches:
-    """Endless batches of a split: each pass takes all its images once, in a new order.
+    """Endless batches of a split: each pass takes its images once, in a new order, but for a last incomplete batch.
 
-    The last images of a pass that fill no batch are left out. Images are augmented unless ``augmented`` is False. All
-    randomness comes from ``rng``, on whose device the batches are. Where several processes draw with equal ``rng``,
-    each takes its part of the same batches with the same augmentation.
+    ``rng`` draws, and batches are on its device. The processes of a ``world`` each take a part of the same batches.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        flip: bool,
-        sigma: float,
-        rng: Generator,
-        augmented: bool = True,
-        world: World = ALONE,
-    ):
-        self.split, self.batch_size, self.flip, self.sigma, self.rng = split, batch_size, flip, sigma, rng
-        part = batch_size // world.size
-        self.augmented, self.part = augmented, slice(world.rank * part, (world.rank + 1) * part)
-        self._start_epoch(torch.empty(0, dtype=torch.int64, device=rng.device))
+    split: Split
+    batch_size: int
+    flip: bool
+    sigma: float
+    rng: Generator
+    augmented: bool = True
+    world: World = ALONE
+
+    def __post_init__(self):
+        size = self.batch_size // self.world.size
+        self.part = slice(self.world.rank * size, (self.world.rank + 1) * size)
+        self._start_epoch(torch.empty(0, dtype=torch.int64, device=self.rng.device))
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``.
@@ -162,14 +147,10 @@ class Batches:
         self.position = state["position"]
 
 
-Parts = tuple[list[str], dict[str, Split]]  # class names; "train", "test" and perhaps "valid", or "all" to be divided
+class DataSet(NamedTuple):
+    """``read(data_dir, image_size)`` gives class names, and parts: train, test, perhaps valid, or all, to divide."""
 
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is read, from ``--data_dir`` and ``--image_size``."""
-
-    read: Callable[[Path, int | None], Parts]
+    read: Callable[[Path, int | None], tuple[list[str], dict[str, Split]]]
     flip: bool  # whether a horizontal flip keeps an image's label
 
 
@@ -187,51 +168,34 @@ def load(
     Args:
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
-        data_device: "cpu" leaves the training images on the host, "gpu" puts them on ``device`` with the others, "auto"
-            leaves them if they take more than a fifth of its memory.
+        data_device: where the training images are: "cpu", "gpu" (on ``device``), or "auto"; see ``stays_on_host``.
         trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
             on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
 
     Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name}: choose one of {', '.join(DATASETS)}")
     root = Path(data_dir).expanduser()
     class_names, parts = DATASETS[name].read(root, image_size)
-    if "valid" in parts and n_valid is not None:
-        raise UserError(f"{root} has a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
     if "all" in parts:
         parts = _divide(parts.pop("all"), class_names, root, trained_on)
     if "train" in parts:
         parts = _hold_out(parts, n_valid)
     elif trained_on is None:
         raise UserError(f"{root} has no train/: add it; {image_folder.EXPECTED}")
-    none = parts["test"][:0]
-    train, valid, test = parts.get("train", none), parts.get("valid", none), parts["test"]
+    train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
-        print("data:", describe(class_names, {"train": train, "valid": valid, "test": test}), flush=True)
+        counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
+        print("data:", printable(f"{len(class_names)} classes: {image_folder.some(class_names)}; {counts}"), flush=True)
     device = torch.device(device)
     if not stays_on_host(train.images.nbytes, device, data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
 
 
-def describe(class_names: list[str], parts: dict[str, Split], n: int = 10) -> str:
-    """One line such as "2 classes: cat (30 train, 10 test), dog (30 train, 10 test)", with ``n`` classes at most."""
-    counts = {part: split.labels.bincount(minlength=len(class_names)).tolist() for part, split in parts.items()}
-    lines = []
-    for label, name in enumerate(class_names[:n]):
-        numbers = ", ".join(f"{counts[part][label]} {part}" for part in counts if counts[part][label])
-        lines.append(f"{name} ({numbers})")
-    more = f" ... {len(class_names) - n} more" if len(class_names) > n else ""
-    return printable(f"{len(class_names)} classes: {', '.join(lines)}{more}")
-
-
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:
-    """Whether training images of that size stay on the host; see ``load``."""
-    if data_device != "auto" or device.type != "cuda":
-        return data_device == "cpu"
-    return n_bytes > LARGE * torch.cuda.get_device_properties(device).total_memory
+    """Whether training images stay on the host; with "auto", if they take more than a fifth of a GPU's memory."""
+    large = device.type == "cuda" and n_bytes > 0.2 * torch.cuda.get_device_properties(device).total_memory
+    return data_device == "cpu" or (data_device == "auto" and large)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -259,7 +223,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
 
 
 def augment(
-    images: Tensor, flip: bool, sigma: float, generator: Generator, n: int | None = None, part: slice = WHOLE
+    images: Tensor, flip: bool, sigma: float, rng: Generator, n: int | None = None, part: slice = WHOLE
 ) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
 
@@ -267,12 +231,12 @@ def augment(
         images: uint8 (N, C, H, W); the ``part`` that is asked for of a batch of ``n`` images, by default all of it.
         flip: whether to mirror each image with probability 1/2.
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
-        generator: source of all randomness, on the images' device; it is drawn from for the whole batch.
+        rng: source of all randomness, on the images' device; it is drawn from for the whole batch.
 
     Returns float32 (N, C, H, W), channels_last in memory.
     """
     n, (_, channels, height, width) = n or len(images), images.shape
-    draw = {"generator": generator, "device": images.device}
+    draw = {"generator": rng, "device": images.device}
     side = min(height, width)
     pad = min(4, side // 8) if side >= 16 else 0  # the usual 4 at 32x32; the 8x8 digits fill their frame
     top, left = torch.randint(2 * pad + 1, (2, n), **draw)
@@ -292,44 +256,38 @@ def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[
     """80 % of each class for training and 20 % for testing; all for testing if a model was trained on others."""
     from sklearn.model_selection import train_test_split  # slow to import, and most data sets do without
 
-    numbers = torch.arange(len(images))
+    train, test = torch.arange(0), torch.arange(len(images))
     try:
-        train, test = train_test_split(numbers, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
-        parts = {"train": images[train], "test": images[test]}
+        train, test = train_test_split(test, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
     except ValueError as error:
         if trained_on is None:
             raise UserError(f"{root} has too few images to hold out a fifth of each class: add some") from error
-        parts = {}
-    if trained_on is not None and not (parts and _same_images(parts, class_names, trained_on)):
-        print(f"data: {root} holds other images than those of the training: all are test images", flush=True)
-        parts = {"test": images}
-    return parts
-
-
-def _same_images(parts: dict[str, Split], class_names: list[str], trained_on: dict[str, Any]) -> bool:
-    """Whether a model was trained on these images; its ``--n_valid`` may have been another."""
-    n_valid = trained_on.get("images", [0, 0, 0])[1]  # other programs' checkpoints do not say
-    if n_valid >= len(parts["train"]):
-        return False
-    parts = _hold_out(parts, n_valid)
-    own = ImageData(parts["train"], parts["valid"], parts["test"], tuple(class_names), flip=False).description
-    return all(own.get(key) == value for key, value in trained_on.items())
+    parts = {"train": images[train], "test": images[test]}
+    if trained_on is None:
+        return parts
+    n_valid = trained_on.get("images", [0, 0, 0])[1]  # --n_valid may be another now; other programs do not say
+    if n_valid < len(train):
+        own = ImageData(**_hold_out(parts, n_valid), class_names=tuple(class_names), flip=False).description
+        if own | trained_on == own:
+            return parts
+    print(f"data: {root} holds other images than those of the training: all are test images", flush=True)
+    return {"test": images}
 
 
 def _hold_out(parts: dict[str, Split], n_valid: int | None) -> dict[str, Split]:
     """The training images in a random order, and the first ``n_valid`` for validation if they have no such part."""
     train = parts["train"]
-    if "valid" in parts:
-        n_valid = 0
-    elif n_valid is None:
-        n_valid = min(5000, len(train) // 10)
+    if n_valid is None:
+        n_valid = 0 if "valid" in parts else min(5000, len(train) // 10)
+    elif "valid" in parts:
+        raise UserError(f"there is a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
     if not 0 <= n_valid < len(train):
         raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
     order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
     return {"valid": train[order[:n_valid]], **parts, "train": train[order[n_valid:]]}
 
 
-def read_digits(root: Path, image_size: int | None) -> Parts:
+def read_digits(root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
     """scikit-learn's 8x8 digits, which need no files."""
     from sklearn.datasets import load_digits
 
@@ -338,34 +296,37 @@ def read_digits(root: Path, image_size: int | None) -> Parts:
     return [str(digit) for digit in range(10)], {"all": Split(images, torch.from_numpy(digits.target))}
 
 
-def read_folder(root: Path, image_size: int | None) -> Parts:
+def read_folder(root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
     """train/<class>/* and test/<class>/*, perhaps val/<class>/*, or only <class>/*; see ``image_folder.read``."""
     images, labels, slices, class_names = image_folder.read(root, image_size)
     return class_names, {part: Split(images[where], labels[where]) for part, where in slices.items()}
 
 
-def read_torchvision(name: str, cls: type, root: Path, image_size: int | None) -> Parts:
+def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
     """One of torchvision's data sets, downloaded if it is not there. MNIST's idx files may also lie in ``root``."""
     files = _files(cls)
     if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
         root = root.parent
+    missing = [file for file in files if not (root / file).exists()]
+    for file, md5 in files.items():  # torchvision would write over damaged ones
+        if file not in missing and not check_integrity(root / file, md5):
+            raise UserError(f"{root / file} is damaged or of another data set (its MD5 sum is wrong): replace it")
+    choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             place = _unpack_idx(cls, root, Path(scratch))
-            train, test = _open_part(cls, place, "train"), _open_part(cls, place, "test")
+            train, test = [cls(place, **choice, download=True) for choice in choices]
             parts = {"train": _as_split(train), "test": _as_split(test)}
-    except UserError:
-        raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
-        cause = " ".join(str(error).split())
-        holds = ", ".join(sorted(path.name for path in root.glob("*"))[:5]) or "no files"
-        lacks = ", ".join([file for file in files if not (root / file).exists()][:5])
+        inside = image_folder.some(sorted(path.name for path in root.glob("*"))) or "no files"
+        state = "is a file" if root.is_file() else f"holds {inside}, not {image_folder.some(missing)}"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
-        raise UserError(f"cannot read {name} from {root} ({cause}): it holds {holds}, not {lacks}: {advice}") from error
+        where = f"{cls.__name__} from {root}, which {state}"
+        raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     for other, labels in FIRST_LABELS.items():
-        if other != name and parts["train"].labels[:10].tolist() == labels:
-            raise UserError(f"{root} holds {other}, not {name}: their files have the same names")
+        if other is not cls and parts["train"].labels[:10].tolist() == labels:
+            raise UserError(f"{root} holds {other.__name__}, not {cls.__name__}: their files have the same names")
     return [str(digit) for digit in range(10)] if cls is datasets.SVHN else train.classes, parts
 
 
@@ -375,37 +336,18 @@ def _unpack_idx(cls: type, root: Path, scratch: Path) -> Path:
     raw = scratch / cls.__name__ / "raw"
     raw.mkdir(parents=True)
     for path in bare:
-        try:
-            extract_archive(path, raw) if path.suffix == ".gz" else shutil.copy(path, raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: remove it and put an intact copy there ({error})") from error
+        extract_archive(path, raw) if path.suffix == ".gz" else shutil.copy(path, raw)
     return scratch if len({path.name.removesuffix(".gz") for path in bare}) == 4 else root
 
 
-def _open_part(cls: type, root: Path, part: str) -> datasets.VisionDataset:
-    """The "train" or "test" part, downloaded if it is not there; files that are there are never written over."""
-    choice = {"split": part} if cls is datasets.SVHN else {"train": part == "train"}
-    try:
-        return cls(root, **choice)
-    except RuntimeError:  # a file is missing, or its MD5 sum is wrong
-        for path, md5 in ((root / file, md5) for file, md5 in _files(cls).items()):
-            if path.exists() and not check_integrity(path, md5):
-                raise UserError(
-                    f"{path} is damaged: remove it and run this again with a network, or put an intact copy there (its "
-                    "MD5 sum is wrong; it may be of another data set whose files have the same names)"
-                ) from None
-        return cls(root, **choice, download=True)
-
-
-def _files(cls: type) -> dict[str, str | None]:
-    """What torchvision downloads to ``--data_dir`` and unpacks there, and the MD5 sums as far as they are known."""
+def _files(cls: type) -> dict[str, str]:
+    """What torchvision downloads to ``--data_dir``, and CIFAR's batches that it unpacks there, with their MD5 sums."""
     if issubclass(cls, datasets.CIFAR10):  # and CIFAR-100, which is made from it
         batches = {f"{cls.base_folder}/{name}": md5 for name, md5 in cls.train_list + cls.test_list}
         return {cls.filename: cls.tgz_md5} | batches
     if cls is datasets.SVHN:
         return {name: md5 for _, name, md5 in (cls.split_list["train"], cls.split_list["test"])}
-    packed = {f"{cls.__name__}/raw/{name}": md5 for name, md5 in cls.resources}
-    return packed | {name.removesuffix(".gz"): None for name in packed}
+    return {f"{cls.__name__}/raw/{name}": md5 for name, md5 in cls.resources}
 
 
 def _as_split(dataset: datasets.VisionDataset) -> Split:
@@ -415,17 +357,15 @@ def _as_split(dataset: datasets.VisionDataset) -> Split:
     elif images.shape[-1] == 3:  # CIFAR: (N, H, W, C)
         images = images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(dataset.labels if isinstance(dataset, datasets.SVHN) else dataset.targets)
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images but {len(labels)} labels")
     return Split(images.contiguous(), labels)
 
 
 DATASETS = {  # a data set of your own: one function like read_digits, and one line here
-    "cifar10": DataSet(partial(read_torchvision, "cifar10", datasets.CIFAR10), flip=True),
-    "cifar100": DataSet(partial(read_torchvision, "cifar100", datasets.CIFAR100), flip=True),
-    "svhn": DataSet(partial(read_torchvision, "svhn", datasets.SVHN), flip=False),
-    "mnist": DataSet(partial(read_torchvision, "mnist", datasets.MNIST), flip=False),
-    "fashion_mnist": DataSet(partial(read_torchvision, "fashion_mnist", datasets.FashionMNIST), flip=True),
+    "cifar10": DataSet(partial(read_torchvision, datasets.CIFAR10), flip=True),
+    "cifar100": DataSet(partial(read_torchvision, datasets.CIFAR100), flip=True),
+    "svhn": DataSet(partial(read_torchvision, datasets.SVHN), flip=False),
+    "mnist": DataSet(partial(read_torchvision, datasets.MNIST), flip=False),
+    "fashion_mnist": DataSet(partial(read_torchvision, datasets.FashionMNIST), flip=True),
     "digits": DataSet(read_digits, flip=False),
     "folder": DataSet(read_folder, flip=True),
 }

@@ -1,7 +1,6 @@
 """Folders of images, read with Pillow: decoded once, on all cores, and cached beside the files.
 
-Images are laid on white, turned upright by their EXIF orientation, and scaled by their format's own white level. What
-was done to them and what was left out is printed; what cannot be read rightly is refused.
+What was done to images and what was left out is printed; what cannot be read rightly is refused.
 """
 
 import hashlib
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from utils import UserError, printable
@@ -35,15 +33,14 @@ SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; 
     *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", UNUSABLE_LIST),
 }
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
-    "train": ("train", "training", "trn"),
-    "valid": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
-    "test": ("test", "testing", "tst"),
+    "train": "train|training|trn",
+    "valid": "val|valid|validation|validate|dev|eval|evaluation",
+    "test": "test|testing|tst",
 }
 EXPECTED = "expected are train/<class>/ and test/<class>/ (val/<class>/ too, if you like), or only <class>/"
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "PCX", "SGI", "QOI"]
-UNSUPPORTED = set(  # endings; of many camera raw files, Pillow would take the small preview for the picture
-    ".heic .heif .jxl .svg .psd .exr .hdr .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .raf .orf .rw2 .pef .raw".split()
-)
+# Of many camera raw files, Pillow would take the small preview for the picture.
+UNSUPPORTED = set(".heic .heif .jxl .svg .psd .exr .hdr .cr2 .cr3 .nef .nrw .arw .srf .dng .raf .orf .rw2 .pef".split())
 IMAGE_ENDINGS = {end for end, name in Image.registered_extensions().items() if name in FORMATS} | UNSUPPORTED
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # EXIF and TIFF tags
 Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
@@ -52,12 +49,9 @@ Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
 def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list[str]]:
     """Every image below ``root``, which holds test/<class>/* and perhaps train and val beside it, or only <class>/*.
 
-    Args:
-        image_size: side in pixels to which images are resized; None keeps the size that all of them have.
-
-    Returns:
-        images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts
-        "train", "valid" and "test" that exist, or else for "all", the slice of the images; class names.
+    They are resized to ``image_size`` pixels a side; None keeps the size that all of them have.
+    Returns images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the
+    parts "train", "valid" and "test" that exist, or else for "all", the slice of the images; class names.
 
     Raises UserError if the folder or a file in it is missing, broken or unusable.
     """
@@ -76,55 +70,38 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
     labels, ends = torch.tensor(labels)[kept], np.searchsorted(kept, ends).tolist()
     slices = {part: slice(ends[i], ends[i + 1]) for i, part in enumerate(folders)}
     for part, folder in folders.items():
-        counts = labels[slices[part]].bincount(minlength=len(class_names)).tolist()
-        if 0 in counts:
-            raise UserError(f"class {class_names[counts.index(0)]} has no images in {root / folder}: add some")
+        if len(labels[slices[part]].unique()) < len(class_names):
+            raise UserError(f"a class folder in {root / folder} holds no images: add some, or remove it")
     return images, labels, slices, class_names
 
 
 def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Tensor:
-    """Every image below ``root``, however its folders are laid out: uint8 (N, C, H, W).
-
-    ``option`` names ``root`` in errors. Other args, and errors, are those of ``read``.
-    """
+    """Every image below ``root``, however laid out: uint8 (N, C, H, W); ``option`` names ``root`` in errors."""
     paths, notes = _list(root, option)
     return _read_files(root, [os.path.join(root, *path) for path in paths], image_size, notes)[0]
 
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:
     """The images of the test part below ``root``, or all if it has no parts, as ``read_unlabelled`` reads them."""
-    paths, notes = _list(root, "")
-    return read_unlabelled(root / _find_parts(root, paths, notes).get("test", ""), image_size)
-
-
-# --- which files belong to which part and class; no file is opened
+    return read_unlabelled(root / _find_parts(root, *_list(root, "")).get("test", ""), image_size)
 
 
 def _list(root: Path, option: str) -> tuple[list[Names], list[str]]:
     """Every file below ``root``, sorted, and lines for the user. Links are followed, but not in circles."""
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"{option}{root} {state}: name a folder of images")
 
     def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {option}{error.filename}: {error.strerror}") from error
 
     paths, left_out = [], Counter()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         here = Path(folder)
         left_out.update(name for name in subfolders + names if name.lower() in SYSTEM_FILES)
-        subfolders[:] = [name for name in subfolders if _is_data(name) and not _leads_back(here / name)]
-        paths += [(*here.relative_to(root).parts, name) for name in names if _is_data(name)]
+        circles = [name for name in subfolders if any(map((here / name).samefile, [here, *here.parents]))]
+        kept = {name for name in subfolders + names if name[0] != "." and name.lower() not in SYSTEM_FILES}
+        subfolders[:] = kept.intersection(subfolders).difference(circles)
+        paths += [(*here.relative_to(root).parts, name) for name in kept.intersection(names)]
     counts = ", ".join(f"{n} {name}" for name, n in sorted(left_out.items()))
     return sorted(paths), [f"left out, as systems put it there: {counts}"] if left_out else []
-
-
-def _is_data(name: str) -> bool:
-    return name[0] != "." and name.lower() not in SYSTEM_FILES
-
-
-def _leads_back(folder: Path) -> bool:
-    return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
 
 
 def _folders(paths: list[Names]) -> dict[str, list[Names]]:
@@ -141,40 +118,32 @@ def _images(paths: list[Names]) -> list[str]:
     return [path[0] for path in paths if len(path) == 1 and os.path.splitext(path[0])[1].lower() in IMAGE_ENDINGS]
 
 
-def _part_of(name: str) -> str | None:
-    """The part that a folder's name stands for, whatever its case and spelling: "Training_Set" is "train"."""
-    plain = re.sub(r"[\W_]", "", name.lower())
-    plain = re.sub(r"(set|data|images|imgs|split|folder)$", "", plain)
-    return next((part for part, names in PART_NAMES.items() if plain in names), None)
-
-
 def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, str]:
-    """The name of each part's folder, in the order train, valid, test; {} if the top folders are classes."""
-    inside = _folders(paths)
-    named = {part: [name for name in inside if _part_of(name) == part] for part in PART_NAMES}
-    for part, names in named.items():
-        if len(names) > 1:
-            raise UserError(f"{root} has several folders for the {part} part ({_some(names)}): keep one of them")
-    parts = {part: names[0] for part, names in named.items() if names}
-    others = [name for name in inside if not _part_of(name) and (_folders(inside[name]) or _images(inside[name]))]
-    if not any(_folders(inside[name]) for name in parts.values()) and any(_images(inside[name]) for name in others):
+    """The name of each part's folder, in the order train, valid, test; {} if the top folders are classes.
+
+    Case and spelling do not matter: "Training_Set" is train.
+    """
+    inside, parts = _folders(paths), {}
+    for part, names in PART_NAMES.items():
+        pattern = f"({names})(set|data|images|imgs|split|folder)?"
+        found = [name for name in inside if re.fullmatch(pattern, re.sub(r"[\W_]", "", name.lower()))]
+        if found:
+            parts[part] = found[0]
+    chosen = list(parts.values())
+    others = [name for name in inside if name not in chosen and (_folders(inside[name]) or _images(inside[name]))]
+    if not any(_folders(inside[name]) for name in chosen) and any(_images(inside[name]) for name in others):
         return {}  # a class may be called train
     if "valid" in parts and "train" in parts and "test" not in parts:
         notes.append(f"{root} has no test/: {parts['valid']}/ serves as the test part")
         parts["test"] = parts.pop("valid")
-    subfolders = {name: tuple(_folders(files)) for name, files in inside.items() if len(_folders(files)) > 1}
-    how_many = Counter(subfolders.values())
-    alike = [name for name, names in subfolders.items() if how_many[names] > 1]
+    subfolders = Counter(tuple(_folders(files)) for files in inside.values())
+    alike = [name for name, files in inside.items() if len(_folders(files)) > 1 < subfolders[tuple(_folders(files))]]
     if alike and (others or not parts) and not parts.keys() >= {"train", "test"}:
-        raise UserError(
-            f"{_some(alike)} in {root} have the same subfolders, so they look like parts of a data set and not like "
-            f"classes; {EXPECTED}: rename them, or let --data_dir name one of them"
-        )
+        raise UserError(f"{some(alike)} in {root} look like parts of a data set, not classes: rename them; {EXPECTED}")
     if parts and "test" not in parts:
-        have = " and ".join(f"{name}/" for name in parts.values())
-        raise UserError(f"{root} has {have} but no test/: add it; {EXPECTED}")
+        raise UserError(f"{root} has {'/ and '.join(chosen)}/ but no test/: add it; {EXPECTED}")
     if parts and others:
-        notes.append(f"left out: {_some(others)}, because {root} has the folders {_some(list(parts.values()))}")
+        notes.append(f"left out: {some(others)}, because {root} has the folders {some(chosen)}")
     return parts
 
 
@@ -184,28 +153,20 @@ def _check_classes(root: Path, parts: dict[str, list[Names]], notes: list[str]) 
     class_names = list(_folders(parts[first]))
     for folder, paths in parts.items():
         names = list(_folders(paths))
-        if len(names) < 2 and not set(names) & set(class_names):
-            advice = "sort them into one folder for each class"
-            if class_names:
-                advice += f", or give --data_dir {root / first}, of which a fifth becomes the test part"
-            raise UserError(f"{root / folder} has no class folders, so its pictures have no labels: {advice}")
+        if len(names) < 2:
+            advice = "sort pictures into a folder for each class, or give --data_dir a folder of <class>/* to divide"
+            raise UserError(f"{root / folder} has {len(names)} class folders, but labels need two or more: {advice}")
         if odd := sorted(set(names) ^ set(class_names)):
             both = f"{first}/ and {folder}/ in {root}"
-            raise UserError(f"only one of {both} has {_some(odd)}: give both the same class folders")
+            raise UserError(f"only one of {both} has {some(odd)}: give both the same class folders")
         if loose := _images(paths):
             notes.append(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
-    if len(class_names) < 2:
-        raise UserError(f"{root / first} has only one class folder, {class_names[0]}: two or more are needed")
     return class_names
 
 
-def _some(names: list[str], n: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(names[:n])
-    return f"{shown} and {len(names) - n} more" if len(names) > n else shown
-
-
-# --- one file
+def some(names: list[str], n: int = 5) -> str:
+    """The first ``n`` names, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 @dataclass
@@ -225,14 +186,8 @@ def decode_file(file: str, image_size: int | None) -> Decoded:
         result.problem = f"{file} {error}"
     except Image.UnidentifiedImageError:
         result.problem = f"{file} is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
-    except Image.DecompressionBombError:
-        result.problem = f"{file} has more pixels than the limit of {2 * Image.MAX_IMAGE_PIXELS:,}: make it smaller"
-    except MemoryError:
-        raise
     except Exception as error:  # image codecs raise almost anything on a broken file
-        result.problem = f"{file} is damaged ({error}): replace or remove it"
-        if isinstance(error, OSError) and error.errno:
-            result.problem = f"cannot read {file}: {error.strerror}"
+        result.problem = f"{file} cannot be read: {getattr(error, 'strerror', None) or error}"
     return result
 
 
@@ -275,7 +230,7 @@ def _decode_file(file: str, image_size: int | None, done: list[str] | None = Non
     if image_size is not None:
         if image.width != image.height:
             done.append(f"are not square: squeezed to {image_size}x{image_size}, the aspect ratio is not kept")
-        image = functional.resize(image, [image_size, image_size], antialias=True)
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
@@ -294,26 +249,34 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-# --- all files, and the cache
-
-
 def _read_files(root: Path, files: list[str], image_size: int | None, notes: list[str]) -> tuple[Tensor, list[int]]:
     """The images, uint8 (N, C, H, W), decoded or from the cache; and which of the files they are, ascending."""
-    cache, fingerprint = root / f".jem_cache_{image_size or 'native'}.pt", _fingerprint(root, files)
-    content = _load_cache(cache, fingerprint)
-    if content is None:
-        images, kept, decode_notes = _decode_all(root, files, image_size)
-        checksum = zlib.crc32(images.numpy())
-        content = {"fingerprint": fingerprint, "crc32": checksum, "images": images, "kept": kept, "notes": decode_notes}
-        _save_cache(cache, content)
+    digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
+    for file in files:
+        with suppress(OSError):  # reported when the file is decoded
+            status = os.stat(file)
+            digest.update(ascii((file.removeprefix(str(root)), status.st_size, status.st_mtime_ns)).encode())
+    cache, fingerprint = root / f".jem_cache_{image_size or 'native'}.pt", digest.hexdigest()
+    try:
+        content = torch.load(cache, weights_only=True)
+        fresh = content["fingerprint"] == fingerprint and content["crc32"] == zlib.crc32(content["images"].numpy())
+    except Exception:  # torch.load raises almost anything on a missing or unfinished file
+        fresh = False
+    if not fresh:
+        content = _decode_all(root, files, image_size)
+        content |= {"fingerprint": fingerprint, "crc32": zlib.crc32(content["images"].numpy())}
+        try:
+            torch.save(content, cache)
+        except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
+            print(printable(f"cannot write {cache}: the next start will decode the images again"), file=sys.stderr)
     for line in notes + content["notes"]:
         print("data:", printable(line), flush=True)
     return content["images"], content["kept"]
 
 
-def _decode_all(root: Path, files: list[str], image_size: int | None) -> tuple[Tensor, list[int], list[str]]:
-    """Decode files on all cores: images uint8 (N, C, H, W); which of the files they are; lines for the user."""
-    pixels, kept, problems, ignored, done, other_size = None, [], [], [], Counter(), ""
+def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[str, Any]:
+    """Decode files on all cores: "images", uint8 (N, C, H, W), "kept", which of the files they are, "notes", lines."""
+    pixels, kept, problems, ignored, done = None, [], [], [], Counter()
     pool = ThreadPool()
     try:
         # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
@@ -326,13 +289,13 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> tuple[T
                 elif result.pixels is None:
                     ignored.append(os.path.basename(files[i]))
                 else:
-                    height, width = result.pixels.shape[:2]
+                    image = result.pixels.transpose(2, 0, 1)
                     if pixels is None:
-                        pixels = _room_for(root, len(files), height, width)
-                    if pixels.shape[2:] != (height, width):
-                        other_size = f"{files[i]} {width}x{height}"
-                        continue
-                    pixels[len(kept)] = result.pixels.transpose(2, 0, 1)
+                        pixels = _room_for(root, len(files), *image.shape[1:])
+                    if pixels.shape[1:] != image.shape:
+                        both = f"{files[kept[0]]} and {files[i]}"
+                        raise UserError(f"{both} differ in size: give --image_size to make all images equal")
+                    pixels[len(kept)] = image
                     kept.append(i)
                     done.update(result.done)
     finally:
@@ -342,33 +305,23 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> tuple[T
         raise _unusable(root, problems, len(files))
     if pixels is None:
         raise UserError(f"{root} holds no images: name a folder of images")
-    if other_size:
-        size = f"{pixels.shape[3]}x{pixels.shape[2]}"
-        raise UserError(f"{files[kept[0]]} has {size} pixels but {other_size}: give --image_size to make them equal")
     pixels = pixels[: len(kept)]
     if (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1].copy()  # grey
     notes = [f"{n} of {len(kept)} images {text}" for text, n in sorted(done.items())]
     if ignored:
         notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
-    return torch.from_numpy(pixels), kept, notes + _warnings(pixels)
+    return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes + _warnings(pixels)}
 
 
 def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
-    """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network, or no room."""
+    """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network."""
     if height % 4 or width % 4 or min(height, width) < 8:
-        raise UserError(
-            f"{root} gives images of {width}x{height} pixels, but the model needs multiples of 4, at least 8: "
-            f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
-        )
+        advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
+        raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     gigabytes = n * 3 * height * width / 1e9
-    needed = f"{n} images of {width}x{height} pixels need {2 * gigabytes:.1f} GB of memory while they are read"
-    with suppress(AttributeError, ValueError):  # Windows has no sysconf
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        if 2 * gigabytes > memory:
-            raise UserError(f"{needed}, and there are {memory:.1f}: use fewer images, or a smaller --image_size")
     if gigabytes > 0.5:
-        print(f"data: {needed}, and {gigabytes:.1f} GB later", flush=True)
+        print(f"data: {n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now", flush=True)
     return np.empty((n, 3, height, width), np.uint8)
 
 
@@ -394,35 +347,3 @@ def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:
         listed.write_text("\n".join(problems) + "\n", encoding="utf-8")
     first = f"{len(problems)} of {n_files} files in {root} are unusable, the first: {problems[0]}"
     return UserError(f"{first}; all are listed in {listed}")
-
-
-def _fingerprint(root: Path, files: list[str]) -> str:
-    """A hash of every file's path below root, size and time of change."""
-    digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
-    for file in files:
-        with suppress(OSError):  # reported when the file is decoded
-            status = os.stat(file)
-            digest.update(ascii((file.removeprefix(str(root)), status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
-
-
-def _load_cache(cache: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What was decoded earlier from the same files, or None where there is nothing or the cache is damaged."""
-    try:
-        content = torch.load(cache, weights_only=True)
-        intact = content["crc32"] == zlib.crc32(content["images"].numpy())
-        return content if intact and content["fingerprint"] == fingerprint else None
-    except Exception:  # torch.load raises almost anything on a damaged file
-        return None
-
-
-def _save_cache(cache: Path, content: dict[str, Any]) -> None:
-    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(content, file)
-        os.replace(unfinished, cache)
-    except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
-        print(printable(f"cannot write {cache}: the next start will decode the images again"), file=sys.stderr)
-    finally:  # after Ctrl-C, too
-        unfinished.unlink(missing_ok=True)

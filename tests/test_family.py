@@ -284,7 +284,7 @@ def test_chains_start_from_another_folder(tmp_path, capsys):
     (tmp_path / "images").rename(tmp_path / "moved")
     capsys.readouterr()
     assert main.main(["--resume", str(run), "--max_steps", "13"]) == 2
-    assert f"--start_dir {tmp_path / 'images'} does not exist" in capsys.readouterr().err
+    assert f"cannot read --start_dir {tmp_path / 'images'}: No such file" in capsys.readouterr().err
     assert main.main(["--resume", str(run), "--max_steps", "13", "--start_dir", str(tmp_path / "moved")]) == 0
     assert state(run)["step"] == 13
 
