@@ -108,21 +108,17 @@ def authors_file(
 def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
     """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
-    told = [f"for {PROGRAMS[program].title}"]
-    if cfg.stages == 4:
-        told.append("build its network with a large dataset, such as stl10: only these have a fourth stage")
-    if cfg.stages == 4 and width < 64:
-        told.append(f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}")
-    if cfg.stages == 3 and (height, width) != (32, 32):
-        told.append(f"its pooling is for images of 32x32, and these are {height}x{width}")
-    if channels != 3:
-        told.append(f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}")
-    if n_classes != 10:
-        told.append(f"build its network with n_classes={n_classes}")
-    if cfg.activation == "silu":
-        told.append('build its network with activation="swish"')
-    if cfg.separate_energy:
-        told.append("log p(x) is that of energy_output, which its scripts take with --uncond")
-    if program != "robust" and "buffer" not in content["state"]:
-        told.append(f"its replay buffer is {FRESH} images of noise, since the checkpoint has none")
-    return told
+    notes = {
+        "build its network with a large dataset, such as stl10: only these have a fourth stage": cfg.stages == 4,
+        f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}": cfg.stages == 4
+        and width < 64,
+        f"its pooling is for images of 32x32, and these are {height}x{width}": cfg.stages == 3
+        and (height, width) != (32, 32),
+        f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}": channels != 3,
+        f"build its network with n_classes={n_classes}": n_classes != 10,
+        'build its network with activation="swish"': cfg.activation == "silu",
+        "log p(x) is that of energy_output, which its scripts take with --uncond": cfg.separate_energy,
+        f"its replay buffer is {FRESH} images of noise, since the checkpoint has none": program != "robust"
+        and "buffer" not in content["state"],
+    }
+    return [f"for {PROGRAMS[program].title}", *(note for note, applies in notes.items() if applies)]

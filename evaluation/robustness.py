@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from config import Config
 from config.options import ATTACKS
@@ -25,7 +25,7 @@ from evaluation.attacks import (
 )
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
-from logger.images import image_grid, to_uint8
+from logger.images import captioned, image_grid, to_uint8
 from models.predict import images_per_batch
 from sgld import chain_options, step_protocol
 from utils import UserError, evaluation_packages
@@ -204,17 +204,5 @@ def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     section.picture(
         "distal",
         "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",
-        distal_figure(to_uint8(x[: 20 * N_DISTAL]), names, N_DISTAL),
+        captioned(image_grid(to_uint8(x[: 20 * N_DISTAL]), N_DISTAL), rows=names[:20]),
     )
-
-
-def distal_figure(images: Tensor, names: tuple[str, ...], n_each: int) -> Figure:
-    """Images (N, C, H, W), a row of ``n_each`` for each class."""
-    grid = image_grid(images, n_each, padding=8)
-    n_rows = len(images) // n_each
-    figure = Figure(figsize=(7, 0.7 * n_rows), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(grid)
-    axes.set_yticks([(i + 0.5) * len(grid) / n_rows for i in range(n_rows)], names[:n_rows], parse_math=False)
-    axes.set(xticks=[], frame_on=False)
-    return figure
