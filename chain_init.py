@@ -64,7 +64,7 @@ class FolderInit:
             raise UserError(f"--start_dir needs square training images, and these are {self.shape[2]}x{self.shape[1]}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
-        self.images = images.to(like.device)
+        self.images = images.to(like.test.images.device)
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
