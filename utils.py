@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,12 @@ def set_speed_options(device: torch.device) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
+    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
     return {
         "command": " ".join(sys.argv),
         "git_commit": git_commit(Path(__file__).resolve().parent),
         "python": platform.python_version(),
-        **{name: installed(name) for name in PACKAGES},
+        **{name: installed.get(name, "not installed") for name in PACKAGES},
         "device": device_name(device),
     }
 
@@ -120,13 +121,6 @@ def git_commit(folder: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit} with local changes" if changed else commit
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,20 +1,16 @@
 """log Z of an energy model by annealed importance sampling, forward and in reverse, and bits per dimension.
 
-An energy model gives log p(x) only up to its normaliser, ``Z = integral of exp(log_density(x))``. Annealed
-importance sampling (AIS; Neal, "Annealed importance sampling", 2001) walks chains from a base density, whose
-normaliser is known, to the model along the geometric path ``p_beta ~ base^(1 - beta) exp(beta log_density)``
-and weights them, so that the mean weight is an unbiased estimate of Z. Its logarithm is too low on average: a
-stochastic lower bound, which makes test likelihoods look too good. The same chains run backwards from samples of the
-model give a stochastic upper bound (reverse AIS, Burda et al. 2015; bidirectional Monte Carlo, Grosse et al. 2015,
-arXiv:1511.02543), and the gap between the two says how far either can be trusted.
+An energy model gives log p(x) only up to ``Z = integral of exp(log_density(x))``, here over the box [-1, 1]^D.
+Annealed importance sampling (AIS; Neal, "Annealed importance sampling", 2001) walks chains from a base density to the
+model along ``p_beta ~ base^(1 - beta) exp(beta log_density)``; their mean weight is an unbiased estimate of Z, and its
+logarithm a stochastic lower bound, which makes test likelihoods look too good. The same chains run backwards from
+samples of the model give a stochastic upper bound (reverse AIS; Grosse et al. 2015, arXiv:1511.02543).
 
-It is an upper bound only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density
-(their noise is far below the Langevin ratio ``sgld_std^2 = 2 sgld_lr``); ``burn_in`` moves them towards temperature
-one. A reverse estimate clearly below the forward one says that the samples are not the model's. The bootstrap interval
-shows the spread between chains: it knows nothing of a mode that no chain has found.
+It is one only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density;
+``burn_in`` moves them towards temperature one. A reverse estimate clearly below the forward one says that the samples
+are not the model's. The bootstrap interval knows nothing of a mode that no chain has found.
 
-The energy is normalised over the box [-1, 1]^D: a proper density of dequantised images. ``log_density`` maps (N, ...)
-to (N,), each row on its own, without randomness, bf16 or TF32 (the acceptance test subtracts nearly equal numbers).
+``log_density`` maps (N, ...) to (N,), each row on its own, without randomness, bf16 or TF32.
 """
 
 import math
@@ -250,11 +246,9 @@ def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:
 
 
 def bits_per_dim(log_px: Tensor, dim: int, levels: int) -> Tensor:
-    """Upper bound of -log2 P(image) / dim for integer images with ``levels`` grey levels.
+    """Upper bound of -log2 P(image) / dim of images with ``levels`` grey levels (Theis et al. 2016, section 3.1).
 
-    ``log_px`` is the normalised log density, ``log_density(x) - log_z`` in nats, of images from ``dequantise``. A cell
-    has volume (2 / levels)^dim, so log P >= E[log p(x)] + dim log(2 / levels) (Theis et al. 2016, "A note on the
-    evaluation of generative models", section 3.1). The uniform density has log2(levels) bits whatever the images, so
-    the number means nothing without its ``levels``.
+    ``log_px``: the normalised log density, in nats, of images from ``dequantise``; their cells have volume
+    (2 / levels)^dim. The uniform density has log2(levels) bits.
     """
     return -(log_px / dim + math.log(2 / levels)) / math.log(2)

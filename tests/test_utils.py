@@ -26,8 +26,9 @@ def test_the_commit_is_that_of_the_programs_own_repository(tmp_path, tmp_path_fa
     assert utils.git_commit(tmp_path) == "unknown"
 
 
-def test_versions_are_those_of_the_installed_packages():
+def test_versions_are_those_of_the_installed_packages(monkeypatch):
     found = utils.environment(torch.device("cpu"))
     for name in ("torch", "numpy", "pillow", "torch-fidelity"):
         assert found[name] == version(name)
-    assert utils.installed("no-such-package") == "not installed"
+    monkeypatch.setattr(utils, "PACKAGES", ("no-such-package",))
+    assert utils.environment(torch.device("cpu"))["no-such-package"] == "not installed"
