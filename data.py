@@ -357,6 +357,8 @@ def _as_split(dataset: datasets.VisionDataset) -> Split:
     elif images.shape[-1] == 3:  # CIFAR: (N, H, W, C)
         images = images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(dataset.labels if isinstance(dataset, datasets.SVHN) else dataset.targets)
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
     return Split(images.contiguous(), labels)
 
 

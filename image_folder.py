@@ -4,6 +4,7 @@ What was done to images and what was left out is printed; what cannot be read ri
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -315,11 +316,16 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
 
 
 def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
-    """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network."""
+    """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network, or no room."""
     if height % 4 or width % 4 or min(height, width) < 8:
         advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     gigabytes = n * 3 * height * width / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else math.inf
+    if 2 * gigabytes > memory:
+        raise UserError(
+            f"{n} images of {width}x{height} need {2 * gigabytes:.1f} GB of memory, of {memory:.1f}: use fewer"
+        )
     if gigabytes > 0.5:
         print(f"data: {n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now", flush=True)
     return np.empty((n, 3, height, width), np.uint8)

@@ -84,7 +84,11 @@ def same_runs(cfg: Config, description: dict[str, Any]) -> list[Path]:
     same = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE or name in OF_A_JOB}
     default = asdict(Config())  # of options that an older run does not know
     found = []
-    for run in {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}:
+    try:
+        runs = {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}
+    except OSError as error:
+        raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
+    for run in runs:
         content = read_config(run)
         if not content or not same.items() <= (default | content["options"]).items():
             continue
