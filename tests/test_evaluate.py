@@ -57,13 +57,9 @@ def inputs(model):
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def tied_scores():
-    inside = torch.randint(0, 30, (70,), generator=seeded(1)).float() + 5
-    return inside, torch.randint(0, 30, (50,), generator=seeded(2)).float()
-
-
 def test_auroc_counts_ties_half():
-    inside, outside = tied_scores()
+    inside = torch.randint(0, 30, (70,), generator=seeded(1)).float() + 5
+    outside = torch.randint(0, 30, (50,), generator=seeded(2)).float()
     target = [1] * len(inside) + [0] * len(outside)
     assert auroc(inside, outside).item() == pytest.approx(roc_auc_score(target, torch.cat([inside, outside])))
     assert auroc(inside + 100, outside) == 1 and auroc(inside - 100, outside) == 0
@@ -81,18 +77,6 @@ def test_a_share_has_a_wilson_interval(right, low, high):
     assert wilson(torch.arange(100) < right) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_fpr_at_95_scans_every_threshold(tmp_path):
-    def fpr_at_95(*scores):
-        section = Section("ood", tmp_path)
-        ood.add_detection(section, ("set", "score"), *scores, "")
-        return section.measurements["FPR at 95 % true positives", "set", "score"].value
-
-    inside, outside = tied_scores()
-    rates = [((inside >= t).float().mean().item(), (outside >= t).float().mean().item()) for t in inside]
-    assert fpr_at_95(inside, outside) == pytest.approx(min(fpr for tpr, fpr in rates if tpr >= 0.95))
-    assert fpr_at_95(torch.arange(100.0), torch.tensor([4.0, 5.0, 6.0])) == pytest.approx(2 / 3)
-
-
 def test_calibration_errors_by_hand():
     p = torch.tensor([[0.93, 0.07], [0.96, 0.04], [0.98, 0.02], [0.42, 0.58], [0.41, 0.59], [0.33, 0.67]])
     labels = torch.tensor([0, 0, 1, 1, 1, 0])
@@ -101,13 +85,9 @@ def test_calibration_errors_by_hand():
     ece, mce = calibration_errors(p, labels)
     assert ece == pytest.approx(sum(n * gap for n, gap in gaps) / 6, abs=1e-6)
     assert mce == pytest.approx(0.67, abs=1e-6)
-
-
-def test_full_confidence_belongs_to_the_last_bin():
-    p = torch.tensor([1.0] * 10 + [0.96] * 10)
-    labels = torch.tensor([0] * 5 + [1] * 5 + [0] * 10)
-    ece, mce = calibration_errors(torch.stack([p, 1 - p], 1), labels)
-    assert (ece, mce) == pytest.approx((0.98 - 0.75, 0.98 - 0.75), abs=1e-6)
+    p = torch.tensor([1.0] * 10 + [0.96] * 10)  # full confidence belongs to the last bin
+    errors = calibration_errors(torch.stack([p, 1 - p], 1), torch.tensor([0] * 5 + [1] * 5 + [0] * 10))
+    assert errors == pytest.approx((0.98 - 0.75, 0.98 - 0.75), abs=1e-6)
 
 
 def test_the_interval_of_a_calibration_error_holds_the_error():
@@ -157,8 +137,6 @@ def test_temperature_scaling_finds_the_temperature_of_a_miscalibrated_model(true
     labels = torch.multinomial(honest.softmax(1), 1, generator=seeded(4)).squeeze(1)
     found = fit_temperature(true_temperature * honest, labels)
     assert found == pytest.approx(true_temperature, rel=0.05)
-    loss = [F.cross_entropy(true_temperature * honest / t, labels).item() for t in (found, 0.98 * found, 1.02 * found)]
-    assert min(loss) == loss[0]
 
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one():
@@ -340,9 +318,6 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert results["about"]["weights"] == "moving average"
     assert results["options"]["width"] == 1 and results["options"]["max_images"] == 30
 
-    accuracy = results["classification"]["results"]["accuracy"]
-    assert accuracy["n"] == 30 and accuracy["interval"][0] <= accuracy["value"] <= accuracy["interval"][1]
-    assert "no noise" in accuracy["protocol"]
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
     assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]
@@ -373,20 +348,6 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
     assert len(reports) >= 2 and f"eval-{len(reports)}" in reports
     (found,) = (tmp_path / "new").glob("*_test_lone/eval/results.json")
     assert json.loads(found.read_text())["classification"]["results"]["accuracy"]["n"] == 20
-
-
-def test_n_samples_counts_though_max_images_is_less(run):
-    results, _ = new_report(run, "--eval", "quality", "--n_samples", "35")
-    table = results["quality"]["results"]
-    assert table["L2 distance to the nearest training image"]["fresh"]["mean"]["n"] == 35
-
-
-def test_one_sample_has_no_frechet_distance(run, capsys):
-    command = "--mode test --eval quality --n_samples 1 --n_sample_steps 1 --max_images 30 --no_log --gpu cpu".split()
-    assert main([*command, "--load_ckpt", str(run), "--feature_ckpt", str(run)]) == 0
-    out, err = capsys.readouterr()
-    line = "in a classifier's features, fresh: absent, needs at least 20 samples and real images, not 1"
-    assert line in out and "Traceback" not in err
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
@@ -426,6 +387,9 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
         (["--load_ckpt", "RUN", "--fid_reference", "test"], "--fid_reference takes one of train, train+test"),
         (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
+        (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, distal, separated by commas, not 'fgsm'"),
+        (["--load_ckpt", "RUN", "--attacks", "all", "--eval", "ood,quality"], "with robustness in --eval"),
+        (["--load_ckpt", "RUN", "--attacks", "refined,pgd", "--refine_steps", "0"], "--refine_steps above 0"),
         (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         ([], "needs --load_ckpt"),
     ],
@@ -506,22 +470,6 @@ def test_each_attack_can_be_measured_alone(run, quick):
 
     _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
     assert set(section.absent) == {"PGD", "PGD through refinement"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--attacks pgd,fgsm", "some of pgd, refined, autoattack, distal, separated by commas, not 'fgsm'"),
-        ("--attacks pgd --eval ood,quality", "--attacks is for --mode test with robustness in --eval"),
-        ("--attacks all --eval ood", "--attacks is for --mode test with robustness in --eval"),
-        ("--attacks refined,pgd --refine_steps 0", "--attacks refined needs --refine_steps above 0"),
-    ],
-)
-def test_attacks_that_cannot_be_chosen_are_one_line(options, message, run, capsys):
-    before = set(run.iterdir())
-    assert main([*SHORT, "--load_ckpt", str(run), *options.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line and set(run.iterdir()) == before
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
@@ -665,8 +613,15 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_few_images_make_a_warning(run):
-    results, place = new_report(run, "--feature_ckpt", str(run), "--eval", "quality", "--n_samples", "20")
+def test_few_images_make_a_warning_or_no_number(run):
+    """The samples count though --max_images is less."""
+    command = ["--feature_ckpt", str(run), "--eval", "quality", "--n_samples"]
+    results, place = new_report(run, *command, "35")
+    table = results["quality"]["results"]
+    assert table["L2 distance to the nearest training image"]["fresh"]["mean"]["n"] == 35
     (note,) = results["quality"]["notes"]
     assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     assert note in (place / "report.md").read_text()
+    results, _ = new_report(run, *command, "1")
+    needed = "needs at least 20 samples and real images, not 1"
+    assert results["quality"]["absent"]["in a classifier's features, fresh"] == needed

@@ -7,6 +7,7 @@ import re
 import shutil
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from evaluation.report import Report
 from main import main
 
 run = test_evaluate.run  # the fixture
+MEASURED = ["--eval", "classification,ood", "--ood_datasets", "noise,shuffled"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -75,7 +77,7 @@ def files_of(report):
 @pytest.fixture(scope="module")
 def evaluated(run):
     """An eval folder of the real command line."""
-    return new_report(run, "--eval", "classification,ood", "--ood_datasets", "noise,shuffled")[1]
+    return new_report(run, *MEASURED)[1]
 
 
 def test_the_page_is_whole_by_itself(evaluated):
@@ -148,10 +150,8 @@ def changed(evaluated, folder):
 
 
 def test_two_runs_side_by_side(run, evaluated, tmp_path):
-    other, before = changed(evaluated, tmp_path / "other"), set(run.rglob("results.json"))
-    command = [*SHORT, "--load_ckpt", str(run), "--eval", "classification,ood", "--ood_datasets", "noise,shuffled"]
-    assert main([*command, "--compare", str(tmp_path / "other")]) == 0
-    mine, folder = new_report(run, before)
+    other = changed(evaluated, tmp_path / "other")
+    mine, folder = new_report(run, *MEASURED, "--compare", str(tmp_path / "other"))
     page, text = Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
     assert page.tables == tables_of_markdown(text)
     assert all(table[0][1:3] == ["this run", "other run"] for table in page.tables)
@@ -208,20 +208,18 @@ SECTION = {"results": {"a": NUMBER}, "notes": [], "absent": {}, "pictures": {}}
 WRONG_NUMBER = {"about": {}, "options": {}, "environment": {}, "classification": SECTION}
 
 
-@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", json.dumps(WRONG_NUMBER)], ids=range(4))
-def test_a_broken_results_json_is_one_line_before_anything_is_measured(content, run, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(content)
-    refused(run, str(tmp_path), f"--compare {tmp_path / 'results.json'} is broken", capsys)
+BROKEN = {"torn": "{", "deep": "[" * 100_000, "list": "[]", "number": json.dumps(WRONG_NUMBER)}
 
 
-@pytest.mark.parametrize("place", ["nowhere", "", "x" * 300, "nul\0", "empty"])
-def test_a_run_without_results_is_one_line(place, run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("place", ["nowhere", "", "x" * 300, "nul\0", "empty", *BROKEN])
+def test_no_results_or_broken_ones_are_one_line_before_anything_is_measured(place, run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty" / "eval").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    refused(run, place, "no results.json there or in its folder eval" if place else "--compare is empty", capsys)
-
-
-def refused(run, place, message, capsys):
+    message = "no results.json there or in its folder eval" if place else "--compare is empty"
+    if place in BROKEN:
+        Path(place).mkdir()
+        Path(place, "results.json").write_text(BROKEN[place])
+        message = f"--compare {tmp_path / place / 'results.json'} is broken"
     before = sorted(run.rglob("*"))
     assert main([*SHORT, "--load_ckpt", str(run), "--eval", "classification", "--compare", place]) == 2
     out, err = capsys.readouterr()

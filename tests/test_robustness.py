@@ -1,6 +1,7 @@
 """Attacks that lower a tiny model's accuracy and keep to their ball, and gradients through the refinement."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -190,20 +191,9 @@ def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
         torch.testing.assert_close(found, expected)
 
 
-def test_refinement_runs_the_chains_of_training():
-    cfg = Config(mode="test", load_ckpt="x", dataset="digits", sgld_grad_clamp=0.5, sgld_clamp=True)
-    inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
-    sweep = robustness.refined_sweep(inputs)
-    assert "gradient clamped to 0.5, images clamped to [-1, 1]" in sweep.protocol
-    assert {"grad_clamp": 0.5, "clamp": True}.items() <= sweep.attacked.classifier.chain.keywords.items()
-
-
 def test_the_gradient_goes_through_the_whole_chain():
-    """Of log p = -0.15 x^2 the chain is x_T = 0.7^T x_0 + noise; and a nonlinear one by finite differences."""
+    """Of a density that is not linear, by finite differences."""
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded()).requires_grad_()
-    end = differentiable_chain(lambda x: -0.15 * x.square().flatten(1).sum(1), x, 5, 1.0, 0.1, seeded(1))
-    (grad,) = torch.autograd.grad(end.sum(), x)
-    torch.testing.assert_close(grad, torch.full_like(x, 0.7**5))
 
     def chain(x):
         return differentiable_chain(lambda x: x.sin().flatten(1).prod(1), x, 3, 0.5, 0.1, seeded(2))
@@ -220,22 +210,18 @@ def test_refinement_averages_the_probabilities_of_its_chains(model, images):
     torch.testing.assert_close(found.exp(), expected)
 
 
-def test_distal_adversarials_reach_the_confidence_they_are_asked_for(model):
-    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded())
-    assert x.abs().max() <= 1 and (reached > 0.9).all()
-    torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(3, 100), (1, 1)])
-def test_distal_adversarials_out_of_steps_report_what_they_reached(model, steps, batch, monkeypatch):
+@pytest.mark.parametrize(("steps", "batch"), [(None, 100), (3, 100), (1, 1)])
+def test_distal_adversarials_reach_a_confidence_or_run_out_of_steps(model, steps, batch, monkeypatch):
     monkeypatch.setattr(attacks, "images_per_batch", lambda *_: batch)
-    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), confidence=0.999, max_steps=steps)
+    limits = {"confidence": 0.999, "max_steps": steps} if steps else {}
+    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), **limits)
+    assert x.abs().max() <= 1 and (steps or (reached > 0.9).all())
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 
 
-@pytest.mark.parametrize(("hidden", "notes"), [(True, 1), (False, 0)])
-def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
-    """Two classifiers with the same decisions, one of which shows attacks a gradient of zero."""
+@pytest.mark.parametrize(("kind", "unchecked", "checked"), [("open", 1, 0), ("hidden", 1, 1), ("constant", 0.5, 0.5)])
+def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
+    """Two classifiers with the same decisions, one of which shows attacks a gradient of zero, and a constant one."""
 
     class Brightness(torch.nn.Module):
         def __init__(self):
@@ -244,7 +230,8 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
 
         def forward(self, x):
             score = self.weight * (x.mean((1, 2, 3)) - 0.5)
-            score = score.sign() + 0 * score if hidden else score
+            if kind != "open":
+                score = 0 * score + (score.sign() if kind == "hidden" else 1)
             return torch.stack([-score, score], 1)
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
@@ -253,29 +240,19 @@ def test_masked_gradients_are_noticed(tmp_path, hidden, notes):
     sweep = PGDSweep("PGD", Attacked(Brightness(), x, labels, 8, seeded()), 10, 1)
     add_sweep(section, norm, sweep, Figure().subplots())
     column = {row: m.value for (_, row, _), m in section.measurements.items()}
-    assert column == {"0": 1, "0.1": 1, "0.45": column["0.45"], "0.5 (check)": 1 if hidden else 0}
-    assert len(section.notes) == notes
+    assert column == {"0": unchecked, "0.1": unchecked, "0.45": column["0.45"], "0.5 (check)": checked}
+    assert len(section.notes) == (kind == "hidden")
 
 
-def test_a_constant_classifier_hides_no_gradients(tmp_path):
-    class Constant(torch.nn.Module):
-        def forward(self, x):
-            return torch.stack([0 * x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3)) + 1], 1)
-
-    section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    sweep = PGDSweep("PGD", Attacked(Constant(), torch.rand(8, 1, 4, 4), labels, 8, seeded()), 3, 1)
-    add_sweep(section, Norm("Linf", {"0.1": 0.1}, "0.1", 1), sweep, Figure().subplots())
-    assert section.measurements["accuracy under Linf attack", "0.5 (check)", "PGD"].value == 0.5
-    assert not section.notes
-
-
-def test_one_epsilon_and_few_images_are_what_the_protocol_says():
-    cfg = Config(mode="test", load_ckpt="x", dataset="digits", attack_images=30, one_epsilon=True)
+def test_options_reach_the_attacks():
+    """The refinement runs the chains of training; --one_epsilon and --attack_images make less of it all."""
+    options = {"attack_images": 30, "one_epsilon": True, "sgld_grad_clamp": 0.5, "sgld_clamp": True}
+    cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
+    refined = robustness.refined_sweep(inputs)
+    assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
+    assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.attacked.classifier.chain.keywords.items()
     assert [list(norm.epsilons) for norm in robustness.attack_norms(cfg)] == [["8/255"], ["0.5"]]
-    assert len(robustness.pgd_sweep(inputs).attacked.x) == len(robustness.refined_sweep(inputs).attacked.x) == 30
-    inputs = EvalInputs(Config(mode="test", dataset="digits"), inputs.model, inputs.data, None, None, inputs.device)
-    assert (
-        len(robustness.refined_sweep(inputs).attacked.x) == 50
-        and len(robustness.attack_norms(inputs.cfg)[0].epsilons) == 5
-    )
+    assert len(robustness.pgd_sweep(inputs).attacked.x) == len(refined.attacked.x) == 30
+    assert len(robustness.refined_sweep(replace(inputs, cfg=usual)).attacked.x) == 50
+    assert len(robustness.attack_norms(usual)[0].epsilons) == 5

@@ -87,9 +87,9 @@ def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     """Of 12 chains, 8 at a time: the second batch is whole, too, and is then cut."""
-    options = ["--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02", "--batch_size", "8"]
+    options = ["--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02", "--batch_size", "8", "--seed", "7"]
     run, content = sample(jem, tmp_path, *options)
-    model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(1)
+    model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(7)
     seeds, ends = torch.randint(2**31, (3,), generator=rng).tolist(), []
     for seed in seeds[:2]:  # each batch has randomness of its own
         rng.manual_seed(seed)
@@ -155,14 +155,6 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
     shown = tiles(pixels(run / "samples.png"), 10, 4)
     for label in range(10):
         np.testing.assert_array_equal(shown[label], end["images"][end["labels"] == label][..., 0])
-
-
-def test_the_seed_decides(jem, tmp_path):
-    options = ["--n_samples", "4", "--n_sample_steps", "3"]
-    runs = [sample(jem, tmp_path, *options, "--seed", seed)[0] for seed in ("7", "7", "8")]
-    first, again, other = ((run / "samples.npz").read_bytes() for run in runs)
-    assert first == again
-    assert first != other
 
 
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
@@ -395,12 +387,10 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
-    "no class": (["JEM", "--counterfactual", "ten"], "the name of a class (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) or a number"),
     "trained without labels": (["UNLABELLED", "--counterfactual", "3"], "was trained without labels"),
     "classes without labels": (["UNLABELLED", "--class_cond"], "was trained without labels: leave --class_cond"),
     "counterfactual of the buffer": (["JEM", "--counterfactual", "3", "--from_buffer"], "give one of them"),
     "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
-    "other network": (["JEM", "--width", "2"], "holds another network, --width 1"),
 }
 
 

@@ -31,16 +31,6 @@ def test_one_step_on_a_gaussian_against_the_closed_form(run):
     assert chain.x.dtype == torch.float32 and not chain.x.requires_grad
 
 
-def test_stationary_distribution_on_a_gaussian():
-    """With step a and noise s, x <- (1 - a) x + s z ends in N(0, s^2 / (1 - (1 - a)^2)), whatever its start."""
-    a, s = 0.1, 0.5
-    x = uniform_images(500, (1, 4, 4), generator())
-    end = SGLD(gaussian(0.25, 1.0))(x, 100, a, s, generator(1)).x
-    n, variance = end.numel(), s**2 / (1 - (1 - a) ** 2)
-    assert abs(end.mean() - 0.25) < 4 * math.sqrt(variance / n)
-    assert abs(end.var() - variance) < 4 * variance * math.sqrt(2 / n)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"norm": "batch"}, {"norm": "instance"}, {"norm": "group"}, {"dropout_rate": 0.3}, {"activation": "silu"}],
@@ -73,10 +63,8 @@ def test_bf16_gradients_are_as_good_as_those_of_mixed_precision(norm):
     ours = gradient(frozen_sampler_model(model, torch.bfloat16))
     usual = gradient(frozen_sampler_model(model, torch.float32), torch.bfloat16)
     assert (ours - exact).norm() < 1.1 * (usual - exact).norm()
-    assert (
-        torch.cosine_similarity(ours, exact).mean()
-        > {"none": 0.995, "group": 0.98, "batch": 0.96, "instance": 0.94}[norm]
-    )
+    least = {"none": 0.995, "group": 0.98, "batch": 0.96, "instance": 0.94}[norm]
+    assert torch.cosine_similarity(ours, exact).mean() > least
 
 
 def test_an_error_of_the_density_itself_is_not_taken_for_a_missing_compiler():
@@ -233,7 +221,6 @@ class TestSampler:
     [
         (0.01, False, False, False),
         (None, True, False, False),
-        (0.01, True, False, False),
         (None, False, True, False),
         (0.01, True, True, True),
     ],

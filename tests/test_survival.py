@@ -84,15 +84,6 @@ class TestSignals:
         assert status == 0 or (state(run)["step"] == 21 and main.main(["--resume", str(run)]) == 0)
         assert_same_run(run, undisturbed)
 
-    def test_second_ctrl_c_stops_at_once(self, tmp_path, monkeypatch):
-        def twice(_):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        at_step(monkeypatch, 3, twice)
-        status, run = start(tmp_path)
-        assert status == 130 and state(run)["step"] == 0  # no checkpoint since the first
-
 
 class TestFullDisk:
     def test_while_saving(self, tmp_path, monkeypatch, capsys, undisturbed):

@@ -180,13 +180,7 @@ class TestSignals:
 
 @pytest.mark.parametrize(
     "typed, meant",
-    [
-        ("--batch-size", "--batch_size"),
-        ("--sgld_stpe", "--sgld_step"),
-        ("--Lr", "--lr"),
-        ("-batch_size", "--batch_size"),
-        ("--xyzzy", None),
-    ],
+    [("--batch-size", "--batch_size"), ("--sgld_stpe", "--sgld_step"), ("-Lr", "--lr"), ("--xyzzy", None)],
 )
 def test_did_you_mean(typed, meant, capsys):
     assert main.main([typed, "3"]) == 2

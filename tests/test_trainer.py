@@ -26,19 +26,8 @@ from sgld import ReplayBuffer, Sampler
 
 
 def config(**changes):
-    options = {
-        "dataset": "digits",
-        "depth": 10,
-        "width": 1,
-        "batch_size": 16,
-        "sgld_step": 3,
-        "buffer_size": 64,
-        "max_steps": 50,
-        "warmup_steps": 5,
-        "lr": 1e-3,
-        "precision": "fp32",
-        "gpu": "cpu",
-    }
+    options = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 3, "buffer_size": 64}
+    options |= {"max_steps": 50, "warmup_steps": 5, "lr": 1e-3, "precision": "fp32", "gpu": "cpu"}
     return Config(**(options | changes))
 
 
@@ -292,9 +281,7 @@ def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path)
 def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     cfg = config(mode="baseline_train", batch_size=200, buffer_size=200)
     numbered = torch.arange(len(digits.train)).remainder(256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
-    images = data.ImageData(
-        data.Split(numbered, digits.train.labels), digits.valid, digits.test, digits.class_names, False
-    )
+    images = replace(digits, train=Split(numbered, digits.train.labels))
     run, seen = trainer.Trainer(cfg, images, torch.device("cpu")), []
     monkeypatch.setattr(data, "augment", lambda x, *_: (seen.append(x[:, 0, 0, 0].tolist()), data.to_float(x))[1])
     assert run.steps_per_epoch == len(images.train) // 200 == 6
