@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.intervals import bootstrap
-from evaluation.report import Section
+from evaluation.report import Section, bootstrap
 from models import log_density
 from models.predict import predict
 

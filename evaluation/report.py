@@ -2,20 +2,22 @@
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import distributed
-from evaluation.intervals import Interval, bootstrap, wilson
 from logger.files import replace_file
 from logger.images import save_png
 from utils import printable
 
+Interval = tuple[float, float]
 Place = tuple[str, str]  # row and column in a table
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 
@@ -119,3 +121,31 @@ class Report:
 
 def as_printable(value: Any) -> Any:
     return printable(value, "utf-8") if isinstance(value, str) else value
+
+
+def bootstrap(
+    statistic: Callable[..., Any], *groups: Tensor, replicates: int = 1000, centre: float | None = None
+) -> Interval:
+    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
+
+    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
+    """
+    rng = torch.Generator().manual_seed(0)
+    groups = [group.cpu() for group in groups]
+    drawn = []
+    for _ in range(replicates):
+        drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    if centre is not None:
+        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
+    return float(low), float(high)
+
+
+def wilson(true: Tensor) -> Interval:
+    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %; nan without images."""
+    from scipy.stats import binomtest  # slow to import
+
+    if len(true) == 0:
+        return math.nan, math.nan
+    low, high = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
+    return float(low), float(high)

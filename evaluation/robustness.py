@@ -10,19 +10,7 @@ from torch import Generator, nn
 
 from config import Config
 from config.options import ATTACKS
-from evaluation.attacks import (
-    AUTOATTACK_PARTS,
-    DISTAL_STEP,
-    DISTAL_STEPS,
-    Attacked,
-    AutoAttack,
-    Classifier,
-    PGDAttack,
-    RefinedClassifier,
-    check_autoattack,
-    differentiable_chain,
-    distal_adversarials,
-)
+from evaluation import attacks
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from logger.images import captioned, image_grid, to_uint8
@@ -46,7 +34,7 @@ class PGDSweep(NamedTuple):
     """PGD over a norm's epsilons: a column of the report."""
 
     name: str
-    attacked: Attacked
+    attacked: attacks.Attacked
     steps: int
     restarts: int
     protocol: str = ""  # of the classifier
@@ -98,7 +86,7 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     if "autoattack" not in absent:
         try:
             with evaluation_packages():
-                check_autoattack(len(inputs.data.class_names), inputs.data.shape)
+                attacks.check_autoattack(len(inputs.data.class_names), inputs.data.shape)
         except UserError as error:
             absent["autoattack"] = str(error)
     for name, reason in absent.items():
@@ -119,24 +107,28 @@ def attacked(
     rng: Generator | None,
     most: int | None = None,
     images_per_answer: int = 1,
-) -> Attacked:
+) -> attacks.Attacked:
     """The classifier with test images, at most ``most``; it looks at ``images_per_answer`` of them for one answer."""
     n = inputs.cfg.attack_images or inputs.cfg.max_images or ATTACKED_IMAGES
     test = inputs.subset(inputs.data.test, n)[:most]
     batch_size = max(1, images_per_batch(GRADIENT_BATCH, inputs.data.shape) // images_per_answer)
-    return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
+    return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
 
 
 def pgd_sweep(inputs: EvalInputs) -> PGDSweep:
-    return PGDSweep(TITLES["pgd"], attacked(inputs, Classifier(inputs.model), inputs.rng()), PGD_STEPS, RESTARTS)
+    return PGDSweep(
+        TITLES["pgd"], attacked(inputs, attacks.Classifier(inputs.model), inputs.rng()), PGD_STEPS, RESTARTS
+    )
 
 
 def refined_sweep(inputs: EvalInputs) -> PGDSweep:
     """PGD through the refinement."""
     cfg, rng = inputs.cfg, inputs.rng()
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
-    chain = partial(differentiable_chain, inputs.model.log_density, generator=rng, **sizes, **chain_options(cfg))
-    refined = RefinedClassifier(inputs.model, chain, CHAINS)
+    chain = partial(
+        attacks.differentiable_chain, inputs.model.log_density, generator=rng, **sizes, **chain_options(cfg)
+    )
+    refined = attacks.RefinedClassifier(inputs.model, chain, CHAINS)
     protocol = (
         f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
         f"probabilities averaged over {CHAINS} chains, attacked through these chains"
@@ -154,7 +146,7 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
     masks = {"0": mask}
     for label, eps in {**norm.epsilons, f"{grey:.3g} (check)": grey}.items():
         for restart in range(1, sweep.restarts + 1):
-            attack = PGDAttack(norm.name, steps, target.rng, f"{norm.name} {label}, {sweep.name} {restart}")
+            attack = attacks.PGDAttack(norm.name, steps, target.rng, f"{norm.name} {label}, {sweep.name} {restart}")
             mask = target.robust(attack, eps, mask)
         masks[label] = mask
     protocol = (
@@ -177,10 +169,10 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
 
 
 def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
-    target, eps = attacked(inputs, Classifier(inputs.model), rng=None), norm.epsilons[norm.autoattack_eps]
+    target, eps = attacked(inputs, attacks.Classifier(inputs.model), rng=None), norm.epsilons[norm.autoattack_eps]
     mask = target.predicted() == target.y
-    for part in AUTOATTACK_PARTS:
-        attack = AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
+    for part in attacks.AUTOATTACK_PARTS:
+        attack = attacks.AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
         mask = target.robust(attack, eps, mask)
     protocol = (
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
@@ -193,12 +185,12 @@ def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes)
 
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     names = inputs.data.class_names
-    x, reached = distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
+    x, reached = attacks.distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
     section.add_mean(
         "p(y|x) of distal adversarials",
         reached,
-        f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
-        f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
+        f"gradient ascent from uniform noise until 0.9, at most {attacks.DISTAL_STEPS} steps of L2 "
+        f"{attacks.DISTAL_STEP:g} times the root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
     )
     section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(

@@ -12,8 +12,7 @@ import data
 import distributed
 from checkpoints.load import frozen, load_data, origin
 from config import Config
-from generation.chains import ChainResult
-from generation.output import write_result
+from generation.chains import ChainResult, write_result
 from logger.images import captioned, image_grid, save_png, to_uint8
 from logger.run_dir import RunDir
 from models import JEM

@@ -15,8 +15,7 @@ from checkpoints.load import load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
 from generation import counterfactual
-from generation.chains import ChainResult, StartImages, recorded_steps, run_chains
-from generation.output import write_result
+from generation.chains import ChainResult, StartImages, recorded_steps, run_chains, write_result
 from generation.restore import restoration_picture, restoration_start
 from logger.images import captioned, image_grid, save_gif, save_png
 from logger.run_dir import RunDir
