@@ -343,11 +343,11 @@ def test_images_and_labels_on_another_scale_are_refused(images, labels, found, m
     assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")
 
 
-def write_pngs(root, *folders, n=10):
+def write_pngs(root, *folders, n=10, side=8):
     for folder in folders:
         (root / folder).mkdir(parents=True)
         for i in range(n):
-            Image.fromarray(random_images(8, 8, 3)).save(root / folder / f"{i}.png")
+            Image.fromarray(random_images(side, side, 3)).save(root / folder / f"{i}.png")
     return root
 
 
