@@ -76,15 +76,6 @@ def tiff(pixels, bits=8, photometric=1, sample_format=1, compression=1, width=No
     return head.ljust(150, b"\0") + content + after
 
 
-def encode16(pixels, kind):
-    """The bytes of a 16-bit image file with the grey levels of an 8-bit one."""
-    wide = pixels.astype(np.uint16) * 257
-    if kind == ".tiff":
-        return tiff(wide, 16, 2 if wide.ndim == 3 else 1)
-    wide = wide.astype(">u2").reshape(len(wide), -1).view(np.uint8)
-    return png(wide, 16, 2 if pixels.ndim == 3 else 0)
-
-
 def write_files(root, files):
     for name, content in files.items():
         path = root / name
@@ -117,6 +108,7 @@ PALETTE = Image.fromarray(RGB).quantize(16)
 PALETTE_RGB = np.array(PALETTE.convert("RGB"))
 PALETTE_WHITE = np.where(np.array(PALETTE)[..., None] == 3, np.uint8(255), PALETTE_RGB)
 RGBA = np.concatenate([RGB, ALPHA], -1)
+WIDE = RGB.astype(np.uint16) * 257  # the same levels in 16 bits
 SEEN = on_white(RGB, ALPHA)
 GREY_SEEN = on_white(GREY[..., None], ALPHA)[..., 0]
 CHESS = ((np.indices((8, 12)).sum(0) % 2) * 255).astype(np.uint8)
@@ -124,10 +116,10 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "png": (encode(RGB), RGB),
     "png alpha": (encode(RGBA), SEEN),
     "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
-    "png 16 bit": (encode16(RGB, ".png"), RGB),
+    "png 16 bit": (png(WIDE.astype(">u2").reshape(8, -1).view(np.uint8), 16, 2), RGB),
     "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
     "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
-    "tiff 16 bit": (encode16(RGB, ".tiff"), RGB),
+    "tiff 16 bit": (tiff(WIDE, 16, 2), RGB),
     "tiff cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
     "webp alpha": (encode(RGBA, "WEBP", lossless=True, exact=True), SEEN),
     "gif transparent": (encode(PALETTE, "GIF", transparency=3), PALETTE_WHITE),
@@ -379,16 +371,9 @@ def decode(tmp_path, content, name="x.png"):
 def test_every_format_is_turned_upright(kind, orientation, tmp_path):
     """The pixel at the top left of the picture as it should be seen is the one that the EXIF standard says."""
     stored = np.kron(np.uint8([[0, 255], [90, 180], [30, 220]]), np.ones((16, 16), np.uint8))
-    seen = {
-        1: stored,
-        2: stored[:, ::-1],
-        3: stored[::-1, ::-1],
-        4: stored[::-1],
-        5: stored.T,
-        6: stored[::-1].T,
-        7: stored[::-1, ::-1].T,
-        8: stored[:, ::-1].T,
-    }[orientation]
+    seen = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1]]
+    seen += [stored.T, stored[::-1].T, stored[::-1, ::-1].T, stored[:, ::-1].T]
+    seen = seen[orientation - 1]
     content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
     found = decode(tmp_path, content, "x.bin")
     assert found.pixels.shape == (*seen.shape, 3)

@@ -231,17 +231,12 @@ def test_sgld_lr_and_std_are_the_chains(tmp_path):
     assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
 
 
-def test_epochs_and_max_steps_both_end_a_run(tmp_path):
-    for i, (options, steps) in enumerate(((["--epochs", "2"], 2 * 6), (["--epochs", "2", "--max_steps", "7"], 7))):
-        run = train(tmp_path / str(i), "--batch_size", "200", "--mode", "baseline_train", *options)
-        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == steps
-        assert "accuracy/test" in metrics(run)[-1]
-
-
 @pytest.mark.parametrize(
     "options, min_epoch, saved_at, evaluated_at",
     [
         ("--batch_size 300 --max_steps 9 --eval_every 2 --ckpt_every 3", 1, [0, 3, 4, 6, 8, 9], [8, 9]),  # 4 an epoch
+        ("--batch_size 200 --epochs 2", 1, [0, 6, 12], [6, 12]),
+        ("--batch_size 200 --epochs 2 --max_steps 7", 1, [0, 6, 7], [6, 7]),
         ("--batch_size 500 --n_valid 300 --max_steps 53", 50, [0, 50, 53], [50, 53]),  # short epochs share: 2 steps
     ],
 )
