@@ -109,6 +109,7 @@ PALETTE_RGB = np.array(PALETTE.convert("RGB"))
 PALETTE_WHITE = np.where(np.array(PALETTE)[..., None] == 3, np.uint8(255), PALETTE_RGB)
 RGBA = np.concatenate([RGB, ALPHA], -1)
 WIDE = RGB.astype(np.uint16) * 257  # the same levels in 16 bits
+WIDE_ROWS = WIDE.astype(">u2").reshape(8, -1).view(np.uint8)
 SEEN = on_white(RGB, ALPHA)
 GREY_SEEN = on_white(GREY[..., None], ALPHA)[..., 0]
 CHESS = ((np.indices((8, 12)).sum(0) % 2) * 255).astype(np.uint8)
@@ -116,7 +117,7 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "png": (encode(RGB), RGB),
     "png alpha": (encode(RGBA), SEEN),
     "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
-    "png 16 bit": (png(WIDE.astype(">u2").reshape(8, -1).view(np.uint8), 16, 2), RGB),
+    "png 16 bit": (png(WIDE_ROWS, 16, 2), RGB),
     "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
     "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
     "tiff 16 bit": (tiff(WIDE, 16, 2), RGB),
@@ -136,7 +137,7 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
     "tiff white is zero, 16 bit": (tiff(65535 - GREY.astype(np.uint16) * 257, 16, 0), GREY),
     "tiff 12 bit": (tiff(np.uint8([[0x00, 0x0F, 0xFF] * 4] * 8), 12, width=8), np.uint8([[0, 255] * 4] * 8)),
     "pgm": (encode(GREY, "PPM"), GREY),
-    "pgm of 65536 levels": (b"P5 12 8 65535\n" + (GREY.astype(">u2") * 257).tobytes(), GREY),
+    "pgm of 4096 levels": (b"P5 12 8 4095\n" + (GREY.astype(int) * 4095 // 255).astype(">u2").tobytes(), GREY),
     "ppm of 16 levels": (b"P6 12 8 15\n" + (RGB // 17).tobytes(), RGB // 17 * 17),
     "pbm": (b"P1 8 8\n" + b"0 1 " * 32, np.uint8([[255, 0] * 4] * 8)),
 }
@@ -311,6 +312,7 @@ UNUSABLE = {  # content, and what is said about it
     "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "numbers (mode F)"),
     "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "numbers (mode I)"),
     "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "of an unsupported format"),
+    "png of 16 bits, one transparent": (png(WIDE_ROWS, 16, 2, (b"tRNS", bytes(6))), "has one transparent colour but"),
     "png of 4 bits, one transparent": (png(GREY[:, :6], 4, 0, (b"tRNS", b"\0\5")), "has one transparent colour but"),
     "several frames": (encode(RGB, "GIF", save_all=True, append_images=[Image.fromarray(NOISE)]), "export one frame"),
 }
