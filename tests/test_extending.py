@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 SMALL = "--gpu cpu --batch_size 16 --buffer_size 64 --warmup_steps 2 --no_log --logdir".split()
 
 
@@ -21,8 +22,7 @@ def extended(tmp_path_factory):
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
-    page = (ROOT / "docs" / "extending.md").read_text()
-    blocks = re.findall(r"```python\n# (at the end of )?(\S+)\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"```python\n# (at the end of )?(\S+)\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 6
     for at_the_end, name, code in blocks:
         assert (copy / name).exists() == bool(at_the_end)
@@ -39,8 +39,7 @@ def run(program, *options):
 
 def test_the_examples_train_and_measure(extended, tmp_path):
     """The last commands of the page, made small."""
-    page = (ROOT / "docs" / "extending.md").read_text()
-    train, measure = re.findall(r"^python main\.py (.*)$", page, re.MULTILINE)
+    train, measure = re.findall(r"^python main\.py (.*)$", PAGE, re.MULTILINE)
     out = run(extended, *train.split(), *SMALL, tmp_path)
     assert "stripes 1x8x8: 288 train, 32 valid, 80 test" in out and "CNN-1" in out
     (run_dir,) = tmp_path.iterdir()
@@ -52,6 +51,5 @@ def test_the_examples_train_and_measure(extended, tmp_path):
 
 
 def test_the_table_names_what_is_there():
-    page = (ROOT / "docs" / "extending.md").read_text()
-    for name, file in re.findall(r"`(\w+)` in `([\w/.]+)`", page):
+    for name, file in re.findall(r"`(\w+)` in `([\w/.]+)`", PAGE):
         assert re.search(rf"^(def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE), (name, file)

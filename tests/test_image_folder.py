@@ -76,15 +76,6 @@ def tiff(pixels, bits=8, photometric=1, sample_format=1, compression=1, width=No
     return head.ljust(150, b"\0") + content + after
 
 
-def encode16(pixels, kind):
-    """The bytes of a 16-bit image file with the grey levels of an 8-bit one."""
-    wide = pixels.astype(np.uint16) * 257
-    if kind == ".tiff":
-        return tiff(wide, 16, 2 if wide.ndim == 3 else 1)
-    wide = wide.astype(">u2").reshape(len(wide), -1).view(np.uint8)
-    return png(wide, 16, 2 if pixels.ndim == 3 else 0)
-
-
 def write_files(root, files):
     for name, content in files.items():
         path = root / name
@@ -117,26 +108,22 @@ PALETTE = Image.fromarray(RGB).quantize(16)
 PALETTE_RGB = np.array(PALETTE.convert("RGB"))
 PALETTE_WHITE = np.where(np.array(PALETTE)[..., None] == 3, np.uint8(255), PALETTE_RGB)
 RGBA = np.concatenate([RGB, ALPHA], -1)
+WIDE = RGB.astype(np.uint16) * 257  # the same levels in 16 bits
+WIDE_ROWS = WIDE.astype(">u2").reshape(8, -1).view(np.uint8)
 SEEN = on_white(RGB, ALPHA)
 GREY_SEEN = on_white(GREY[..., None], ALPHA)[..., 0]
 CHESS = ((np.indices((8, 12)).sum(0) % 2) * 255).astype(np.uint8)
 KINDS = {  # file content, and the pixels that a person would see in it on white paper
     "png": (encode(RGB), RGB),
     "png alpha": (encode(RGBA), SEEN),
-    "png palette": (encode(PALETTE), PALETTE_RGB),
     "png palette transparent": (encode(PALETTE, transparency=3), PALETTE_WHITE),
-    "png 16 bit": (encode16(RGB, ".png"), RGB),
-    "png grey": (encode(GREY), GREY),
+    "png 16 bit": (png(WIDE_ROWS, 16, 2), RGB),
     "png grey alpha": (encode(np.stack([GREY, ALPHA[..., 0]], -1)), GREY_SEEN),
     "png 1 bit": (encode(Image.fromarray(CHESS).convert("1")), CHESS),
-    "tiff alpha": (encode(RGBA, "TIFF"), SEEN),
-    "tiff 16 bit": (encode16(RGB, ".tiff"), RGB),
+    "tiff 16 bit": (tiff(WIDE, 16, 2), RGB),
     "tiff cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
-    "webp": (encode(RGB, "WEBP", lossless=True), RGB),
     "webp alpha": (encode(RGBA, "WEBP", lossless=True, exact=True), SEEN),
-    "gif": (encode(PALETTE, "GIF"), PALETTE_RGB),
     "gif transparent": (encode(PALETTE, "GIF", transparency=3), PALETTE_WHITE),
-    "bmp": (encode(RGB, "BMP"), RGB),
     "png 1 bit transparent": (
         png(np.uint8([[0b10100101]] * 8), 1, 0, (b"tRNS", b"\0\0")),
         np.full((8, 8), 255, np.uint8),
@@ -145,19 +132,12 @@ KINDS = {  # file content, and the pixels that a person would see in it on white
         png(RGB.reshape(8, -1), 8, 2, (b"tRNS", struct.pack(">3H", *RGB[2, 3]))),
         np.where((RGB == RGB[2, 3]).all(-1, keepdims=True), np.uint8(255), RGB),
     ),
-    "png grey transparent": (
-        png(GREY, 8, 0, (b"tRNS", struct.pack(">H", GREY[2, 3]))),
-        np.where(GREY == GREY[2, 3], np.uint8(255), GREY),
-    ),
     "png 2 bit": (png(np.uint8([[0b00011011] * 2] * 8), 2, 0), np.uint8([[0, 85, 170, 255] * 2] * 8)),
     "tiff 1 bit": (tiff(np.uint8([[0b10100101]] * 8), 1, width=8), np.uint8([[255, 0, 255, 0, 0, 255, 0, 255]] * 8)),
-    "tiff white is zero": (tiff(255 - GREY, 8, 0), GREY),
     "tiff white is zero, 16 bit": (tiff(65535 - GREY.astype(np.uint16) * 257, 16, 0), GREY),
     "tiff 12 bit": (tiff(np.uint8([[0x00, 0x0F, 0xFF] * 4] * 8), 12, width=8), np.uint8([[0, 255] * 4] * 8)),
     "pgm": (encode(GREY, "PPM"), GREY),
-    "pgm of 16 levels": (b"P5 12 8 15\n" + (GREY // 17).tobytes(), GREY // 17 * 17),
     "pgm of 4096 levels": (b"P5 12 8 4095\n" + (GREY.astype(int) * 4095 // 255).astype(">u2").tobytes(), GREY),
-    "pgm of 65536 levels": (b"P5 12 8 65535\n" + (GREY.astype(">u2") * 257).tobytes(), GREY),
     "ppm of 16 levels": (b"P6 12 8 15\n" + (RGB // 17).tobytes(), RGB // 17 * 17),
     "pbm": (b"P1 8 8\n" + b"0 1 " * 32, np.uint8([[255, 0] * 4] * 8)),
 }
@@ -176,20 +156,13 @@ def test_folder_reads_each_kind_of_lossless_file(kind, tmp_path):
 
 def test_folder_with_both_parts(tmp_path):
     """Labels follow the class names in order; names of files and of their extensions mean nothing."""
-    images = {name: random_images(8, 8, 3) for name in ("train/b/1", "train/a/9", "train/b/0", "test/a/x", "test/b/y")}
-    files = {f"{name}.jpg": encode(pixels) for name, pixels in images.items()}
-    loaded = load_folder(write_files(tmp_path, files))
+    train, test = ("train/b/1", "train/a/9", "train/b/0"), ("test/a/x", "test/b/y")
+    images = {name: random_images(8, 8, 3) for name in (*train, *test)}
+    loaded = load_folder(write_files(tmp_path, {f"{name}.jpg": encode(image) for name, image in images.items()}))
     assert loaded.class_names == ("a", "b") and loaded.flip
-    expected = [
-        (images[name].transpose(2, 0, 1).tobytes(), label) for name, label in (("test/a/x", 0), ("test/b/y", 1))
-    ]
-    assert [
-        (x.numpy().tobytes(), int(y)) for x, y in zip(loaded.test.images, loaded.test.labels, strict=True)
-    ] == expected
-    assert rows(loaded.train) == sorted(
-        (label, images[name].transpose(2, 0, 1).tobytes())
-        for name, label in (("train/a/9", 0), ("train/b/0", 1), ("train/b/1", 1))
-    )
+    for part, names in ((loaded.train, train), (loaded.test, test)):
+        expected = [("ab".index(name.split("/")[1]), images[name].transpose(2, 0, 1).tobytes()) for name in names]
+        assert rows(part) == sorted(expected)
 
 
 def test_folder_of_classes_alone_is_split_by_class(tmp_path):
@@ -220,12 +193,8 @@ def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
 
 
 def test_image_size_brings_all_images_to_one_size(tmp_path):
-    flat, large = np.full((9, 5, 3), 77, np.uint8), random_images(32, 48, 3)
-    files = four(encode(flat)) | {
-        "test/dog/large.png": encode(large),
-        "test/dog/thin.png": encode(large[:, :4]),
-    }
-    square = random_images(8, 8, 3)
+    flat, large, square = np.full((9, 5, 3), 77, np.uint8), random_images(32, 48, 3), random_images(8, 8, 3)
+    files = four(encode(flat)) | {"test/dog/large.png": encode(large), "test/dog/thin.png": encode(large[:, :4])}
     write_files(tmp_path / "square", four(encode(square)))
     loaded = load_folder(write_files(tmp_path / "set", files), image_size=8)
     assert loaded.shape == (3, 8, 8)
@@ -241,7 +210,7 @@ def test_image_size_brings_all_images_to_one_size(tmp_path):
 
 
 def make_folder(root, n=3):
-    return laid_out(root, *(f"{part}/{label}" for part in ("train", "test") for label in "ab"), n=n)
+    return laid_out(root, "train/a", "train/b", "test/a", "test/b", n=n)
 
 
 def check_cache(root, decoded, n_decoded, reference, **options):
@@ -326,41 +295,26 @@ def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
 # --- folders that cannot be used
 
 
-FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
 NOISE = random_images(64, 64, 3)
 NOISY_JPEG = encode(NOISE, "JPEG")
-
-
 DEFLATED = encode(NOISE, "TIFF", compression="tiff_deflate")
 UNUSABLE = {  # content, and what is said about it
     "zero bytes": (b"", "is empty, damaged or"),
-    "text": (b"this is no image\n" * 20, "is empty, damaged or"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "of an unsupported format (HEIC?)"),
     "cut jpeg": (NOISY_JPEG[:-900], "cannot be read: "),
-    "jpeg without an end": (NOISY_JPEG[:-2], "cannot be read: "),
     "jpeg with zeros up to its end": (NOISY_JPEG[:-900] + bytes(900), "is damaged (its end is missing)"),
     "progressive jpeg with zeros": (encode(NOISE, "JPEG", progressive=True)[:-900] + bytes(900), "cannot be read: "),
     "jpeg header alone": (NOISY_JPEG[:40], "cannot be read: "),
     "cut png": (encode(NOISE)[:-900], "cannot be read: "),
     "damaged png": (encode(RGB)[:60] + b"12345" + encode(RGB)[65:], "cannot be read: "),
-    "cut webp": (encode(NOISE, "WEBP")[:-900], "cannot be read: "),
     "cut tiff": (encode(NOISE, "TIFF")[:-900], "cannot be read: "),
     "zeroed tiff": (DEFLATED[:2000].ljust(12000, b"\0") + DEFLATED[12000:], "cannot be read: "),
-    "cut bmp": (encode(NOISE, "BMP")[:-900], "cannot be read: "),
-    "cut gif": (encode(Image.fromarray(NOISE).quantize(16), "GIF")[:-900], "cannot be read: "),
-    "cut ppm": (encode(NOISE, "PPM")[:-900], "cannot be read: "),
     "pfm": (b"Pf\n2 1\n-1.0\n" + bytes(8), "numbers (mode F)"),
     "signed tiff": (tiff(GREY.astype(np.int16), 16, 1, 2), "numbers (mode I)"),
-    "float tiff": (tiff(GREY.astype(np.float32), 32, 1, 3), "numbers (mode F)"),
-    "32-bit tiff": (tiff(GREY.astype(np.uint32), 32, 1, 1), "numbers (mode I)"),
     "half float tiff": (tiff(GREY.astype(np.float16), 16, 1, 3), "of an unsupported format"),
-    "png of 16-bit colours, one transparent": (
-        png((RGB.reshape(8, -1).astype(">u2") * 257).view(np.uint8), 16, 2, (b"tRNS", bytes(6))),
-        "has one transparent colour but not 8 bits",
-    ),
+    "png of 16 bits, one transparent": (png(WIDE_ROWS, 16, 2, (b"tRNS", bytes(6))), "has one transparent colour but"),
     "png of 4 bits, one transparent": (png(GREY[:, :6], 4, 0, (b"tRNS", b"\0\5")), "has one transparent colour but"),
-    "several frames": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
-    "several pages": (encode(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "export one frame"),
+    "several frames": (encode(RGB, "GIF", save_all=True, append_images=[Image.fromarray(NOISE)]), "export one frame"),
 }
 
 
@@ -419,16 +373,9 @@ def decode(tmp_path, content, name="x.png"):
 def test_every_format_is_turned_upright(kind, orientation, tmp_path):
     """The pixel at the top left of the picture as it should be seen is the one that the EXIF standard says."""
     stored = np.kron(np.uint8([[0, 255], [90, 180], [30, 220]]), np.ones((16, 16), np.uint8))
-    seen = {
-        1: stored,
-        2: stored[:, ::-1],
-        3: stored[::-1, ::-1],
-        4: stored[::-1],
-        5: stored.T,
-        6: stored[::-1].T,
-        7: stored[::-1, ::-1].T,
-        8: stored[:, ::-1].T,
-    }[orientation]
+    seen = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1]]
+    seen += [stored.T, stored[::-1].T, stored[::-1, ::-1].T, stored[:, ::-1].T]
+    seen = seen[orientation - 1]
     content = encode(np.stack([stored] * 3, -1), kind, exif=upright(orientation), quality=95)
     found = decode(tmp_path, content, "x.bin")
     assert found.pixels.shape == (*seen.shape, 3)
@@ -436,23 +383,16 @@ def test_every_format_is_turned_upright(kind, orientation, tmp_path):
     assert found.done == (["were turned upright by their EXIF orientation"] if orientation > 1 else [])
 
 
+BEST = {"quality": 100, "subsampling": 0}
 LOSSY = {
     "avif": (encode(RGBA, "AVIF", quality=100, subsampling="4:4:4"), SEEN),
     "webp": (encode(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), "WEBP", quality=100), None),
     "jpeg 2000": (encode(RGB, "JPEG2000"), RGB),
     "jpeg 2000 grey 16 bit": (encode(GREY.astype(np.uint16) * 257, "JPEG2000"), np.stack([GREY] * 3, -1)),
-    "jpeg grey": (encode(GREY, "JPEG", quality=100), np.stack([GREY] * 3, -1)),
-    "jpeg cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=100, subsampling=0), RGB),
-    "tiff ycbcr": (encode(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB),
-    "jpeg with a picture in its header": (
-        encode(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + NOISY_JPEG),
-        RGB,
-    ),
-    "jpeg with one byte too many": (
-        encode(RGB, "JPEG", quality=100, subsampling=0)[:-2] + b"1\xff\xd9",
-        RGB,
-    ),
-    "jpeg with something after its end": (encode(RGB, "JPEG", quality=100, subsampling=0) + b"more", RGB),
+    "jpeg cmyk": (encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", **BEST), RGB),
+    "jpeg with a picture in its header": (encode(RGB, "JPEG", **BEST, exif=b"Exif\0\0" + NOISY_JPEG), RGB),
+    "jpeg with one byte too many": (encode(RGB, "JPEG", **BEST)[:-2] + b"1\xff\xd9", RGB),
+    "jpeg with something after its end": (encode(RGB, "JPEG", **BEST) + b"more", RGB),
 }
 
 
@@ -485,12 +425,8 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     }
     files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
     files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
-    files |= {
-        "train/dog/table.csv": b"BMI,age\n1,2\n",
-        "test/cat/c.log": b"P1",
-        "train/loose.png": b"",
-        "extra/x.png": b"",
-    }
+    files |= {"train/dog/table.csv": b"BMI,age\n1,2\n", "test/cat/c.log": b"P1"}
+    files |= {"train/loose.png": b"", "extra/x.png": b""}
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines == [
         f"left out: extra, because {tmp_path} has the folders train, test",
@@ -502,9 +438,8 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     ]
     decoded.clear()
     assert announced(capsys, tmp_path) == lines and not decoded
-    assert "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept" in announced(
-        capsys, tmp_path, image_size=8
-    )
+    squeezed = "15 of 15 images are not square: squeezed to 8x8, the aspect ratio is not kept"
+    assert squeezed in announced(capsys, tmp_path, image_size=8)
 
 
 def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
@@ -521,9 +456,8 @@ def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
 
 
 def laid_out(root, *folders, n=3):
-    return write_files(
-        root, {f"{folder}/{i}.png": encode(random_images(8, 8, 3)) for folder in folders for i in range(n)}
-    )
+    names = [f"{folder}/{i}.png" for folder in folders for i in range(n)]
+    return write_files(root, {name: encode(random_images(8, 8, 3)) for name in names})
 
 
 @pytest.mark.parametrize("train, test", [("Train", "Test"), ("training_set", "testing"), ("TRN-DATA", "Testset")])
@@ -547,27 +481,20 @@ def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
     "folders, message",
     [
         (".", "has 0 class folders"),
-        ("train/cat test/cat", "has 1 class folders"),
         ("cat dog", "too few images"),
         ("train/cat train/dog", "has train/ but no test/: add it"),
         ("test/cat test/dog", "has no train/: add it"),
-        ("val/a val/b test/a test/b", "has no train/: add it"),
         ("fold1/a fold1/b fold2/a fold2/b", "fold1, fold2 in"),
         ("Train/a Train/b Probe/a Probe/b", "Probe, Train in"),
         ("train/a train/b test", "test has 0 class folders, but labels need two or more"),
-        ("train/a train/b test/images", "test has 1 class folders"),
-        ("train/a train/b test/a test/b val", "val has 0 class folders"),
         ("train/a train/b test/a test/b test/bird", "has bird: give both the same class folders"),
         (" ".join(f"train/{c} " for c in "abcdefgh") + "test/a test/b", "has c, d, e, f, g and 1 more: give"),
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
     assert str(tmp_path) in refuses(message, "folder", laid_out(tmp_path, *folders.split(), n=1))
-
-
-def test_class_without_images_is_refused(tmp_path):
     files = four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}
-    refuses("a class folder in", "folder", write_files(tmp_path, files))
+    refuses("a class folder in", "folder", write_files(tmp_path / "set", files))
 
 
 def test_validation_folder_without_test_and_a_class_called_train(tmp_path, capsys):

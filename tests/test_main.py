@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_data import write_pngs
 
 import data
 import main
@@ -140,13 +141,6 @@ class TestEnergyTrain:
         valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
         assert last["state"]["best"] == {"best.pt": max(valid)}
 
-    def test_what_it_says(self, tmp_path, capfd):
-        run = train(tmp_path, "--max_steps", "12")
-        out, err = capfd.readouterr()
-        words = [str(run), *"CPU float32 WRN-10-1 parameters".split(), "1337 train, 100 valid, 360 test", "after 12"]
-        assert [word for word in words if word not in out] == []
-        assert "images/s" in err and "steps will take about" in out + err
-
 
 def test_baseline_makes_no_samples(tmp_path):
     run = train(tmp_path, "--mode", "baseline_train", "--max_steps", "84", "--lr", "1e-3")
@@ -231,28 +225,18 @@ def test_options_that_do_not_concern_the_training_leave_it_alone(tmp_path, monke
     assert len(list(run.glob("sgld/*.gif"))) == 1 and sum("accuracy/test" in line for line in metrics(run)) == 2
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("short"), "--max_steps", "6")
-
-
 def test_sgld_lr_and_std_are_the_chains(tmp_path):
     """With hardly a step and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
     run = train(tmp_path, "--max_steps", "10", "--sgld_lr", "1e-12", "--sgld_std", "0.1", "--sgld_step", "4")
     assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
 
 
-def test_epochs_and_max_steps_both_end_a_run(tmp_path):
-    for i, (options, steps) in enumerate(((["--epochs", "2"], 2 * 6), (["--epochs", "2", "--max_steps", "7"], 7))):
-        run = train(tmp_path / str(i), "--batch_size", "200", "--mode", "baseline_train", *options)
-        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == steps
-        assert "accuracy/test" in metrics(run)[-1]
-
-
 @pytest.mark.parametrize(
     "options, min_epoch, saved_at, evaluated_at",
     [
         ("--batch_size 300 --max_steps 9 --eval_every 2 --ckpt_every 3", 1, [0, 3, 4, 6, 8, 9], [8, 9]),  # 4 an epoch
+        ("--batch_size 200 --epochs 2", 1, [0, 6, 12], [6, 12]),
+        ("--batch_size 200 --epochs 2 --max_steps 7", 1, [0, 6, 7], [6, 7]),
         ("--batch_size 500 --n_valid 300 --max_steps 53", 50, [0, 50, 53], [50, 53]),  # short epochs share: 2 steps
     ],
 )
@@ -293,11 +277,7 @@ def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
 
 
 def test_a_folder_its_image_size_and_no_flip(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(48):
-        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(path)
+    write_pngs(tmp_path / "images", "a", "b", n=24)
     options = "--mode baseline_train --dataset folder --n_valid 4 --max_steps 3 --image_size 12".split()
     options += ["--data_dir", str(tmp_path / "images")]
     mirrored, upright = train(tmp_path / "0", *options), train(tmp_path / "1", *options, "--no_flip")
@@ -332,18 +312,26 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
     assert mine["step"] == 1
 
 
-def test_compile_on_changes_the_speed_only(tmp_path, short_run, capsys):
-    run = train(tmp_path, "--max_steps", "6", "--compile", "on")
-    assert "float32, compiled: network and chains" in capsys.readouterr().out
-    mine, theirs = weights(run), weights(short_run)
+def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
+    plain = train(tmp_path / "0", "--max_steps", "12")
+    out, err = capfd.readouterr()
+    words = [str(plain), *"CPU float32 WRN-10-1 parameters".split(), "1337 train, 100 valid, 360 test", "after 12"]
+    assert [word for word in words if word not in out] == []
+    assert "images/s" in err and "steps will take about" in out + err
+    run = train(tmp_path / "1", "--max_steps", "12", "--compile", "on")
+    assert "float32, compiled: network and chains" in capfd.readouterr().out
+    mine, theirs = weights(run), weights(plain)
     assert all(torch.allclose(mine[k], theirs[k], atol=1e-4) for k in theirs)
 
 
-def test_gpu_without_cuda_runs_on_the_cpu_and_says_so(capsys):
+def test_gpu_that_is_not_there(monkeypatch, capsys):
     if not torch.cuda.is_available():
         assert utils.pick_device("0") == torch.device("cpu")
         assert "running on the CPU" in capsys.readouterr().err
     assert utils.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "has GPUs 0 to 1" in refused(capsys, "--gpu", "7")
 
 
 def test_help_is_grouped_and_has_every_option(capsys):
@@ -361,24 +349,16 @@ def test_help_is_grouped_and_has_every_option(capsys):
 # ---------------------------------------------------------------------------------------- from text to a Config
 
 
-def parsed(line):
-    return parse(line.split(), Config)
-
-
 def test_switches_and_numbers_as_other_programs_write_them():
+    def parsed(line):
+        return parse(line.split(), Config)
+
     for line in ("--sgld_clamp", "--sgld_clamp=True", "--sgld_clamp true", "--no_sgld_clamp=False", "--sgld_clamp=1"):
         assert parsed(line) == {"sgld_clamp": True}
     for line in ("--no_sgld_clamp", "--sgld_clamp=False", "--no_sgld_clamp True", "--sgld_clamp --sgld_clamp 0"):
         assert parsed(line) == {"sgld_clamp": False}
     assert parsed("--no_log --width 2.0 -l 1e-3") == {"no_log": True, "width": 2, "lr": 1e-3}
     assert parsed("--max_steps off --sgld_grad_clamp off") == {"max_steps": None, "sgld_grad_clamp": None}
-
-
-@pytest.mark.parametrize("name", "learning_rate device checkpoint ckpt output_dir data bs warmup weights".split())
-def test_nothing_is_proposed_for_an_option_of_another_program(name):
-    with pytest.raises(utils.UserError) as refusal:
-        parsed(f"--{name} 0.1")
-    assert f"no option --{name}; see" in str(refusal.value)
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path, capsys):
@@ -427,12 +407,16 @@ def test_a_command_line_of_which_only_the_mode_was_changed(jem, tmp_path, capsys
         assert all(word in note for word in (f"--mode {mode} ", "--lr", "--max_steps", "--buffer_size"))
 
 
-def test_a_batch_of_samples_is_as_large_as_in_training(jem, tmp_path):
+def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_size(jem, tmp_path):
     path = str(edited(jem, tmp_path / "a.pt", p_x_batch_size=8, class_cond=True))
     for mode in ("test", "sample"):
         cfg = open_trained({"mode": mode, "load_ckpt": path}).cfg
         assert (cfg.batch_size, cfg.depth, cfg.sgld_step, cfg.class_cond, cfg.seed) == (8, 10, 2, False, 1)
         assert open_trained({"mode": mode, "load_ckpt": path, "batch_size": 5}).cfg.batch_size == 5
+    path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
+    assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
+    cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
+    assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -450,20 +434,19 @@ def refused(capsys, *options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--nonsense", "--nonsense"),
         ("stray", "stray"),
         ("--epoch 3", "did you mean --epochs?"),
+        ("--learning_rate 0.1", "no option --learning_rate; see"),  # another program's: nothing is proposed
         ("--lr", "expected one argument"),
         ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
-        ("--mode fly", "--mode takes one of energy_train"),
         ("--depth 12", "6n + 4"),
         ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
         ("--buffer_size 8", "--buffer_size 8 is smaller than the 16 chains"),
         ("--lr nan", "--lr must be above 0, not nan"),
         ("--width 1e400", "--width takes a whole number"),
+        ("--load_ckpt nowhere.pt", "nowhere.pt"),
         ("--gpu one", "--gpu"),
         ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
-        ("--sgld_lr 1e-300", "--sgld_lr must be at least 1e-12"),
         ("--load_ckpt=", "--load_ckpt is empty"),
         ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
@@ -472,7 +455,6 @@ def refused(capsys, *options):
         ("--data_dir ~nosuchuser/x", "--data_dir ~nosuchuser/x: "),
         (f"--resume auto --logdir {'x' * 300}", "File name too long"),
         ("--dataset folder --data_dir nowhere", "nowhere"),
-        ("--load_ckpt nowhere.pt", "nowhere.pt"),
         ("--resume nowhere", "nowhere"),
         ("--resume a --load_ckpt b", "give one of them"),
     ],
@@ -509,12 +491,6 @@ def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
         main.main(TINY)
 
 
-def test_gpu_that_does_not_exist(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "has GPUs 0 to 1" in refused(capsys, "--gpu", "7")
-
-
 def test_logdir_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert str(tmp_path / "file") in refused(capsys, "--logdir", str(tmp_path / "file"))
@@ -526,13 +502,6 @@ def edited(run, path, **options):
     content = load_checkpoint(run / "ckpt" / "last.pt")
     torch.save(content | {"config": content["config"] | options}, path)
     return path
-
-
-def test_another_data_set_for_a_checkpoint_leaves_its_image_size_behind(jem, tmp_path):
-    path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
-    assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
-    cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
-    assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
 
 
 DAMAGE = {
@@ -552,7 +521,10 @@ class TestBrokenCheckpoints:
         assert words in refused(capsys, "--load_ckpt", str(path), "--logdir", str(tmp_path / "runs"))
         assert path.read_bytes() == content and not (tmp_path / "runs").exists()
 
-    def test_malicious(self, tmp_path, capsys):
+    def test_missing_or_malicious(self, tmp_path, capsys):
+        (tmp_path / "ckpt").mkdir()
+        assert "no checkpoint" in refused(capsys, "--load_ckpt", str(tmp_path))
+
         class Attack:
             def __reduce__(self):
                 return (open, (str(tmp_path / "owned"), "w"))
@@ -583,15 +555,7 @@ class TestBrokenCheckpoints:
             err = refused(capsys, "--mode", mode, *options)
             assert "holds another network" in err and own in err and not (tmp_path / "new").exists()
 
-    def test_a_directory_without_a_checkpoint(self, tmp_path, capsys):
-        (tmp_path / "ckpt").mkdir()
-        assert "no checkpoint" in refused(capsys, "--load_ckpt", str(tmp_path))
-
     def test_images_of_another_size(self, jem, tmp_path, capsys):
-        for i in range(20):
-            path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (12, 12)).save(path)
-        options = ["--n_valid", "2", "--dataset", "folder", "--data_dir", str(tmp_path / "images")]
+        options = ["--n_valid", "2", "--dataset", "folder", "--data_dir", str(write_pngs(tmp_path, "a", "b"))]
         words = "was trained on images of 1x8x8 in 10 classes"
         assert words in refused(capsys, "--mode", "test", "--load_ckpt", str(jem), *options)
