@@ -190,7 +190,8 @@ def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
         "p(y|x) of distal adversarials",
         reached,
         f"gradient ascent from uniform noise until 0.9, at most {attacks.DISTAL_STEPS} steps of L2 "
-        f"{attacks.DISTAL_STEP:g} times the root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes",
+        f"{attacks.DISTAL_STEP:g} times the root of the number of values ([-1, 1] scale); "
+        f"{N_DISTAL} of each of {len(names)} classes",
     )
     section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
     section.picture(
