@@ -256,7 +256,7 @@ def quick(monkeypatch):
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(attacks, "distal_adversarials", partial(attacks.distal_adversarials, max_steps=3))
-    monkeypatch.setattr(robustness, "AUTOATTACK_PARTS", ("apgd-ce",))
+    monkeypatch.setattr(attacks, "AUTOATTACK_PARTS", ("apgd-ce",))
     monkeypatch.setattr(attacks.AutoAttack, "perturb", lambda self, classifier, eps, x, y: x)
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
     monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
