@@ -1,7 +1,6 @@
 """What a training run leaves behind: measurements, pictures, checkpoints, and what the terminal shows meanwhile."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -44,8 +43,7 @@ class RunLogger:
             self.log = Log(run.path, not cfg.no_log, log_position, step)
             if step == 0:
                 self.log.hyperparameters(asdict(cfg))
-            interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer states than a terminal
-            self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR, mininterval=interval)
+            self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR)
             self.writer, self.jobs = ThreadPoolExecutor(max_workers=1), deque()
 
     def __enter__(self) -> "RunLogger":
