@@ -331,10 +331,11 @@ class Trainer:
                 print("The checkpoint's replay buffer has another size: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
-        state = tree_to(self.state_dict(), HOST)
+        state = self.state_dict()
         if name != "last.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
-        elif self.world.size > 1:
+        state = tree_to(state, HOST)
+        if name == "last.pt" and self.world.size > 1:
             state = gather_state(state)
         about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs
         content = {"config": asdict(self.cfg), "data": self.data.description, "state": state} | about
