@@ -107,7 +107,9 @@ class Trainer:
         if self.synced:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
-        self.joint_forward = distributed.averaging_gradients(JointForward(self.model, self.forward), self.device)
+        statistics = cfg.norm_statistics if cfg.samples else "batch"
+        self.one_process_forward = JointForward(self.model, self.forward, statistics)
+        self.joint_forward = distributed.averaging_gradients(self.one_process_forward, self.device)
         captures = self.device.type == "cuda" and not distributed.is_distributed()
         self.cuda_graphs = CUDAGraphBackward(self.model) if captures else None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
@@ -116,7 +118,7 @@ class Trainer:
 
     def build_sampler(self) -> None:
         cfg, rng = self.cfg, self.rng.sgld
-        self.sampler_model = frozen_sampler_model(self.model, self.dtype)
+        self.sampler_model = frozen_sampler_model(self.model, self.dtype, cfg.norm_statistics)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
         self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.start, rng)
@@ -162,7 +164,7 @@ class Trainer:
         """Compile the network's forward and backward pass, or go on without."""
         try:
             with utils.autocast(self.device, self.dtype):  # not in joint_forward, where processes wait for each other
-                logits = JointForward(self.model, self.forward)(batch.x, batch.x_real, batch.samples)
+                logits = self.one_process_forward(batch.x, batch.x_real, batch.samples)
             sum(part.sum() for part in logits if part is not None).backward()
         except Exception as error:  # the compiler's exceptions share no public base class
             self.forward.give_up(type(error).__name__)
@@ -279,7 +281,7 @@ class Trainer:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
-        if self.ema is not None:
+        if self.ema is not None and self.cfg.norm_statistics != "frozen":
             recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)  # before they are used or saved
 
     def state_dict(self) -> dict[str, Any]:

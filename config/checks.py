@@ -46,6 +46,8 @@ def contradictions_of_chains(cfg) -> Iterator[str]:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
+    if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
+        yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
     if cfg.p_x_y_weight and cfg.adversarial_eps:
         yield "--p_x_y_weight needs the labelled images as they are: give it with --adversarial_eps 0"
     if cfg.p_x_y_weight and not cfg.class_cond:

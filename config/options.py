@@ -89,6 +89,15 @@ class Options:
     stages: int = network(3, "a fourth stage, of twice the channels, suits images of 64x64", minimum=3, maximum=4)
     backbone: str = network("jem", "of JEM, or of robust classifiers: no biases, normalised images", tuple(BACKBONES))
     norm: str = network("none", "normalisation layers", tuple(NORMS))
+    norm_statistics: str = option(
+        "model",
+        "batch",
+        "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
+        "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
+        ("batch", "running", "frozen"),
+        modes=("energy_train", "test", "sample"),
+        needs=("norm=batch",),
+    )
     sync_batch_norm: bool = training_network(False, "batch statistics over all processes", needs=("norm=batch",))
     dropout_rate: float = training_network(0.0, "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = network(False, "log p(x) from a linear head of its own, not from the logits' logsumexp")

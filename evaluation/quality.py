@@ -114,7 +114,8 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     """
     cfg, dtype, device = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device), inputs.device
     check_variance(cfg, inputs.data.shape, cfg.n_chains)
-    model, chain_init = frozen_sampler_model(inputs.model, dtype), build_chain_init(cfg, inputs.data)
+    model = frozen_sampler_model(inputs.model, dtype, cfg.norm_statistics)
+    chain_init = build_chain_init(cfg, inputs.data)
     classes, targets = range(len(inputs.data.class_names)), {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"

@@ -43,7 +43,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         counterfactual.run(cfg, path, content, device)
         return 0
     dtype = utils.pick_dtype(cfg.precision, device)
-    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype)
+    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype, cfg.norm_statistics)
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
     rng = Generator(device).manual_seed(cfg.seed)
     start = start_images(model, cfg, path, content, rng)

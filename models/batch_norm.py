@@ -1,4 +1,4 @@
-"""Batch normalisation: which batches change its running statistics, and what several processes do together."""
+"""Batch normalisation: which statistics it uses, which batches change them, and what several processes do together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,19 @@ def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
     finally:
         for layer in batch_norms(model):
             layer.track_running_stats = True
+
+
+@contextmanager
+def running_stats_only(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation uses its running statistics, as in evaluation mode, and leaves them alone."""
+    training = [layer for layer in batch_norms(model) if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The network and the densities read from its logits."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -133,6 +134,31 @@ def test_all_images_of_a_step_in_one_call(norm):
     plain = forward(batches[0], None, batches[2])
     assert plain.real is plain.labelled and len(plain.sampled) == 6
     assert forward(batches[0], None, None).sampled is None and len(forward(*batches[:2], None).real) == 5
+
+
+@pytest.mark.parametrize("statistics", ["running", "frozen"])
+def test_log_density_of_one_image_in_training(statistics):
+    """The loss's log p(x), the chains' and evaluation's are one function of one image; labelled images use batches."""
+    torch.manual_seed(0)
+    model = tiny(norm="batch").train()
+    for _ in range(20):
+        model(torch.rand(6, 1, 8, 8))  # statistics that are not those of the batches below
+    x, x_real, samples = (torch.rand(n, 1, 8, 8) for n in (4, 5, 6))
+    alone, chains = copy.deepcopy(model).eval(), frozen_sampler_model(model, torch.float32, statistics)
+    by_batch = copy.deepcopy(model)(x)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    forward = JointForward(model, model.logits, statistics)
+    for update, second in ((False, x_real), (False, None), (True, x_real)):
+        out = forward(x, second, samples, update_statistics=update)
+        now = copy.deepcopy(model).eval()
+        torch.testing.assert_close(out.real, now(x if second is None else x_real))
+        torch.testing.assert_close(out.sampled, now(samples))
+        torch.testing.assert_close(out.labelled, by_batch if statistics == "running" else now(x))
+        changed = any(not torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+        assert changed == (update and statistics == "running")
+    torch.testing.assert_close(chains(samples[:1]), alone(samples)[:1])  # whatever is beside it
+    assert (by_batch - alone(x)).abs().max() > 0.01
+    assert all(layer.training for layer in model.modules())
 
 
 @pytest.mark.parametrize("name, value", [("leaky_relu", -0.2), ("silu", -1 / (1 + math.e))])
