@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, running_stats_only, running_stats_update
+from models.batch_norm import batch_norms, normalised_by, running_stats, running_stats_update
 
 
 class JEM(nn.Module):
@@ -56,7 +56,8 @@ class Logits(NamedTuple):
 
     labelled: Tensor
     real: Tensor  # of log p(x): those of the labelled images where there are no others
-    sampled: Tensor | None
+    sampled: Tensor | None = None
+    outliers: Tensor | None = None
 
 
 class JointForward(nn.Module):
@@ -69,26 +70,34 @@ class JointForward(nn.Module):
         self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # no image depends on others
 
     def forward(
-        self, x: Tensor, x_real: Tensor | None, samples: Tensor | None, update_statistics: bool = True
+        self,
+        x: Tensor,
+        x_real: Tensor | None,
+        samples: Tensor | None,
+        outliers: Tensor | None = None,
+        update_statistics: bool = True,
     ) -> Logits:
-        """Logits of labelled images, other real ones and samples, if there are any, (N, C, H, W) each.
+        """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
         Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
-        ``update_statistics`` its running statistics follow such batches of real images.
+        ``update_statistics`` its running statistics follow such batches of real images; log p(x) on running statistics
+        uses those of before, on which the chains were.
         """
+        before = running_stats(self.model) if self.norm_statistics != "batch" else []
         if self.norm_statistics == "frozen":
-            with running_stats_only(self.model):
-                labelled, real, sampled = self.in_one_pass(x, x_real, samples)
-            return Logits(labelled, labelled if x_real is None else real, sampled)
+            with normalised_by(self.model, before):
+                labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
+            return Logits(labelled, labelled if x_real is None else real, *others)
         with running_stats_update(self.model, enabled=update_statistics):
             labelled = self.logits(x)
             if self.norm_statistics == "batch":
                 real = labelled if x_real is None else self.logits(x_real)
         if self.norm_statistics == "running":
-            with running_stats_only(self.model):
-                return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples))
+            with normalised_by(self.model, before):
+                return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
         with running_stats_update(self.model, enabled=False):
-            return Logits(labelled, real, None if samples is None else self.logits(samples))
+            sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
+        return Logits(labelled, real, sampled, far)
 
     def in_one_pass(self, *batches: Tensor | None) -> list[Tensor | None]:
         """The logits of each batch, or None for None."""
