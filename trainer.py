@@ -259,6 +259,9 @@ class Trainer:
                 x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
         if self.sampler is None:
             return StepBatch(x, y, x_real, None), {}
+        if self.one_process_forward.norm_statistics == "running":
+            with torch.no_grad(), utils.autocast(self.device, self.dtype):
+                self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
