@@ -99,6 +99,15 @@ class GaussianInit:
         return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
 
 
+class StoredGaussians(GaussianInit):
+    """Gaussians that came with a network's weights: mean (K, D), factor (K, R, D) and noise (K,); K = 1 is for all."""
+
+    def __init__(self, stored: dict[str, Tensor], shape: Sequence[int], device: torch.device):
+        self.shape, noise = tuple(shape), stored["noise"].tolist()
+        mean, factor = (stored[name].float().to(device) for name in ("mean", "factor"))
+        self.gaussians = list(zip(mean, factor, noise, strict=True))
+
+
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """Mean (D,), factor (R, D) and noise of a Gaussian: its samples are mean + normal @ factor + noise * normal.
 
