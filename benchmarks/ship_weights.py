@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--licence", default="", help="of the file, for the .json")
     args = parser.parse_args()
 
-    given = {"mode": "sample", "load_ckpt": args.run, "gpu": "cpu"} | (
-        {"data_dir": args.data_dir} if args.data_dir else {}
-    )
+    given = {"mode": "sample", "load_ckpt": args.run, "gpu": "cpu"}
+    if args.data_dir:
+        given["data_dir"] = args.data_dir
     cfg, path, content = open_trained(given)
     device = utils.pick_device("cpu")
     images, model, state = load_data(cfg, path, content, device), frozen(cfg, path, content, device), content["state"]

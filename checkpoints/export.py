@@ -68,7 +68,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], **further: Any) -> bytes:
-    """A file that ``load_checkpoint`` reads: tensors, and what a checkpoint's ``content`` and ``further`` say of them."""
+    """A file that ``load_checkpoint`` reads: tensors, and what ``content`` and ``further`` say of them."""
     about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
     about |= {"averaged": "ema" in content["state"], **further}
     tensors = {name: value.contiguous() for name, value in tensors.items()}

@@ -68,8 +68,8 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
 def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], new_head: bool = False) -> None:
     """Give ``model``, built with ``cfg``, a checkpoint's weights: the averaged ones where it has them.
 
-    With ``new_head`` its last layer, which tells classes apart, stays as it is. Raises UserError if the checkpoint is of
-    another network. Its options are compared, too, because weights of another network can have the same shapes.
+    With ``new_head`` its last layer, which tells classes apart, stays as it is. Raises UserError if the checkpoint is
+    of another network. Its options are compared, too, because weights of another network can have the same shapes.
     """
     own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
     channels, weights = content["data"]["shape"][0], content["state"].get("ema", content["state"]["model"])
