@@ -36,7 +36,7 @@ RANK = 16  # of a Gaussian's covariance, without its diagonal
 LARGEST = 4e6  # bytes
 
 
-def low_rank(gaussians: list[tuple[Tensor, Tensor, float]], rank: int = RANK) -> dict[str, Tensor]:
+def low_rank(gaussians: list[tuple[Tensor, Tensor, float]], rank: int) -> dict[str, Tensor]:
     """What ``StoredGaussians`` takes: the main directions of each, and noise in place of the others."""
     means, factors, noises = [], [], []
     for mean, factor, noise in gaussians:
@@ -85,7 +85,7 @@ def main() -> None:
         tensors["buffer.images"] = to_uint8(held[order])
     chain_init = build_chain_init(cfg, images)
     if isinstance(chain_init, GaussianInit):
-        tensors |= low_rank(chain_init.gaussians)
+        tensors |= low_rank(chain_init.gaussians, RANK)
     low = low_quantile(model, images.train.images)
     content["config"] = shipped_options(content["config"], args.named or cfg.dataset)
     written = safetensors_file(tensors, content, low_log_density=low)
