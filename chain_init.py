@@ -103,9 +103,8 @@ class StoredGaussians(GaussianInit):
     """Gaussians that came with a network's weights: mean (K, D), factor (K, R, D) and noise (K,); K = 1 is for all."""
 
     def __init__(self, stored: dict[str, Tensor], shape: Sequence[int], device: torch.device):
-        self.shape, noise = tuple(shape), stored["noise"].tolist()
-        mean, factor = (stored[name].float().to(device) for name in ("mean", "factor"))
-        self.gaussians = list(zip(mean, factor, noise, strict=True))
+        self.shape, mean, factor = tuple(shape), stored["mean"].float(), stored["factor"].float()
+        self.gaussians = list(zip(mean.to(device), factor.to(device), stored["noise"].tolist(), strict=True))
 
 
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:

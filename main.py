@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 
-# Started as a program, and not by %run in somebody's notebook, whose streams and process are not to be touched.
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+# Not by %run in a notebook, whose process and streams are somebody else's.
 IS_PROGRAM = __name__ == "__main__" and any(os.path.basename(word) == "main.py" for word in sys.orig_argv)
-if __name__ == "__main__" and os.path.dirname(os.path.abspath(__file__)) not in sys.path:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # with PYTHONSAFEPATH, Python does not do it
 if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here; none is needed
     if sys.stderr is None or not sys.stderr.isatty():

@@ -328,9 +328,7 @@ class Trainer:
             self.ema.load_state_dict(self.model.state_dict())
         print(f"Starting from the {'averaged ' if 'ema' in content['state'] else ''}weights of {path}.")
         if new_head:
-            print(
-                "Its classes are others: the last layer, which tells classes apart, and the replay buffer start anew."
-            )
+            print("Its classes are others: the last layer and the replay buffer start anew.")
         elif self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
             if stored["images"].shape == self.buffer.images.shape:

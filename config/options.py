@@ -44,9 +44,7 @@ speed = partial(option, "speed", modes=NETWORK)
 class Options:
     """One run's options, unchecked: see ``Config``."""
 
-    mode: str = settings(
-        "energy_train", "train a JEM or a plain classifier; test, sample, score, export --load_ckpt", MODES
-    )
+    mode: str = settings("energy_train", "train a JEM or a plain classifier; the others use --load_ckpt", MODES)
     recipe: str = settings("jem", f"a paper's options, which those given replace. {RECIPE_HELP}", tuple(RECIPES))
     gpu: str = run("0", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (0: all devices)")
     seed: int = settings(1, "seed of every random generator", minimum=0)

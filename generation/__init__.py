@@ -5,20 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-def refuse_others() -> None:
-    """Raise ImportError, in one line, if Python finds modules of another program under the names of this one's."""
-    others = []
-    for name in ("config", "models", *sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "main")):
-        file = Path(getattr(find_spec(name), "origin", None) or name)
-        if ROOT not in (file.parent.resolve(), file.parent.parent.resolve()):
-            others.append(f"{name} ({file})")
-    if others:
-        advice = f"rename them, or put {ROOT} first in sys.path before they are imported"
-        raise ImportError(f"other modules have the names of this program's: {', '.join(others)}: {advice}")
-
-
-refuse_others()
+for name in ("config", "models", *sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "main")):
+    found = Path(getattr(find_spec(name), "origin", None) or name).resolve()
+    if ROOT not in found.parents:  # a user's own module, in a folder that comes first or imported before
+        advice = f"rename it, or put {ROOT} first in sys.path before it is imported"
+        raise ImportError(f"{found} has the name of a module of this program: {advice}")
 
 from generation.trained_run import TrainedRun, load_run  # noqa: E402
 

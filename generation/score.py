@@ -21,7 +21,7 @@ from models import JEM, log_density
 from models.predict import predict
 from utils import UserError, printable
 
-LOW = 0.05  # the quantile of the training images' log p(x) below which an image counts as unlikely
+LOW = 0.05  # the share of the training images whose log p(x) is below that of an unlikely picture
 TRAINING_IMAGES = 5000  # whose log p(x) are computed, at most
 COLUMNS, SHOWN = 10, 50  # of the contact sheet: images in a row; least likely and most likely ones
 
@@ -37,55 +37,46 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     names, images = image_folder.read_pictures(Path(cfg.images), content["data"]["shape"])
     model = frozen(cfg, path, content, device)
     logits = predict(model, images.to(device)).cpu()
-    low, why_not = low_log_density(model, cfg, path, content)
-    log_p = log_density(logits)
-    classes = content["data"]["class_names"]
+    log_p, classes = log_density(logits), content["data"]["class_names"]
     if not Config.from_dict(content["config"], str(path)).classifies:
         classes = [""] * len(classes)  # without labels in training they mean nothing
+    summary = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
+    try:
+        low = low_log_density(model, cfg, path, content)
+        summary += f"; {(log_p < low).sum()} are below {low:.2f}, as {LOW:.0%} of the training images are"
+    except UserError as error:
+        low = None
+        summary += f"; the column unlikely is empty, because it needs the training images: {error}"
 
     directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
     replace_file(directory.path / "scores.csv", table(names, classes, logits, low).encode())
     save_png(directory.path / "scores.png", contact_sheet(images, logits, classes))
     directory.write_config(asdict(cfg), utils.environment(device), low_log_density=low)
-    text = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
-    if low is None:
-        print(f"{text}; the column unlikely is empty: {why_not}")
-    else:
-        print(f"{text}; {(log_p < low).sum()} are below {low:.2f}, as {LOW:.0%} of the training images are")
-    print(f"Look at {printable(directory.path / 'scores.csv')} and scores.png.")
+    print(f"{summary}\nLook at {printable(directory.path / 'scores.csv')} and scores.png.")
     return 0
 
 
-def low_log_density(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> tuple[float | None, str]:
-    """The log p(x) below which ``LOW`` of the training images lie, from the file or those images; or None and why."""
+def low_log_density(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> float:
+    """The ``LOW`` quantile of the training images' log p(x): from the file, or from the images, a UserError without."""
     if content.get("low_log_density") is not None:
-        return content["low_log_density"], ""
-    try:
-        images = load_data(cfg, path, content, model.class_output.weight.device)
-    except UserError as error:
-        return None, f"it needs the training images ({error})"
+        return content["low_log_density"]
+    device = model.class_output.weight.device
+    images = load_data(cfg, path, content, device)
     if images.description["digest"] != content["data"].get("digest"):
-        return None, f"the images of {cfg.dataset} are not those that {path} was trained on"
-    return low_quantile(model, images.train.images), ""
-
-
-def low_quantile(model: JEM, images: Tensor) -> float:
-    """The ``LOW`` quantile of log p(x) over training images, uint8 (N, C, H, W) in random order, as they are."""
-    log_p = log_density(predict(model, images[:TRAINING_IMAGES].to(model.class_output.weight.device)))
-    return log_p.quantile(LOW).item()
+        raise UserError(f"those of {cfg.dataset} are others")
+    train = images.train.images[:TRAINING_IMAGES].to(device)  # in random order
+    return log_density(predict(model, train)).quantile(LOW).item()
 
 
 def table(names: list[str], classes: list[str], logits: Tensor, low: float | None) -> str:
-    """The CSV: a line for each picture, in the order of their names; names with signs that cannot be shown escaped."""
+    """The CSV: a line for each picture, in the order of their names; what no letter can show in them is escaped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "class", "p(y|x)", "log p(x)", "unlikely"])
     p, y = logits.softmax(1).max(1)
-    rows = zip(names, y.tolist(), p.tolist(), log_density(logits).tolist(), strict=True)
-    for name, k, p_y, log_p in rows:
+    for name, k, p_y, log_p in zip(names, y.tolist(), p.tolist(), log_density(logits).tolist(), strict=True):
         unlikely = "" if low is None else "yes" if log_p < low else "no"
-        of_class = [classes[k], f"{p_y:.6f}"] if classes[k] else ["", ""]
-        writer.writerow([printable(name, "utf-8"), *of_class, f"{log_p:.4f}", unlikely])
+        writer.writerow([printable(name, "utf-8"), classes[k], f"{p_y:.6f}", f"{log_p:.4f}", unlikely])
     return text.getvalue()
 
 
@@ -95,16 +86,13 @@ def contact_sheet(images: Tensor, logits: Tensor, classes: list[str]) -> np.ndar
     images: uint8 (N, C, H, W), logits: (N, K). Of more than 2 * ``SHOWN`` images, the least and the most likely.
     """
     log_p, y = log_density(logits), logits.argmax(1)
-    order = log_p.argsort()
+    order, strips = log_p.argsort(), []
     if len(order) > 2 * SHOWN:
         order = torch.cat([order[:SHOWN], order[-SHOWN:]])
     columns = min(COLUMNS, len(order))
-    captions, strips = [f"{log_p[i]:.1f} {classes[y[i]]}" for i in order], []
-    for first in range(0, len(order), columns):
-        row, names = images[order[first : first + columns]], captions[first : first + columns]
-        blank = columns - len(row)
-        row = torch.cat([row, torch.full((blank, *row.shape[1:]), 255, dtype=torch.uint8)])
-        strips.append(captioned(image_grid(row, columns, tile=96), columns=names + [""] * blank))
-    names = [""] * (len(strips) - 1) + ["most likely"]
-    names[0] = "least likely" if len(strips) > 1 else "least likely first"
-    return captioned(np.concatenate(strips), rows=names)
+    for row in order.split(columns):
+        blank = torch.full((columns - len(row), *images.shape[1:]), 255, dtype=torch.uint8)
+        captions = [f"{log_p[i]:.1f} {classes[y[i]]}" for i in row] + [""] * len(blank)
+        strips.append(captioned(image_grid(torch.cat([images[row], blank]), columns, tile=96), columns=captions))
+    rows = ["least likely", *[""] * (len(strips) - 2), "most likely"] if len(strips) > 1 else ["least likely first"]
+    return captioned(np.concatenate(strips), rows=rows)

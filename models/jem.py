@@ -57,18 +57,14 @@ class JEM(nn.Module):
 
 def check_backbone(model: JEM, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features in ``dtype``."""
-    frozen = frozen_sampler_model(model, dtype)
-    device = next(model.parameters()).device
+    x, expected = torch.zeros(2, *shape, device=next(model.parameters()).device), (2, model.f.n_features)
     try:
-        with torch.no_grad():
-            features = tuple(frozen.f(torch.zeros(2, *shape, device=device)).shape)
+        found = tuple(frozen_sampler_model(model, dtype).f(x).shape)
+        problem = "" if found == expected else f"gives features {found}, not {expected}"
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = f"fails in {dtype}: {' '.join(str(error).split())}"
-    else:
-        reason = f"gives features {features}, not (2, {model.f.n_features})"
-        if features == (2, model.f.n_features):
-            return
-    raise UserError(f"the network {model.name}, given 2 images {tuple(shape)}, {reason}; see models/jem.py")
+        problem = f"fails in {dtype}: {' '.join(str(error).split())}"
+    if problem:
+        raise UserError(f"the network {model.name}, given images {tuple(x.shape)}, {problem}; see models/jem.py")
 
 
 def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
+from test_export import DOCS, checkpoint
 from test_sample import TRAIN, pixels, sample, state_of, tiles, train
 from torch import nn
 
@@ -19,6 +22,8 @@ import main
 import models
 from benchmarks import ship_weights
 from chain_init import fit
+from checkpoints.export import safetensors_file
+from checkpoints.other_programs import CIFAR10
 from generation import load_run
 from logger.images import to_uint8
 from models.jem import check_backbone
@@ -140,7 +145,7 @@ def test_scores_are_those_of_the_network(run_dir, tmp_path, capsys):
     assert sorted(path.name for path in mine.iterdir() if path.is_file())[0][0] == "0"  # nothing was left there
     other = ["--dataset", "folder", "--data_dir", str(mine), "--images", str(next(mine.glob("*.png")))]
     assert main.main([*options, str(run_dir), *other]) == 0
-    assert "the column unlikely is empty: it needs the training images" in capsys.readouterr().out
+    assert "the column unlikely is empty, because it needs the training images" in capsys.readouterr().out
     assert main.main([*options, str(run_dir), "--images", str(csv_file)]) == 2
     assert main.main([*options, str(run_dir)]) == 2
     assert "needs --images" in capsys.readouterr().err
@@ -239,3 +244,26 @@ try: runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
 except SystemExit as end: print("alive", end.code, sys.stdout is before)
 """
     assert python(code, PYTHONPATH=str(ROOT)).stdout.endswith("alive 130 True\n")
+
+
+def test_the_tour_runs(tmp_path, monkeypatch):
+    """On a small network of random weights; what it trains is short."""
+    checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["data"]["class_names"] = CIFAR10
+    stored = {"start.mean": torch.zeros(10, 3072), "start.factor": torch.zeros(10, 2, 3072)}
+    weights = content["state"]["model"] | stored | {"start.noise": torch.ones(10)}
+    file = safetensors_file(weights, content, low_log_density=1.5)
+    (tmp_path / "a.safetensors").write_bytes(file)
+    monkeypatch.setenv("TOUR_WEIGHTS", str(tmp_path / "a.safetensors"))
+    monkeypatch.setenv("TOUR_CHAIN_STEPS", "2")
+    monkeypatch.setenv("TOUR_TRAINING_STEPS", "30")
+    tour = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
+    for execute in (
+        lambda: None,
+        NotebookClient(tour, timeout=120, resources={"metadata": {"path": DOCS.parent}}).execute,
+    ):
+        execute()  # the outputs that are stored, and new ones
+        outputs = str([cell.get("outputs") for cell in tour.cells])
+        assert (outputs.count("'image/png'"), outputs.count("'image/gif'"), "'error'" in outputs) == (4, 1, False)
+    assert "5 % of the training images are below 1.50" in outputs
