@@ -44,12 +44,8 @@ from models.jem import check_backbone
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-USES = {
-    "test": evaluation.run.run,
-    "sample": sample.run,
-    "score": score.run,
-    "export": export.run,
-}  # of a trained network
+# What uses a trained network.
+USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in messages of torch
 NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 

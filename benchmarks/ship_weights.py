@@ -25,7 +25,7 @@ from chain_init import GaussianInit, build_chain_init
 from checkpoints.export import safetensors_file
 from checkpoints.load import frozen, load_data, open_trained
 from config import Config
-from generation import load_run
+from generation import TrainedRun, load_run
 from generation.score import low_log_density
 from logger.files import replace_file
 from logger.images import to_uint8
@@ -86,7 +86,7 @@ def main() -> None:
     chain_init = build_chain_init(cfg, images)
     if isinstance(chain_init, GaussianInit):
         tensors |= low_rank(chain_init.gaussians, RANK)
-    low = low_log_density(model, cfg, path, content)
+    low = low_log_density(TrainedRun(open_trained(given)))
     content["config"] = shipped_options(content["config"], args.named or cfg.dataset)
     written = safetensors_file(tensors, content, low_log_density=low)
     if len(written) > LARGEST:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 import data
 import distributed
-from checkpoints.load import frozen, origin
+from checkpoints.load import frozen, given_images, origin
 from config import Config
 from generation.chains import ChainResult, write_result
-from generation.pictures import given_images
 from logger.images import captioned, image_grid, save_png, to_uint8
 from logger.run_dir import RunDir
 from models import JEM

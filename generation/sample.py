@@ -11,12 +11,11 @@ import data
 import distributed
 import utils
 from chain_init import StoredGaussians, UniformInit, build_chain_init
-from checkpoints.load import load_data, load_model, origin
+from checkpoints.load import given_images, load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
 from generation import counterfactual
 from generation.chains import ChainResult, StartImages, recorded_steps, run_chains, write_result
-from generation.pictures import given_images
 from generation.restore import restoration_picture, restoration_start
 from logger.images import captioned, image_grid, save_gif, save_png
 from logger.run_dir import RunDir
@@ -98,11 +97,9 @@ def fresh_start(cfg: Config, path: Path, content: dict[str, Any], device: torch.
     if cfg.start == "uniform":
         return cfg.start, UniformInit(content["data"]["shape"])
     stored = content.get("start")
-    if stored and cfg.start == Config.from_dict(content["config"], str(path)).start:
-        rank = stored["factor"].shape[1]
-        return f"{cfg.start} of rank {rank}, from {path.name}", StoredGaussians(
-            stored, content["data"]["shape"], device
-        )
+    if stored and cfg.start == content["config"]["start"]:
+        name = f"{cfg.start} of rank {stored['factor'].shape[1]}, from {path.name}"
+        return name, StoredGaussians(stored, content["data"]["shape"], device)
     return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
 
 

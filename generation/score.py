@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor
 
 import image_folder
 import utils
-from checkpoints.load import frozen, load_data
+from checkpoints.load import Trained, load_data
 from config import Config
+from generation.trained_run import TrainedRun
 from logger.files import replace_file
 from logger.images import captioned, image_grid, save_png
 from logger.run_dir import RunDir
-from models import JEM, log_density
-from models.predict import predict
+from models import log_density
 from utils import UserError, printable
 
 LOW = 0.05  # the share of the training images whose log p(x) is below that of an unlikely picture
@@ -32,17 +33,15 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     The network is that of evaluation: in float32, batch normalisation with its running statistics. Raises UserError
     for input that does not fit, before anything is written.
     """
-    device = utils.pick_device(cfg.gpu)
-    utils.set_speed_options(device)
-    names, images = image_folder.read_pictures(Path(cfg.images), content["data"]["shape"])
-    model = frozen(cfg, path, content, device)
-    logits = predict(model, images.to(device)).cpu()
-    log_p, classes = log_density(logits), content["data"]["class_names"]
+    trained = TrainedRun(Trained(cfg, path, content))
+    names, images = image_folder.read_pictures(Path(cfg.images), trained.shape)
+    logits, classes = trained.logits(images), trained.class_names
+    log_p = log_density(logits)
     if not Config.from_dict(content["config"], str(path)).classifies:
-        classes = [""] * len(classes)  # without labels in training they mean nothing
+        classes = ("",) * len(classes)  # without labels in training they mean nothing
     summary = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
     try:
-        low = low_log_density(model, cfg, path, content)
+        low = low_log_density(trained)
         summary += f"; {(log_p < low).sum()} are below {low:.2f}, as {LOW:.0%} of the training images are"
     except UserError as error:
         low = None
@@ -51,24 +50,22 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
     replace_file(directory.path / "scores.csv", table(names, classes, logits, low).encode())
     save_png(directory.path / "scores.png", contact_sheet(images, logits, classes))
-    directory.write_config(asdict(cfg), utils.environment(device), low_log_density=low)
+    directory.write_config(asdict(cfg), utils.environment(trained.device), low_log_density=low)
     print(f"{summary}\nLook at {printable(directory.path / 'scores.csv')} and scores.png.")
     return 0
 
 
-def low_log_density(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> float:
+def low_log_density(run: TrainedRun) -> float:
     """The ``LOW`` quantile of the training images' log p(x): from the file, or from the images, a UserError without."""
-    if content.get("low_log_density") is not None:
-        return content["low_log_density"]
-    device = model.class_output.weight.device
-    images = load_data(cfg, path, content, device)
-    if images.description["digest"] != content["data"].get("digest"):
-        raise UserError(f"those of {cfg.dataset} are others")
-    train = images.train.images[:TRAINING_IMAGES].to(device)  # in random order
-    return log_density(predict(model, train)).quantile(LOW).item()
+    if run.low_log_density is not None:
+        return run.low_log_density
+    images = load_data(run.cfg, run.path, run.content, run.device)
+    if images.description["digest"] != run.content["data"].get("digest"):
+        raise UserError(f"those of {run.cfg.dataset} are others")
+    return run.log_density(images.train.images[:TRAINING_IMAGES]).quantile(LOW).item()  # they are in random order
 
 
-def table(names: list[str], classes: list[str], logits: Tensor, low: float | None) -> str:
+def table(names: list[str], classes: Sequence[str], logits: Tensor, low: float | None) -> str:
     """The CSV: a line for each picture, in the order of their names; what no letter can show in them is escaped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -80,7 +77,7 @@ def table(names: list[str], classes: list[str], logits: Tensor, low: float | Non
     return text.getvalue()
 
 
-def contact_sheet(images: Tensor, logits: Tensor, classes: list[str]) -> np.ndarray:
+def contact_sheet(images: Tensor, logits: Tensor, classes: Sequence[str]) -> np.ndarray:
     """An RGB picture (H, W, 3) uint8: images sorted by log p(x), above each its log p(x) and class.
 
     images: uint8 (N, C, H, W), logits: (N, K). Of more than 2 * ``SHOWN`` images, the least and the most likely.
