@@ -7,6 +7,7 @@ channels_last, on the generator's device, and never waits for the device.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -20,23 +21,42 @@ from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
 
-NAMES = {  # what reports call them
-    "uniform": "uniform noise",
-    "gaussian": "a Gaussian fitted to the training images",
-    "class_gaussian": "a Gaussian fitted to each class's training images",
-    "folder": "images of another folder",
-}
+
+class StoredStarts(NamedTuple):
+    """What a file that ships has in the place of training images: their shape, and Gaussians fitted to them by name."""
+
+    shape: tuple[int, int, int]
+    gaussians: dict[str, dict[str, Tensor]]
+    device: torch.device
+
+    def suffice(self, cfg) -> bool:
+        return cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *self.gaussians}
 
 
-def build_chain_init(cfg, images: ImageData) -> ChainInit:
-    """What ``--start`` names. A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
-    if cfg.start == "uniform":
+def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, float] | None = None) -> ChainInit:
+    """What ``--start`` names, or other ``shares`` of such images, by name."""
+    shares = shares or cfg.start_shares
+    inits = [build_one(name, cfg, images) for name in shares]
+    return inits[0] if len(inits) == 1 else MixtureInit(inits, list(shares.values()))
+
+
+def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
+    """A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
+    if name == "uniform":
         return UniformInit(images.shape)
-    if cfg.start == "folder":
+    if name == "smooth":
+        return SmoothNoiseInit(images.shape)
+    if name == "shapes":
+        return ShapesInit(images.shape)
+    if isinstance(images, StoredStarts):
+        return StoredGaussians(images.gaussians[name], images)
+    if name in ("patches", "mixed"):
+        return (PatchesInit if name == "patches" else MixedPairsInit)(images)
+    if name == "folder":
         read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
         return FolderInit(distributed.rank0_first(read), images)
     device = images.test.images.device
-    if cfg.start == "gaussian":
+    if name == "gaussian":
         return GaussianInit(images.train, None, device)
     n_classes = len(images.class_names)
     for k, name in enumerate(images.class_names):
@@ -53,6 +73,121 @@ class UniformInit:
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         return uniform_images(len(classes), self.shape, rng)
+
+
+class MixtureInit:
+    """Each image from one of several inits, chosen at random with the given shares, which add up to 1."""
+
+    def __init__(self, inits: Sequence[ChainInit], shares: Sequence[float]):
+        self.inits, self.shares, self.shape = inits, shares, inits[0].shape
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        chosen = torch.rand(len(classes), 1, 1, 1, generator=rng, device=rng.device)
+        x, below = self.inits[0](classes, rng), self.shares[0]
+        for init, share in zip(self.inits[1:], self.shares[1:], strict=True):
+            x, below = torch.where(chosen < below, x, init(classes, rng)), below + share
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def smooth_noise(n: int, shape: tuple[int, int, int], rng: Generator, white: float) -> Tensor:
+    """Noise of random smoothness, of mean 0 and standard deviation 1 in each image, float32 (n, C, H, W).
+
+    Its amplitude falls with the frequency f as f^-a, a uniform in [0.5, 3]; a share ``white`` of the images has a = 0.
+    """
+    if n == 0:
+        return torch.empty(0, *shape, device=rng.device)  # the Fourier transform takes no empty batch
+    draw, (_, h, w) = partial(torch.rand, n, 1, 1, 1, generator=rng, device=rng.device), shape
+    exponent = torch.where(draw() < white, 0.0, 0.5 + 2.5 * draw())
+    fy, fx = torch.fft.fftfreq(h, device=rng.device), torch.fft.rfftfreq(w, device=rng.device)
+    frequency = (fy[:, None].square() + fx.square()).sqrt().clamp(min=1 / max(h, w))
+    white_noise = torch.randn(n, *shape, generator=rng, device=rng.device)
+    x = torch.fft.irfft2(torch.fft.rfft2(white_noise) * frequency**-exponent, s=(h, w))
+    x = x - x.mean((2, 3), keepdim=True)
+    return x / (x.std((1, 2, 3), keepdim=True) + 1e-6)
+
+
+class SmoothNoiseInit:
+    """Noise of random smoothness, colour and contrast, down to one colour; a third of it is white."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        n, c = len(classes), self.shape[0]
+        draw = partial(torch.rand, generator=rng, device=rng.device)
+        x = smooth_noise(n, self.shape, rng, white=1 / 3)
+        grey, contrast = draw(n, 1, 1, 1), draw(n, 1, 1, 1).square()  # how far the channels are alike
+        x = grey * x.mean(1, keepdim=True) * c**0.5 + (1 - grey) * x
+        colour = 2 * draw(n, c, 1, 1) - 1
+        return (colour + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+
+
+class ShapesInit:
+    """Areas and strokes of one colour on another, half of them black and white, with edges of random softness."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        n, (c, h, w) = len(classes), self.shape
+        draw = partial(torch.rand, generator=rng, device=rng.device)
+        height = smooth_noise(n, (1, h, w), rng, white=0.0)
+        areas = height - 1.5 * (2 * draw(n, 1, 1, 1) - 1)  # above a random level
+        strokes = 0.3 - height.abs()  # near level 0
+        softness = 0.02 + 0.5 * draw(n, 1, 1, 1).square()
+        mask = torch.sigmoid(torch.where(draw(n, 1, 1, 1) < 0.5, strokes, areas) / softness)
+        white = torch.where(draw(n, 1, 1, 1) < 0.5, -1.0, 1.0).expand(n, c, 1, 1)
+        plain = draw(n, 1, 1, 1) < 0.5
+        first, second = (torch.where(plain, bw, 2 * draw(n, c, 1, 1) - 1) for bw in (white, -white))
+        return (first + (second - first) * mask).contiguous(memory_format=torch.channels_last)
+
+
+class TrainingImages:
+    """Random training images, whatever their class."""
+
+    def __init__(self, images: ImageData):
+        self.images, self.shape = images.train.images, images.shape
+
+    def draw(self, n: int, rng: Generator) -> Tensor:
+        chosen = torch.randint(len(self.images), (n,), generator=rng, device=rng.device)
+        return to_float(self.images[chosen.to(self.images.device)].to(rng.device))
+
+
+class PatchesInit(TrainingImages):
+    """Training images whose square patches, of a half, a quarter or an eighth of the side, are in a random order."""
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        n = len(classes)
+        images = self.draw(n, rng)
+        size = torch.randint(3, (n, 1, 1, 1), generator=rng, device=rng.device)
+        for k, parts in enumerate((2, 4, 8)):
+            images = torch.where(size == k, shuffled_patches(images, parts, rng), images)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
+    """Images (N, C, H, W) cut into ``parts`` x ``parts`` patches in a random order; a rest at the edge stays."""
+    n, c, h, w = x.shape
+    ph, pw = h // parts, w // parts
+    grid = (
+        x[:, :, : ph * parts, : pw * parts].unflatten(3, (parts, pw)).unflatten(2, (parts, ph))
+    )  # (n, c, a, ph, b, pw)
+    patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, a * b, c, ph, pw)
+    order = torch.rand(n, parts**2, generator=rng, device=rng.device).argsort(1)
+    patches = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
+    grid = patches.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5)
+    x = x.clone()
+    x[:, :, : ph * parts, : pw * parts] = grid.flatten(4, 5).flatten(2, 3)
+    return x
+
+
+class MixedPairsInit(TrainingImages):
+    """Weighted means of two training images, the weight uniform in [0.3, 0.7]."""
+
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        n = len(classes)
+        weight = 0.3 + 0.4 * torch.rand(n, 1, 1, 1, generator=rng, device=rng.device)
+        return torch.lerp(self.draw(n, rng), self.draw(n, rng), weight).contiguous(memory_format=torch.channels_last)
 
 
 class FolderInit:
@@ -100,11 +235,11 @@ class GaussianInit:
 
 
 class StoredGaussians(GaussianInit):
-    """Gaussians that came with a network's weights: mean (K, D), factor (K, R, D) and noise (K,); K = 1 is for all."""
+    """Those of ``StoredStarts``: mean (K, D), factor (K, R, D) and noise (K,), each as of ``fit``; K = 1 is for all."""
 
-    def __init__(self, stored: dict[str, Tensor], shape: Sequence[int], device: torch.device):
-        self.shape, mean, factor = tuple(shape), stored["mean"].float(), stored["factor"].float()
-        self.gaussians = list(zip(mean.to(device), factor.to(device), stored["noise"].tolist(), strict=True))
+    def __init__(self, stored: dict[str, Tensor], starts: StoredStarts):
+        self.shape, mean, factor = starts.shape, stored["mean"].to(starts.device), stored["factor"].to(starts.device)
+        self.gaussians = list(zip(mean.float(), factor.float(), stored["noise"].tolist(), strict=True))
 
 
 def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:

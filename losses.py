@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import log_density
+from models import Logits, log_density
 
 
 def joint_loss(
     cfg: Any,
-    logits: Tensor,
+    logits: Logits,
     y: Tensor,
-    logits_real: Tensor,
-    logits_sampled: Tensor | None,
-    y_sampled: Tensor | None,
+    y_sampled: Tensor | None = None,
     energy_l2: float = 0.0,
     mean: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -25,13 +23,15 @@ def joint_loss(
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
     penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
-    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3).
+    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3). ``loss/outliers``
+    keeps log p(x) of outliers below that of real images by a margin: the mean of softplus(outlier - real + margin) over
+    all pairs (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
 
     Args:
         cfg: a Config, or anything with its options mode, generative, and the weights.
-        logits, y: of the labelled images (N, K), (N,).
-        logits_real: of the real images of log p(x), (P, K); the same tensor in plain JEM.
-        logits_sampled: of the negative samples (M, K), or None for a plain classifier.
+        logits: of the labelled images (N, K), of the real images of log p(x) (P, K), of the samples (M, K) and of the
+            outliers (Q, K); None for the last two where there are none.
+        y: the labels, int64 (N,).
         y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run.
         mean: of a tensor over all processes, if there are several.
@@ -39,18 +39,18 @@ def joint_loss(
     Returns:
         The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
     """
-    classification = F.cross_entropy(logits, y)
+    classification = F.cross_entropy(logits.labelled, y)
     loss = cfg.p_y_x_weight * classification
-    real = log_density(logits_real)
+    real = log_density(logits.real)
     parts = {
         "loss/classification": classification,
-        "accuracy/train": (logits.argmax(1) == y).float().mean(),
+        "accuracy/train": (logits.labelled.argmax(1) == y).float().mean(),
         "log_density/real": real.mean(),
         "log_density/real_std": real.std(correction=0),
     }
     log_densities = [real]
-    if logits_sampled is not None:
-        sampled = log_density(logits_sampled)
+    if logits.sampled is not None:
+        sampled = log_density(logits.sampled)
         log_densities.append(sampled)
         generative = sampled.mean() - real.mean()
         logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
@@ -61,13 +61,19 @@ def joint_loss(
             "sgld/auroc": auroc(real, sampled).float(),
             "log_density/sampled": sampled.mean(),
             "log_density/sampled_std": sampled.std(correction=0),
-            "sgld/classes": (logits_sampled == logits_sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
+            "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
         }
     if y_sampled is not None:
-        joint = log_density(logits_sampled, y_sampled).mean() - log_density(logits, y).mean()
+        joint = log_density(logits.sampled, y_sampled).mean() - log_density(logits.labelled, y).mean()
         loss = loss + cfg.p_x_y_weight * joint
         parts["loss/joint"] = joint
-        parts["accuracy/sampled"] = (logits_sampled.argmax(1) == y_sampled).float().mean()
+        parts["accuracy/sampled"] = (logits.sampled.argmax(1) == y_sampled).float().mean()
+    if logits.outliers is not None:
+        outliers = log_density(logits.outliers)
+        apart = F.softplus(outliers[:, None] - real + cfg.outlier_margin).mean()  # (Q, P) pairs
+        loss = loss + cfg.outlier_weight * apart
+        parts |= {"loss/outliers": apart, "log_density/outliers": outliers.mean()}
+        parts["outliers/auroc"] = auroc(real, outliers).float()
     if cfg.mode != "baseline_train":
         loss = loss + energy_l2 * torch.cat(log_densities).square().mean()
         if cfg.mean_energy_l2:

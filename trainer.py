@@ -33,7 +33,7 @@ from models import JointForward, copy_weights, frozen_sampler_model
 from models.batch_norm import average_running_stats, convert_sync_batchnorm
 from models.predict import accuracy, evaluation_mode
 from optim import build_optimizer, learning_rate, recalibrate_batch_norm, update_ema
-from pgd import adversarial_images
+from pgd import adversarial_images, pgd
 from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from utils import Generators, Signals, tree_to
 
@@ -45,13 +45,14 @@ HOST = torch.device("cpu")
 
 
 class StepBatch(NamedTuple):
-    """The images of a step, float32 (N, C, H, W): labelled ones, real ones for log p(x) if others, samples if any."""
+    """The images of a step, float32 (N, C, H, W): labelled ones, real ones for log p(x), samples, outliers."""
 
     x: Tensor
     y: Tensor
     x_real: Tensor | None
     samples: Tensor | None
-    y_sampled: Tensor | None  # the class of each sample with --class_cond
+    y_sampled: Tensor | None = None  # the class of each sample with --class_cond
+    outliers: Tensor | None = None
 
 
 class Trainer:
@@ -67,6 +68,7 @@ class Trainer:
         self.rng = Generators(device, world.rank)
         self.build_batches()
         self.start = build_chain_init(cfg, images) if cfg.samples else None
+        self.outlier_init = build_chain_init(cfg, images, cfg.outlier_shares) if cfg.outlier_shares else None
         self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every and cfg.samples else None
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
@@ -107,7 +109,9 @@ class Trainer:
         if self.synced:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
-        self.joint_forward = distributed.averaging_gradients(JointForward(self.model, self.forward), self.device)
+        statistics = cfg.norm_statistics if cfg.samples else "batch"
+        self.one_process_forward = JointForward(self.model, self.forward, statistics)
+        self.joint_forward = distributed.averaging_gradients(self.one_process_forward, self.device)
         captures = self.device.type == "cuda" and not distributed.is_distributed()
         self.cuda_graphs = CUDAGraphBackward(self.model) if captures else None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
@@ -116,7 +120,7 @@ class Trainer:
 
     def build_sampler(self) -> None:
         cfg, rng = self.cfg, self.rng.sgld
-        self.sampler_model = frozen_sampler_model(self.model, self.dtype)
+        self.sampler_model = frozen_sampler_model(self.model, self.dtype, cfg.norm_statistics)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
         self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.start, rng)
@@ -162,7 +166,7 @@ class Trainer:
         """Compile the network's forward and backward pass, or go on without."""
         try:
             with utils.autocast(self.device, self.dtype):  # not in joint_forward, where processes wait for each other
-                logits = JointForward(self.model, self.forward)(batch.x, batch.x_real, batch.samples)
+                logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
             sum(part.sum() for part in logits if part is not None).backward()
         except Exception as error:  # the compiler's exceptions share no public base class
             self.forward.give_up(type(error).__name__)
@@ -249,19 +253,29 @@ class Trainer:
             with evaluation_mode(self.model), utils.autocast(self.device, self.dtype):
                 x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
         if self.sampler is None:
-            return StepBatch(x, y, x_real, None, None), {}
+            return StepBatch(x, y, x_real, None), {}
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
-        return StepBatch(x, y, x_real, samples, y_sampled), measured
+        outliers = None if self.outlier_init is None else self.draw_outliers()
+        return StepBatch(x, y, x_real, samples, y_sampled, outliers), measured
+
+    def draw_outliers(self) -> Tensor:
+        """Images (Q, C, H, W) far from the data, moved to where the model finds them most likely nearby."""
+        cfg = self.cfg
+        n = cfg.outlier_batch_size // self.world.size
+        x = self.outlier_init([i % self.n_classes for i in range(n)], self.rng.p_x)
+        if not cfg.outlier_eps:
+            return x
+        radius = 2 * cfg.outlier_eps  # pixels in [-1, 1]
+        x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, radius, "L2", cfg.outlier_steps)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
         with utils.autocast(self.device, self.dtype):
-            logits = self.joint_forward(batch.x, batch.x_real, batch.samples, update_statistics)
+            logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        loss, parts = joint_loss(
-            self.cfg, logits.labelled, batch.y, logits.real, logits.sampled, batch.y_sampled, energy_l2, mean
-        )
+        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.world.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0
@@ -279,7 +293,7 @@ class Trainer:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
-        if self.ema is not None:
+        if self.ema is not None and self.cfg.norm_statistics != "frozen":
             recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)  # before they are used or saved
 
     def state_dict(self) -> dict[str, Any]:

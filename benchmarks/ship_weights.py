@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import utils
-from chain_init import GaussianInit, build_chain_init
+from chain_init import build_one
 from checkpoints.export import safetensors_file
 from checkpoints.load import frozen, load_data, open_trained
 from config import Config
@@ -47,7 +47,7 @@ def low_rank(gaussians: list[tuple[Tensor, Tensor, float]], rank: int) -> dict[s
         means.append(mean)
         noises.append(rest.sqrt())
     stacked = {"mean": torch.stack(means), "factor": torch.stack(factors), "noise": torch.stack(noises)}
-    return {f"start.{name}": value.half() for name, value in stacked.items()}
+    return {name: value.half() for name, value in stacked.items()}
 
 
 def small(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,9 +83,10 @@ def main() -> None:
         held = state["buffer"]["images"]
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:BUFFER_IMAGES]
         tensors["buffer.images"] = to_uint8(held[order])
-    chain_init = build_chain_init(cfg, images)
-    if isinstance(chain_init, GaussianInit):
-        tensors |= low_rank(chain_init.gaussians, RANK)
+    for kind in cfg.start_shares:
+        if kind in ("gaussian", "class_gaussian"):
+            stored = low_rank(build_one(kind, cfg, images).gaussians, RANK)
+            tensors |= {f"start.{kind}.{name}": value for name, value in stored.items()}
     low = low_log_density(TrainedRun(open_trained(given)))
     content["config"] = shipped_options(content["config"], args.named or cfg.dataset)
     written = safetensors_file(tensors, content, low_log_density=low)

@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """A checkpoint of this program where the file names its options, else just its tensors.
 
-    Beside the weights there may be images of the replay buffer, uint8, and what ``StoredGaussians`` takes.
+    Beside the weights there may be images of the replay buffer, uint8, and Gaussians for ``StoredStarts``.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -112,13 +112,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if not {"config", "data", "step"} <= about.keys():
         return tensors
     about = {name: json.loads(value) for name, value in about.items()}
-    start = {name: tensors.pop(f"start.{name}") for name in ("mean", "factor", "noise") if f"start.{name}" in tensors}
+    starts = {}
+    for name in [name for name in tensors if name.startswith("start.")]:
+        _, kind, part = name.split(".")
+        starts.setdefault(kind, {})[part] = tensors.pop(name)
     buffer = tensors.pop("buffer.images", None)
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
     if buffer is not None:
         state["buffer"] = {"images": to_float(buffer), "age": torch.zeros(len(buffer), dtype=torch.int64)}
     content = {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
-    return content | {"start": start, "low_log_density": about.get("low_log_density")}
+    return content | {"starts": starts, "low_log_density": about.get("low_log_density")}
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:

@@ -47,8 +47,6 @@ def open_trained(given: dict[str, Any]) -> Trained:
         del own["image_size"], own["n_valid"]
         if "folder" in (given["dataset"], trained.dataset):
             del own["data_dir"]
-    if given.get("start", trained.start) != "folder":
-        own["start_dir"] = ""
     return Trained(Config(**own | given), path, content)
 
 

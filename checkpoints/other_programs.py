@@ -42,8 +42,9 @@ TO_SECOND: Rules = (  # names that JEM++'s network gives to the same weights onc
     (r"f\.layer3\.", "f.other_layers.2."),
     (r"f\.bn1\.", "f.other_layers.3."),
 )
+ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm_statistics": "running"}
 LAYOUTS = (  # how names begin in the files of a program, and options that these do not tell
-    (r"block1\.", {"backbone": "robust", "activation": "relu", "recipe": "dat"}),  # robust classifiers
+    (r"block1\.", ROBUST),  # robust classifiers
     (r"(main\.0|resnet)\.", {"dropout_rate": 0.25}),  # the re-implementation
     (r"layer1\.", {"dropout_rate": 0.3}),  # VERA
     (r"f\.", {}),  # JEM
@@ -150,7 +151,7 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
 
 def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict:
     """Weights that the network of these options loads. Raises UserError if they are not those of such a network."""
-    network = {name: value for name, value in options.items() if name not in ("recipe", "dataset")}
+    network = {name: value for name, value in options.items() if name not in ("recipe", "dataset", "norm_statistics")}
     channels, n_classes = weights["f.conv1.weight"].shape[1], len(weights["class_output.weight"])
     with torch.device("meta"):
         expected = build_model(channels, n_classes, **network).state_dict()

@@ -5,7 +5,7 @@ from typing import Any
 
 from config.checks import contradictions
 from config.cli import absolute_path, check_value
-from config.options import ATTACKS, METRICS, Options
+from config.options import ATTACKS, METRICS, STARTS, Options
 from config.recipes import RECIPES
 from utils import UserError
 
@@ -85,6 +85,40 @@ class Config(Options):
             if word not in known:
                 raise UserError(f"--{name} takes all, or some of {', '.join(known)}, separated by commas, not {word!r}")
         return words
+
+    @property
+    def start_shares(self) -> dict[str, float]:
+        """The names in ``--start`` and their shares, which add up to 1."""
+        return self._shares("start")
+
+    @property
+    def outlier_shares(self) -> dict[str, float]:
+        """The names in ``--outlier_images`` and their shares, which add up to 1; none without ``--outlier_weight``."""
+        return self._shares("outlier_images") if self.outlier_weight and self.samples else {}
+
+    @property
+    def start_name(self) -> str:
+        """What ``--start`` names, in words."""
+        whole = len(self.start_shares) == 1
+        return ", ".join(
+            STARTS[name] + ("" if whole else f" ({share:.0%})") for name, share in self.start_shares.items()
+        )
+
+    def _shares(self, name: str) -> dict[str, float]:
+        found = {}
+        for word in getattr(self, name).split(","):
+            start, colon, share = word.strip().partition(":")
+            try:
+                found[start] = float(share if colon else 1)
+            except ValueError:
+                found[start] = 0.0
+            if start not in STARTS or not 0 < found[start] < 1e6:
+                raise UserError(
+                    f"--{name} takes one of {', '.join(STARTS)}, or several with shares above 0, as "
+                    f"gaussian:0.8,uniform:0.2, not {word.strip()!r}"
+                )
+        total = sum(found.values())
+        return {start: share / total for start, share in found.items()}
 
     @property
     def samples(self) -> bool:

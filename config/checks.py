@@ -16,8 +16,9 @@ def contradictions(cfg) -> Iterator[str]:
     """What is wrong with the options of a Config together, though each alone is right; a sentence each."""
     if cfg.gpu != "cpu" and not all(index.isdecimal() for index in cfg.gpu.split(",")):
         yield f"--gpu takes the index of a CUDA device or cpu, not {cfg.gpu!r}"
-    if cfg.start == "folder" and not cfg.start_dir:
-        yield "--start folder needs --start_dir, a folder of images"
+    for name, shares in (("start", cfg.start_shares), ("outlier_images", cfg.outlier_shares)):
+        if "folder" in shares and not cfg.start_dir:
+            yield f"--{name} folder needs --start_dir, a folder of images"
     if any(c in "/\\" or not c.isprintable() for c in cfg.note):
         yield "--note becomes part of a directory's name and takes no slashes or unprintable characters"
     if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
@@ -48,6 +49,10 @@ def contradictions_of_chains(cfg) -> Iterator[str]:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
+    if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
+        yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
+    if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":
+        yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     if cfg.p_x_y_weight and cfg.adversarial_eps:
         yield "--p_x_y_weight needs the labelled images as they are: give it with --adversarial_eps 0"
     if cfg.p_x_y_weight and not cfg.class_cond:
@@ -65,6 +70,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread = {f.name for f in fields(cfg) if cfg.mode not in f.metadata["modes"]}
     needs = {f.name: f.metadata["needs"] for f in fields(cfg) if f.metadata["needs"]}
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
+    if "folder" not in cfg.start_shares | cfg.outlier_shares:
+        unread.add("start_dir")
     if cfg.mode in TRAINING and not cfg.quality_every:
         unread |= {"feature_ckpt", "n_samples", "n_sample_steps"}
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
@@ -97,6 +104,7 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
             raise UserError(f"--{name} {sizes[name]} is larger than the {n} training images that it draws from")
     check_variance(cfg, shape, min(sizes.values()) // n_processes)
     sizes |= {"buffer_size": cfg.buffer_size} if cfg.samples else {}
+    sizes |= {"outlier_batch_size": cfg.outlier_batch_size} if cfg.outlier_shares else {}
     for name, size in sizes.items():
         if size % n_processes:
             raise UserError(f"--{name} {size} cannot be divided evenly among {n_processes} processes")

@@ -16,6 +16,16 @@ from pgd import NORMS as ADVERSARIAL_NORMS
 TRAINING = ("energy_train", "baseline_train")
 NETWORK = (*TRAINING, "test", "sample")  # modes that compute with it
 MODES = (*NETWORK, "score", "export")
+STARTS = {  # images that are no samples, and what reports call them
+    "uniform": "uniform noise",
+    "gaussian": "a Gaussian fitted to the training images",
+    "class_gaussian": "a Gaussian fitted to each class's training images",
+    "folder": "images of another folder",
+    "smooth": "noise of random smoothness",
+    "shapes": "shapes of two colours",
+    "patches": "training images with their patches in another order",
+    "mixed": "means of two training images",
+}
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "autoattack", "distal")
@@ -89,6 +99,15 @@ class Options:
     stages: int = network(3, "a fourth stage, of twice the channels, suits images of 64x64", minimum=3, maximum=4)
     backbone: str = network("jem", "of JEM, or of robust classifiers: no biases, normalised images", tuple(BACKBONES))
     norm: str = network("none", "normalisation layers", tuple(NORMS))
+    norm_statistics: str = option(
+        "model",
+        "batch",
+        "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
+        "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
+        ("batch", "running", "frozen"),
+        modes=("energy_train", "test", "sample"),
+        needs=("norm=batch",),
+    )
     sync_batch_norm: bool = training_network(False, "batch statistics over all processes", needs=("norm=batch",))
     dropout_rate: float = training_network(0.0, "dropout probability inside each block", minimum=0, maximum=0.99)
     separate_energy: bool = network(False, "log p(x) from a linear head of its own, not from the logits' logsumexp")
@@ -122,10 +141,10 @@ class Options:
     sgld_clamp: bool = sgld(False, "keep the chains' images in [-1, 1]")
     start: str = sgld(
         "uniform",
-        "what chains start from: uniform noise, a Gaussian of all or of each class's images, or --start_dir",
-        ("uniform", "gaussian", "class_gaussian", "folder"),
+        "what chains start from, one or several with shares, as gaussian:0.8,uniform:0.2: "
+        + "; ".join(f"{name} ({text})" for name, text in STARTS.items()),
     )
-    start_dir: str = sgld("", "images that chains start from", is_path=True, resumable=True, needs=("start=folder",))
+    start_dir: str = sgld("", "images of --start or --outlier_images folder", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
     sgld_step_max: int | None = training_chains(
         None, "steps to which chains grow, one by one (default: they do not grow)", minimum=1, nullable=True
@@ -160,6 +179,16 @@ class Options:
         None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
     )
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
+    outlier_weight: float = energy(
+        0.0, "weight of a term that keeps log p(x) of outliers below that of real images; 0: off", minimum=0
+    )
+    outlier_images: str = energy("smooth", "what the outliers are, named as in --start", needs=("outlier_weight",))
+    outlier_batch_size: int = energy(16, "outliers of a step", minimum=1, needs=("outlier_weight",))
+    outlier_margin: float = energy(2.0, "by how many nats they should lie below", needs=("outlier_weight",))
+    outlier_eps: float = energy(
+        1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0, needs=("outlier_weight",)
+    )
+    outlier_steps: int = energy(3, "steps in which they do", minimum=1, needs=("outlier_weight",))
     diverge_threshold: float = energy(
         1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
     )

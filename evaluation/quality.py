@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from chain_init import NAMES, build_chain_init
+from chain_init import build_chain_init
 from config.checks import FEWEST, check_variance
 from data import Split, to_float
 from evaluation import fid
@@ -114,13 +114,14 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     """
     cfg, dtype, device = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device), inputs.device
     check_variance(cfg, inputs.data.shape, cfg.n_chains)
-    model, chain_init = frozen_sampler_model(inputs.model, dtype), build_chain_init(cfg, inputs.data)
+    model = frozen_sampler_model(inputs.model, dtype, cfg.norm_statistics)
+    chain_init = build_chain_init(cfg, inputs.data)
     classes, targets = range(len(inputs.data.class_names)), {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
     print(f"  samples: {len(targets)} times {n} chains of {cfg.fresh_steps} SGLD steps", flush=True)
     protocol = (
-        f"from {NAMES[cfg.start]}, {step_protocol(cfg)}, {cfg.n_chains} at once, network in "
+        f"from {cfg.start_name}, {step_protocol(cfg)}, {cfg.n_chains} at once, network in "
         f"{str(dtype).removeprefix('torch.')}, unfiltered"
     )
     sets = {}
@@ -128,7 +129,7 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
         start = StartImages(cfg.start, n, chain_init, classes, class_cond=name != "fresh")
         chains = run_chains(model, start, cfg.fresh_steps, cfg, inputs.rng())  # both from the same starts
         starts, ends = (to_uint8(x).to(device) for x in (chains.start, chains.x))
-        sets["chain starts"] = ImageSet(starts, f"what these chains start from: {NAMES[cfg.start]}")
+        sets["chain starts"] = ImageSet(starts, f"what these chains start from: {cfg.start_name}")
         sets[name] = ImageSet(ends, f"chains of {cfg.fresh_steps} SGLD steps on {target} {protocol}")
     return sets
 

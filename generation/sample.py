@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 import data
 import distributed
 import utils
-from chain_init import StoredGaussians, UniformInit, build_chain_init
+from chain_init import StoredStarts, build_chain_init
 from checkpoints.load import given_images, load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
@@ -43,7 +43,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         counterfactual.run(cfg, path, content, device)
         return 0
     dtype = utils.pick_dtype(cfg.precision, device)
-    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype)
+    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype, cfg.norm_statistics)
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
     rng = Generator(device).manual_seed(cfg.seed)
     start = start_images(model, cfg, path, content, rng)
@@ -94,13 +94,12 @@ def start_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any], r
 
 def fresh_start(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> tuple[str, ChainInit]:
     """What ``--start`` names, in words and as chains need it: from the file, which may have it, or training images."""
-    if cfg.start == "uniform":
-        return cfg.start, UniformInit(content["data"]["shape"])
-    stored = content.get("start")
-    if stored and cfg.start == content["config"]["start"]:
-        name = f"{cfg.start} of rank {stored['factor'].shape[1]}, from {path.name}"
-        return name, StoredGaussians(stored, content["data"]["shape"], device)
-    return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
+    stored = StoredStarts(tuple(content["data"]["shape"]), content.get("starts", {}), device)
+    if not stored.suffice(cfg):
+        return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
+    ranks = {len(stored.gaussians[name]["factor"][0]) for name in cfg.start_shares if name in stored.gaussians}
+    name = f"{cfg.start} of rank {max(ranks)}, from {path.name}" if ranks else cfg.start
+    return name, build_chain_init(cfg, stored)
 
 
 def buffer_images(model: JEM, n: int, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batch normalisation: which batches change its running statistics, and what several processes do together."""
+"""Batch normalisation: which statistics it uses, which batches change them, and what several processes do together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,28 @@ def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
     finally:
         for layer in batch_norms(model):
             layer.track_running_stats = True
+
+
+Statistics = list[tuple[Tensor, Tensor]]  # each layer's running mean and variance
+
+
+def running_stats(model: nn.Module) -> Statistics:
+    """A copy, which later batches leave as it is."""
+    return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in batch_norms(model)]
+
+
+@contextmanager
+def normalised_by(model: nn.Module, statistics: Statistics) -> Iterator[None]:
+    """Inside, batch normalisation is by these statistics, as in evaluation mode."""
+    layers = batch_norms(model)
+    own = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
+    for layer, (mean, variance) in zip(layers, statistics, strict=True):
+        layer.training, layer.running_mean, layer.running_var = False, mean, variance
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, own, strict=True):
+            layer.training, layer.running_mean, layer.running_var = state
 
 
 @torch.no_grad()

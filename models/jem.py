@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, running_stats_update
+from models.batch_norm import batch_norms, normalised_by, running_stats, running_stats_update
 from utils import UserError
 
 
@@ -77,49 +77,68 @@ class Logits(NamedTuple):
 
     labelled: Tensor
     real: Tensor  # of log p(x): those of the labelled images where there are no others
-    sampled: Tensor | None
+    sampled: Tensor | None = None
+    outliers: Tensor | None = None
 
 
 class JointForward(nn.Module):
     """The logits of all images of a training step in one call, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: JEM, logits: Callable[[Tensor], Tensor]):
-        """``logits``: ``model.logits``, or the same compiled."""
+    def __init__(self, model: JEM, logits: Callable[[Tensor], Tensor], norm_statistics: str = "batch"):
+        """``logits``: ``model.logits``, or the same compiled. ``norm_statistics``: the option of that name."""
         super().__init__()
         self.model, self.logits = model, logits
-        self.has_batch_norm = len(batch_norms(model)) > 0
+        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # no image depends on others
 
     def forward(
-        self, x: Tensor, x_real: Tensor | None, samples: Tensor | None, update_statistics: bool = True
+        self,
+        x: Tensor,
+        x_real: Tensor | None,
+        samples: Tensor | None,
+        outliers: Tensor | None = None,
+        update_statistics: bool = True,
     ) -> Logits:
-        """Logits of labelled images, other real ones and samples, if there are any, (N, C, H, W) each.
+        """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
-        Batch normalisation must not mix them. With ``update_statistics`` its running statistics follow the real ones.
+        Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
+        ``update_statistics`` its running statistics follow such batches of real images; log p(x) on running statistics
+        uses those of before, on which the chains were.
         """
-        if self.has_batch_norm:
-            with running_stats_update(self.model, enabled=update_statistics):
-                labelled = self.logits(x)
+        before = running_stats(self.model) if self.norm_statistics != "batch" else []
+        if self.norm_statistics == "frozen":
+            with normalised_by(self.model, before):
+                labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
+            return Logits(labelled, labelled if x_real is None else real, *others)
+        with running_stats_update(self.model, enabled=update_statistics):
+            labelled = self.logits(x)
+            if self.norm_statistics == "batch":
                 real = labelled if x_real is None else self.logits(x_real)
-            with running_stats_update(self.model, enabled=False):
-                sampled = None if samples is None else self.logits(samples)
-            return Logits(labelled, real, sampled)
-        sizes = [0 if images is None else len(images) for images in (x, x_real, samples)]
-        together = torch.cat([images for images in (x, x_real, samples) if images is not None])
-        labelled, real, sampled = self.logits(together).split(sizes)
-        return Logits(labelled, labelled if x_real is None else real, None if samples is None else sampled)
+        if self.norm_statistics == "running":
+            with normalised_by(self.model, before):
+                return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
+        with running_stats_update(self.model, enabled=False):
+            sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
+        return Logits(labelled, real, sampled, far)
+
+    def in_one_pass(self, *batches: Tensor | None) -> list[Tensor | None]:
+        """The logits of each batch, or None for None."""
+        sizes = [len(images) for images in batches if images is not None]
+        parts = iter(self.logits(torch.cat([images for images in batches if images is not None])).split(sizes))
+        return [None if images is None else next(parts) for images in batches]
 
 
-def frozen_sampler_model(model: JEM, dtype: torch.dtype) -> JEM:
+def frozen_sampler_model(model: JEM, dtype: torch.dtype, norm_statistics: str = "batch") -> JEM:
     """A frozen copy that sees images as the loss does, whose backbone computes in ``dtype`` and its head in float32.
 
-    Dropout is off; batch normalisation uses each batch's own statistics and keeps none, so that chains climb the
-    function that the loss scores. A copy casts the weights once a training step instead of once an SGLD step, and has
-    them at addresses that never change.
+    Dropout is off; batch normalisation uses each batch's own statistics and keeps none, or (``norm_statistics`` other
+    than "batch") the running ones, so that chains climb the function that the loss scores. A copy casts the weights
+    once a training step instead of once an SGLD step, and has them at addresses that never change.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     frozen.f.to(dtype)
     for layer in batch_norms(frozen):
-        layer.float().train()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
+        layer.float()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
+        layer.train(norm_statistics == "batch")
         layer.track_running_stats = False
     return frozen
 

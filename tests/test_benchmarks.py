@@ -11,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import gpu, throughput, time_to_quality
+from main import main
 from models import build_model
 
 HERE = Path(__file__).parent.parent
@@ -127,3 +128,27 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "gpu.md").read_text()
     assert "Tests marked gpu: 27 passed" in page and "| 200.0 ms | 100.0 ms | 2.0 x | 40 % |" in page
     assert "| sada-jem, WRN-10-1 | 50.0 ms | 20 |" in page
+
+
+def test_log_density_and_chain_length(tmp_path):
+    """Both read a run; with noise and without, chains have the same starts."""
+    options = (
+        "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 50 --sgld_step 2 --buffer_size 100 --lr 1e-3"
+    )
+    options += f" --max_steps 5 --warmup_steps 1 --logdir {tmp_path} --no_log"
+    assert main([*options.split(), "--p_x_batch_size", "20"]) == 0
+    (run_directory,) = tmp_path.iterdir()
+    for script, further in (
+        ("log_density.py", ["--n", 40, "--json", tmp_path / "a.json", run_directory]),
+        ("chain_length.py", ["--n", 30, "--steps", 5, "--feature_ckpt", run_directory, "--out", tmp_path / "b.png"]),
+    ):
+        command = [sys.executable, HERE / "benchmarks" / script, *further]
+        command += [f"plain={run_directory}"] if script == "chain_length.py" else []
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert len(found) >= 13 and all(0 <= row["worst"] <= row["auroc"] <= 1 for row in list(found.values())[3:])
+    lengths = json.loads((tmp_path / "b.json").read_text())["plain"]
+    assert lengths.keys() == {"buffer", "noise 0", "noise 0.01"} and (tmp_path / "b.png").stat().st_size > 5000
+    assert lengths["noise 0"]["0"] == lengths["noise 0.01"]["0"] > 0
+    assert lengths["noise 0"]["5"] != lengths["noise 0.01"]["5"]

@@ -9,14 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+import chain_init
 import data
 import main
 import optim
 import trainer
 from checkpoints.files import load_checkpoint
+from checkpoints.load import load_model, open_trained
 from config import Config
 from config.recipes import RECIPES
 from logger.metrics_log import read_log
+from losses import auroc
 from pgd import adversarial_images
 
 SMALL = (
@@ -97,6 +100,7 @@ def test_what_a_recipe_switches_on_can_be_switched_off(tmp_path):
     [
         "--recipe sada-jem --dropout_rate 0.1 --ema 0.9",
         "--recipe m-jem --class_cond --p_x_y_weight 0.5 --reinit_freq 0.5 --labels_per_class 9",
+        "--norm batch --norm_statistics running --start mixed,shapes --reinit_freq 0.5 --outlier_weight 1 --lr 1e-3",
     ],
 )
 def test_stopped_and_resumed_is_the_same_run(options, tmp_path, monkeypatch):
@@ -133,6 +137,39 @@ def test_chains_start_from_the_chosen_gaussian():
     nine = data.to_float(images.train.images[images.train.labels == 9]).mean(0)
     gap = {name: (buffer[900:].mean(0) - nine).abs().mean() for name, buffer in buffers.items()}  # the last class's
     assert gap["class_gaussian"] < 0.1 < gap["gaussian"]
+
+
+def test_outliers_fall_below_real_images(tmp_path):
+    """Smooth noise that the model finds likelier than digits without the term lies below them with it."""
+    common, found = ["--recipe", "m-jem", "--p_x_batch_size", "20"], {}
+    first = start(tmp_path, *common, "--lr", "0.02", "--max_steps", "60")
+    options = [*common, "--load_ckpt", str(first), *"--norm_statistics running --lr 0.002 --max_steps 60".split()]
+    for weight in ("0", "1"):
+        run = start(tmp_path, *options, "--outlier_weight", weight, "--outlier_images", "smooth:0.5,shapes:0.5")
+        cfg, path, content = open_trained({"mode": "test", "load_ckpt": str(run)})
+        model, digits = load_model(cfg, path, content).eval(), data.load("digits")
+        noise = chain_init.SmoothNoiseInit(digits.shape)([0] * 300, torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            values = [model.log_density(x) for x in (data.to_float(digits.test.images[:300]), noise)]
+        found[weight] = auroc(*values).item()
+        logged = [line["outliers/auroc"] for line in read_log(run / "metrics.jsonl") if "outliers/auroc" in line]
+        assert len(logged) == (6 if weight == "1" else 0)
+    assert found["0"] < 0.95 and found["1"] > 0.98 and logged[-1] > 0.9, found
+
+
+def test_outliers_move_up_log_p_x_before_they_count():
+    """Nearby, and likelier; their number and what they are follow the options."""
+    changes = {"norm": "batch", "norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 7}
+    for eps in (0.0, 0.3):
+        run = trained(**changes, outlier_eps=eps, outlier_images="patches")
+        before = run.rng.p_x.get_state()
+        plain = run.outlier_init([0] * 7, run.rng.p_x)
+        run.rng.p_x.set_state(before)
+        x = run.draw_outliers()
+        moved = (x - plain).flatten(1).norm(dim=1) / 2  # pixels in [0, 1]
+        gain = run.sampler_model.log_density(x) - run.sampler_model.log_density(plain)
+        assert len(x) == 7 and moved.max() <= eps + 1e-5
+        assert (gain.mean() > 0 and moved.min() > 0.1) if eps else torch.equal(x, plain)
 
 
 def test_clamps_hold_in_training():
@@ -312,6 +349,11 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than the 101 chains"),
         ("--class_cond --p_x_batch_size 95 --buffer_size 95", "too few images of each of 10 classes"),
         ("--start folder", "--start_dir"),
+        ("--start folder:0.2,uniform:0.8", "--start folder needs --start_dir"),
+        ("--outlier_weight 1 --outlier_images folder", "--outlier_images folder needs --start_dir"),
+        ("--outlier_weight 1 --outlier_images smoth", "--outlier_images takes one of uniform"),
+        ("--outlier_weight 1 --norm batch", "give --norm_statistics running or frozen"),
+        ("--norm batch --norm_statistics frozen", "needs --load_ckpt"),
         ("--sgld_step_max 2", "must be above --sgld_step 2"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
         ("--sgld_grad_clamp of", "--sgld_grad_clamp takes a number or off, not 'of'"),

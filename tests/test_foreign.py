@@ -16,6 +16,8 @@ from checkpoints.load import load_model
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from main import main
+from models import frozen_sampler_model
+from sgld import SGLD, chain_options
 from utils import UserError
 
 MEAN, DEVIATION = torch.tensor([0.49140, 0.48216, 0.44653]), torch.tensor([0.24703, 0.24349, 0.26159])
@@ -211,6 +213,24 @@ def test_robust_classifiers(tmp_path, capsys, form):
     told = capsys.readouterr().err
     assert ("its averaged weights" in told) == ("ema" in content["state"]) == (form == "both")
     assert "--image_size assumed" in told
+
+
+def test_chains_of_a_robust_file_equal_those_written_out_from_its_tensors(tmp_path):
+    """DAT's chains use running statistics: x + lr * grad / |grad|, in [-1, 1], whatever else is in the batch."""
+    w, start = robust_weights(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model, content = opened(tmp_path, w)
+    cfg = Config.from_dict(content["config"], "file")
+    x = start
+    for _ in range(5):
+        x = x.requires_grad_()
+        (gradient,) = torch.autograd.grad(robust_logits(w, x).logsumexp(1).sum(), x)
+        x = (x + cfg.sgld_lr * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(-1, 1).detach()
+    ends = {}
+    for statistics in (cfg.norm_statistics, "batch"):
+        chains = SGLD(frozen_sampler_model(model, torch.float32, statistics).log_density, **chain_options(cfg))
+        ends[statistics] = chains(start, 5, cfg.sgld_lr, cfg.sgld_std, torch.Generator()).x
+    assert (ends["running"] - x).flatten(1).norm(dim=1).max() < 0.02  # kinks of relu magnify rounding
+    assert (ends["batch"] - x).flatten(1).norm(dim=1).min() > 0.2
 
 
 def test_the_energy_head_is_log_p_x_when_asked(tmp_path):

@@ -251,8 +251,8 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["data"]["class_names"] = CIFAR10
-    stored = {"start.mean": torch.zeros(10, 3072), "start.factor": torch.zeros(10, 2, 3072)}
-    weights = content["state"]["model"] | stored | {"start.noise": torch.ones(10)}
+    stored = {"mean": torch.zeros(10, 3072), "factor": torch.zeros(10, 2, 3072), "noise": torch.ones(10)}
+    weights = content["state"]["model"] | {f"start.class_gaussian.{name}": value for name, value in stored.items()}
     file = safetensors_file(weights, content, low_log_density=1.5)
     (tmp_path / "a.safetensors").write_bytes(file)
     monkeypatch.setenv("TOUR_WEIGHTS", str(tmp_path / "a.safetensors"))

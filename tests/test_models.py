@@ -1,5 +1,6 @@
 """The network and the densities read from its logits."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch.autograd import gradcheck
 
 import models
 from losses import joint_loss
-from models import JointForward, build_model, copy_weights, frozen_sampler_model
+from models import JointForward, Logits, build_model, copy_weights, frozen_sampler_model
 from models.batch_norm import running_stats_update
 from models.predict import predict
 from utils import UserError
@@ -126,13 +127,38 @@ def test_running_statistics_are_left_alone_where_they_are_told_to():
 def test_all_images_of_a_step_in_one_call(norm):
     """Each batch's logits are those of the batch by itself."""
     model = tiny(norm=norm).train()
-    forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6)]
+    forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6, 7)]
     together = forward(*batches)
     for logits, batch in zip(together, batches, strict=True):
         torch.testing.assert_close(logits, model.logits(batch))
     plain = forward(batches[0], None, batches[2])
     assert plain.real is plain.labelled and len(plain.sampled) == 6
     assert forward(batches[0], None, None).sampled is None and len(forward(*batches[:2], None).real) == 5
+    assert plain.outliers is None
+
+
+@pytest.mark.parametrize("statistics", ["running", "frozen"])
+def test_log_density_of_one_image_in_training(statistics):
+    """The loss's log p(x), the chains' and evaluation's are one function of one image; labelled images use batches."""
+    torch.manual_seed(0)
+    model = tiny(norm="batch").train()
+    for _ in range(20):
+        model(torch.rand(6, 1, 8, 8))  # statistics that are not those of the batches below
+    x, x_real, samples = (torch.rand(n, 1, 8, 8) for n in (4, 5, 6))
+    alone, chains = copy.deepcopy(model).eval(), frozen_sampler_model(model, torch.float32, statistics)
+    by_batch = copy.deepcopy(model)(x)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    forward = JointForward(model, model.logits, statistics)
+    for update, second in ((False, x_real), (False, None), (True, x_real)):
+        out = forward(x, second, samples, update_statistics=update)
+        torch.testing.assert_close(out.real, alone(x if second is None else x_real))
+        torch.testing.assert_close(out.sampled, alone(samples))
+        torch.testing.assert_close(out.labelled, by_batch if statistics == "running" else alone(x))
+        changed = any(not torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+        assert changed == (update and statistics == "running")
+    torch.testing.assert_close(chains(samples[:1]), alone(samples)[:1])  # whatever is beside it
+    assert (by_batch - alone(x)).abs().max() > 0.01
+    assert all(layer.training for layer in model.modules())
 
 
 @pytest.mark.parametrize("name, value", [("leaky_relu", -0.2), ("silu", -1 / (1 + math.e))])
@@ -183,7 +209,7 @@ def test_joint_loss_against_a_direct_computation():
     labelled, real, sampled = torch.randn(4, 3), torch.randn(5, 3), torch.randn(6, 3)
     y, y_sampled = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 2, 1, 0])
     cfg = loss_options(p_y_x_weight=0.7, p_x_weight=1.3, p_x_y_weight=0.4, mean_energy_l2=0.2)
-    loss, parts = joint_loss(cfg, labelled, y, real, sampled, y_sampled, 0.1)
+    loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, energy_l2=0.1)
 
     def density(row):
         return math.log(sum(math.exp(v) for v in row))
@@ -201,8 +227,14 @@ def test_joint_loss_against_a_direct_computation():
     logistic = sum(math.log1p(math.exp(-d)) for d in d_real) / 10 + sum(math.log1p(math.exp(d)) for d in d_sampled) / 12
     assert parts["loss/logistic"].item() == pytest.approx(logistic, rel=1e-5)
     cfg = loss_options(p_y_x_weight=0.0, p_x_weight=1.3, generative="logistic")
-    swapped = joint_loss(cfg, labelled, y, real, sampled, y_sampled)[0]
+    swapped = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled)[0]
     assert swapped.item() == pytest.approx(1.3 * logistic, rel=1e-5)
+    cfg = loss_options(p_y_x_weight=0.0, p_x_weight=0.0, outlier_weight=0.6, outlier_margin=1.5)
+    far = torch.randn(3, 3)
+    loss, with_outliers = joint_loss(cfg, Logits(labelled, real, sampled, far), y)
+    pairs = [math.log1p(math.exp(density(o) - r + 1.5)) for o in far.tolist() for r in d_real]
+    assert loss.item() == pytest.approx(0.6 * sum(pairs) / 15, rel=1e-5)
+    assert with_outliers["loss/outliers"].item() == pytest.approx(sum(pairs) / 15, rel=1e-5)
     won = [(a > b) + 0.5 * (a == b) for a in d_real for b in d_sampled]
     assert parts["sgld/auroc"].item() == pytest.approx(sum(won) / 30, abs=1e-6)
     assert parts["loss/joint"].item() == pytest.approx(joint, rel=1e-5)
@@ -230,7 +262,7 @@ def test_gradient_of_the_joint_loss_against_finite_differences():
             )
             return h @ values[list(chosen).index("class_output.weight")].T + model.class_output.bias
 
-        return joint_loss(loss_options(), logits(real), y, logits(real), logits(sampled), None, 0.1)[0]
+        return joint_loss(loss_options(), Logits(logits(real), logits(real), logits(sampled)), y, energy_l2=0.1)[0]
 
     assert gradcheck(loss, tuple(p.detach().requires_grad_() for p in chosen.values()), atol=1e-6)
 

@@ -1,5 +1,7 @@
 """Gaussian starts against the images' own statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ import chain_init
 import data
 from chain_init import GaussianInit, build_chain_init
 from config import Config
+from data import Split
+from utils import UserError
 
 
 def generator(seed=0):
@@ -58,7 +62,9 @@ def test_too_many_large_images_are_represented_by_some(monkeypatch):
     assert torch.equal(chain_init.fit(images, images.device)[1], factor)  # the same ones in a resumed run
 
 
-@pytest.mark.parametrize("name", ["uniform", "gaussian", "class_gaussian"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "gaussian", "class_gaussian", "smooth", "shapes", "patches", "mixed", "smooth:0.7,mixed:0.3"]
+)
 def test_starts_are_images_and_follow_their_generator(name):
     start = build_chain_init(Config(start=name), data.load("digits"))
     one, two, other = (start([3, 1, 4, 1], generator(seed)) for seed in (1, 1, 2))
@@ -74,3 +80,53 @@ def test_a_class_gaussian_knows_no_label_that_the_training_does_not():
     own = data.to_float(data.some_of_each_class(digits.train, 1, 10).images)  # of one image, noise alone is around it
     order = data.some_of_each_class(digits.train, 1, 10).labels.tolist()
     assert (start(order, generator()) - own).abs().max() < 0.06  # standard deviation 0.01
+
+
+def test_several_starts_have_their_shares():
+    def constant(value):
+        return lambda classes, rng: torch.full((len(classes), 1, 2, 2), value)
+
+    inits = [constant(value) for value in (0.1, 0.2, 0.3)]
+    inits[0].shape = (1, 2, 2)
+    assert Config(start="smooth:3, uniform").start_shares == {"smooth": 0.75, "uniform": 0.25}
+    x = chain_init.MixtureInit(inits, [0.5, 0.3, 0.2])([0] * 20_000, generator())
+    assert (x == x[:, :, :1, :1]).all()  # an image is of one kind
+    for value, share in ((0.1, 0.5), (0.2, 0.3), (0.3, 0.2)):
+        assert (x[:, 0, 0, 0] == value).float().mean() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("text", ["", "gaussian:", "noise", "gaussian:0", "gaussian:nan", "gaussian:0.5,uniform:-1"])
+def test_starts_that_there_are_not(text):
+    with pytest.raises(UserError, match="--start takes one of uniform"):
+        Config(start=text)
+
+
+@pytest.mark.parametrize("white", [0.0, 1.0])
+def test_spectrum_of_smooth_noise(white):
+    """White noise has one power at all frequencies f; of f^-2a with a in [0.5, 3], a low f has far more than a high."""
+    x = chain_init.smooth_noise(4000, (1, 16, 16), generator(), white)
+    assert x.mean((2, 3)).abs().max() < 1e-5 and (x.std((1, 2, 3)) - 1).abs().max() < 1e-3
+    power = torch.fft.fft2(x).abs().square().mean((0, 1))
+    low, high = power[0, 1], power[0, 8]
+    assert (0.9 < low / high < 1.1) if white else low / high > 50
+
+
+def test_starts_made_from_training_images():
+    """Patches keep the pixels and change their places; a mixed pair lies between its two images."""
+    digits = data.load("digits")
+    images = replace(digits, train=Split(digits.train.images[:1], digits.train.labels[:1]))
+    original = data.to_float(images.train.images)
+    x = chain_init.PatchesInit(images)([0] * 20, generator())
+    assert torch.equal(x.flatten(1).sort(1).values, original.flatten(1).sort(1).values.expand(20, -1))
+    assert ((x != original).flatten(1).any(1)).sum() >= 18
+    numbered = torch.arange(49.0).view(1, 1, 7, 7).expand(30, -1, -1, -1)  # patches of 3 pixels, and a rest of one
+    moved = chain_init.shuffled_patches(numbered, 2, generator())
+    assert torch.equal(moved[..., 6], numbered[..., 6]) and len(moved.unique(dim=0)) > 10
+    for x in (numbered, moved):
+        patches = x[:, :, :6, :6].unfold(2, 3, 3).unfold(3, 3, 3).reshape(-1, 9)
+        assert len(patches.unique(dim=0)) == 4 and (patches - patches[:, :1] - patches[0] + patches[0, 0] == 0).all()
+    two = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 255.0)]).to(torch.uint8)
+    mixed = chain_init.MixedPairsInit(replace(digits, train=Split(two, torch.tensor([0, 1]))))([0] * 400, generator())
+    values = mixed[:, 0, 0, 0]
+    between = values[(values.abs() < 0.99)]
+    assert (mixed == values.view(-1, 1, 1, 1)).all() and len(between) > 100 and between.abs().max() <= 0.4 + 1e-6

@@ -109,7 +109,8 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options",
-    [*({"norm": norm} for norm in NORMS), {"norm": "batch", "backbone": "robust"}, {"separate_energy": True}],
+    [*({"norm": norm} for norm in NORMS), {"norm": "batch", "backbone": "robust"}, {"separate_energy": True}]
+    + [{"norm": "batch", "norm_statistics": statistics, "load_ckpt": "."} for statistics in ("running", "frozen")],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_sampler_and_loss_see_one_energy(options, precision, digits):
@@ -362,8 +363,10 @@ def test_waiting_is_noticed():
         {"norm": "batch", "start": "class_gaussian", "sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0}
         | {"optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "p_x_batch_size": 12, "p_x_no_augment": True},
         {"class_cond": True, "p_x_y_weight": 0.5, "ema": 0.9, "reinit_freq": 0.5, "start": "gaussian"},
+        {"norm": "batch", "norm_statistics": "running", "outlier_weight": 1.0, "start": "gaussian:0.5,smooth:0.5"}
+        | {"outlier_images": "smooth:0.25,shapes:0.25,patches:0.25,mixed:0.25"},
     ],
-    ids=["jem", "baseline", "sada-jem", "class_cond"],
+    ids=["jem", "baseline", "sada-jem", "class_cond", "outliers"],
 )
 def test_no_step_waits_for_the_device(options, digits):
     """Between two lines of the log nothing turns a tensor into a number."""
