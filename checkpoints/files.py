@@ -113,9 +113,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return tensors
     about = {name: json.loads(value) for name, value in about.items()}
     starts = {}
-    for name in [name for name in tensors if name.startswith("start.")]:
-        _, kind, part = name.split(".")
-        starts.setdefault(kind, {})[part] = tensors.pop(name)
+    for kind in ("gaussian", "class_gaussian"):
+        if f"start.{kind}.mean" in tensors:
+            mean, factor, noise = (tensors.pop(f"start.{kind}.{part}").float() for part in ("mean", "factor", "noise"))
+            starts[kind] = list(zip(mean, factor, noise.tolist(), strict=True))
     buffer = tensors.pop("buffer.images", None)
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
     if buffer is not None:

@@ -22,7 +22,7 @@ from logger.run_dir import RunDir
 from models import JEM, frozen_sampler_model, log_density
 from models.predict import predict
 from sgld import ChainInit, chain_options, finite_images
-from utils import UserError
+from utils import UserError, tree_to
 
 PICTURE_COLUMNS = 10  # images in a row of a picture
 PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
@@ -94,12 +94,11 @@ def start_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any], r
 
 def fresh_start(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> tuple[str, ChainInit]:
     """What ``--start`` names, in words and as chains need it: from the file, which may have it, or training images."""
-    stored = StoredStarts(tuple(content["data"]["shape"]), content.get("starts", {}), device)
+    stored = StoredStarts(tuple(content["data"]["shape"]), tree_to(content.get("starts", {}), device))
     if not stored.suffice(cfg):
         return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
-    ranks = {len(stored.gaussians[name]["factor"][0]) for name in cfg.start_shares if name in stored.gaussians}
-    name = f"{cfg.start} of rank {max(ranks)}, from {path.name}" if ranks else cfg.start
-    return name, build_chain_init(cfg, stored)
+    ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
+    return f"{cfg.start} of rank {ranks[0]}, from {path.name}" if ranks else cfg.start, build_chain_init(cfg, stored)
 
 
 def buffer_images(model: JEM, n: int, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Tensor:

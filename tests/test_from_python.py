@@ -13,6 +13,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from PIL import Image
+from test_data import write_pngs
 from test_export import DOCS, checkpoint
 from test_sample import TRAIN, pixels, sample, state_of, tiles, train
 from torch import nn
@@ -105,6 +106,7 @@ def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp
     theirs = {x.numpy().tobytes() for x in to_uint8(buffer)}
     _, drawn = sample(shipped, tmp_path, "--from_buffer", "--n_samples", "20", "--n_sample_steps", "0")
     assert all(x.transpose(2, 0, 1).tobytes() in theirs for x in drawn["images"])
+    sample(shipped, tmp_path, "--start", "smooth:1,class_gaussian:1", "--n_samples", "2", "--n_sample_steps", "0")
     _, drawn = sample(shipped, tmp_path, "--class_cond", "--n_samples", "1000", "--n_sample_steps", "0")
     assert "1000 chains from class_gaussian of rank 5, from digits.safetensors" in capsys.readouterr().out
     for k in (0, 7):
@@ -165,11 +167,8 @@ def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypat
 
 def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, capsys):
     for part, n in (("train", 30), ("test", 4)):
-        for name in "abc":
-            (tmp_path / "set" / part / name).mkdir(parents=True)
-            for i in range(n):
-                image = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
-                Image.fromarray(image).save(tmp_path / "set" / part / name / f"{i}.png")
+        for path in write_pngs(tmp_path / "set" / part, *"abc", n=n).rglob("*.png"):
+            Image.open(path).convert("L").save(path)
     new = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--n_valid", "0", "--max_steps", "1"]
     options = ["--recipe", "sada-jem", "--lr", "1e-12", "--ema", "0.5", "--load_ckpt", str(run_dir)]
     run = train(tmp_path / "runs", *new, *options)
@@ -246,6 +245,7 @@ except SystemExit as end: print("alive", end.code, sys.stdout is before)
     assert python(code, PYTHONPATH=str(ROOT)).stdout.endswith("alive 130 True\n")
 
 
+@pytest.mark.slow
 def test_the_tour_runs(tmp_path, monkeypatch):
     """On a small network of random weights; what it trains is short."""
     checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
