@@ -288,7 +288,10 @@ class Trainer:
         loss.backward()
         if self.world.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0
             average_running_stats(self.model)
-        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        parameters = list(self.model.parameters())
+        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.cfg.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.grad_clip, gradient_norm)
         return parts | {"gradient_norm": gradient_norm}
 
     @property

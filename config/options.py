@@ -129,6 +129,12 @@ class Options:
     decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
     sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
     sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    grad_clip: float | None = optimisation(
+        None,
+        "largest norm of the gradient in all parameters; a longer one is shortened (default: no limit)",
+        above=0,
+        nullable=True,
+    )
     ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)

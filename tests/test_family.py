@@ -317,6 +317,20 @@ def test_sam_trains_with_the_gradient_elsewhere_and_the_statistics_of_the_first_
     assert plain.meter.sums["loss/total"] == sharp.meter.sums["loss/total"]  # of the weights before the step
 
 
+def test_a_long_gradient_is_shortened():
+    """The first step of SGD with Nesterov's momentum of 0.9 goes 1.9 * lr * gradient, whose length is the limit."""
+    moved = {}
+    for limit in (None, 1e-3, 1e6):
+        run = trained(optimizer="sgd", lr=0.1, grad_clip=limit)
+        torch.manual_seed(1)
+        first = trainer.Trainer(run.cfg, run.data, run.device).model
+        change = [a - b for a, b in zip(run.model.parameters(), first.parameters(), strict=True)]
+        moved[limit] = torch.nn.utils.get_total_norm(change).item()
+        lr = run.lr
+    assert moved[1e-3] == pytest.approx(1.9 * lr * 1e-3, rel=1e-3)
+    assert moved[1e6] == moved[None] > 10 * moved[1e-3]
+
+
 def test_step_schedule():
     cfg = Config(schedule="step", lr=0.1, warmup_steps=4, decay_epochs="1,2", decay_rate=0.2)
     rates = [optim.learning_rate(cfg, step, 10, [30]) for step in (1, 4, 10, 11, 20, 21)]
