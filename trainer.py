@@ -248,6 +248,8 @@ class Trainer:
         cfg = self.cfg
         x, y = self.batches.next()
         x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
+        if cfg.labels_per_class:
+            y_real = None  # others serve log p(x) alone
         if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
             if self.sampler is not None and x_real is None:
                 x_real = x  # log p(x) learns from the images themselves
@@ -279,8 +281,7 @@ class Trainer:
         with utils.autocast(self.device, self.dtype):
             logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        y_real = None if self.cfg.labels_per_class else batch.y_real
-        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, y_real)
+        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, batch.y_real)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.world.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0

@@ -126,7 +126,9 @@ class Options:
     max_steps: int | None = optimisation(
         None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
     )
-    optimizer: str = optimisation("adam", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
+    optimizer: str = optimisation(
+        "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
+    )
     weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))

@@ -30,7 +30,7 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), whose log p(x) has a head of its own",
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and a head of its own for log p(x)",
         CHAINS
         | SGD
         | CLEAN
