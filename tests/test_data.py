@@ -67,9 +67,7 @@ def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
     assert len(areas) > 20  # squares end at edges
     monkeypatch.undo()
     torch.manual_seed(0)
-    ramps = (
-        torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
-    )  # each changes in its own way
+    ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
     changed = torch.stack([data.AUTO_AUGMENT(image) for image in ramps])
     assert len({tuple(image.flatten().tolist()) for image in changed}) > 15
 
