@@ -25,8 +25,8 @@ FASHION = (
     "--sigma 0.1 --ema 0.999"
 )
 CIFAR = (
-    "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 16 --width 2 --schedule cosine --warmup_steps 400 "
-    "--max_steps 8500 --ema 0.999"
+    "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 16 --width 2 --schedule cosine "
+    "--warmup_steps 400 --max_steps 8500 --ema 0.999"
 )
 CIFAR_JEM = (
     "--gpu cpu --dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 "
