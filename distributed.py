@@ -1,6 +1,5 @@
-"""Several processes of one run, a device each: start by torchrun, exchange, sharding. One alone sends nothing."""
+"""Several processes of one run, a device each: start by torchrun, exchange, shared work. One alone sends nothing."""
 
-import math
 import os
 import time
 import uuid
@@ -11,18 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from utils import UserError, tree_to
 
-PER_PROCESS = ("rng", "sampler", "meter")  # parts of a run's state that differ between processes, besides the buffer
 TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
-NOT_TORCHRUN = (
-    "this is one of {0} equal runs that srun (SLURM) or mpirun started: start one run of {0} processes with torchrun "
-    "--nproc_per_node={0}, or of a single process with srun --ntasks=1"
-)
 
 T = TypeVar("T")
 
@@ -50,7 +43,10 @@ def connect() -> None:
     if is_distributed():
         return
     if "RANK" not in os.environ and started_together() > 1:
-        raise UserError(NOT_TORCHRUN.format(started_together()))
+        raise UserError(
+            f"this is one of {started_together()} equal runs that srun (SLURM) or mpirun started: start one run with "
+            f"torchrun --nproc_per_node={started_together()}, or a single process with srun --ntasks=1"
+        )
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -105,10 +101,9 @@ def remembered(name: str) -> str | None:
 
 def first_to_say(message: str) -> bool:
     """Whether no other process has come with this message before, so that a terminal shows it once."""
-    try:
+    with suppress(RuntimeError):  # the store has gone with torchrun
         return store is None or store.add(f"said/{message}", 1) == 1
-    except RuntimeError:  # the store has gone with torchrun
-        return True
+    return True
 
 
 @contextmanager
@@ -146,7 +141,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """The mean of x over all processes, on the device, and differentiable."""
+    """The same of the mean."""
     return all_reduce_sum(x) / current_world().size
 
 
@@ -156,12 +151,6 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
     if is_distributed():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return tuple(largest.tolist())
-
-
-def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, with gradients that are means over all processes after ``backward``: DistributedDataParallel's."""
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, devices) if is_distributed() else module
 
 
 def all_gather_object(what: str, value: T) -> list[T]:
@@ -198,17 +187,9 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
 
 
 def rank0_first(load: Callable[[], T]) -> T:
-    """What ``load`` returns in each process: first in rank 0, then in one process of each machine, then in the others.
-
-    The first may download, or write into a cache, what the others then find. An error in one is an error in all.
-    """
+    """What ``load`` returns: first in rank 0, which may download, then in one process of each machine, then in all."""
     turn = 0 if current_world().rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     return [raise_on_all_ranks("loads", load if now == turn else lambda: None) for now in range(3)][turn]
-
-
-def shard_size(n: int) -> int:
-    """How many of n items one process does at most in ``sharded_map``."""
-    return math.ceil(n / current_world().size)
 
 
 def sharded_map(
@@ -236,31 +217,3 @@ def sharded_map(
         return own
     parts = [tree_to(part, device) for part in all_gather_object(what, tree_to(own, torch.device("cpu")))]
     return [parts[i % size][i // size] for i in range(len(items))]
-
-
-def gather_state(state: dict[str, Any]) -> dict[str, Any]:
-    """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
-
-    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together.
-    """
-    rank, size = current_world()
-    parts = [None] * size if rank == 0 else None
-    dist.gather_object({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state}, parts)
-    if parts is None:
-        return state
-    buffers = [part.pop("buffer") for part in parts if "buffer" in part]
-    if buffers:
-        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
-        state = state | {"buffer": whole}
-    return state | {"processes": parts}
-
-
-def shard_state(state: dict[str, Any], world: World) -> dict[str, Any]:
-    """This process's part of a gathered state, or of a state that one process saved.
-
-    If the number of processes has changed, each gets what rank 0 had of its own (``PER_PROCESS``).
-    """
-    everyone = state.get("processes", [{}])
-    state = state | everyone[world.rank if len(everyone) == world.size else 0]
-    buffer = {name: whole[world.rank :: world.size] for name, whole in state.get("buffer", {}).items()}
-    return state | ({"buffer": buffer} if buffer else {})

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import distributed
@@ -19,9 +20,10 @@ from acceleration import CompiledOrEager, CUDAGraphBackward, compiles
 from chain_init import build_chain_init
 from checkpoints.files import save_checkpoint
 from checkpoints.load import build_for, load_weights
+from checkpoints.resume import gather_state, shard_state
 from config import Config
 from config.checks import check_sizes
-from distributed import World, gather_state, shard_state
+from distributed import World
 from divergence import Recovery
 from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
@@ -111,7 +113,10 @@ class Trainer:
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
         statistics = cfg.norm_statistics if cfg.samples else "batch"
         self.one_process_forward = JointForward(self.model, self.forward, statistics)
-        self.joint_forward = distributed.averaging_gradients(self.one_process_forward, self.device)
+        self.joint_forward = self.one_process_forward
+        if distributed.is_distributed():  # gradients are then means over all processes
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.joint_forward = DistributedDataParallel(self.one_process_forward, devices)
         captures = self.device.type == "cuda" and not distributed.is_distributed()
         self.cuda_graphs = CUDAGraphBackward(self.model) if captures else None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
