@@ -105,10 +105,18 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
     if not fits(content["data"], images):
-        shape, n_classes = "x".join(map(str, content["data"]["shape"])), len(content["data"]["class_names"])
+        (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
+        advice = "choose images of that size"
+        if channels != images.shape[0]:
+            advice = f"convert them to {'greyscale' if channels == 1 else 'colour'}, or choose another set"
+        elif n_classes != len(images.class_names):
+            advice = "choose a set of as many classes"
+        elif cfg.dataset == "folder" and height == width:
+            advice = f"give --image_size {height}"
+        own, theirs = f"{channels}x{height}x{width} in {n_classes}", "x".join(map(str, images.shape))
         raise UserError(
-            f"{path} was trained on images of {shape} in {n_classes} classes, and those of {cfg.dataset} are others: "
-            "choose another --dataset or --image_size"
+            f"{path} was trained on images of {own} classes, and those of --dataset {cfg.dataset} are {theirs} in "
+            f"{len(images.class_names)}: {advice}"
         )
     if not fits(content["data"], images, names_too=True):
         print(
