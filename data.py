@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,12 @@ def load(
     if not stays_on_host(train.images.nbytes, device, data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
+
+
+def in_colour(images: ImageData) -> ImageData:
+    """The same grey images (N, 1, H, W) with three equal channels."""
+    parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
+    return replace(images, **{name: Split(part.images.repeat(1, 3, 1, 1), part.labels) for name, part in parts.items()})
 
 
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:

@@ -104,11 +104,13 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
+    if content["data"]["shape"][0] == 3 and images.shape[0] == 1:
+        images = data.in_colour(images)
     if not fits(content["data"], images):
         (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
         advice = "choose images of that size"
         if channels != images.shape[0]:
-            advice = f"convert them to {'greyscale' if channels == 1 else 'colour'}, or choose another set"
+            advice = "convert them to greyscale"
         elif n_classes != len(images.class_names):
             advice = "choose a set of as many classes"
         elif cfg.dataset == "folder" and height == width:

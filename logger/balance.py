@@ -4,9 +4,14 @@ from typing import Any
 
 PATIENCE = 100  # steps
 TOLD_APART = 0.95  # AUROC of real images against samples by log p(x); 0.5 is a balance, 0 the opposite error
-BEHIND = "below nearly all real images: chains do not reach what the loss calls likely"
-AHEAD = "above nearly all real images: chains climb faster than the loss can push down"
-ADVICE = "more --sgld_step, --sgld_step_max, --sgld_grad_clamp with --sgld_clamp, or --start class_gaussian may help"
+BEHIND = (
+    "below nearly all real images: chains do not reach what the loss calls likely; --sgld_step_max, more --sgld_step "
+    "or a --start with the data's colours, as class_gaussian, may help"
+)
+AHEAD = (
+    "above nearly all real images: chains climb faster than the loss pushes down; a smaller --sgld_lr, "
+    "--sgld_grad_clamp with --sgld_clamp, or a lower --lr may help"
+)
 
 
 class Balance:
@@ -27,7 +32,6 @@ class Balance:
             self.balanced_at = step
         if step - self.balanced_at < PATIENCE or self.warned_at > self.balanced_at:
             return ""
-        where = BEHIND if auroc > 0.5 else AHEAD
-        self.warned_at = step
-        self.warning = f"for {PATIENCE} steps, up to step {step}, samples lay {where} (AUROC {auroc:.2f}); {ADVICE}"
+        self.warned_at, where = step, BEHIND if auroc > 0.5 else AHEAD
+        self.warning = f"for {PATIENCE} steps up to step {step}, log p(x) of samples (AUROC {auroc:.2f}) lay {where}"
         return self.warning
