@@ -64,7 +64,7 @@ RECIPES = {
         "images for noise and shapes",
         CHAINS
         | CLEAN
-        | {"optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4, "warmup_steps": 20, "epochs": 5, "ema": 0.99}
+        | {"optimizer": "sgd", "lr": 0.005, "weight_decay": 5e-4, "warmup_steps": 50, "epochs": 5, "ema": 0.99}
         | {"sgld_step": 5, "start": "class_gaussian", "mean_energy_l2": 0.1, "p_x_batch_size": 32}
         | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 32}
         | {"outlier_images": "smooth:0.5,shapes:0.5"},
