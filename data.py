@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import image_folder
 from distributed import World
@@ -192,10 +193,11 @@ def load(
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
 
 
-def in_colour(images: ImageData) -> ImageData:
-    """The same grey images (N, 1, H, W) with three equal channels."""
+def with_channels(images: ImageData, channels: int) -> ImageData:
+    """The same images in grey, 1 channel, or as RGB, 3."""
     parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
-    return replace(images, **{name: Split(part.images.repeat(1, 3, 1, 1), part.labels) for name, part in parts.items()})
+    changed = {name: Split(rgb_to_grayscale(part.images, channels), part.labels) for name, part in parts.items()}
+    return replace(images, **changed)
 
 
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:

@@ -126,10 +126,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:
-    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole.
-
-    Where only best.pt was kept, it is that one, from which a run cannot be resumed.
-    """
+    """The checkpoint that a user names by its file or its run directory: of that the newest whole one, else best.pt."""
     if not os.path.isdir(path):
         return Path(path), load_checkpoint(Path(path))
     newest_first = [Path(path, "ckpt", name) for name in ("last.pt", "previous.pt")]

@@ -113,21 +113,16 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
-    if content["data"]["shape"][0] == 3 and images.shape[0] == 1:
-        images = data.in_colour(images)
+    (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
+    if {channels, images.shape[0]} == {1, 3}:
+        print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")
+        images = data.with_channels(images, channels)
     if not fits(content["data"], images):
-        (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
-        advice = "choose images of that size"
-        if channels != images.shape[0]:
-            advice = "convert them to greyscale"
-        elif n_classes != len(images.class_names):
-            advice = "choose a set of as many classes"
-        elif cfg.dataset == "folder" and height == width:
-            advice = f"give --image_size {height}"
-        own, theirs = f"{channels}x{height}x{width} in {n_classes}", "x".join(map(str, images.shape))
+        resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
         raise UserError(
-            f"{path} was trained on images of {own} classes, and those of --dataset {cfg.dataset} are {theirs} in "
-            f"{len(images.class_names)}: {advice}"
+            f"{path} was trained on images of {channels}x{height}x{width} in {n_classes} classes, and those of "
+            f"{cfg.dataset} are of {'x'.join(map(str, images.shape))} in {len(images.class_names)}: "
+            + (f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size")
         )
     if not same_classes(content["data"], images):
         print(

@@ -51,8 +51,7 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
     if content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
-        reason = "was written by an older version or holds weights alone"
-        raise UserError(f"{path} {reason}: it can start a new run with --load_ckpt")
+        raise UserError(f"{path} is of an older version or holds weights alone: give it to --load_ckpt for a new run")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
     others = changed.keys() - RESUMABLE

@@ -4,14 +4,8 @@ from typing import Any
 
 PATIENCE = 100  # steps
 TOLD_APART = 0.95  # AUROC of real images against samples by log p(x); 0.5 is a balance, 0 the opposite error
-BEHIND = (
-    "below nearly all real images: chains do not reach what the loss calls likely; --sgld_step_max, more --sgld_step "
-    "or a --start with the data's colours, as class_gaussian, may help"
-)
-AHEAD = (
-    "above nearly all real images: chains climb faster than the loss pushes down; a smaller --sgld_lr, "
-    "--sgld_grad_clamp with --sgld_clamp, or a lower --lr may help"
-)
+BEHIND = "chains do not reach what the loss calls likely; --sgld_step_max, more --sgld_step or --start class_gaussian"
+AHEAD = "chains climb faster than the loss pushes down; a smaller --sgld_lr, or --sgld_grad_clamp with --sgld_clamp"
 
 
 class Balance:
@@ -32,6 +26,6 @@ class Balance:
             self.balanced_at = step
         if step - self.balanced_at < PATIENCE or self.warned_at > self.balanced_at:
             return ""
-        self.warned_at, where = step, BEHIND if auroc > 0.5 else AHEAD
-        self.warning = f"for {PATIENCE} steps up to step {step}, log p(x) of samples (AUROC {auroc:.2f}) lay {where}"
+        self.warned_at, why = step, BEHIND if auroc > 0.5 else AHEAD
+        self.warning = f"log p(x) tells samples from real images (AUROC {auroc:.2f}, {PATIENCE} steps): {why} may help"
         return self.warning

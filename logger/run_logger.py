@@ -106,7 +106,7 @@ class RunLogger:
                 self.bar.set_postfix(shown, refresh=False)
             warning = self.balance.add(step, values)
             if warning:
-                self.bar.write(f"Warning: {warning}.")
+                self.bar.write(f"Warning: step {step}: {warning}.")
                 self.log.event(step, "warning", warning)
 
     def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
@@ -157,12 +157,10 @@ class RunLogger:
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on, and once more what is wrong."""
-        if self.run is None:
-            return
-        if status:
+        if self.run is not None and status:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
-        else:
+        elif self.run is not None:
             board = "" if self.cfg.no_log else f", or run: tensorboard --logdir {self.run.path.parent}"
             print(f"Done after {step} steps. Look at the pictures in {self.run.path}{board}")
-        if self.balance.warning:
+        if self.run is not None and self.balance.warning:
             print(f"Warning: {self.balance.warning} (last in balance at step {self.balance.balanced_at}).")

@@ -17,10 +17,10 @@ PLAIN = "--batch_size 32 --warmup_steps 10 --ema 0 --dropout_rate 0 --sample_eve
     "auroc, warned, words",
     [
         ([0.96] * 9, [], ""),
-        ([0.96] * 25, [100], "lay below"),
-        ([0.04] * 10, [100], "lay above"),
+        ([0.96] * 25, [100], "chains do not reach"),
+        ([0.04] * 10, [100], "chains climb faster"),
         ([0.5, 0.5] + [0.96] * 9 + [0.94] + [0.96] * 9, [], ""),
-        ([0.96, 0.02] * 5 + [0.5] + [1.0] * 12, [100, 210], "lay below"),
+        ([0.96, 0.02] * 5 + [0.5] + [1.0] * 12, [100, 210], "chains do not reach"),
         ([None] * 20, [], ""),  # not finite, or without samples
     ],
 )

@@ -401,7 +401,10 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert torch.equal(grey.test.images[:, :1].expand(-1, 3, -1, -1), grey.test.images)
     write_pngs(tmp_path / "three", "a", "b", "c")
     write_pngs(tmp_path / "large", "a", "b", side=12)
-    for folder, advice in (("three", "choose a set of as many classes"), ("large", "give --image_size 8")):
+    for folder, advice in (
+        ("three", "choose a set that has as many classes, of that size"),
+        ("large", "give --image_size 8"),
+    ):
         assert main.main([*test, "--data_dir", str(tmp_path / folder)]) == 2
-        assert f": {advice}\n" in capsys.readouterr().err
+        assert f"{advice}\n" in capsys.readouterr().err
     assert main.main([*test, "--data_dir", str(tmp_path / "large"), "--image_size", "8"]) == 0

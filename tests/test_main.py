@@ -558,4 +558,4 @@ class TestBrokenCheckpoints:
     def test_images_of_another_size(self, jem, tmp_path, capsys):
         options = ["--n_valid", "2", "--dataset", "folder", "--data_dir", str(write_pngs(tmp_path, "a", "b"))]
         err = refused(capsys, "--mode", "test", "--load_ckpt", str(jem), *options)
-        assert "was trained on images of 1x8x8 in 10 classes" in err and err.endswith(": convert them to greyscale\n")
+        assert "was trained on images of 1x8x8 in 10 classes, and those of folder are of 1x8x8 in 2: choose" in err
