@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import image_folder
 from distributed import World
@@ -194,6 +195,13 @@ def load(
     if not stays_on_host(train.images.nbytes, device, data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
+
+
+def with_channels(images: ImageData, channels: int) -> ImageData:
+    """The same images in grey, 1 channel, or as RGB, 3."""
+    parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
+    changed = {name: Split(rgb_to_grayscale(part.images, channels), part.labels) for name, part in parts.items()}
+    return replace(images, **changed)
 
 
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:

@@ -27,8 +27,8 @@ from distributed import World
 from divergence import Recovery
 from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
-from logger.progress import announce, compiled
-from logger.run_dir import RunDir
+from logger.progress import announce, check_memory, compiled
+from logger.run_dir import RunDir, read_config
 from logger.run_logger import RunLogger
 from losses import joint_loss
 from models import JointForward, copy_weights, frozen_sampler_model
@@ -77,6 +77,7 @@ class Trainer:
         self.build_model()
         self.rng.seed(cfg.seed)
         self.buffer = self.sampler = None
+        check_memory(self)
         if cfg.samples:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
@@ -142,10 +143,12 @@ class Trainer:
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
-        announce(self, run.path, ran)
+        before = read_config(run.path).get("environment")  # of a run that is resumed
+        announce(self, run.path, ran, before or ran)
         written = run if self.world.rank == 0 else None
         if written:
-            run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
+            now = utils.environment(self.device) | ran
+            run.write_config(asdict(self.cfg), now, data=self.data.description, environment_before=before)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -17,6 +18,9 @@ from torchvision.transforms import functional as F
 
 import data
 import main
+from checkpoints.load import load_data, open_trained
+from config import Config
+from config.cli import parse
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -397,8 +401,11 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     assert len(data.load("folder", tmp_path / "alone", trained_on={}).test) == 20
 
 
-def test_another_test_set_is_measured_whole(tmp_path):
-    """By the command line: the report's accuracy is of all its images, and speaks of no training images."""
+def test_another_test_set_is_measured_whole(tmp_path, capsys):
+    """By the command line: the report's accuracy is of all its images, and speaks of no training images.
+
+    Grey images in a network for colour, too; where images do not fit, the advice is what would make them fit.
+    """
     write_pngs(tmp_path / "own", "a", "b", n=20)
     write_pngs(tmp_path / "other", "a", "b", n=9)
     options = ["--gpu", "cpu", "--no_log", "--logdir", str(tmp_path / "runs")]
@@ -410,3 +417,22 @@ def test_another_test_set_is_measured_whole(tmp_path):
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
     assert report.count("these data are test images alone") == 2
+    (tmp_path / "grey" / "b").mkdir(parents=True)
+    shutil.copytree(tmp_path / "other" / "a", tmp_path / "grey" / "a")
+    for i, file in enumerate((tmp_path / "grey" / "a").iterdir()):
+        Image.open(file).convert("L").save(file)
+        file.rename(file.parents[1] / "ab"[i % 2] / file.name)
+    test = ["--mode", "test", "--load_ckpt", str(run), "--eval", "classification", *options]
+    assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
+    grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
+    assert grey.shape == (3, 8, 8) and len(grey.test) == 9
+    assert torch.equal(grey.test.images[:, :1].expand(-1, 3, -1, -1), grey.test.images)
+    write_pngs(tmp_path / "three", "a", "b", "c")
+    write_pngs(tmp_path / "large", "a", "b", side=12)
+    for folder, advice in (
+        ("three", "choose a set that has as many classes, of that size"),
+        ("large", "give --image_size 8"),
+    ):
+        assert main.main([*test, "--data_dir", str(tmp_path / folder)]) == 2
+        assert f"{advice}\n" in capsys.readouterr().err
+    assert main.main([*test, "--data_dir", str(tmp_path / "large"), "--image_size", "8"]) == 0
