@@ -1,31 +1,25 @@
 """Several processes of one run, a device each: start by torchrun, exchange, sharding. One alone sends nothing."""
 
-import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from utils import UserError, tree_to
 
 PER_PROCESS = ("rng", "sampler", "meter")  # parts of a run's state that differ between processes, besides the buffer
 TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
-NOT_TORCHRUN = (
-    "this is one of {0} equal runs that srun (SLURM) or mpirun started: start one run of {0} processes with torchrun "
-    "--nproc_per_node={0}, or of a single process with srun --ntasks=1"
-)
-
+EQUAL_RUNS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # how many mpirun or srun says it started
 T = TypeVar("T")
-
+is_distributed = dist.is_initialized  # whether there are other processes to agree with
 torchrun_store: dist.Store | None = None  # lives as long as torchrun: longer than processes that it starts again
 store: dist.Store | None = None  # the part of it that these processes have to themselves
 
@@ -37,9 +31,6 @@ class World(NamedTuple):
     size: int = 1
 
 
-is_distributed = dist.is_initialized  # whether there are other processes to agree with
-
-
 def current_world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if is_distributed() else World()
 
@@ -49,9 +40,14 @@ def connect() -> None:
     global torchrun_store, store
     if is_distributed():
         return
-    if "RANK" not in os.environ and started_together() > 1:
-        raise UserError(NOT_TORCHRUN.format(started_together()))
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+    if "RANK" not in os.environ:
+        n = next((os.environ[name] for name in EQUAL_RUNS if os.environ.get(name)), "1")
+        if n != "1":
+            raise UserError(
+                f"this is one of {n} equal runs that srun (SLURM) or mpirun started: start one run of {n} processes "
+                f"with torchrun --nproc_per_node={n}, or of a single process with srun --ntasks=1"
+            )
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
             torchrun_store, rank, size = next(dist.rendezvous("env://"))
@@ -62,22 +58,14 @@ def connect() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif "TORCHELASTIC_RUN_ID" in os.environ and torchrun_store is None:  # one process, which it may start again
         with suppress(RuntimeError):  # torchrun has gone and left its variables
-            torchrun_store = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))[0]
-
-
-def started_together() -> int:
-    """How many processes mpirun or srun says it started, this one among them."""
-    counts = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"]
-    if "SLURM_PROCID" in os.environ and os.environ.get("ENVIRONMENT") != "BATCH":  # a batch script is one process
-        counts.append("SLURM_NTASKS")
-    return int(next((os.environ[name] for name in counts if os.environ.get(name)), 1))
+            torchrun_store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))
 
 
 def unused_part(whole: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of torchrun's store without addresses of processes that are gone.
 
-    Which attempt this is, torchrun does not say: its count of restarts differs between machines. So each process leaves
-    a ticket, and rank 0 answers the newest ticket of each rank until the process that left it confirms.
+    Its count of restarts differs between machines. So each process leaves a ticket, and rank 0 answers the newest one
+    of each rank until the process that left it confirms.
     """
     ticket = uuid.uuid4().hex
     if rank > 0:
@@ -103,32 +91,12 @@ def remembered(name: str) -> str | None:
     return torchrun_store.get(name).decode() if torchrun_store is not None and torchrun_store.check([name]) else None
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other process has come with this message before, so that a terminal shows it once."""
-    try:
-        return store is None or store.add(f"said/{message}", 1) == 1
-    except RuntimeError:  # the store has gone with torchrun
-        return True
-
-
-@contextmanager
-def only_rank0_prints() -> Iterator[None]:
-    """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
-    if current_world().rank == 0:
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-
-
 def lost_connection(error: Exception) -> bool:
     """Whether processes cannot go on together, most often because one has gone."""
     return is_distributed() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum of a tensor over all processes. Its gradient is that of the sum of all processes' losses."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
@@ -141,7 +109,7 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, on the device, and differentiable."""
+    """The sum of x over all processes, on the device. Its gradient is that of the sum of all processes' losses."""
     return AllReduceSum.apply(x) if is_distributed() else x
 
 
@@ -158,57 +126,45 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
     return tuple(largest.tolist())
 
 
-def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, with gradients that are means over all processes after ``backward``: DistributedDataParallel's."""
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, devices) if is_distributed() else module
+def all_gather_object(value: T) -> list[T]:
+    """The values of all processes, by rank, which hold tensors of the CPU alone."""
+    everyone = [value] * current_world().size
+    if is_distributed():
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
-def all_gather_object(what: str, value: T) -> list[T]:
-    """The values of all processes, by rank, which hold tensors of the CPU alone. DistError if ``what`` differs."""
-    if not is_distributed():
-        return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (what, value))
-    names = sorted({name for name, _ in everyone})
-    if len(names) > 1:
-        raise dist.DistError(f"processes do different things, one {' and another '.join(names)}")
-    return [value for _, value in everyone]
-
-
-def raise_on_all_ranks(what: str, call: Callable[[], T]) -> T:
+def raise_on_all_ranks(call: Callable[[], T]) -> T:
     """What ``call`` returns. Its error is one in all processes: in the others it is a UserError or a RuntimeError."""
     try:
         result = call()
     except Exception as error:
-        kind = UserError if isinstance(error, UserError) else RuntimeError
-        all_gather_object(what, kind(str(error) or type(error).__name__))  # the others wait to hear of it
+        if not hasattr(error, "is_shared"):  # the others wait to hear of it
+            error.is_shared = True
+            kind = UserError if isinstance(error, UserError) else RuntimeError
+            all_gather_object(kind(str(error) or type(error).__name__))
         raise
-    for failure in filter(None, all_gather_object(what, None)):
+    for failure in filter(None, all_gather_object(None)):
+        failure.is_shared = True
         raise failure
     return result
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Call ``make`` in rank 0 and return its result in every process. An error is raised in every process."""
-    result = [raise_on_all_ranks("waits for the first", make if current_world().rank == 0 else lambda: None)]
+    result = [raise_on_all_ranks(make if current_world().rank == 0 else lambda: None)]
     if is_distributed():
         dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     return result[0]
 
 
 def rank0_first(load: Callable[[], T]) -> T:
-    """What ``load`` returns in each process: first in rank 0, then in one process of each machine, then in the others.
+    """What ``load`` returns: called first in rank 0, then in one process of each machine, then in the others.
 
     The first may download, or write into a cache, what the others then find. An error in one is an error in all.
     """
     turn = 0 if current_world().rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    return [raise_on_all_ranks("loads", load if now == turn else lambda: None) for now in range(3)][turn]
-
-
-def shard_size(n: int) -> int:
-    """How many of n items one process does at most in ``sharded_map``."""
-    return math.ceil(n / current_world().size)
+    return [raise_on_all_ranks(load if now == turn else lambda: None) for now in range(3)][turn]
 
 
 def sharded_map(
@@ -216,9 +172,8 @@ def sharded_map(
 ) -> list[T]:
     """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
 
-    Item i is done in the process of rank i modulo their number. ``rng``, from which ``work`` may draw, gets a seed for
-    each item and one for afterwards: no number depends on who does what. ``device`` is where the tensors are that
-    ``work`` returns, alone or in tuples; ``title`` stands at a progress bar. For errors see ``raise_on_all_ranks``.
+    ``rng`` gets a seed for each item and one for afterwards: what ``work`` draws does not depend on who does it.
+    ``device``: where the tensors are that it returns, alone or in tuples. Errors are as in ``raise_on_all_ranks``.
     """
     rank, size = current_world()
     rng = rng or Generator()
@@ -229,12 +184,11 @@ def sharded_map(
         return work(items[i])
 
     numbers = tqdm(range(rank, len(items), size), desc=title, unit="batch", leave=False, disable=not title)
-    what = f"does {len(items)} of {title or work.__qualname__}"
-    own = raise_on_all_ranks(what, lambda: [do(i) for i in numbers])
+    own = raise_on_all_ranks(lambda: [do(i) for i in numbers])
     rng.manual_seed(seeds[-1])
     if size == 1:
         return own
-    parts = [tree_to(part, device) for part in all_gather_object(what, tree_to(own, torch.device("cpu")))]
+    parts = [tree_to(part, device) for part in all_gather_object(tree_to(own, torch.device("cpu")))]
     return [parts[i % size][i // size] for i in range(len(items))]
 
 
@@ -246,11 +200,11 @@ def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     rank, size = current_world()
     parts = [None] * size if rank == 0 else None
     dist.gather_object({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state}, parts)
-    if parts is None:
+    if rank > 0:
         return state
-    buffers = [part.pop("buffer") for part in parts if "buffer" in part]
-    if buffers:
-        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
+    if "buffer" in state:
+        buffers = [part.pop("buffer") for part in parts]
+        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in state["buffer"]}
         state = state | {"buffer": whole}
     return state | {"processes": parts}
 

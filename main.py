@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit status that --help explains."""
     try:
         distributed.connect()
-        with distributed.only_rank0_prints():
+        with terminal.only_rank0_prints():
             status = run(arguments)
         if distributed.is_distributed():  # torchrun sends SIGTERM to all when one ends: our exit status is to stay
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 def complain(status: int, kind: str, message: str) -> int:
     """One line on stderr, from one of several processes that have the same to say; returns ``status``."""
-    if distributed.first_to_say(message):
+    if terminal.first_to_say(message):
         print(f"{kind}: {utils.printable(message)}", file=sys.stderr)
     return status
 

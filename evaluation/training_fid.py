@@ -1,5 +1,7 @@
 """The Fréchet distance of samples while a run trains: --quality_every."""
 
+import math
+
 import torch
 from torch import Generator, Tensor
 
@@ -44,9 +46,10 @@ class SampleQuality:
         ``model`` is the ``frozen_sampler_model`` that the chains climb.
         """
         chains = run_chains(model, self.start, self.cfg.fresh_steps, self.cfg, rng)
-        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[: distributed.shard_size(self.start.n)]
+        n = math.ceil(self.start.n / distributed.current_world().size)
+        chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[:n]
         own = to_uint8(buffer[chosen].nan_to_num(0)).cpu()
-        held = torch.cat(distributed.all_gather_object("images of the replay buffer", own))
+        held = torch.cat(distributed.all_gather_object(own))
         sets = {"fresh_samples": to_uint8(chains.x), "chain_starts": to_uint8(chains.start), "buffer": held}
         distances = {}
         for name, shown in sets.items():
