@@ -173,7 +173,7 @@ def sharded_map(
     """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
 
     ``rng`` gets a seed for each item and one for afterwards: what ``work`` draws does not depend on who does it.
-    ``device``: where the tensors are that it returns, alone or in tuples. Errors are as in ``raise_on_all_ranks``.
+    ``device``: where the tensors are that it returns, alone or in tuples. Errors: see ``raise_on_all_ranks``.
     """
     rank, size = current_world()
     rng = rng or Generator()

@@ -114,10 +114,10 @@ def git_commit(folder: Path) -> str:
     """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown"."""
     if not (folder / ".git").exists():  # a copy inside somebody's own repository is not that repository's commit
         return "unknown"
-    git = partial(subprocess.run, capture_output=True, check=True, encoding="utf-8", errors="replace", cwd=folder)
+    git = partial(subprocess.check_output, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace", cwd=folder)
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain"]).stdout.strip()
+        commit = git(["git", "rev-parse", "HEAD"]).strip()
+        changed = git(["git", "status", "--porcelain"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit} with local changes" if changed else commit

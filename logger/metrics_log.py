@@ -21,9 +21,8 @@ def tensorboard_writer(directory: Path, purge_step: int | None = None):
     try:
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:
-        raise UserError(
-            f"TensorBoard cannot write to {directory}: its name is not valid UTF-8; rename it, or give --no_log"
-        ) from None
+        problem = "its name is not valid UTF-8; rename it, or give --no_log"
+        raise UserError(f"TensorBoard cannot write to {directory}: {problem}") from None
 
 
 class Log:
@@ -79,15 +78,10 @@ class Log:
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def hyperparameters(self, options: dict[str, Any]) -> None:
-        """The options as TensorBoard's HPARAMS tab and as a table."""
+        """The options as a table of TensorBoard."""
         if self.board:
-            from torch.utils.tensorboard.summary import hparams
-
-            known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
-            rows = [f"| {k} | {v} |" for k, v in known.items()]
+            rows = [f"| {name} | {printable(value, 'utf-8')} |" for name, value in options.items()]
             with disk_errors(self.path):
-                for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
-                    self.board.file_writer.add_summary(summary)
                 self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
 
     def flush(self) -> int:
@@ -111,10 +105,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     grows, so that a checkpoint's position in it stays true.
     """
     lines = []
-    for text in path.read_text().splitlines(keepends=True):
-        if text.endswith("\n"):
-            line = json.loads(text)
-            if "back_to" in line:
-                lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
-            lines.append(line)
+    for text in path.read_text().split("\n")[:-1]:
+        line = json.loads(text)
+        if "back_to" in line:
+            lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
+        lines.append(line)
     return lines
