@@ -1,10 +1,10 @@
-"""Several processes of one run, a device each: start by torchrun, exchange, sharding. One alone sends nothing."""
+"""Several processes of one run, a device each: start by torchrun, exchange, shared work. One alone sends nothing."""
 
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from utils import UserError, tree_to
 
-PER_PROCESS = ("rng", "sampler", "meter")  # parts of a run's state that differ between processes, besides the buffer
 TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
 EQUAL_RUNS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # how many mpirun or srun says it started
 T = TypeVar("T")
@@ -89,6 +88,23 @@ def remember(name: str, value: str) -> None:
 def remembered(name: str) -> str | None:
     """What processes that torchrun started before these have kept, if there were any."""
     return torchrun_store.get(name).decode() if torchrun_store is not None and torchrun_store.check([name]) else None
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other process has come with this message before, so that a terminal shows it once."""
+    with suppress(RuntimeError):  # the store has gone with torchrun
+        return store is None or store.add(f"said/{message}", 1) == 1
+    return True
+
+
+@contextmanager
+def only_rank0_prints() -> Iterator[None]:
+    """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
+    if current_world().rank == 0:
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
 
 
 def lost_connection(error: Exception) -> bool:
@@ -190,31 +206,3 @@ def sharded_map(
         return own
     parts = [tree_to(part, device) for part in all_gather_object(tree_to(own, torch.device("cpu")))]
     return [parts[i % size][i // size] for i in range(len(items))]
-
-
-def gather_state(state: dict[str, Any]) -> dict[str, Any]:
-    """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
-
-    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together.
-    """
-    rank, size = current_world()
-    parts = [None] * size if rank == 0 else None
-    dist.gather_object({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state}, parts)
-    if rank > 0:
-        return state
-    if "buffer" in state:
-        buffers = [part.pop("buffer") for part in parts]
-        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in state["buffer"]}
-        state = state | {"buffer": whole}
-    return state | {"processes": parts}
-
-
-def shard_state(state: dict[str, Any], world: World) -> dict[str, Any]:
-    """This process's part of a gathered state, or of a state that one process saved.
-
-    If the number of processes has changed, each gets what rank 0 had of its own (``PER_PROCESS``).
-    """
-    everyone = state.get("processes", [{}])
-    state = state | everyone[world.rank if len(everyone) == world.size else 0]
-    buffer = {name: whole[world.rank :: world.size] for name, whole in state.get("buffer", {}).items()}
-    return state | ({"buffer": buffer} if buffer else {})

@@ -19,10 +19,11 @@ import utils
 from acceleration import CompiledOrEager, CUDAGraphBackward, compiles
 from chain_init import build_chain_init
 from checkpoints.files import save_checkpoint
-from checkpoints.load import build_for, load_weights
+from checkpoints.load import build_for, load_weights, same_classes
+from checkpoints.resume import gather_state, shard_state
 from config import Config
 from config.checks import check_sizes
-from distributed import World, gather_state, shard_state
+from distributed import World
 from divergence import Recovery
 from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
@@ -257,6 +258,9 @@ class Trainer:
                 x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
         if self.sampler is None:
             return StepBatch(x, y, x_real, None), {}
+        if self.one_process_forward.norm_statistics == "running":
+            with torch.no_grad(), utils.autocast(self.device, self.dtype):
+                self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
@@ -335,12 +339,18 @@ class Trainer:
             self.cycle_ends.append(self.total_steps)
 
     def load_weights(self, path: Path, content: dict[str, Any]) -> None:
-        """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer."""
-        load_weights(self.model, self.cfg, path, content)
+        """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer.
+
+        If these images have other classes, the head that makes logits of features, and the buffer, start anew.
+        """
+        new_head = not same_classes(content["data"], self.data)
+        load_weights(self.model, self.cfg, path, content, new_head)
         if self.ema is not None:
             self.ema.load_state_dict(self.model.state_dict())
         print(f"Starting from the {'averaged ' if 'ema' in content['state'] else ''}weights of {path}.")
-        if self.buffer is not None and "buffer" in content["state"]:
+        if new_head:
+            print("Its classes are others: the last layer and the replay buffer start anew.")
+        elif self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
             if stored["images"].shape == self.buffer.images.shape:
                 self.buffer.load_state_dict(stored)

@@ -1,20 +1,24 @@
-"""Which run a command line continues, and with which options."""
+"""Which run a command line continues, and with which options; the state of several processes in one checkpoint."""
 
 import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import distributed
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
 from config import Config
 from config.cli import as_typed
+from distributed import World
 from logger.run_dir import RunDir, read_config
 from utils import UserError
 
 RESUMABLE = frozenset(f.name for f in fields(Config) if f.metadata["resumable"])
 # Resumable ones in which --resume auto wants a run to agree: with others it is another job.
 OF_A_JOB = ("epochs", "max_steps", "load_ckpt", "start_dir", "note")
+PER_PROCESS = ("rng", "sampler", "meter")  # parts of a state that differ between processes, besides the buffer
 OF_DISTANCES = {"feature_ckpt", "n_samples", "n_sample_steps"}  # with others, distances cannot be compared
 
 
@@ -107,3 +111,31 @@ def priority(run: Path) -> tuple[bool, float]:
         return False, 0.0
     interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
     return interrupted, content.get("time", path.stat().st_mtime)
+
+
+def gather_state(state: dict[str, Any]) -> dict[str, Any]:
+    """In rank 0, its state with what the others have of their own: ``processes``, by rank, and the whole replay buffer.
+
+    Image i of the process of rank r is image i * size + r of the whole, which keeps classes together.
+    """
+    rank, size = distributed.current_world()
+    parts = [None] * size if rank == 0 else None
+    torch.distributed.gather_object({name: state[name] for name in (*PER_PROCESS, "buffer") if name in state}, parts)
+    if parts is None:
+        return state
+    buffers = [part.pop("buffer") for part in parts if "buffer" in part]
+    if buffers:
+        whole = {name: torch.stack([buffer[name] for buffer in buffers], 1).flatten(0, 1) for name in buffers[0]}
+        state = state | {"buffer": whole}
+    return state | {"processes": parts}
+
+
+def shard_state(state: dict[str, Any], world: World) -> dict[str, Any]:
+    """This process's part of a gathered state, or of a state that one process saved.
+
+    If the number of processes has changed, each gets what rank 0 had of its own (``PER_PROCESS``).
+    """
+    everyone = state.get("processes", [{}])
+    state = state | everyone[world.rank if len(everyone) == world.size else 0]
+    buffer = {name: whole[world.rank :: world.size] for name, whole in state.get("buffer", {}).items()}
+    return state | ({"buffer": buffer} if buffer else {})

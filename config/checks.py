@@ -37,6 +37,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--inpaint, --denoise, --counterfactual and --from_buffer start from different images: give one of them"
     if cfg.n_sample_steps == 0 and (cfg.mode == "test" or (cfg.mode == "sample" and cfg.counterfactual is not None)):
         yield "--n_sample_steps 0 leaves nothing to measure or to change: give at least 1"
+    if cfg.mode == "score" and not cfg.images:
+        yield "--mode score needs --images, a picture or a folder of pictures"
     if cfg.mode == "export" and Path(cfg.export).suffix not in (".pt", ".safetensors"):
         yield "--mode export needs --export, a file whose name ends in .pt or .safetensors"
 

@@ -15,7 +15,7 @@ from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
 NETWORK = (*TRAINING, "test", "sample")  # modes that compute with it
-MODES = (*NETWORK, "export")
+MODES = (*NETWORK, "score", "export")
 STARTS = {  # images that are no samples, and what reports call them
     "uniform": "uniform noise",
     "gaussian": "a Gaussian fitted to the training images",
@@ -54,7 +54,7 @@ speed = partial(option, "speed", modes=NETWORK)
 class Options:
     """One run's options, unchecked: see ``Config``."""
 
-    mode: str = settings("energy_train", "train a JEM or a plain classifier; test, sample, export --load_ckpt", MODES)
+    mode: str = settings("energy_train", "train a JEM or a plain classifier; the others use --load_ckpt", MODES)
     recipe: str = settings("jem", f"a paper's options, which those given replace. {RECIPE_HELP}", tuple(RECIPES))
     gpu: str = run("0", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (0: all devices)")
     seed: int = settings(1, "seed of every random generator", minimum=0)
@@ -239,13 +239,20 @@ class Options:
     n_sample_steps: int | None = samples(
         None, "steps of a sample's chain (default: 200; for --denoise as in training); 0 writes its start", minimum=0
     )
+    images: str = sample(
+        "",
+        "your own pictures, a file or a folder: to score, or to fill in, clean or change instead of test images",
+        is_path=True,
+        modes=("sample", "score"),
+        needs=("inpaint", "denoise", "counterfactual", "mode=score"),
+    )
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample(
         "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
     )
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
     counterfactual: str | None = sample(
-        None, "move test images a little towards this class (name, or number from 0 on), or to each of all"
+        None, "move images a little towards this class (name, or number from 0 on), or to each of all"
     )
     counterfactual_eps: float | None = sample(
         None, "how far, L2, pixels in [0, 1] (default: 2.5)", above=0, needs=("counterfactual",)

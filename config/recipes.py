@@ -46,10 +46,10 @@ RECIPES = {
     "oe-jem": Recipe(
         "this program's own; outlier exposure: Liu et al., NeurIPS 2020, arXiv 2010.03759",
         "a short second phase after m-jem or sada-jem, with --load_ckpt: log p(x) on running statistics, below that of "
-        "images for noise, shapes and mixed images",
-        dict(CHAINS | CLEAN, optimizer="sgd", lr=0.01, weight_decay=5e-4, warmup_steps=20, epochs=5, ema=0.99)
+        "images for noise and shapes",
+        dict(CHAINS | CLEAN, optimizer="sgd", lr=0.005, weight_decay=5e-4, warmup_steps=50, epochs=5, ema=0.99)
         | {"sgld_step": 5, "start": "class_gaussian", "mean_energy_l2": 0.1, "p_x_batch_size": 32}
         | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 32}
-        | {"outlier_images": "smooth:0.3,shapes:0.45,mixed:0.15,patches:0.1"},
+        | {"outlier_images": "smooth:0.5,shapes:0.5"},
     ),
 }

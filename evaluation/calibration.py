@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.report import Interval, Section, bootstrap
+from evaluation.intervals import Interval, bootstrap
+from evaluation.report import Section
 from models.predict import predict
 
 needs_labels = True

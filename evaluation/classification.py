@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.report import Section, bootstrap
+from evaluation.intervals import bootstrap
+from evaluation.report import Section
 from models import log_density
 from models.predict import predict
 

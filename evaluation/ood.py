@@ -15,7 +15,8 @@ import distributed
 import image_folder
 from config import Config
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
-from evaluation.report import Section, bootstrap
+from evaluation.intervals import bootstrap
+from evaluation.report import Section
 from losses import auroc
 from models import JEM, log_density
 from models.predict import images_per_batch

@@ -27,30 +27,26 @@ class Table(NamedTuple):
 
 def write_files(report: Report) -> None:
     """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
-    texts = {
-        "results.json": json.dumps(report.as_dict(), indent=2) + "\n",
-        "report.md": render(report, "report.md.jinja", finalize=markdown_text),
-        "report.html": render(report, "report.html.jinja"),  # one file with the pictures inside
-    }
-    for name, text in texts.items():
-        replace_file(report.directory / name, text.encode())
+    results, markdown = (
+        json.dumps(report.as_dict(), indent=2),
+        render(report, "report.md.jinja", finalize=markdown_text),
+    )
+    replace_file(report.directory / "results.json", f"{results}\n".encode())
+    replace_file(report.directory / "report.md", markdown.encode())
+    replace_file(report.directory / "report.html", render(report, "report.html.jinja").encode())  # pictures inside
 
 
 def render(report: Report, template: str, **options: Any) -> str:
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
-    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique, data_uri)}
+    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique)}
+    env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     return env.get_template(template).render(report=report)
 
 
 def markdown_text(value: Any) -> Markup:
     """A text with nothing in it that a viewer takes for HTML; what is Markup already has been through this."""
     return value if isinstance(value, Markup) else Markup(str(value).replace("&", "&amp;").replace("<", "&lt;"))
-
-
-def data_uri(picture: Path) -> str:
-    """A PNG file as the address of an image."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def facts(report: Report) -> Table:
@@ -62,14 +58,13 @@ def facts(report: Report) -> Table:
 def changed_options(report: Report) -> Table:
     mine, others = report.header["options"], report.other.header["options"]
     names = [name for name in mine if name in others and mine[name] != others[name] and name not in NOT_SHOWN]
-    lines = [[f"--{name}", str(mine[name]), str(others[name])] for name in names]
-    return Table("options that differ", ["option", *RUNS], lines)
+    return Table("options that differ", ["option", *RUNS], [[f"--{n}", str(mine[n]), str(others[n])] for n in names])
 
 
 def runs_of(report: Report, name: str) -> dict[str, Section]:
     """A section of this run and, if it has been measured there, of the other, by which run it is."""
-    runs = zip(RUNS, (report, report.other), strict=True)
-    return {run: found.sections[name] for run, found in runs if found and name in found.sections}
+    pair = {RUNS[0]: report, RUNS[1]: report.other}
+    return {run: r.sections[name] for run, r in pair.items() if r and name in r.sections}
 
 
 def protocols(report: Report, name: str) -> dict[str, str]:
@@ -79,7 +74,7 @@ def protocols(report: Report, name: str) -> dict[str, str]:
 
 
 def tables(report: Report, name: str) -> list[Table]:
-    """A section's tables. At the end of a line stand how many images it rests on, and the signs of its protocols.
+    """A section's tables; a line ends with how many images it rests on and the signs of its protocols.
 
     Beside another run, a line holds one measurement of each, and a mark if these were made in another way.
     """
@@ -92,8 +87,7 @@ def tables(report: Report, name: str) -> list[Table]:
     same_images = report.other and report.header["about"]["data set"] == report.other.header["about"].get("data set")
     signs, filled = protocols(report, name), []
     for table, rows in found.items():
-        columns = list(RUNS) if report.other else unique(rows.values())
-        lines = []
+        columns, lines = (list(RUNS) if report.other else unique(rows.values())), []
         for row, cells in rows.items():
             n = unique([str(m.n)] for m in cells.values())
             sign = unique([signs[m.protocol]] for m in cells.values())
@@ -135,10 +129,8 @@ def read_section(report: Report, name: str, content: dict[str, dict]) -> None:
     section = report.section(name)
     for title, item in content["results"].items():
         table, rows = (ALONE, {title: {VALUE: item}}) if "protocol" in item else (title, item)
-        for row, line in rows.items():
-            for column, cell in line.items():
-                section.measurements[table, row, column] = Measurement(**cell)
+        cells = [(row, column, cell) for row, line in rows.items() for column, cell in line.items()]
+        section.measurements |= {(table, row, column): Measurement(**cell) for row, column, cell in cells}
     section.notes, section.absent = content["notes"], content["absent"]
-    for picture, caption in content["pictures"].items():
-        if os.access(report.directory / f"{picture}.png", os.R_OK):
-            section.pictures[picture] = caption
+    shown, at = content["pictures"].items(), report.directory
+    section.pictures = {name: text for name, text in shown if os.access(at / f"{name}.png", os.R_OK)}

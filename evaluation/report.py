@@ -2,23 +2,20 @@
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import distributed
+from evaluation.intervals import Interval, bootstrap, wilson
 from logger.files import replace_file
 from logger.images import save_png
 from utils import printable
 
-Interval = tuple[float, float]
-Place = tuple[str, str]  # row and column in a table
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 
 
@@ -50,21 +47,21 @@ class Section:
         self.pictures: dict[str, str] = {}  # captions, by the file's name without .png
 
     def add(
-        self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: Place | None = None
+        self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: tuple | None = None
     ) -> None:
-        """A measurement; ``at`` is its place in the table ``name``. One that is not finite is absent."""
+        """A measurement; ``at`` is its row and column in the table ``name``. One that is not finite is absent."""
         if not math.isfinite(value):
             self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
             return
         table, row, column = (printable(text, "utf-8") for text in ((name, *at) if at else (ALONE, name, VALUE)))
         self.measurements[table, row, column] = Measurement(float(value), interval, n, printable(protocol, "utf-8"))
 
-    def add_mean(self, name: str, values: Tensor, protocol: str, at: Place | None = None) -> None:
+    def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple | None = None) -> None:
         """The mean of one value an image, (N,), with its bootstrap interval."""
-        values = values.double().cpu()
+        values = values.double()
         self.add(name, values.mean().item(), len(values), protocol, bootstrap(Tensor.mean, values), at)
 
-    def add_proportion(self, name: str, true: Tensor, protocol: str, at: Place | None = None) -> None:
+    def add_proportion(self, name: str, true: Tensor, protocol: str, at: tuple | None = None) -> None:
         """The share of images, bool (N,), with its Wilson interval."""
         self.add(name, true.double().mean().item(), len(true), protocol, wilson(true), at)
 
@@ -80,72 +77,38 @@ class Section:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
         name = name.replace(",", "").replace(" ", "_")
         path, encoded = self.directory / f"{name}.png", io.BytesIO()
-        writes = distributed.current_world().rank == 0
-        if writes and isinstance(content, Figure):
-            content.savefig(encoded, dpi=120)
-            replace_file(path, encoded.getvalue())
-        elif writes:
-            save_png(path, content)
+        if distributed.current_world().rank == 0:
+            if isinstance(content, Figure):
+                content.savefig(encoded, dpi=120)
+                replace_file(path, encoded.getvalue())
+            else:
+                save_png(path, content)
         self.pictures[name] = printable(caption, "utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for (table, row, column), measurement in self.measurements.items():
-            if table == ALONE:
-                results[row] = asdict(measurement)
-            else:
-                results.setdefault(table, {}).setdefault(row, {})[column] = asdict(measurement)
+            line = results if table == ALONE else results.setdefault(table, {}).setdefault(row, {})
+            line[row if table == ALONE else column] = asdict(measurement)
         return {"results": results, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
 
 
 class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
-    header: "about", "options" and "environment", each a dict. ``other``: the report of another run, to be shown beside
-    this one.
+    header: "about", "options" and "environment", each a dict. ``other``: another run's report, to be shown beside.
     """
 
     def __init__(self, directory: Path, header: dict[str, dict], other: "Report | None" = None):
         self.directory, self.other = directory, other
-        self.header = {name: {k: as_printable(v) for k, v in part.items()} for name, part in header.items()}
+        self.header = {
+            name: {k: printable(v, "utf-8") if isinstance(v, str) else v for k, v in part.items()}
+            for name, part in header.items()
+        }
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:
-        self.sections[name] = Section(name, self.directory)
-        return self.sections[name]
+        return self.sections.setdefault(name, Section(name, self.directory))
 
     def as_dict(self) -> dict[str, Any]:
-        """What results.json holds."""
         return self.header | {name: section.as_dict() for name, section in self.sections.items()}
-
-
-def as_printable(value: Any) -> Any:
-    return printable(value, "utf-8") if isinstance(value, str) else value
-
-
-def bootstrap(
-    statistic: Callable[..., Any], *groups: Tensor, replicates: int = 1000, centre: float | None = None
-) -> Interval:
-    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
-
-    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
-    """
-    rng = torch.Generator().manual_seed(0)
-    groups = [group.cpu() for group in groups]
-    drawn = []
-    for _ in range(replicates):
-        drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    if centre is not None:
-        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
-    return float(low), float(high)
-
-
-def wilson(true: Tensor) -> Interval:
-    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %; nan without images."""
-    from scipy.stats import binomtest  # slow to import
-
-    if len(true) == 0:
-        return math.nan, math.nan
-    low, high = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
-    return float(low), float(high)

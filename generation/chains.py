@@ -65,8 +65,8 @@ def run_chains(
     compiled = cfg.compile == "on" and cfg.mode == "sample"  # in training it would take longer than the chains
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=compiled)
     batches = [range(first, first + cfg.n_chains) for first in range(0, start.n, cfg.n_chains)]
-    own = batches[:: distributed.current_world().size]  # of rank 0, whose bar it is
-    bar = tqdm(total=len(own) * steps, desc="SGLD", unit="step", leave=False)
+    own = math.ceil(len(batches) / distributed.current_world().size)  # batches of this process
+    bar = tqdm(total=own * steps, desc="SGLD", unit="step", leave=False)
 
     def run_batch(numbers: range) -> ChainResult:
         classes = [start.classes[i % len(start.classes)] for i in numbers]

@@ -1,12 +1,8 @@
-"""The terminal is not essential: whatever happens to stdout and stderr, a run goes on. Of its processes, one prints."""
+"""The terminal is not essential: whatever happens to stdout and stderr, a run goes on."""
 
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-
-import distributed
 
 
 class Forgiving(io.FileIO):
@@ -26,24 +22,6 @@ def protect() -> None:
         file = io.BufferedWriter(Forgiving(os.dup(stream.fileno()), "w"))
         forgiving = io.TextIOWrapper(file, stream.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, forgiving)
-
-
-@contextmanager
-def only_rank0_prints() -> Iterator[None]:
-    """Inside, what all processes but the first print, warnings and progress bars too, goes nowhere."""
-    if distributed.current_world().rank == 0:
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-
-
-def first_to_say(message: str) -> bool:
-    """Whether no other process has come with this message before, so that a terminal shows it once."""
-    try:
-        return distributed.store is None or distributed.store.add(f"said/{message}", 1) == 1
-    except RuntimeError:  # the store has gone with torchrun
-        return True
 
 
 def leave(status: int, at_once: bool = False) -> None:

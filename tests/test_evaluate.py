@@ -26,9 +26,10 @@ from data import Split, load
 from evaluation import attacks, classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
 from evaluation.inputs import EvalInputs
+from evaluation.intervals import bootstrap, wilson
 from evaluation.ood import converted, foreign_images, logits_and_slope
 from evaluation.rendering import read_report
-from evaluation.report import Section, bootstrap, wilson
+from evaluation.report import Section
 from losses import auroc
 from main import main
 from models import build_model

@@ -19,10 +19,10 @@ import main
 import trainer
 import utils
 from checkpoints.files import load_checkpoint
-from checkpoints.resume import named_run
+from checkpoints.resume import named_run, shard_state
 from config import Config
 from config.checks import check_sizes
-from distributed import World, shard_state
+from distributed import World
 from logger.metrics_log import read_log
 from utils import UserError
 
