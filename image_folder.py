@@ -228,15 +228,16 @@ def _decode_file(file: str, image_size: int | None, done: list[str]) -> np.ndarr
             raise UserError("has several frames or pages: export one frame of it")
         if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
             raise UserError("has one transparent colour but not 8 bits, which Pillow mixes up: convert it to 8 bits")
-        if image.getexif().get(ORIENTATION, 1) in range(2, 9):
-            done.append("were turned upright by their EXIF orientation")
+        turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
         pixel_data = source.tell()
         image.load()
         source.seek(pixel_data)
         if image.format == "JPEG" and b"\xff\xd9" not in source.read():  # libjpeg would take zeros for pixels
             raise UserError("is damaged (its end is missing): replace or remove it")
-    if image.format != "TIFF":  # which Pillow has turned as it was loaded
-        image = ImageOps.exif_transpose(image)
+    if turned:
+        done.append("were turned upright by their EXIF orientation")
+        if image.format != "TIFF":  # which Pillow has turned as it was loaded
+            image = ImageOps.exif_transpose(image)
     image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -328,7 +329,9 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     notes = [f"{n} of {len(kept)} images {text}" for text, n in sorted(done.items())]
     if ignored:
         notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
-    return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes + _warnings(pixels)}
+    if pixels.max() < 64:
+        notes.append(f"warning: no pixel is above {pixels.max()} of 255: are the images scaled wrongly?")
+    return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes}
 
 
 def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
@@ -344,17 +347,6 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
     if gigabytes > 0.5:
         print(f"data: {needed}", flush=True)
     return np.empty((n, 3, height, width), np.uint8)
-
-
-def _warnings(pixels: np.ndarray) -> list[str]:
-    """What looks wrong with the images, one line each."""
-    n, top, bottom, lines = len(pixels), pixels.max(), pixels.min(), []
-    flat = int((pixels == pixels[:, :, :1, :1]).all((1, 2, 3)).sum())
-    if flat >= 2 and flat > n / 10:
-        lines.append(f"warning: {flat} of {n} images are one flat colour each: is that what they should be?")
-    if top < 64 or top - bottom < 32:
-        lines.append(f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?")
-    return lines
 
 
 def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 EVALUATION_PACKAGES = ("torchmetrics", "torch-fidelity", "pyautoattack")  # imported where needed
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", *EVALUATION_PACKAGES)
@@ -166,11 +166,7 @@ class Signals:
 
 def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
     """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
-
-    def copied(leaf: Any) -> Any:
-        return leaf.detach().to(device or leaf.device, copy=True) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(copied, tree)
+    return tree_map_only(Tensor, lambda leaf: leaf.detach().to(device or leaf.device, copy=True), tree)
 
 
 class Generators:
