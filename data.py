@@ -191,8 +191,7 @@ def load(
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
         print("data:", printable(f"{len(class_names)} classes: {image_folder.some(class_names)}; {counts}"), flush=True)
-    device = torch.device(device)
-    if not stays_on_host(train.images.nbytes, device, data_device):
+    if not stays_on_host(train.images.nbytes, torch.device(device), data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
 
@@ -350,9 +349,8 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
     files = _files(cls)
     if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
         root = root.parent
-    missing = [file for file in files if not (root / file).exists()]
     for file, md5 in files.items():  # torchvision would write over damaged ones
-        if file not in missing and not check_integrity(root / file, md5):
+        if (root / file).exists() and not check_integrity(root / file, md5):
             raise UserError(f"{root / file} is damaged or of another data set (its MD5 sum is wrong): replace it")
     choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:
@@ -362,10 +360,9 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         inside = image_folder.some(sorted(path.name for path in root.glob("*"))) or "no files"
-        state = "is a file" if root.is_file() else f"holds {inside}, not {image_folder.some(missing)}"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
-        where = f"{cls.__name__} from {root}, which {state}"
+        where = f"{cls.__name__} from {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     for other, labels in FIRST_LABELS.items():
         if other is not cls and parts["train"].labels[:10].tolist() == labels:

@@ -116,11 +116,10 @@ class Trainer:
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
         statistics = cfg.norm_statistics if cfg.samples else "batch"
         self.one_process_forward = JointForward(self.model, self.forward, statistics)
-        self.joint_forward = self.one_process_forward
-        if distributed.is_distributed():  # gradients are then means over all processes
-            devices = [self.device] if self.device.type == "cuda" else None
-            self.joint_forward = DistributedDataParallel(self.one_process_forward, devices)
-        captures = self.device.type == "cuda" and not distributed.is_distributed()
+        self.joint_forward, on_gpu = self.one_process_forward, self.device.type == "cuda"
+        if distributed.is_distributed():  # gradients become means over all processes
+            self.joint_forward = DistributedDataParallel(self.joint_forward, [self.device] if on_gpu else None)
+        captures = on_gpu and not distributed.is_distributed()
         self.cuda_graphs = CUDAGraphBackward(self.model) if captures else None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.eval_model = self.model if self.ema is None else self.ema  # whose samples and accuracy are measured

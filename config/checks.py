@@ -110,13 +110,12 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     for name, size in sizes.items():
         if size % n_processes:
             raise UserError(f"--{name} {size} cannot be divided evenly among {n_processes} processes")
-    if not (cfg.samples and cfg.class_cond):
-        return
-    buffer = f"--buffer_size {cfg.buffer_size}"
-    if n_processes > 1 and cfg.buffer_size % (n_processes * n_classes):
-        raise UserError(f"{buffer} cannot be divided evenly among {n_processes} processes and {n_classes} classes")
-    if cfg.buffer_size // n_processes // n_classes < math.ceil(cfg.n_chains / n_processes / n_classes):
-        raise UserError(f"{buffer} has too few images of each of {n_classes} classes for {cfg.n_chains} chains")
+    if cfg.samples and cfg.class_cond:
+        buffer, parts = f"--buffer_size {cfg.buffer_size}", n_processes * n_classes
+        if n_processes > 1 and cfg.buffer_size % parts:
+            raise UserError(f"{buffer} cannot be divided evenly among {n_processes} processes and {n_classes} classes")
+        if cfg.buffer_size // parts < math.ceil(cfg.n_chains / parts):
+            raise UserError(f"{buffer} has too few images of each of {n_classes} classes for {cfg.n_chains} chains")
 
 
 def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:

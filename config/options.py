@@ -41,12 +41,14 @@ optimisation = partial(option, "optimisation", modes=TRAINING)
 sgld = partial(option, "SGLD", modes=("energy_train", "test", "sample"))
 training_chains = partial(option, "SGLD", modes=("energy_train",))
 energy = partial(option, "objective", modes=("energy_train",))
+outliers = partial(energy, needs=("outlier_weight",))
 classifier = partial(option, "objective", modes=TRAINING)
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
 test = partial(option, "test", modes=("test",), resumable=True)
 sample = partial(option, "sample", modes=("sample",), resumable=True)
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True)
+exported = partial(option, "export", modes=("export",), resumable=True)
 speed = partial(option, "speed", modes=NETWORK)
 
 
@@ -74,11 +76,7 @@ class Options:
     dataset: str = images("cifar10", "training and test images", tuple(DATASETS))
     data_dir: str = images("data", "where the data set's files are, or are downloaded to", is_path=True, resumable=True)
     image_size: int | None = images(
-        None,
-        "side in pixels to which the images of a folder are squeezed (default: their own size)",
-        minimum=8,
-        maximum=2048,
-        needs=("dataset=folder",),
+        None, "side in pixels to squeeze a folder's images to", minimum=8, maximum=2048, needs=("dataset=folder",)
     )
     n_valid: int | None = images(None, "images held out for validation (default: 5000 or, if less, a tenth)", minimum=0)
     labels_per_class: int | None = training_images(
@@ -104,8 +102,7 @@ class Options:
     stages: int = network(3, "a fourth stage, of twice the channels, suits images of 64x64", minimum=3, maximum=4)
     backbone: str = network("jem", "of JEM, or of robust classifiers: no biases, normalised images", tuple(BACKBONES))
     norm: str = network("none", "normalisation layers", tuple(NORMS))
-    norm_statistics: str = option(
-        "model",
+    norm_statistics: str = training_network(
         "batch",
         "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
         "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
@@ -205,16 +202,12 @@ class Options:
         None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
     )
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
-    outlier_weight: float = energy(
-        0.0, "weight of a term that keeps log p(x) of outliers below that of real images; 0: off", minimum=0
-    )
-    outlier_images: str = energy("smooth", "what the outliers are, named as in --start", needs=("outlier_weight",))
-    outlier_batch_size: int = energy(16, "outliers of a step", minimum=1, needs=("outlier_weight",))
-    outlier_margin: float = energy(2.0, "by how many nats they should lie below", needs=("outlier_weight",))
-    outlier_eps: float = energy(
-        1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0, needs=("outlier_weight",)
-    )
-    outlier_steps: int = energy(3, "steps in which they do", minimum=1, needs=("outlier_weight",))
+    outlier_weight: float = energy(0.0, "weight of keeping log p(x) of outliers below real images'; 0: off", minimum=0)
+    outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
+    outlier_batch_size: int = outliers(16, "outliers of a step", minimum=1)
+    outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
+    outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
+    outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
     diverge_threshold: float = energy(
         1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
     )
@@ -277,29 +270,17 @@ class Options:
         "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
     )
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
-    counterfactual: str | None = sample(
-        None, "move images a little towards this class (name, or number from 0 on), or to each of all"
-    )
+    counterfactual: str | None = sample(None, "move images to a class (name, or number from 0 on), or to each of all")
     counterfactual_eps: float | None = sample(
         None, "how far, L2, pixels in [0, 1] (default: 2.5)", above=0, needs=("counterfactual",)
     )
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
-    export: str = option(
-        "export",
-        "",
-        "new file: NAME.pt, which the program of --export_for opens; NAME.safetensors, which --load_ckpt opens",
-        modes=("export",),
-        is_path=True,
-        resumable=True,
+    export: str = exported(
+        "", "new file: NAME.pt, which --export_for's program opens; NAME.safetensors, for --load_ckpt", is_path=True
     )
-    export_for: str = option(
-        "export",
-        "auto",
-        "program that NAME.pt is for; sada-jem: M-JEM's too; robust: DAT's; auto: by the recipe, stages and backbone",
-        EXPORT_FOR,
-        modes=("export",),
-        resumable=True,
+    export_for: str = exported(
+        "auto", "of NAME.pt; sada-jem: M-JEM's too; robust: DAT's; auto: by recipe, stages and backbone", EXPORT_FOR
     )
 
     precision: str = speed("auto", "arithmetic; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
