@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from html import unescape
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,15 +119,6 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
     cfg = Config(mode="test", dataset="folder", max_images=40)  # in data/, the default
     with pytest.raises(UserError, match="would be downloaded into your images"):
         foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
-
-
-def test_the_likeliest_inverse_temperature_is_found():
-    """The density exp(beta sum(x) / 4) on the box, whose mean is known: beta = 8 has made the data."""
-    tilt = SimpleNamespace(log_density=lambda x: x.flatten(1).sum(1) / 4)
-    cfg = SimpleNamespace(ais_chains=100, ais_temperatures=100)
-    inputs = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
-    mean_of_pixel = 1 / math.tanh(8 / 4) - 4 / 8
-    assert likelihood.best_inverse_temperature(inputs, 4 * mean_of_pixel / 4, seeded(1)) == 8
 
 
 @pytest.mark.parametrize("true_temperature", [0.4, 3.0])
@@ -260,7 +250,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(attacks, "AUTOATTACK_PARTS", ("apgd-ce",))
     monkeypatch.setattr(attacks.AutoAttack, "perturb", lambda self, classifier, eps, x, y: x)
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
-    monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
 def test_the_report_s_numbers_by_a_slow_computation(run):
