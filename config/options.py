@@ -210,8 +210,8 @@ class Options:
     ood_datasets: str = test(
         "auto",
         "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, which need no files; auto: these four, with cifar10 also svhn "
-        "and cifar100",
+        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
+        "and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(

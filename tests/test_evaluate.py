@@ -177,6 +177,9 @@ def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkey
 
 
 def test_built_in_sets(inputs):
+    def cut(images):
+        return [part for image in images for row in image.split(4, 1) for part in row.split(4, 2)]
+
     test = inputs.data.test.images[:40]
     sets = {name: foreign_images(name, test, inputs) for name in ood.BUILT_IN}
     assert all(images.shape == test.shape and images.dtype == torch.uint8 for images in sets.values())
@@ -187,6 +190,13 @@ def test_built_in_sets(inputs):
     means = {tuple(((a.int() + b.int()) // 2).flatten().tolist()) for a in test for b in test}
     assert all(tuple(image.flatten().tolist()) in means for image in sets["interp"])
     assert 100 < sets["noise"].float().mean() < 155
+    assert torch.equal(sets["inverted"].int() + test.int(), torch.full_like(test, 255).int())
+    quarters = [sorted(bytes(q.numpy()) for q in cut(images)) for images in (sets["patches"], test)]
+    assert quarters[0] == quarters[1] and not torch.equal(sets["patches"], test)
+    weights = torch.exp(-torch.arange(-4, 5).square() / (2 * 2.0**2))
+    padded = F.pad(test.float(), (4, 4, 4, 4), mode="reflect")
+    kernel = (weights[:, None] * weights / weights.sum() ** 2)[None, None]
+    assert (F.conv2d(padded, kernel) - sets["blurred"]).abs().max() < 0.51
     assert all(torch.equal(images, foreign_images(name, test, inputs)) for name, images in sets.items())
 
 
@@ -536,9 +546,10 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
         "~/cats, dogs": ["~/cats, dogs"],
         "noise, ~/cats": ["noise", "~/cats"],
     }
-    usual = ["interp", "noise", "constant", "shuffled"]
-    assert ood.set_names(Config(mode="test", dataset="digits")) == usual
-    assert ood.set_names(Config(mode="test", dataset="cifar10")) == [*usual, "svhn", "cifar100"]
+    usual = ["interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted"]
+    others = {"digits": [], "cifar10": ["digits", "svhn", "cifar100"], "mnist": ["digits"]}
+    for dataset, more in others.items():
+        assert ood.set_names(Config(mode="test", dataset=dataset)) == [*usual, *more]
     for option, expected in names.items():
         assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
