@@ -3,7 +3,7 @@ BIN = .venv/bin
 DATA_DIR ?= data
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: train test eval clean
+.PHONY: train test eval demo clean
 
 train: .venv/train  ## a JEM on the 8x8 digits, in a minute or two on two CPU cores
 	$(BIN)/python benchmarks/reproduce.py digits
@@ -15,6 +15,9 @@ test: .venv/dev  ## ruff and the tests
 
 eval: .venv/train .venv/eval  ## every part of --mode test, shortened, on the newest run of make train
 	$(BIN)/python benchmarks/reproduce.py digits --test --data_dir $(DATA_DIR)
+
+demo: .venv/train  ## ten images of each class of CIFAR-10, by the network that comes with the repository
+	$(BIN)/python main.py --mode sample --class_cond --load_ckpt assets/cifar10_cpu.safetensors --note demo
 
 # A stamp that is older than its requirements has them installed again.
 .venv/train: requirements.txt | .venv/bin/pip
@@ -30,7 +33,16 @@ eval: .venv/train .venv/eval  ## every part of --mode test, shortened, on the ne
 	touch $@
 
 .venv/bin/pip:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is too old: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+
+# With PYTHON=... on the command line, an environment of another version is made anew.
+VERSION = -c 'import sys; print(sys.version_info[:2])'
+ifeq ($(origin PYTHON),command line)
+ifneq ($(shell $(BIN)/python $(VERSION) 2>&1),$(shell $(PYTHON) $(VERSION) 2>&1))
+.PHONY: .venv/bin/pip .venv/train .venv/eval .venv/dev
+endif
+endif
 
 clean:
 	rm -rf .venv

@@ -7,6 +7,7 @@ channels_last, on the generator's device, and never waits for the device.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -14,21 +15,32 @@ from torchvision.transforms.v2 import functional
 
 import distributed
 import image_folder
-from data import ImageData, Split, some_of_each_class, to_float
+from data import ImageData, augment, some_of_each_class, to_float
 from sgld import ChainInit, uniform_images
 from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
+Gaussian = tuple[Tensor, Tensor, float]  # mean (D,), factor (R, D) and noise; see ``fit``
 
 
-def build_chain_init(cfg, images: ImageData, shares: dict[str, float] | None = None) -> ChainInit:
+class StoredStarts(NamedTuple):
+    """What a file that ships has in the place of training images: their shape, and Gaussians fitted to them by name."""
+
+    shape: tuple[int, int, int]
+    gaussians: dict[str, list[Gaussian]]
+
+    def suffice(self, cfg) -> bool:
+        return cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *self.gaussians}
+
+
+def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, float] | None = None) -> ChainInit:
     """What ``--start`` names, or other ``shares`` of such images, by name."""
     shares = shares or cfg.start_shares
     inits = [build_one(name, cfg, images) for name in shares]
     return inits[0] if len(inits) == 1 else MixtureInit(inits, list(shares.values()))
 
 
-def build_one(name: str, cfg, images: ImageData) -> ChainInit:
+def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     """A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
     if name == "uniform":
         return UniformInit(images.shape)
@@ -36,6 +48,8 @@ def build_one(name: str, cfg, images: ImageData) -> ChainInit:
         return SmoothNoiseInit(images.shape)
     if name == "shapes":
         return ShapesInit(images.shape)
+    if isinstance(images, StoredStarts):
+        return GaussianInit(images.gaussians[name], images.shape)
     if name in ("patches", "mixed"):
         return (PatchesInit if name == "patches" else MixedPairsInit)(images)
     if name == "folder":
@@ -43,12 +57,14 @@ def build_one(name: str, cfg, images: ImageData) -> ChainInit:
         return FolderInit(distributed.rank0_first(read), images)
     device = images.test.images.device
     if name == "gaussian":
-        return GaussianInit(images.train, None, device)
+        return GaussianInit([fit(images.train.images, device)], images.shape)
     n_classes = len(images.class_names)
     for k, name in enumerate(images.class_names):
         if not (images.train.labels == k).any():
             raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
-    return GaussianInit(some_of_each_class(images.train, cfg.labels_per_class, n_classes), n_classes, device)
+    train = some_of_each_class(images.train, cfg.labels_per_class, n_classes)
+    gaussians = [fit(train.images[train.labels == k], device) for k in range(n_classes)]
+    return GaussianInit(gaussians, images.shape)
 
 
 class UniformInit:
@@ -177,7 +193,10 @@ class MixedPairsInit(TrainingImages):
 
 
 class FolderInit:
-    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT)."""
+    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT).
+
+    They are cropped with black edges and flipped.
+    """
 
     def __init__(self, images: Tensor, like: ImageData):
         self.shape = like.shape
@@ -185,23 +204,21 @@ class FolderInit:
             raise UserError(f"--start_dir needs square training images, and these are {self.shape[2]}x{self.shape[1]}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
-        self.images = images.to(like.test.images.device)
+        self.images, self.flip = images.to(like.test.images.device), like.flip
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
-        return to_float(self.images[chosen]).contiguous(memory_format=torch.channels_last)
+        return augment(self.images[chosen], self.flip, 0.0, rng, "black")
 
 
 class GaussianInit:
-    """Samples of a Gaussian with the images' mean and full covariance plus 1e-4 I, clamped to [-1, 1].
+    """Samples of Gaussians, clamped to [-1, 1]; ``fit`` gives them the images' mean and covariance.
 
-    One Gaussian for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM (n_classes None).
+    One Gaussian for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM.
     """
 
-    def __init__(self, split: Split, n_classes: int | None, device: torch.device):
-        self.shape = tuple(split.images.shape[1:])
-        groups = [split.images] if n_classes is None else [split.images[split.labels == k] for k in range(n_classes)]
-        self.gaussians = [fit(group, device) for group in groups]
+    def __init__(self, gaussians: list[Gaussian], shape: tuple[int, int, int]):
+        self.gaussians, self.shape = gaussians, shape
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         if not classes:
@@ -220,7 +237,7 @@ class GaussianInit:
         return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
 
 
-def fit(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, float]:
+def fit(images: Tensor, device: torch.device) -> Gaussian:
     """Mean (D,), factor (R, D) and noise of a Gaussian: its samples are mean + normal @ factor + noise * normal.
 
     images: uint8 (N, C, H, W). If N > D, the factor is the Cholesky factor of the covariance plus 1e-4 I, and noise 0.

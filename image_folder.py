@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from utils import UserError, printable
@@ -80,6 +81,25 @@ def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Ten
     """Every image below ``root``, however laid out: uint8 (N, C, H, W); ``option`` names ``root`` in errors."""
     paths, notes = _list(root, option)
     return _read_files(root, [os.path.join(root, *path) for path in paths], image_size, notes)[0]
+
+
+def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
+    """A picture, or every picture below a folder: names, and images uint8 (N, C, H, W) of ``shape`` (C, H, W).
+
+    They are squeezed to that size and made grey or RGB; nothing is written beside them.
+    """
+    channels, height, width = shape
+    if height != width:
+        raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
+    paths, notes = ([(place.name,)], []) if place.is_file() else _list(place, "--images ")
+    root = place.parent if place.is_file() else place
+    decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
+    for line in notes + decoded["notes"]:
+        print("data:", printable(line), flush=True)
+    images = decoded["images"]
+    if images.shape[1] != channels:
+        images = functional.rgb_to_grayscale(images, num_output_channels=channels)
+    return [os.path.join(*paths[i]) for i in decoded["kept"]], images
 
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:

@@ -4,13 +4,20 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # before the seconds in which torch and Matplotlib are imported
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+# Not by %run in a notebook, whose process and streams are somebody else's.
+IS_PROGRAM = __name__ == "__main__" and any(os.path.basename(word) == "main.py" for word in sys.orig_argv)
+if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here; none is needed
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; a log file wants fewer states of a bar
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
 
+import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
+
+# isort: split
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -29,14 +36,16 @@ from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.checks import unused
 from config.cli import parse
-from generation import sample
+from generation import sample, score
 from logger import terminal
 from logger.progress import check_room
 from logger.run_dir import RunDir
+from models.jem import check_backbone
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-USES = {"test": evaluation.run.run, "sample": sample.run, "export": export.run}  # of a trained network
+# What uses a trained network.
+USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in messages of torch
 NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 
@@ -78,8 +87,8 @@ def run(arguments: list[str]) -> int:
     mode = given.get("mode", Config.mode)
     if mode not in USES:
         return train(given)
-    if mode == "export" and distributed.current_world().size > 1:
-        raise UserError("--mode export takes one process: start it without torchrun")
+    if mode in ("export", "score") and distributed.current_world().size > 1:
+        raise UserError(f"--mode {mode} takes one process: start it without torchrun")
     trained = distributed.broadcast_from_rank0(lambda: open_trained(given))
     note_unused(given, trained.cfg)
     try:
@@ -98,6 +107,7 @@ def train(given: dict[str, Any]) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
+        check_backbone(trainer.model, images.shape, trainer.dtype)
         check_room(trainer, Path(cfg.logdir))
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0
@@ -153,9 +163,13 @@ def note_unused(given: dict[str, Any], cfg: Config) -> None:
     if names:
         options = ", ".join(f"--{name}" for name in names)
         print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
+    if cfg.recipe == "dat" and cfg.samples and "folder" not in cfg.start_shares:
+        print(f"note: without --start_dir, images of other data, chains start from {cfg.start_name}", file=sys.stderr)
 
 
-if __name__ == "__main__":
+if IS_PROGRAM:
     terminal.protect()
     status = main(sys.argv[1:])
     terminal.leave(status, at_once=distributed.is_distributed())  # others are still connected only after an error
+elif __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

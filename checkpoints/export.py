@@ -61,13 +61,18 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         torch.save(authors_file(cfg, program, weights, content), file)
         written = file.getvalue()
     else:
-        about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
-        about["averaged"] = "ema" in content["state"]
-        tensors = {name: value.contiguous() for name, value in weights.items()}
-        written = save(tensors, {name: json.dumps(value) for name, value in about.items()})
+        written = safetensors_file(weights, content)
     replace_file(target, written)
     print("; ".join([f"Wrote {printable(target)} ({len(written) / 2**20:.1f} MiB)", *told]))
     return 0
+
+
+def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], **further: Any) -> bytes:
+    """A file that ``load_checkpoint`` reads: tensors, and what ``content`` and ``further`` say of them."""
+    about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
+    about |= {"averaged": "ema" in content["state"], **further}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    return save(tensors, {name: json.dumps(value) for name, value in about.items()})
 
 
 def program_for(cfg: Config) -> str:

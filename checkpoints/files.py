@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data import to_float
 from logger.files import disk_errors, first_free, whole_file
 from utils import UserError
 
@@ -99,7 +100,10 @@ def _read(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program where the file names its options, else just its tensors."""
+    """A checkpoint of this program where the file names its options, else just its tensors.
+
+    Beside the weights there may be images of the replay buffer, uint8, and Gaussians for ``StoredStarts``.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -108,16 +112,25 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if not {"config", "data", "step"} <= about.keys():
         return tensors
     about = {name: json.loads(value) for name, value in about.items()}
+    starts = {}
+    for kind in ("gaussian", "class_gaussian"):
+        if f"start.{kind}.mean" in tensors:
+            mean, factor, noise = (tensors.pop(f"start.{kind}.{part}").float() for part in ("mean", "factor", "noise"))
+            starts[kind] = list(zip(mean, factor, noise.tolist(), strict=True))
+    buffer = tensors.pop("buffer.images", None)
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
-    return {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
+    if buffer is not None:
+        state["buffer"] = {"images": to_float(buffer), "age": torch.zeros(len(buffer), dtype=torch.int64)}
+    content = {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
+    return content | {"starts": starts, "low_log_density": about.get("low_log_density")}
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:
-    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
+    """The checkpoint that a user names by its file or its run directory: of that the newest whole one, else best.pt."""
     if not os.path.isdir(path):
         return Path(path), load_checkpoint(Path(path))
-    newest_first = Path(path, "ckpt", "last.pt"), Path(path, "ckpt", "previous.pt")
-    there = [file for file in newest_first if os.path.exists(file)]
+    newest_first = [Path(path, "ckpt", name) for name in ("last.pt", "previous.pt")]
+    there = [file for file in newest_first if os.path.exists(file)] or list(Path(path, "ckpt").glob("best.pt"))
     for file in there:
         try:
             return file, load_checkpoint(file)
@@ -125,4 +138,4 @@ def find_checkpoint(path: str) -> tuple[Path, Any]:
             if file == there[-1]:
                 raise
             print(f"Warning: {error}; taking {there[-1]} instead.", file=sys.stderr)
-    raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt and ckpt/previous.pt)")
+    raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt, previous.pt and best.pt)")

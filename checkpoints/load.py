@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import torch
 
 import data
 import distributed
+import image_folder
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.cli import as_typed
 from models import JEM, build_model
+from models.predict import predict
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
@@ -63,37 +66,43 @@ def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     return model
 
 
-def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> None:
+def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], new_head: bool = False) -> None:
     """Give ``model``, built with ``cfg``, a checkpoint's weights: the averaged ones where it has them.
 
-    Raises UserError if the checkpoint holds another network. Its options are compared, too, because weights of another
-    network can have the same shapes.
+    With ``new_head`` its last layer, which tells classes apart, stays as it is. Raises UserError if the checkpoint is
+    of another network. Its options are compared, too, because weights of another network can have the same shapes.
     """
     own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
-    channels, n_classes = content["data"]["shape"][0], len(content["data"]["class_names"])
+    channels, weights = content["data"]["shape"][0], content["state"].get("ema", content["state"]["model"])
     options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
     if options:
         raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
-    if (model.in_channels, model.n_classes) != (channels, n_classes):
+    if model.in_channels != channels:
         raise UserError(
-            f"{path} is for images of {channels} channels in {n_classes} classes, and these have {model.in_channels} "
-            f"channels and {model.n_classes} classes: choose another --dataset or --data_dir"
+            f"{path} is for images of {channels} channels, and these have {model.in_channels} channels: choose another "
+            "--dataset or --data_dir"
         )
+    if new_head:
+        head = {f"class_output.{name}": value for name, value in model.class_output.state_dict().items()}
+        weights = weights | head
     try:
-        model.load_state_dict(content["state"].get("ema", content["state"]["model"]))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds other weights than its options say: {reason}") from None
 
 
-def fits(trained_on: dict[str, Any], images: data.ImageData, names_too: bool = False) -> bool:
-    """Whether images have the shape and as many classes, or the classes, of those that a checkpoint was trained on."""
-    shape, class_names = list(images.shape), list(images.class_names)
-    same_number = len(class_names) == len(trained_on["class_names"])
-    if trained_on.get("assumed"):  # another program's file tells neither size nor names
-        return same_number and shape[0] == trained_on["shape"][0]
-    same_classes = class_names == list(trained_on["class_names"]) if names_too else same_number
-    return same_classes and shape == list(trained_on["shape"])
+def same_classes(trained_on: dict[str, Any], images: data.ImageData) -> bool:
+    """Whether images have the classes that a checkpoint was trained on; another program's file tells only how many."""
+    theirs, ours = list(trained_on["class_names"]), list(images.class_names)
+    return theirs == ours or (len(theirs) == len(ours) and trained_on.get("assumed", False))
+
+
+def fits(trained_on: dict[str, Any], images: data.ImageData) -> bool:
+    """Whether images have the shape and as many classes as those that a checkpoint was trained on."""
+    n_known = 1 if trained_on.get("assumed") else 3  # another program's file does not tell the size
+    same_shape = list(images.shape)[:n_known] == list(trained_on["shape"])[:n_known]
+    return same_shape and len(images.class_names) == len(trained_on["class_names"])
 
 
 def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
@@ -104,19 +113,37 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
+    (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
+    if {channels, images.shape[0]} == {1, 3}:
+        print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")
+        images = data.with_channels(images, channels)
     if not fits(content["data"], images):
-        shape, n_classes = "x".join(map(str, content["data"]["shape"])), len(content["data"]["class_names"])
+        resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
         raise UserError(
-            f"{path} was trained on images of {shape} in {n_classes} classes, and those of {cfg.dataset} are others: "
-            "choose another --dataset or --image_size"
+            f"{path} was trained on images of {channels}x{height}x{width} in {n_classes} classes, and those of "
+            f"{cfg.dataset} are of {'x'.join(map(str, images.shape))} in {len(images.class_names)}: "
+            + (f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size")
         )
-    if not fits(content["data"], images, names_too=True):
+    if not same_classes(content["data"], images):
         print(
             f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
             "means nothing.",
             file=sys.stderr,
         )
     return images
+
+
+def given_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> tuple[data.Split, str]:
+    """The pictures of ``--images``, labelled with the classes that ``model`` sees, or the test images; and a name.
+
+    They are on the model's device. path, content: of its checkpoint.
+    """
+    device = model.class_output.weight.device
+    if not cfg.images:
+        return load_data(cfg, path, content, device).test.to(device), f"test images of {cfg.dataset}"
+    read = partial(image_folder.read_pictures, Path(cfg.images), content["data"]["shape"])
+    images = distributed.rank0_first(read)[1].to(device)
+    return data.Split(images, predict(model, images).argmax(1)), f"pictures of {cfg.images}"
 
 
 def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +161,7 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     if not place:
         return None
     path, content = distributed.broadcast_from_rank0(lambda: open_checkpoint(place, {"dataset": dataset}))
-    if not fits(content["data"], images, names_too=True):
+    if not (fits(content["data"], images) and same_classes(content["data"], images)):
         raise UserError(f"--feature_ckpt {path} was trained on other images or classes: name one of the same data set")
     cfg = Config.from_dict(content["config"], str(path))
     if not cfg.classifies:

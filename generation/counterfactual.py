@@ -10,7 +10,7 @@ from torch import Tensor
 
 import data
 import distributed
-from checkpoints.load import frozen, load_data, origin
+from checkpoints.load import frozen, given_images, origin
 from config import Config
 from generation.chains import ChainResult, write_result
 from logger.images import captioned, image_grid, save_png, to_uint8
@@ -34,17 +34,17 @@ def run(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) 
     class_names = content["data"]["class_names"]
     targets = target_classes(cfg.counterfactual, class_names)
     model = frozen(cfg, path, content, device)
-    images, kind = load_data(cfg, path, content, device).test, f"test images of {cfg.dataset}"
-    if len(targets) == 1:
+    images, kind = given_images(model, cfg, path, content)
+    if len(targets) == 1 and not cfg.images:
         images, kind = images[images.labels != targets[0]], f"{kind} of other classes than {cfg.counterfactual}"
-    images = data.evenly_spaced(images, cfg.n_samples or N_IMAGES, kind).to(device)
+    images = data.evenly_spaced(images, cfg.n_samples or (len(images) if cfg.images else N_IMAGES), kind)
     original = images[torch.arange(len(images), device=device).repeat_interleave(len(targets))]
     target = torch.tensor(targets, device=device).repeat(len(images))
     eps = cfg.counterfactual_eps or DEFAULT_EPS
     settings = {
         **origin(path, content),
         "precision": "float32",
-        "start": "test images",
+        "start": kind,
         "target": "log p(x, y)",
         "counterfactual": cfg.counterfactual,
         "counterfactual_eps": eps,

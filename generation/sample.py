@@ -1,4 +1,4 @@
-"""--mode sample: images drawn from a trained model, and test images filled in or cleaned by it."""
+"""--mode sample: images drawn from a trained model, and images filled in or cleaned by it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 import data
 import distributed
 import utils
-from chain_init import UniformInit, build_chain_init
-from checkpoints.load import load_data, load_model, origin
+from chain_init import StoredStarts, build_chain_init
+from checkpoints.load import given_images, load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
 from generation import counterfactual
@@ -21,8 +21,8 @@ from logger.images import captioned, image_grid, save_gif, save_png
 from logger.run_dir import RunDir
 from models import JEM, frozen_sampler_model, log_density
 from models.predict import predict
-from sgld import chain_options, finite_images
-from utils import UserError
+from sgld import ChainInit, chain_options, finite_images
+from utils import UserError, tree_to
 
 PICTURE_COLUMNS = 10  # images in a row of a picture
 PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
@@ -47,7 +47,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
     rng = Generator(device).manual_seed(cfg.seed)
     start = start_images(model, cfg, path, content, rng)
-    steps = cfg.sgld_step if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
+    training_steps = cfg.sgld_step or cfg.sgld_step_max or 0
+    steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         **origin(path, content),
         "precision": str(dtype).removeprefix("torch."),
@@ -76,23 +77,29 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def start_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> StartImages:
-    """Test images; or images of the replay buffer; or what the model's training started its chains from."""
+    """Test images or the user's own; or images of the replay buffer; or what training started its chains from."""
     classes = range(len(content["data"]["class_names"]))
     if cfg.inpaint or cfg.denoise:
-        test = load_data(cfg, path, content, rng.device).test
-        test = data.evenly_spaced(test, cfg.n_samples or PICTURE_COLUMNS, f"test images of {cfg.dataset}")
-        return restoration_start(cfg, test.to(rng.device), rng)
+        images, kind = given_images(model, cfg, path, content)
+        n = cfg.n_samples or (len(images) if cfg.images else PICTURE_COLUMNS)
+        return restoration_start(cfg, data.evenly_spaced(images, n, kind), rng)
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
     if cfg.from_buffer:
         images = buffer_images(model, n, cfg, path, content, rng)
         return StartImages("buffer", len(images), images, classes, cfg.class_cond)
-    if cfg.start == "uniform":  # needs no training images
-        chain_init = UniformInit(content["data"]["shape"])
-    else:
-        chain_init = build_chain_init(cfg, load_data(cfg, path, content, rng.device))
-    return StartImages(cfg.start, n, chain_init, classes, cfg.class_cond)
+    name, chain_init = fresh_start(cfg, path, content, rng.device)
+    return StartImages(name, n, chain_init, classes, cfg.class_cond)
+
+
+def fresh_start(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> tuple[str, ChainInit]:
+    """What ``--start`` names, in words and as chains need it: from the file, which may have it, or training images."""
+    stored = StoredStarts(tuple(content["data"]["shape"]), tree_to(content.get("starts", {}), device))
+    if not stored.suffice(cfg):
+        return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
+    ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
+    return f"{cfg.start} of rank {ranks[0]}, from {path.name}" if ranks else cfg.start, build_chain_init(cfg, stored)
 
 
 def buffer_images(model: JEM, n: int, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Tensor:
@@ -147,7 +154,7 @@ def write_pictures(
 def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -> str:
     """How far the chains climbed and, of test images, how near they came to the originals."""
     before, after = (log_density(logits).mean() for logits in (result.logits_start, result.logits))
-    text = f"{start.n} chains, {settings['steps']} steps on {settings['target']}: mean log p(x) "
+    text = f"{start.n} chains from {start.name}, {settings['steps']} steps on {settings['target']}: mean log p(x) "
     text += f"{before:.2f} -> {after:.2f} (unnormalised, nats)"
     if start.originals is None:
         return text

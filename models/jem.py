@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, normalised_by, running_stats, running_stats_update
+from models.batch_norm import batch_norms, running_stats_only, running_stats_update
+from utils import UserError
 
 
 class JEM(nn.Module):
@@ -19,17 +20,26 @@ class JEM(nn.Module):
 
     The backbone ``f`` maps float32 images to features (N, n_features) and casts them to the type of its weights. It has
     the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for.
+    A function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
         super().__init__()
+        lacks = [name for name in ("in_channels", "n_features", "name") if not hasattr(backbone, name)]
+        if lacks:
+            raise UserError(f"the network {type(backbone).__name__} has no {', '.join(lacks)}: see models/jem.py")
         self.f = backbone
         self.class_output = nn.Linear(backbone.n_features, n_classes)
         self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
         self.in_channels, self.n_classes, self.name = backbone.in_channels, n_classes, backbone.name
 
     def logits(self, x: Tensor) -> Tensor:
-        """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image."""
+        """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image.
+
+        Raises UserError for images that are not float: uint8 would give numbers that mean nothing.
+        """
+        if not x.is_floating_point():
+            raise UserError(f"the network takes float images in [-1, 1], not {x.dtype}: data.to_float makes them")
         features = self.f(x)
         # In bf16 a log-density of 100 has a resolution of half a nat, so the head stays in float32.
         with torch.autocast(x.device.type, enabled=False):
@@ -44,6 +54,18 @@ class JEM(nn.Module):
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Unnormalised log p(x) = logsumexp_y f(x)[y], or with labels log p(x, y) = f(x)[y]; (N,), in nats."""
         return log_density(self.logits(x), y)
+
+
+def check_backbone(model: JEM, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features in ``dtype``."""
+    x, expected = torch.zeros(2, *shape, device=next(model.parameters()).device), (2, model.f.n_features)
+    try:
+        found = tuple(frozen_sampler_model(model, dtype).f(x).shape)
+        problem = "" if found == expected else f"gives features {found}, not {expected}"
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = f"fails in {dtype}: {' '.join(str(error).split())}"
+    if problem:
+        raise UserError(f"the network {model.name}, given images {tuple(x.shape)}, {problem}; see models/jem.py")
 
 
 def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
@@ -80,24 +102,24 @@ class JointForward(nn.Module):
         """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
         Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
-        ``update_statistics`` its running statistics follow such batches of real images; log p(x) on running statistics
-        uses those of before, on which the chains were.
+        ``update_statistics`` its running statistics follow such batches of real images; but where log p(x) is on
+        running statistics, these stay what they were for the chains: see ``Trainer.next_inputs``.
         """
-        before = running_stats(self.model) if self.norm_statistics != "batch" else []
-        if self.norm_statistics == "frozen":
-            with normalised_by(self.model, before):
-                labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
-            return Logits(labelled, labelled if x_real is None else real, *others)
-        with running_stats_update(self.model, enabled=update_statistics):
-            labelled = self.logits(x)
-            if self.norm_statistics == "batch":
+        if self.norm_statistics == "batch":
+            with running_stats_update(self.model, enabled=update_statistics):
+                labelled = self.logits(x)
                 real = labelled if x_real is None else self.logits(x_real)
+            with running_stats_update(self.model, enabled=False):
+                sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
+            return Logits(labelled, real, sampled, far)
         if self.norm_statistics == "running":
-            with normalised_by(self.model, before):
+            with running_stats_update(self.model, enabled=False):
+                labelled = self.logits(x)
+            with running_stats_only(self.model):
                 return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
-        with running_stats_update(self.model, enabled=False):
-            sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
-        return Logits(labelled, real, sampled, far)
+        with running_stats_only(self.model):
+            labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
+        return Logits(labelled, labelled if x_real is None else real, *others)
 
     def in_one_pass(self, *batches: Tensor | None) -> list[Tensor | None]:
         """The logits of each batch, or None for None."""

@@ -7,7 +7,7 @@ import torch
 
 import chain_init
 import data
-from chain_init import GaussianInit, build_chain_init
+from chain_init import GaussianInit, build_chain_init, fit
 from config import Config
 from data import Split
 from utils import UserError
@@ -39,7 +39,7 @@ def assert_same_statistics(samples, images, noise=0.01):
 def test_few_and_many_images_give_their_mean_and_covariance(n):
     """With 10 images of 16 pixels by the images themselves, with 400 by a Cholesky factor."""
     images = grey_images(n)
-    start = GaussianInit(data.Split(images, torch.zeros(n, dtype=torch.int64)), None, images.device)
+    start = GaussianInit([fit(images, images.device)], tuple(images.shape[1:]))
     assert start.gaussians[0][1].shape == (min(n, 16), 16)
     assert_same_statistics(start([0] * 20_000, generator()), images)
 
@@ -47,7 +47,7 @@ def test_few_and_many_images_give_their_mean_and_covariance(n):
 def test_each_class_has_its_own_gaussian():
     images = torch.cat([grey_images(300, seed=1) // 2 + 60, grey_images(200, seed=2)])
     labels = torch.tensor([0] * 300 + [1] * 200)
-    start = GaussianInit(data.Split(images, labels), 2, images.device)
+    start = GaussianInit([fit(images[labels == k], images.device) for k in range(2)], tuple(images.shape[1:]))
     classes = [1, 0, 0] * 10_000
     samples = start(classes, generator())
     for k in (0, 1):

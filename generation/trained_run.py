@@ -1,0 +1,103 @@
+"""``load_run``: a trained network in a few lines of Python."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+import utils
+from checkpoints.load import Trained, frozen, open_trained
+from config.checks import check_variance
+from generation.chains import ChainResult, StartImages, run_chains
+from generation.counterfactual import DEFAULT_EPS, changed
+from generation.sample import fresh_start
+from models import frozen_sampler_model, log_density
+from models.predict import predict
+from utils import UserError
+
+Classes = int | Sequence[int] | None
+LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images of 0 to 255 by more
+
+
+def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
+    """A run directory, a .pt or a .safetensors file, with options of ``--mode sample`` by name, such as gpu="cpu".
+
+    Raises UserError if there is no such file, or the options do not fit it.
+    """
+    return TrainedRun(open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)}))
+
+
+class TrainedRun:
+    """A trained network, and what it was trained with: ``cfg`` (options), ``class_names``, ``shape`` (C, H, W).
+
+    Images are (N, C, H, W) of that shape, uint8 from 0 to 255 or float in [-1, 1]; others are a UserError. Results are
+    on the CPU. ``low_log_density``: log p(x) of 5 % of the training images is lower; None if the file does not say.
+    """
+
+    def __init__(self, trained: Trained):
+        self.cfg, self.path, self.content = trained
+        self.class_names, self.shape = tuple(self.content["data"]["class_names"]), tuple(self.content["data"]["shape"])
+        self.low_log_density: float | None = self.content.get("low_log_density")
+        self.device = utils.pick_device(self.cfg.gpu)
+        utils.set_speed_options(self.device)
+        self.model = frozen(*trained, self.device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """f(x), float32 (N, K): their softmax is p(y|x)."""
+        return predict(self.model, self.checked(images)).cpu()
+
+    def log_density(self, images: Tensor, y: Tensor | None = None) -> Tensor:
+        """Unnormalised log p(x), or with classes y, int64 (N,), log p(x, y); float32 (N,), in nats."""
+        return log_density(self.logits(images), y)
+
+    def sample(self, n: int, y: Classes = None, **options: Any) -> Tensor:
+        """The images of ``chains``, float32 (n, C, H, W), cut to [-1, 1]."""
+        return self.chains(n, y, **options).x.clamp(-1, 1)
+
+    def chains(
+        self, n: int, y: Classes = None, steps: int | None = None, seed: int | None = None, n_filmed: int = 0
+    ) -> ChainResult:
+        """n SGLD chains; they start where those of ``--mode sample`` do, and with the same seed are the same.
+
+        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default 200. n_filmed: how
+        many chains are in ``frames`` of the result. Raises UserError if they need training images that are not there.
+        """
+        classes = [y] if isinstance(y, int) else range(len(self.class_names)) if y is None else [int(k) for k in y]
+        if not all(0 <= k < len(self.class_names) for k in classes):
+            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
+        check_variance(self.cfg, self.shape, self.cfg.n_chains)
+        start = StartImages(self.cfg.start, n, self._start, classes, class_cond=y is not None)
+        dtype = utils.pick_dtype(self.cfg.precision, self.device)
+        model = frozen_sampler_model(self.model, dtype, self.cfg.norm_statistics)
+        cfg = self.cfg if steps is None else replace(self.cfg, n_sample_steps=steps)
+        rng = Generator(self.device).manual_seed(cfg.seed if seed is None else seed)
+        return run_chains(model, start, cfg.fresh_steps, cfg, rng, n_filmed)
+
+    def counterfactual(self, images: Tensor, y: int, eps: float = DEFAULT_EPS, steps: int = 200) -> Tensor:
+        """Images moved up log p(x, y), at most by L2 ``eps`` on the [0, 1] scale: float32 (N, C, H, W) in [-1, 1]."""
+        x = self.checked(images)
+        return changed(self.model, x, torch.full((len(x),), y, device=self.device), eps, steps, self.cfg.batch_size).x
+
+    @cached_property
+    def _start(self):
+        return fresh_start(self.cfg, self.path, self.content, self.device)[1]
+
+    def checked(self, images: Tensor) -> Tensor:
+        """The images on the network's device. Raises UserError for another shape, type or range."""
+        x = torch.as_tensor(images)
+        if not (x.is_floating_point() or x.dtype == torch.uint8) or x.shape[1:] != self.shape or not len(x):
+            expected = f"uint8 or float (N, {', '.join(map(str, self.shape))})"
+            raise UserError(f"images must be {expected}, not {x.dtype} {tuple(x.shape)}")
+        if x.is_floating_point():
+            low, high = x.min().item(), x.max().item()
+            if not -LARGEST <= low <= high <= LARGEST:
+                raise UserError(f"float images must be in [-1, 1], not from {low:g} to {high:g}: uint8 takes 0 to 255")
+            if low >= 0 and high <= 1:
+                warnings.warn("all values are in [0, 1]; float images are expected in [-1, 1]", stacklevel=3)
+            x = x.float()
+        return x.to(self.device)

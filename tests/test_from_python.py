@@ -1,0 +1,267 @@
+"""``load_run`` and --mode score: the numbers are those of the command line and of a network at hand."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+from test_data import write_pngs
+from test_export import DOCS, checkpoint
+from test_sample import TRAIN, pixels, sample, state_of, tiles, train
+from torch import nn
+
+import data
+import main
+import models
+from benchmarks import ship_weights
+from chain_init import fit
+from checkpoints.export import safetensors_file
+from checkpoints.other_programs import CIFAR10
+from generation import load_run
+from logger.images import to_uint8
+from models.jem import check_backbone
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+DIGITS = data.load("digits", n_valid=50)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """Batch normalisation, so that a chain depends on its batch, and Gaussians of each class."""
+    options = ["--recipe", "sada-jem", "--max_steps", "30", "--ema", "0.5"]
+    return train(tmp_path_factory.mktemp("sada"), *options)
+
+
+def test_numbers_and_images_are_those_of_the_command_line(run_dir, tmp_path):
+    run = load_run(run_dir, gpu="cpu", precision="fp32")
+    assert (run.shape, run.class_names[3], run.cfg.norm) == ((1, 8, 8), "3", "batch")
+    options = ["--n_sample_steps", "4", "--seed", "5", "--n_samples"]
+    _, drawn = sample(run_dir, tmp_path, *options, "30", "--class_cond")
+    result = run.chains(30, range(10), steps=4, seed=5, n_filmed=2)
+    np.testing.assert_array_equal(result.x, drawn["x"])
+    np.testing.assert_array_equal(result.labels, drawn["labels"])
+    assert torch.equal(result.frames[:, -1], to_uint8(result.x[:2])) and result.frames.shape == (2, 5, 1, 8, 8)
+    _, drawn = sample(run_dir, tmp_path, *options, "7")
+    np.testing.assert_array_equal(run.sample(7, steps=4, seed=5), drawn["x"].clip(-1, 1))
+    assert (run.chains(3, 8, steps=1).labels == 8).all()
+    moved = ["--counterfactual", "7", "--n_samples", "3", "--n_sample_steps", "4", "--counterfactual_eps", "2"]
+    _, found = sample(run_dir, tmp_path, *moved)
+    originals = torch.from_numpy(found["originals"]).permute(0, 3, 1, 2)
+    np.testing.assert_allclose(run.counterfactual(originals, 7, eps=2, steps=4), found["x"], atol=1e-5)
+    test = DIGITS.test
+    assert main.main([*"--mode test --eval classification --gpu cpu --no_log --load_ckpt".split(), str(run_dir)]) == 0
+    results = json.loads((run_dir / "eval" / "results.json").read_text())["classification"]["results"]
+    right = (run.logits(test.images).argmax(1) == test.labels).float().mean().item()
+    assert json.dumps(results).count(f"{right:.6f}"[:7])
+    floats = test.images / 127.5 - 1
+    torch.testing.assert_close(run.log_density(floats), run.logits(test.images).logsumexp(1))
+    torch.testing.assert_close(run.log_density(floats, test.labels), run.logits(floats)[range(360), test.labels])
+
+
+WRONG = [torch.rand(2, 1, 8, 8) * 255, torch.full((2, 1, 8, 8), np.nan), torch.zeros(2, 8, 8, dtype=torch.uint8)]
+WRONG += [torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.zeros(2, 3, 8, 8), torch.zeros(0, 1, 8, 8)]
+
+
+def test_other_images_are_refused(run_dir):
+    run = load_run(run_dir, gpu="cpu")
+    for images in WRONG:
+        with pytest.raises(UserError, match="^(float )?images must be"):
+            run.logits(images)
+    with pytest.raises(UserError, match="takes float images in .-1, 1., not torch.uint8"):
+        run.model(DIGITS.test.images)
+    with pytest.warns(UserWarning, match=r"in \[0, 1\]"):
+        run.logits(DIGITS.test.images / 255)
+    with pytest.raises(UserError, match="numbers from 0 to 9, not 10"):
+        run.sample(2, 10)
+
+
+@pytest.fixture(scope="module")
+def shipped(run_dir, tmp_path_factory):
+    file = tmp_path_factory.mktemp("assets") / "digits.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(run_dir), str(file), "--images", "8x8 digits", "--licence", "BSD"])
+        patch.setattr(ship_weights, "RANK", 5)
+        ship_weights.main()
+    return file
+
+
+def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp_path, monkeypatch, capsys):
+    about, ours = json.loads(shipped.with_suffix(".json").read_text()), load_run(run_dir, gpu="cpu")
+    assert about["images"] == "8x8 digits" and str(ROOT) not in json.dumps(about) and shipped.stat().st_size < 200_000
+    monkeypatch.setattr(data, "load", None)
+    run = load_run(shipped, gpu="cpu")
+    torch.testing.assert_close(run.logits(DIGITS.test.images), ours.logits(DIGITS.test.images), atol=0.02, rtol=0.01)
+    low = np.quantile(ours.log_density(DIGITS.train.images).numpy(), 0.05)
+    assert run.low_log_density == pytest.approx(low, abs=1e-4)
+    buffer = state_of(run_dir)["buffer"]["images"]
+    theirs = {x.numpy().tobytes() for x in to_uint8(buffer)}
+    _, drawn = sample(shipped, tmp_path, "--from_buffer", "--n_samples", "20", "--n_sample_steps", "0")
+    assert all(x.transpose(2, 0, 1).tobytes() in theirs for x in drawn["images"])
+    sample(shipped, tmp_path, "--start", "smooth:1,class_gaussian:1", "--n_samples", "2", "--n_sample_steps", "0")
+    _, drawn = sample(shipped, tmp_path, "--class_cond", "--n_samples", "1000", "--n_sample_steps", "0")
+    assert "1000 chains from class_gaussian of rank 5, from digits.safetensors" in capsys.readouterr().out
+    for k in (0, 7):
+        images = DIGITS.train.images[DIGITS.train.labels == k]
+        mean, factor, noise = fit(images, torch.device("cpu"))
+        values, vectors = np.linalg.eigh((factor.T @ factor).numpy() + noise**2 * np.eye(64))
+        x = drawn["x"][drawn["labels"] == k].reshape(100, 64)
+        inside = np.abs(mean.numpy()) < 0.5  # where the limits of [-1, 1] do not matter
+        assert np.abs(x.mean(0) - mean.numpy())[inside].max() < 0.3
+        along = ((x - mean.numpy()) @ vectors).var(0)
+        assert 0.3 < along[-1] / values[-1] < 1.7 and along[:40].mean() < along[-3:].mean() / 4
+
+
+def test_scores_are_those_of_the_network(run_dir, tmp_path, capsys):
+    run, mine = load_run(run_dir, gpu="cpu"), tmp_path / "mine"
+    (mine / "deep").mkdir(parents=True)
+    pictures = torch.cat([DIGITS.test.images[:12], torch.randint(256, (3, 1, 8, 8)).byte()])
+    for i, image in enumerate(pictures):
+        Image.fromarray(image[0].numpy()).save(mine / ("deep" if i % 2 else ".") / f'{i:02}, "x".png')
+    options = ["--mode", "score", "--gpu", "cpu", "--logdir", str(tmp_path / "out"), "--load_ckpt"]
+    assert main.main([*options, str(run_dir), "--images", str(mine)]) == 0
+    out, (csv_file,) = capsys.readouterr().out, (tmp_path / "out").glob("*_score/scores.csv")
+    rows = {row["file"]: row for row in csv.DictReader(csv_file.open())}
+    low = np.quantile(run.log_density(DIGITS.train.images).numpy(), 0.05)
+    logits = run.logits(pictures)
+    log_p, p = logits.logsumexp(1), logits.softmax(1).max(1).values
+    for i in range(15):
+        row = rows[f'{"deep/" if i % 2 else ""}{i:02}, "x".png']
+        assert row["class"] == str(logits[i].argmax().item())
+        assert float(row["p(y|x)"]) == pytest.approx(p[i].item(), abs=1e-4)
+        assert float(row["log p(x)"]) == pytest.approx(log_p[i].item(), abs=1e-3)
+        assert row["unlikely"] == ("yes" if log_p[i] < low else "no")
+    assert f"{(log_p < low).sum()} are below {low:.2f}" in out and len(rows) == 15
+    shown = pixels(csv_file.with_name("scores.png"))[16:114, -978:, 0]  # the first row
+    for place, i in enumerate(log_p.argsort()[:10]):
+        tile = shown[2 + 6 : 98 : 12, place * 98 + 8 : place * 98 + 96 : 12]
+        np.testing.assert_array_equal(tile, pictures[i, 0])
+    assert sorted(path.name for path in mine.iterdir() if path.is_file())[0][0] == "0"  # nothing was left there
+    other = ["--dataset", "folder", "--data_dir", str(mine), "--images", str(next(mine.glob("*.png")))]
+    assert main.main([*options, str(run_dir), *other]) == 0
+    assert "the column unlikely is empty, because it needs the training images" in capsys.readouterr().out
+    assert main.main([*options, str(run_dir), "--images", str(csv_file)]) == 2
+    assert main.main([*options, str(run_dir)]) == 2
+    assert "needs --images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", (["--inpaint", "left"], ["--denoise", "0.2"], ["--counterfactual", "3"]))
+def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypatch, task):
+    monkeypatch.setattr(data, "load", None)
+    own = torch.randint(256, (1, 8, 8), dtype=torch.uint8)
+    Image.fromarray(own[0].numpy()).convert("RGB").save(tmp_path / "own.png")
+    options = [*task, "--images", str(tmp_path / "own.png"), "--n_sample_steps", "2"]
+    run, content = sample(shipped, tmp_path / "out", *options)
+    np.testing.assert_array_equal(content["originals"][..., 0], own)
+    if task[0] == "--inpaint":
+        np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 4)[0, 0], own[0])
+
+
+def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, capsys):
+    for part, n in (("train", 30), ("test", 4)):
+        for path in write_pngs(tmp_path / "set" / part, *"abc", n=n).rglob("*.png"):
+            Image.open(path).convert("L").save(path)
+    new = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--n_valid", "0", "--max_steps", "1"]
+    options = ["--recipe", "sada-jem", "--lr", "1e-12", "--ema", "0.5", "--load_ckpt", str(run_dir)]
+    run = train(tmp_path / "runs", *new, *options)
+    out = capsys.readouterr().out
+    assert out.count("Its classes are others: the last layer") == 1
+    mine, theirs = state_of(run)["model"], state_of(run_dir)["ema"]
+    for name, value in theirs.items():
+        if name.startswith("class_output"):
+            assert mine[name].shape[0] == 3
+        elif "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(mine[name], value)
+    assert not torch.equal(state_of(run)["buffer"]["images"][:9], state_of(run_dir)["buffer"]["images"][:9])
+
+
+class Small(nn.Module):
+    in_channels, n_features, name = 1, 4, "small"
+
+    def __init__(self, *_, **options):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 4, 8)
+
+    def forward(self, x):
+        return self.layer(x).flatten(1)
+
+
+@pytest.mark.parametrize("precision, lacks", [("fp32", "name"), ("fp32", "n_features"), ("bf16", ""), ("fp32", "")])
+def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, capsys, precision, lacks):
+    for name in [lacks] if lacks else []:
+        monkeypatch.delattr(Small, name)
+    if (precision, lacks) == ("fp32", ""):
+        monkeypatch.setattr(Small, "n_features", 5)
+    monkeypatch.setitem(models.BACKBONES, "jem", Small)
+    assert main.main([*TRAIN, "--logdir", str(tmp_path / "runs"), "--precision", precision]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and (lacks or {"bf16": "bfloat16", "fp32": "(2, 5)"}[precision]) in error
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.undo()
+    check_backbone(models.JEM(Small(), 3), (1, 8, 8), torch.float32)
+
+
+def python(code, *options, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, *options, "-c", code] if code else [sys.executable, *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_it_works_from_anywhere_or_says_in_a_line_why_not(tmp_path):
+    (tmp_path / "utils.py").write_text("")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("")
+    done = python("", str(ROOT / "main.py"), "--mode", "sample", PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path))
+    assert "error: --mode sample needs --load_ckpt" in done.stderr and done.returncode == 2
+    for program in ("main", "generation"):
+        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import utils; sys.path.append({str(ROOT)!r})\n"
+        done = python(f"{code}try: import {program}\nexcept ImportError as error: print(error)", "-P")
+        assert done.stdout.count("\n") == 1 and done.returncode == 0
+        assert f"{tmp_path / 'models' / '__init__.py'} has the name of a module of this program" in done.stdout
+
+
+def test_ctrl_c_leaves_a_notebooks_process_alive(tmp_path):
+    """%run does the same as runpy: the module is __main__, in a process of somebody else."""
+    options = [*TRAIN, "--max_steps", "100000", "--logdir", str(tmp_path)]
+    code = f"""
+import os, runpy, signal, sys, threading, time
+from pathlib import Path
+def interrupt():
+    while not list(Path({str(tmp_path)!r}).glob("*/metrics.jsonl")): time.sleep(0.1)
+    time.sleep(1); os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+sys.argv, before = ["main.py", *{options!r}], sys.stdout
+try: runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
+except SystemExit as end: print("alive", end.code, sys.stdout is before)
+"""
+    assert python(code, PYTHONPATH=str(ROOT)).stdout.endswith("alive 130 True\n")
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path, monkeypatch):
+    """On a small network of random weights; what it trains is short."""
+    checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["data"]["class_names"] = CIFAR10
+    stored = {"mean": torch.zeros(10, 3072), "factor": torch.zeros(10, 2, 3072), "noise": torch.ones(10)}
+    weights = content["state"]["model"] | {f"start.class_gaussian.{name}": value for name, value in stored.items()}
+    file = safetensors_file(weights, content, low_log_density=1.5)
+    (tmp_path / "a.safetensors").write_bytes(file)
+    monkeypatch.setenv("TOUR_WEIGHTS", str(tmp_path / "a.safetensors"))
+    monkeypatch.setenv("TOUR_CHAIN_STEPS", "2")
+    monkeypatch.setenv("TOUR_TRAINING_STEPS", "30")
+    tour = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
+    client = NotebookClient(tour, timeout=120, resources={"metadata": {"path": DOCS.parent}})
+    for execute in (lambda: None, client.execute):
+        execute()  # the outputs that are stored, and new ones
+        outputs = str([cell.get("outputs") for cell in tour.cells])
+        assert (outputs.count("'image/png'"), outputs.count("'image/gif'"), "'error'" in outputs) == (4, 1, False)
+    assert "5 % of the training images are below 1.50" in outputs
