@@ -30,7 +30,8 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.mode == "test":
         if "robustness" not in cfg.metrics and cfg.attacks is not None:
             yield "--attacks is for --mode test with robustness in --eval"
-        if "refined" in cfg.chosen_attacks and cfg.attacks not in ("all", None) and not cfg.refine_steps:
+        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
+        if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     tasks = [cfg.inpaint != "", cfg.denoise is not None, cfg.counterfactual is not None, cfg.from_buffer]
     if cfg.mode == "sample" and sum(tasks) > 1:

@@ -28,7 +28,7 @@ STARTS = {  # images that are no samples, and what reports call them
 }
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
-ATTACKS = ("pgd", "refined", "autoattack", "distal")
+ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -229,13 +229,14 @@ class Options:
     ood_datasets: str = test(
         "auto",
         "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, which need no files; auto: these four, with cifar10 also svhn "
-        "and cifar100",
+        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
+        "and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(
         None,
-        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
+        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); "
+        "refined_straight (the same past them, as JEM's authors); autoattack; "
         "distal (noise that becomes a class) (default: all)",
     )
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
