@@ -25,6 +25,8 @@ class Config(Options):
             raise TypeError(f"there are no options {', '.join(sorted(unknown))}")
         recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
         options = asdict(Options()) | recipe | given
+        if "start_dir" in given and not {"start", "outlier_images"} & given.keys():
+            options["start"] = "folder"
         for f in fields(self):
             object.__setattr__(self, f.name, absolute_path(f, options[f.name]))
         wrong = [check_value(f, getattr(self, f.name)) for f in fields(self)]

@@ -49,6 +49,8 @@ def contradictions_of_chains(cfg) -> Iterator[str]:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
+    if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
+        yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":

@@ -30,23 +30,26 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), a penalty on mean log-densities",
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and a head of its own for log p(x)",
         CHAINS
         | SGD
         | CLEAN
         | EPOCHS
         | {"sgld_step": 5, "start": "gaussian", "weight_decay": 5e-4}
-        | {"mean_energy_l2": 0.5},
+        | {"separate_energy": True, "mean_energy_l2": 0.5, "mean_energy_form": "real_squares"},
     ),
     "dat": Recipe(
         "DAT, ICLR 2026, arXiv 2510.13872",
-        "adversarial images for the classifier; longer and longer chains of steps of fixed length; a logistic loss",
+        "adversarial images for the classifier; longer and longer chains of log p(x|y), of steps of fixed length, from "
+        "other images; a logistic loss; running statistics",
         SGD
         | EPOCHS
-        | {"norm": "batch", "batch_size": 128, "p_x_batch_size": 64, "p_x_no_augment": True, "weight_decay": 5e-4}
-        | {"sigma": 0.0, "sgld_std": 0.0, "sgld_clamp": True, "sgld_normalize": True, "sgld_lr": 0.2}
-        | {"sgld_step": 5, "sgld_step_max": 40, "reinit_freq": 1.0, "generative": "logistic"}
-        | {"adversarial_eps": 0.5, "adversarial_norm": "L2", "ema": 0.999},
+        | {"backbone": "robust", "activation": "relu", "depth": 34, "norm": "batch", "norm_statistics": "running"}
+        | {"batch_size": 128, "p_x_batch_size": 128, "augment": "auto", "sigma": 0.0, "weight_decay": 5e-4}
+        | {"sgld_normalize": True, "sgld_lr": 0.2, "sgld_std": 0.0, "sgld_clamp": True, "class_cond": True}
+        | {"sgld_step": 0, "sgld_step_max": 50, "sgld_step_auroc": 0.8, "start": "patches", "reinit_freq": 1.0}
+        | {"generative": "logistic", "adversarial_eps": 0.5, "adversarial_norm": "L2", "ema": 0.999}
+        | {"adversarial_steps": 10, "adversarial_step_size": 0.1},
     ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
@@ -64,7 +67,8 @@ RECIPES = {
         "images for noise and shapes",
         CHAINS
         | CLEAN
-        | {"optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4, "warmup_steps": 20, "epochs": 5, "ema": 0.99}
+        | {"optimizer": "sgd", "lr": 0.003, "weight_decay": 5e-4, "warmup_steps": 50, "epochs": 2, "ema": 0.995}
+        | {"grad_clip": 5.0}
         | {"sgld_step": 5, "start": "class_gaussian", "mean_energy_l2": 0.1, "p_x_batch_size": 32}
         | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 32}
         | {"outlier_images": "smooth:0.5,shapes:0.5"},

@@ -25,26 +25,17 @@ def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-Statistics = list[tuple[Tensor, Tensor]]  # each layer's running mean and variance
-
-
-def running_stats(model: nn.Module) -> Statistics:
-    """A copy, which later batches leave as it is."""
-    return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in batch_norms(model)]
-
-
 @contextmanager
-def normalised_by(model: nn.Module, statistics: Statistics) -> Iterator[None]:
-    """Inside, batch normalisation is by these statistics, as in evaluation mode."""
-    layers = batch_norms(model)
-    own = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
-    for layer, (mean, variance) in zip(layers, statistics, strict=True):
-        layer.training, layer.running_mean, layer.running_var = False, mean, variance
+def running_stats_only(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation uses its running statistics, as in evaluation mode, and leaves them alone."""
+    training = [layer for layer in batch_norms(model) if layer.training]
+    for layer in training:
+        layer.training = False
     try:
         yield
     finally:
-        for layer, state in zip(layers, own, strict=True):
-            layer.training, layer.running_mean, layer.running_var = state
+        for layer in training:
+            layer.training = True
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.batch_norm import batch_norms, normalised_by, running_stats, running_stats_update
+from models.batch_norm import batch_norms, running_stats_only, running_stats_update
 from utils import UserError
 
 
@@ -20,6 +20,7 @@ class JEM(nn.Module):
 
     The backbone ``f`` maps float32 images to features (N, n_features) and casts them to the type of its weights. It has
     the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for.
+    A function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
@@ -101,24 +102,24 @@ class JointForward(nn.Module):
         """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
         Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
-        ``update_statistics`` its running statistics follow such batches of real images; log p(x) on running statistics
-        uses those of before, on which the chains were.
+        ``update_statistics`` its running statistics follow such batches of real images; but where log p(x) is on
+        running statistics, these stay what they were for the chains: see ``Trainer.next_inputs``.
         """
-        before = running_stats(self.model) if self.norm_statistics != "batch" else []
-        if self.norm_statistics == "frozen":
-            with normalised_by(self.model, before):
-                labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
-            return Logits(labelled, labelled if x_real is None else real, *others)
-        with running_stats_update(self.model, enabled=update_statistics):
-            labelled = self.logits(x)
-            if self.norm_statistics == "batch":
+        if self.norm_statistics == "batch":
+            with running_stats_update(self.model, enabled=update_statistics):
+                labelled = self.logits(x)
                 real = labelled if x_real is None else self.logits(x_real)
+            with running_stats_update(self.model, enabled=False):
+                sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
+            return Logits(labelled, real, sampled, far)
         if self.norm_statistics == "running":
-            with normalised_by(self.model, before):
+            with running_stats_update(self.model, enabled=False):
+                labelled = self.logits(x)
+            with running_stats_only(self.model):
                 return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
-        with running_stats_update(self.model, enabled=False):
-            sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
-        return Logits(labelled, real, sampled, far)
+        with running_stats_only(self.model):
+            labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
+        return Logits(labelled, labelled if x_real is None else real, *others)
 
     def in_one_pass(self, *batches: Tensor | None) -> list[Tensor | None]:
         """The logits of each batch, or None for None."""

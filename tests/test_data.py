@@ -42,12 +42,40 @@ def test_crop_and_flip_is_what_torchvision_gives(shape, pad):
     images = torch.from_numpy(random_images(40, *shape))
     top, left = torch.randint(2 * pad + 1, (2, 40), generator=torch.Generator().manual_seed(0))
     flip = torch.arange(40) % 3 == 0
-    result = data.crop_and_flip(images, top, left, flip, pad)
-    assert result.dtype == torch.uint8
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
-        expected = F.crop(F.pad(image, pad, padding_mode="reflect"), int(i), int(j), *shape[1:])
-        assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+    for black, mode in ((False, "reflect"), (True, "constant")):
+        result = data.crop_and_flip(images, top, left, flip, pad, black)
+        assert result.dtype == torch.uint8
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
+            expected = F.crop(F.pad(image, pad, padding_mode=mode), int(i), int(j), *shape[1:])
+            assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+
+
+def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
+    """Every image gets a policy of its own, and a black square of half its side around a random pixel."""
+    images, rng, seen = torch.full((200, 3, 32, 32), 200, dtype=torch.uint8), torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(data, "AUTO_AUGMENT", lambda image: (seen.append(image), image // 2)[1])
+    black, auto = (data.augment(images, True, 0.0, rng.manual_seed(0), how) for how in ("black", "auto"))
+    assert torch.equal(torch.stack(seen), ((black + 1) * 127.5).round().byte()) and len(seen) == 200
+    assert auto.is_contiguous(memory_format=torch.channels_last)
+    areas = set()
+    for crop, image in zip(black, auto, strict=True):
+        halved = data.to_float(((crop + 1) * 127.5).round().byte() // 2)
+        fits = [(i, j) for i in range(32) for j in range(32) if torch.equal(with_hole(halved, i, j), image)]
+        areas.add((image == -1).all(0).sum().item())
+        assert fits
+    assert len(areas) > 20  # squares end at edges
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
+    changed = torch.stack([data.AUTO_AUGMENT(image) for image in ramps])
+    assert len({tuple(image.flatten().tolist()) for image in changed}) > 15
+
+
+def with_hole(image, row, column):
+    image = image.clone()
+    image[:, max(0, row - 8) : row + 8, max(0, column - 8) : column + 8] = -1
+    return image
 
 
 def augment(images, flip=True, sigma=0.0, seed=0):

@@ -130,9 +130,10 @@ def test_sampler_and_loss_see_one_energy(options, precision, digits):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=tolerance)
 
 
-def test_running_statistics_are_those_of_real_images(digits):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_running_statistics_are_those_of_real_images(statistics, digits):
     """The first step's: a tenth of the batch's, as if no samples had been there."""
-    run = trainer.Trainer(config(norm="batch"), digits, torch.device("cpu"))
+    run = trainer.Trainer(config(norm="batch", norm_statistics=statistics), digits, torch.device("cpu"))
     alone = trainer.Trainer(config(norm="batch", mode="baseline_train"), digits, torch.device("cpu"))
     for trained in (run, alone):
         trained.step = 1
