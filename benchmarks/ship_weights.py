@@ -32,21 +32,24 @@ from logger.images import to_uint8
 from models.predict import accuracy, predict
 
 BUFFER_IMAGES = 500
-RANK = 16  # of a Gaussian's covariance, without its diagonal
+RANK = 112  # of a Gaussian's covariance, without its diagonal
 LARGEST = 4e6  # bytes
 
 
 def low_rank(gaussians: list[tuple[Tensor, Tensor, float]], rank: int) -> dict[str, Tensor]:
-    """What ``StoredGaussians`` takes: the main directions of each, and noise in place of the others."""
-    means, factors, noises = [], [], []
-    for mean, factor, noise in gaussians:
-        covariance = factor.T @ factor + noise**2 * torch.eye(len(mean))
-        values, vectors = torch.linalg.eigh(covariance)  # ascending
-        rest = values[:-rank].mean()
-        factors.append((values[-rank:] - rest).clamp(min=0).sqrt()[:, None] * vectors[:, -rank:].T)
-        means.append(mean)
-        noises.append(rest.sqrt())
-    stacked = {"mean": torch.stack(means), "factor": torch.stack(factors), "noise": torch.stack(noises)}
+    """Gaussians with a basis in common, the main directions of their mean covariance, and noise in all others."""
+    d = len(gaussians[0][0])
+    covariances = [factor.T @ factor + noise**2 * torch.eye(d) for _, factor, noise in gaussians]
+    _, vectors = torch.linalg.eigh(sum(covariances) / len(covariances))  # eigenvalues ascend
+    basis = vectors[:, -rank:].T  # (R, D)
+    inside = [basis @ covariance @ basis.T for covariance in covariances]
+    outside = [(whole.trace() - part.trace()) / (d - rank) for whole, part in zip(covariances, inside, strict=True)]
+    stacked = {
+        "mean": torch.stack([mean for mean, _, _ in gaussians]),
+        "factor": torch.stack([torch.linalg.cholesky(part).T for part in inside]),
+        "basis": basis,
+        "noise": torch.stack(outside).clamp(min=0).sqrt(),
+    }
     return {name: value.half() for name, value in stacked.items()}
 
 

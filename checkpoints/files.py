@@ -115,8 +115,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     starts = {}
     for kind in ("gaussian", "class_gaussian"):
         if f"start.{kind}.mean" in tensors:
-            mean, factor, noise = (tensors.pop(f"start.{kind}.{part}").float() for part in ("mean", "factor", "noise"))
-            starts[kind] = list(zip(mean, factor, noise.tolist(), strict=True))
+            parts = (tensors.pop(f"start.{kind}.{part}").float() for part in ("mean", "factor", "basis", "noise"))
+            mean, factor, basis, noise = parts  # (K, D), (K, R, R), (R, D), (K,)
+            starts[kind] = list(zip(mean, factor @ basis, noise.tolist(), strict=True))
     buffer = tensors.pop("buffer.images", None)
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
     if buffer is not None:

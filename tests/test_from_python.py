@@ -89,14 +89,14 @@ def shipped(run_dir, tmp_path_factory):
     file = tmp_path_factory.mktemp("assets") / "digits.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["", str(run_dir), str(file), "--images", "8x8 digits", "--licence", "BSD"])
-        patch.setattr(ship_weights, "RANK", 5)
+        patch.setattr(ship_weights, "RANK", 40)
         ship_weights.main()
     return file
 
 
 def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp_path, monkeypatch, capsys):
     about, ours = json.loads(shipped.with_suffix(".json").read_text()), load_run(run_dir, gpu="cpu")
-    assert about["images"] == "8x8 digits" and str(ROOT) not in json.dumps(about) and shipped.stat().st_size < 200_000
+    assert about["images"] == "8x8 digits" and str(ROOT) not in json.dumps(about) and shipped.stat().st_size < 220_000
     monkeypatch.setattr(data, "load", None)
     run = load_run(shipped, gpu="cpu")
     torch.testing.assert_close(run.logits(DIGITS.test.images), ours.logits(DIGITS.test.images), atol=0.02, rtol=0.01)
@@ -108,7 +108,7 @@ def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp
     assert all(x.transpose(2, 0, 1).tobytes() in theirs for x in drawn["images"])
     sample(shipped, tmp_path, "--start", "smooth:1,class_gaussian:1", "--n_samples", "2", "--n_sample_steps", "0")
     _, drawn = sample(shipped, tmp_path, "--class_cond", "--n_samples", "1000", "--n_sample_steps", "0")
-    assert "1000 chains from class_gaussian of rank 5, from digits.safetensors" in capsys.readouterr().out
+    assert "1000 chains from class_gaussian of rank 40, from digits.safetensors" in capsys.readouterr().out
     for k in (0, 7):
         images = DIGITS.train.images[DIGITS.train.labels == k]
         mean, factor, noise = fit(images, torch.device("cpu"))
@@ -251,7 +251,8 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["data"]["class_names"] = CIFAR10
-    stored = {"mean": torch.zeros(10, 3072), "factor": torch.zeros(10, 2, 3072), "noise": torch.ones(10)}
+    stored = {"mean": torch.zeros(10, 3072), "factor": torch.zeros(10, 2, 2), "noise": torch.ones(10)}
+    stored["basis"] = torch.ones(2, 3072)
     weights = content["state"]["model"] | {f"start.class_gaussian.{name}": value for name, value in stored.items()}
     file = safetensors_file(weights, content, low_log_density=1.5)
     (tmp_path / "a.safetensors").write_bytes(file)
