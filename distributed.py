@@ -16,9 +16,9 @@ from tqdm import tqdm
 from utils import UserError, tree_to
 
 TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to decode a large folder of images
-
+EQUAL_RUNS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # how many mpirun or srun says it started
 T = TypeVar("T")
-
+is_distributed = dist.is_initialized  # whether there are other processes to agree with
 torchrun_store: dist.Store | None = None  # lives as long as torchrun: longer than processes that it starts again
 store: dist.Store | None = None  # the part of it that these processes have to themselves
 
@@ -30,9 +30,6 @@ class World(NamedTuple):
     size: int = 1
 
 
-is_distributed = dist.is_initialized  # whether there are other processes to agree with
-
-
 def current_world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if is_distributed() else World()
 
@@ -42,12 +39,14 @@ def connect() -> None:
     global torchrun_store, store
     if is_distributed():
         return
-    if "RANK" not in os.environ and started_together() > 1:
-        raise UserError(
-            f"this is one of {started_together()} equal runs that srun (SLURM) or mpirun started: start one run with "
-            f"torchrun --nproc_per_node={started_together()}, or a single process with srun --ntasks=1"
-        )
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+    if "RANK" not in os.environ:
+        n = next((os.environ[name] for name in EQUAL_RUNS if os.environ.get(name)), "1")
+        if n != "1":
+            raise UserError(
+                f"this is one of {n} equal runs that srun (SLURM) or mpirun started: start one run of {n} processes "
+                f"with torchrun --nproc_per_node={n}, or of a single process with srun --ntasks=1"
+            )
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
             torchrun_store, rank, size = next(dist.rendezvous("env://"))
@@ -58,22 +57,14 @@ def connect() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif "TORCHELASTIC_RUN_ID" in os.environ and torchrun_store is None:  # one process, which it may start again
         with suppress(RuntimeError):  # torchrun has gone and left its variables
-            torchrun_store = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))[0]
-
-
-def started_together() -> int:
-    """How many processes mpirun or srun says it started, this one among them."""
-    counts = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"]
-    if "SLURM_PROCID" in os.environ and os.environ.get("ENVIRONMENT") != "BATCH":  # a batch script is one process
-        counts.append("SLURM_NTASKS")
-    return int(next((os.environ[name] for name in counts if os.environ.get(name)), 1))
+            torchrun_store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))
 
 
 def unused_part(whole: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of torchrun's store without addresses of processes that are gone.
 
-    Which attempt this is, torchrun does not say: its count of restarts differs between machines. So each process leaves
-    a ticket, and rank 0 answers the newest ticket of each rank until the process that left it confirms.
+    Its count of restarts differs between machines. So each process leaves a ticket, and rank 0 answers the newest one
+    of each rank until the process that left it confirms.
     """
     ticket = uuid.uuid4().hex
     if rank > 0:
@@ -122,8 +113,6 @@ def lost_connection(error: Exception) -> bool:
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum of a tensor over all processes. Its gradient is that of the sum of all processes' losses."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
@@ -136,12 +125,12 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, on the device, and differentiable."""
+    """The sum of x over all processes, on the device. Its gradient is that of the sum of all processes' losses."""
     return AllReduceSum.apply(x) if is_distributed() else x
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """The same of the mean."""
+    """The mean of x over all processes, on the device, and differentiable."""
     return all_reduce_sum(x) / current_world().size
 
 
@@ -153,43 +142,45 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
     return tuple(largest.tolist())
 
 
-def all_gather_object(what: str, value: T) -> list[T]:
-    """The values of all processes, by rank, which hold tensors of the CPU alone. DistError if ``what`` differs."""
-    if not is_distributed():
-        return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (what, value))
-    names = sorted({name for name, _ in everyone})
-    if len(names) > 1:
-        raise dist.DistError(f"processes do different things, one {' and another '.join(names)}")
-    return [value for _, value in everyone]
+def all_gather_object(value: T) -> list[T]:
+    """The values of all processes, by rank, which hold tensors of the CPU alone."""
+    everyone = [value] * current_world().size
+    if is_distributed():
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
-def raise_on_all_ranks(what: str, call: Callable[[], T]) -> T:
+def raise_on_all_ranks(call: Callable[[], T]) -> T:
     """What ``call`` returns. Its error is one in all processes: in the others it is a UserError or a RuntimeError."""
     try:
         result = call()
     except Exception as error:
-        kind = UserError if isinstance(error, UserError) else RuntimeError
-        all_gather_object(what, kind(str(error) or type(error).__name__))  # the others wait to hear of it
+        if not hasattr(error, "is_shared"):  # the others wait to hear of it
+            error.is_shared = True
+            kind = UserError if isinstance(error, UserError) else RuntimeError
+            all_gather_object(kind(str(error) or type(error).__name__))
         raise
-    for failure in filter(None, all_gather_object(what, None)):
+    for failure in filter(None, all_gather_object(None)):
+        failure.is_shared = True
         raise failure
     return result
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Call ``make`` in rank 0 and return its result in every process. An error is raised in every process."""
-    result = [raise_on_all_ranks("waits for the first", make if current_world().rank == 0 else lambda: None)]
+    result = [raise_on_all_ranks(make if current_world().rank == 0 else lambda: None)]
     if is_distributed():
         dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
     return result[0]
 
 
 def rank0_first(load: Callable[[], T]) -> T:
-    """What ``load`` returns: first in rank 0, which may download, then in one process of each machine, then in all."""
+    """What ``load`` returns: called first in rank 0, then in one process of each machine, then in the others.
+
+    The first may download, or write into a cache, what the others then find. An error in one is an error in all.
+    """
     turn = 0 if current_world().rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    return [raise_on_all_ranks("loads", load if now == turn else lambda: None) for now in range(3)][turn]
+    return [raise_on_all_ranks(load if now == turn else lambda: None) for now in range(3)][turn]
 
 
 def sharded_map(
@@ -197,9 +188,8 @@ def sharded_map(
 ) -> list[T]:
     """What ``work`` returns for each of the items, such as batches, done by all processes together; all have all of it.
 
-    Item i is done in the process of rank i modulo their number. ``rng``, from which ``work`` may draw, gets a seed for
-    each item and one for afterwards: no number depends on who does what. ``device`` is where the tensors are that
-    ``work`` returns, alone or in tuples; ``title`` stands at a progress bar. For errors see ``raise_on_all_ranks``.
+    ``rng`` gets a seed for each item and one for afterwards: what ``work`` draws does not depend on who does it.
+    ``device``: where the tensors are that it returns, alone or in tuples. Errors: see ``raise_on_all_ranks``.
     """
     rank, size = current_world()
     rng = rng or Generator()
@@ -210,10 +200,9 @@ def sharded_map(
         return work(items[i])
 
     numbers = tqdm(range(rank, len(items), size), desc=title, unit="batch", leave=False, disable=not title)
-    what = f"does {len(items)} of {title or work.__qualname__}"
-    own = raise_on_all_ranks(what, lambda: [do(i) for i in numbers])
+    own = raise_on_all_ranks(lambda: [do(i) for i in numbers])
     rng.manual_seed(seeds[-1])
     if size == 1:
         return own
-    parts = [tree_to(part, device) for part in all_gather_object(what, tree_to(own, torch.device("cpu")))]
+    parts = [tree_to(part, device) for part in all_gather_object(tree_to(own, torch.device("cpu")))]
     return [parts[i % size][i // size] for i in range(len(items))]

@@ -34,10 +34,8 @@ class Recovery:
         Raises TrainingFailed if the run has used up its recoveries.
         """
         if self.recoveries >= self.cfg.max_recoveries:
-            raise TrainingFailed(
-                f"training diverged at step {step} and {self.recoveries} recoveries are used up; try more "
-                "--sgld_step, a lower --lr, or --energy_l2 0.1"
-            )
+            advice = "try more --sgld_step, a lower --lr, or --energy_l2 0.1"
+            raise TrainingFailed(f"training diverged at step {step}, after {self.recoveries} recoveries: {advice}")
         self.recoveries += 1
         self.latest = self.proven
         soon = step <= self.failed_at + 5 * STATE_EVERY

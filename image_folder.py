@@ -12,12 +12,12 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,11 +51,10 @@ Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
 def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list[str]]:
     """Every image below ``root``, which holds test/<class>/* and perhaps train and val beside it, or only <class>/*.
 
-    They are resized to ``image_size`` pixels a side; None keeps the size that all of them have.
-    Returns images uint8 (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the
-    parts "train", "valid" and "test" that exist, or else for "all", the slice of the images; class names.
-
-    Raises UserError if the folder or a file in it is missing, broken or unusable.
+    They are resized to ``image_size`` pixels a side; None keeps the size that all of them have. Returns images uint8
+    (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts "train", "valid"
+    and "test" that exist, or else for "all", the slice of the images; class names. Raises UserError if the folder or a
+    file in it is missing, broken or unusable.
     """
     paths, notes = _list(root, "--data_dir ")
     folders = _find_parts(root, paths, notes) or {"all": ""}
@@ -190,31 +189,29 @@ def some(names: list[str], n: int = 5) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-@dataclass
-class Decoded:
+class Decoded(NamedTuple):
     """What became of a file. With neither pixels nor a problem, it is no image and does not claim to be one."""
 
     pixels: np.ndarray | None = None  # uint8 RGB (H, W, 3)
+    done: Sequence[str] = ()  # to the image, in words
     problem: str = ""
-    done: list[str] = field(default_factory=list)
 
 
 def decode_file(file: str, image_size: int | None) -> Decoded:
-    result = Decoded()
+    done = []
     try:
-        result.pixels = _decode_file(file, image_size, result.done)
+        return Decoded(_decode_file(file, image_size, done), done)
     except UserError as error:
-        result.problem = f"{file} {error}"
+        problem = str(error)
     except Image.UnidentifiedImageError:
-        result.problem = f"{file} is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
+        problem = "is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
     except Exception as error:  # image codecs raise almost anything on a broken file
-        result.problem = f"{file} cannot be read: {getattr(error, 'strerror', None) or error}"
-    return result
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return Decoded(problem=f"{file} {problem}")
 
 
-def _decode_file(file: str, image_size: int | None, done: list[str] | None = None) -> np.ndarray | None:
-    """RGB (H, W, 3), uint8, or None for what is no image; ``done`` takes what was done to the image, in words."""
-    done = [] if done is None else done
+def _decode_file(file: str, image_size: int | None, done: list[str]) -> np.ndarray | None:
+    """RGB (H, W, 3), uint8, or None for what is no image; ``done`` takes what was done to the image."""
     ending = os.path.splitext(file)[1].lower()
     if ending in UNSUPPORTED:
         raise UserError(f"is of an unsupported format ({ending[1:]}): convert it to PNG or JPEG")
@@ -265,8 +262,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
             levels = 255 - levels
         return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("I", "F"):
-        kind = f"a {image.format} of signed, float or 32-bit numbers (mode {image.mode})"
-        raise UserError(f"is {kind}, of which none is known to be white: convert it to 8 or 16 bit, unsigned")
+        kind = f"signed, float or 32-bit numbers (mode {image.mode})"
+        raise UserError(f"is of {kind}, of which none is known to be white: convert it to 8 or 16 bit, unsigned")
     return image
 
 
@@ -332,7 +329,9 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     notes = [f"{n} of {len(kept)} images {text}" for text, n in sorted(done.items())]
     if ignored:
         notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
-    return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes + _warnings(pixels)}
+    if pixels.max() < 64:
+        notes.append(f"warning: no pixel is above {pixels.max()} of 255: are the images scaled wrongly?")
+    return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes}
 
 
 def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
@@ -341,25 +340,13 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
         advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     gigabytes = n * 3 * height * width / 1e9
+    needed = f"{n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else math.inf
     if 2 * gigabytes > memory:
-        raise UserError(
-            f"{n} images of {width}x{height} need {2 * gigabytes:.1f} GB of memory, of {memory:.1f}: use fewer"
-        )
+        raise UserError(f"{needed}, and there are {memory:.1f}: use fewer")
     if gigabytes > 0.5:
-        print(f"data: {n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now", flush=True)
+        print(f"data: {needed}", flush=True)
     return np.empty((n, 3, height, width), np.uint8)
-
-
-def _warnings(pixels: np.ndarray) -> list[str]:
-    """What looks wrong with the images, one line each."""
-    n, top, bottom, lines = len(pixels), pixels.max(), pixels.min(), []
-    flat = int((pixels == pixels[:, :, :1, :1]).all((1, 2, 3)).sum())
-    if flat >= 2 and flat > n / 10:
-        lines.append(f"warning: {flat} of {n} images are one flat colour each: is that what they should be?")
-    if top < 64 or top - bottom < 32:
-        lines.append(f"warning: all pixels lie between {bottom} and {top} of 0 to 255: are the images scaled wrongly?")
-    return lines
 
 
 def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 EVALUATION_PACKAGES = ("torchmetrics", "torch-fidelity", "pyautoattack")  # imported where needed
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", *EVALUATION_PACKAGES)
@@ -114,10 +114,10 @@ def git_commit(folder: Path) -> str:
     """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown"."""
     if not (folder / ".git").exists():  # a copy inside somebody's own repository is not that repository's commit
         return "unknown"
-    git = partial(subprocess.run, capture_output=True, check=True, encoding="utf-8", errors="replace", cwd=folder)
+    git = partial(subprocess.check_output, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace", cwd=folder)
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain"]).stdout.strip()
+        commit = git(["git", "rev-parse", "HEAD"]).strip()
+        changed = git(["git", "status", "--porcelain"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit} with local changes" if changed else commit
@@ -166,11 +166,7 @@ class Signals:
 
 def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
     """Nested dicts, lists and tuples with every tensor copied, to ``device`` if one is given."""
-
-    def copied(leaf: Any) -> Any:
-        return leaf.detach().to(device or leaf.device, copy=True) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(copied, tree)
+    return tree_map_only(Tensor, lambda leaf: leaf.detach().to(device or leaf.device, copy=True), tree)
 
 
 class Generators:

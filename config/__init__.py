@@ -1,5 +1,6 @@
 """A run's options, checked, and what follows from them."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,11 +21,10 @@ class Config(Options):
     """
 
     def __init__(self, **given: Any):
-        unknown = given.keys() - {f.name for f in fields(self)}
-        if unknown:
-            raise TypeError(f"there are no options {', '.join(sorted(unknown))}")
         recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
-        options = asdict(Options()) | recipe | given
+        options = asdict(Options(**given)) | recipe | given  # a TypeError for a name that is no option's
+        if "start_dir" in given and not {"start", "outlier_images"} & given.keys():
+            options["start"] = "folder"
         for f in fields(self):
             object.__setattr__(self, f.name, absolute_path(f, options[f.name]))
         wrong = [check_value(f, getattr(self, f.name)) for f in fields(self)]
@@ -47,10 +47,8 @@ class Config(Options):
     def decay_at(self) -> list[int]:
         """The epochs in ``--decay_epochs``, ascending."""
         words = [word.strip() for word in self.decay_epochs.split(",") if word.strip()]
-        if not all(word.isdecimal() and len(word) < 10 and int(word) for word in words):
-            raise UserError(
-                f"--decay_epochs takes epochs, separated by commas, such as 60,120,180, not {self.decay_epochs!r}"
-            )
+        if not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words):
+            raise UserError(f"--decay_epochs takes epochs, separated by commas, as 60,120, not {self.decay_epochs!r}")
         return sorted(map(int, words))
 
     @property
@@ -99,10 +97,10 @@ class Config(Options):
     @property
     def start_name(self) -> str:
         """What ``--start`` names, in words."""
-        whole = len(self.start_shares) == 1
-        return ", ".join(
-            STARTS[name] + ("" if whole else f" ({share:.0%})") for name, share in self.start_shares.items()
-        )
+        shares = self.start_shares
+        if len(shares) == 1:
+            return STARTS[self.start]
+        return ", ".join(f"{STARTS[name]} ({share:.0%})" for name, share in shares.items())
 
     def _shares(self, name: str) -> dict[str, float]:
         found = {}
@@ -113,10 +111,8 @@ class Config(Options):
             except ValueError:
                 found[start] = 0.0
             if start not in STARTS or not 0 < found[start] < 1e6:
-                raise UserError(
-                    f"--{name} takes one of {', '.join(STARTS)}, or several with shares above 0, as "
-                    f"gaussian:0.8,uniform:0.2, not {word.strip()!r}"
-                )
+                several = "several with shares above 0, as gaussian:0.8,uniform:0.2"
+                raise UserError(f"--{name} takes one of {', '.join(STARTS)}, or {several}, not {word.strip()!r}")
         total = sum(found.values())
         return {start: share / total for start, share in found.items()}
 

@@ -30,7 +30,8 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.mode == "test":
         if "robustness" not in cfg.metrics and cfg.attacks is not None:
             yield "--attacks is for --mode test with robustness in --eval"
-        if "refined" in cfg.chosen_attacks and cfg.attacks not in ("all", None) and not cfg.refine_steps:
+        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
+        if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     tasks = [cfg.inpaint != "", cfg.denoise is not None, cfg.counterfactual is not None, cfg.from_buffer]
     if cfg.mode == "sample" and sum(tasks) > 1:
@@ -49,6 +50,8 @@ def contradictions_of_chains(cfg) -> Iterator[str]:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
+    if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
+        yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":
@@ -108,13 +111,12 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     for name, size in sizes.items():
         if size % n_processes:
             raise UserError(f"--{name} {size} cannot be divided evenly among {n_processes} processes")
-    if not (cfg.samples and cfg.class_cond):
-        return
-    buffer = f"--buffer_size {cfg.buffer_size}"
-    if n_processes > 1 and cfg.buffer_size % (n_processes * n_classes):
-        raise UserError(f"{buffer} cannot be divided evenly among {n_processes} processes and {n_classes} classes")
-    if cfg.buffer_size // n_processes // n_classes < math.ceil(cfg.n_chains / n_processes / n_classes):
-        raise UserError(f"{buffer} has too few images of each of {n_classes} classes for {cfg.n_chains} chains")
+    if cfg.samples and cfg.class_cond:
+        buffer, parts = f"--buffer_size {cfg.buffer_size}", n_processes * n_classes
+        if n_processes > 1 and cfg.buffer_size % parts:
+            raise UserError(f"{buffer} cannot be divided evenly among {n_processes} processes and {n_classes} classes")
+        if cfg.buffer_size // parts < math.ceil(cfg.n_chains / parts):
+            raise UserError(f"{buffer} has too few images of each of {n_classes} classes for {cfg.n_chains} chains")
 
 
 def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:

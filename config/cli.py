@@ -50,14 +50,13 @@ def check_value(f: Field, value: Any) -> str:
     meta, name = f.metadata, f"--{f.name}"
     if meta["choices"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
-    if meta["is_path"] and value.startswith("~"):
-        return f"{name} {value}: there is no such user"
-    if meta["is_path"] and "://" in value:
-        return f"{name} {value} is not on this machine: mount it and give the folder, or copy it"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and value > meta["maximum"]:
+    if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
+        return f"{name} {value} is not on this machine: give a folder or file that is"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if value > meta["maximum"]:
         return f"{name} must be at most {meta['maximum']:.10g}, not {value}"
-    if number and not (value >= meta["minimum"] and value > meta["above"]):  # nan is neither
+    if not (value >= meta["minimum"] and value > meta["above"]):  # nan is neither
         least = f"above {meta['above']:g}" if meta["minimum"] == -math.inf else f"at least {meta['minimum']:g}"
         return f"{name} must be {least}, not {value}"
     return ""
@@ -114,19 +113,17 @@ def build_parser(config: type) -> Parser:
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
-    names = dict.fromkeys(f.metadata["group"] for f in fields(config))
-    groups = {name: parser.add_argument_group(name) for name in names}
+    groups = {}
     for f in fields(config):
-        default = "off" if f.default is False else f.default
-        text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
-        text += "; the word off takes back a recipe's value" if f.metadata["nullable"] else ""
-        how = {
-            "help": text.replace("%", "%%"),
-            "metavar": "|".join(f.metadata["choices"]) or kind_of(f).__name__.upper(),
-        }
+        meta, default = f.metadata, "off" if f.default is False else f.default
+        text = meta["help"] + ("" if default in (None, "") else f" (default: {default})")
+        text += "; the word off takes back a recipe's value" if meta["nullable"] else ""
+        how = {"help": text.replace("%", "%%"), "metavar": "|".join(meta["choices"]) or kind_of(f).__name__.upper()}
         if f.type is bool:
             how |= {"action": Switch, "nargs": "?", "const": "True"}
-        groups[f.metadata["group"]].add_argument(*option_names(f), *f.metadata["flags"], **how)
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        groups[meta["group"]].add_argument(*option_names(f), *meta["flags"], **how)
     return parser
 
 

@@ -28,7 +28,7 @@ STARTS = {  # images that are no samples, and what reports call them
 }
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
-ATTACKS = ("pgd", "refined", "autoattack", "distal")
+ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -41,12 +41,14 @@ optimisation = partial(option, "optimisation", modes=TRAINING)
 sgld = partial(option, "SGLD", modes=("energy_train", "test", "sample"))
 training_chains = partial(option, "SGLD", modes=("energy_train",))
 energy = partial(option, "objective", modes=("energy_train",))
+outliers = partial(energy, needs=("outlier_weight",))
 classifier = partial(option, "objective", modes=TRAINING)
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
 test = partial(option, "test", modes=("test",), resumable=True)
 sample = partial(option, "sample", modes=("sample",), resumable=True)
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True)
+exported = partial(option, "export", modes=("export",), resumable=True)
 speed = partial(option, "speed", modes=NETWORK)
 
 
@@ -74,11 +76,7 @@ class Options:
     dataset: str = images("cifar10", "training and test images", tuple(DATASETS))
     data_dir: str = images("data", "where the data set's files are, or are downloaded to", is_path=True, resumable=True)
     image_size: int | None = images(
-        None,
-        "side in pixels to which the images of a folder are squeezed (default: their own size)",
-        minimum=8,
-        maximum=2048,
-        needs=("dataset=folder",),
+        None, "side in pixels to squeeze a folder's images to", minimum=8, maximum=2048, needs=("dataset=folder",)
     )
     n_valid: int | None = images(None, "images held out for validation (default: 5000 or, if less, a tenth)", minimum=0)
     labels_per_class: int | None = training_images(
@@ -92,6 +90,11 @@ class Options:
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
+    augment: str = training_images(
+        "crop",
+        "of real images: crops with mirrored edges; auto: with black ones, and AutoAugment and Cutout if labelled",
+        ("crop", "auto"),
+    )
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
 
     depth: int = network(28, "layers of the Wide-ResNet, 6n + 4", minimum=10)
@@ -99,8 +102,7 @@ class Options:
     stages: int = network(3, "a fourth stage, of twice the channels, suits images of 64x64", minimum=3, maximum=4)
     backbone: str = network("jem", "of JEM, or of robust classifiers: no biases, normalised images", tuple(BACKBONES))
     norm: str = network("none", "normalisation layers", tuple(NORMS))
-    norm_statistics: str = option(
-        "model",
+    norm_statistics: str = training_network(
         "batch",
         "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
         "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
@@ -121,7 +123,9 @@ class Options:
     max_steps: int | None = optimisation(
         None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
     )
-    optimizer: str = optimisation("adam", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
+    optimizer: str = optimisation(
+        "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
+    )
     weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
@@ -129,10 +133,16 @@ class Options:
     decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
     sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
     sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    grad_clip: float | None = optimisation(
+        None,
+        "largest norm of the gradient in all parameters; a longer one is shortened (default: no limit)",
+        above=0,
+        nullable=True,
+    )
     ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
-    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=1, modes=("energy_train", "sample"))
+    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0, modes=("energy_train", "sample"))
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
     sgld_grad_clamp: float | None = sgld(
@@ -171,24 +181,33 @@ class Options:
     )
     adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
     adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
+    adversarial_step_size: float | None = classifier(
+        None,
+        "their size, pixels in [0, 1] (default: 2.5 times --adversarial_eps, divided by their number)",
+        above=0,
+        nullable=True,
+        needs=("adversarial_eps",),
+    )
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
     energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
     mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
+    mean_energy_form: str = energy(
+        "means",
+        "both squared means; real_squares: the mean square of real images and the squared mean of samples",
+        ("means", "real_squares"),
+        needs=("mean_energy_l2",),
+    )
     p_x_batch_size: int | None = energy(
         None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
     )
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
-    outlier_weight: float = energy(
-        0.0, "weight of a term that keeps log p(x) of outliers below that of real images; 0: off", minimum=0
-    )
-    outlier_images: str = energy("smooth", "what the outliers are, named as in --start", needs=("outlier_weight",))
-    outlier_batch_size: int = energy(16, "outliers of a step", minimum=1, needs=("outlier_weight",))
-    outlier_margin: float = energy(2.0, "by how many nats they should lie below", needs=("outlier_weight",))
-    outlier_eps: float = energy(
-        1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0, needs=("outlier_weight",)
-    )
-    outlier_steps: int = energy(3, "steps in which they do", minimum=1, needs=("outlier_weight",))
+    outlier_weight: float = energy(0.0, "weight of keeping log p(x) of outliers below real images'; 0: off", minimum=0)
+    outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
+    outlier_batch_size: int = outliers(16, "outliers of a step", minimum=1)
+    outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
+    outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
+    outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
     diverge_threshold: float = energy(
         1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
     )
@@ -210,13 +229,14 @@ class Options:
     ood_datasets: str = test(
         "auto",
         "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, which need no files; auto: these four, with cifar10 also svhn "
-        "and cifar100",
+        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
+        "and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(
         None,
-        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
+        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); "
+        "refined_straight (the same past them, as JEM's authors); autoattack; "
         "distal (noise that becomes a class) (default: all)",
     )
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
@@ -251,29 +271,17 @@ class Options:
         "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
     )
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
-    counterfactual: str | None = sample(
-        None, "move images a little towards this class (name, or number from 0 on), or to each of all"
-    )
+    counterfactual: str | None = sample(None, "move images to a class (name, or number from 0 on), or to each of all")
     counterfactual_eps: float | None = sample(
         None, "how far, L2, pixels in [0, 1] (default: 2.5)", above=0, needs=("counterfactual",)
     )
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
-    export: str = option(
-        "export",
-        "",
-        "new file: NAME.pt, which the program of --export_for opens; NAME.safetensors, which --load_ckpt opens",
-        modes=("export",),
-        is_path=True,
-        resumable=True,
+    export: str = exported(
+        "", "new file: NAME.pt, which --export_for's program opens; NAME.safetensors, for --load_ckpt", is_path=True
     )
-    export_for: str = option(
-        "export",
-        "auto",
-        "program that NAME.pt is for; sada-jem: M-JEM's too; robust: DAT's; auto: by the recipe, stages and backbone",
-        EXPORT_FOR,
-        modes=("export",),
-        resumable=True,
+    export_for: str = exported(
+        "auto", "of NAME.pt; sada-jem: M-JEM's too; robust: DAT's; auto: by recipe, stages and backbone", EXPORT_FOR
     )
 
     precision: str = speed("auto", "arithmetic; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))

@@ -73,7 +73,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
     torch.manual_seed(inputs.cfg.seed)  # for libraries that draw from the global generator
     try:
         with evaluation_packages():
-            distributed.raise_on_all_ranks(f"ends {section.name}", lambda: metric.measure(inputs, section))
+            distributed.raise_on_all_ranks(lambda: metric.measure(inputs, section))
     except UserError as error:
         section.add_absent(section.name, str(error))
     except Exception as error:

@@ -49,7 +49,7 @@ class SampleQuality:
         n = math.ceil(self.start.n / distributed.current_world().size)
         chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[:n]
         own = to_uint8(buffer[chosen].nan_to_num(0)).cpu()
-        held = torch.cat(distributed.all_gather_object("images of the replay buffer", own))
+        held = torch.cat(distributed.all_gather_object(own))
         sets = {"fresh_samples": to_uint8(chains.x), "chain_starts": to_uint8(chains.start), "buffer": held}
         distances = {}
         for name, shown in sets.items():

@@ -21,10 +21,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"cannot write to {path}: {reason}; put that right and run it again (training: with --resume)"
-        ) from None
+        advice = "put that right and run it again (training: with --resume)"
+        raise UserError(f"cannot write to {path}: {error.strerror or error}; {advice}") from None
 
 
 @contextmanager

@@ -22,9 +22,8 @@ def tensorboard_writer(directory: Path, purge_step: int | None = None):
     try:
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:
-        raise UserError(
-            f"TensorBoard cannot write to {directory}: its name is not valid UTF-8; rename it, or give --no_log"
-        ) from None
+        problem = "its name is not valid UTF-8; rename it, or give --no_log"
+        raise UserError(f"TensorBoard cannot write to {directory}: {problem}") from None
 
 
 class Log:
@@ -86,15 +85,10 @@ class Log:
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def hyperparameters(self, options: dict[str, Any]) -> None:
-        """The options as TensorBoard's HPARAMS tab and as a table."""
+        """The options as a table of TensorBoard."""
         if self.board:
-            from torch.utils.tensorboard.summary import hparams
-
-            known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
-            rows = [f"| {k} | {v} |" for k, v in known.items()]
+            rows = [f"| {name} | {printable(value, 'utf-8')} |" for name, value in options.items()]
             with disk_errors(self.path):
-                for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
-                    self.board.file_writer.add_summary(summary)
                 self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
 
     def flush(self) -> int:

@@ -83,7 +83,5 @@ def check_room(trainer, logdir: Path) -> None:
     there = next(folder for folder in (logdir, *logdir.parents) if folder.is_dir())
     needed, free = room_for_checkpoints(trainer), shutil.disk_usage(there).free
     if needed > free:
-        raise UserError(
-            f"the run's checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free: free some "
-            "space, or choose another --logdir, or a smaller --buffer_size, --width or --depth"
-        )
+        found = f"checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free"
+        raise UserError(f"{found}: free some space, or give another --logdir, or a smaller --buffer_size or --width")

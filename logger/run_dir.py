@@ -46,10 +46,8 @@ class RunDir:
         if path.name in ("last.pt", "previous.pt"):
             path = path.resolve().parent.parent
         if not os.path.isfile(path / "config.json"):
-            raise UserError(
-                f"{name} is not a run directory, nor its last.pt or previous.pt, one of which --resume takes; "
-                "--load_ckpt starts a new run from any checkpoint"
-            )
+            advice = "--load_ckpt starts a new run from any checkpoint"
+            raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt, not {name}; {advice}")
         return cls(path)
 
     def close(self) -> None:

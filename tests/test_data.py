@@ -46,12 +46,40 @@ def test_crop_and_flip_is_what_torchvision_gives(shape, pad):
     images = torch.from_numpy(random_images(40, *shape))
     top, left = torch.randint(2 * pad + 1, (2, 40), generator=torch.Generator().manual_seed(0))
     flip = torch.arange(40) % 3 == 0
-    result = data.crop_and_flip(images, top, left, flip, pad)
-    assert result.dtype == torch.uint8
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
-        expected = F.crop(F.pad(image, pad, padding_mode="reflect"), int(i), int(j), *shape[1:])
-        assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+    for black, mode in ((False, "reflect"), (True, "constant")):
+        result = data.crop_and_flip(images, top, left, flip, pad, black)
+        assert result.dtype == torch.uint8
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
+            expected = F.crop(F.pad(image, pad, padding_mode=mode), int(i), int(j), *shape[1:])
+            assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+
+
+def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
+    """Every image gets a policy of its own, and a black square of half its side around a random pixel."""
+    images, rng, seen = torch.full((200, 3, 32, 32), 200, dtype=torch.uint8), torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(data, "AUTO_AUGMENT", lambda image: (seen.append(image), image // 2)[1])
+    black, auto = (data.augment(images, True, 0.0, rng.manual_seed(0), how) for how in ("black", "auto"))
+    assert torch.equal(torch.stack(seen), ((black + 1) * 127.5).round().byte()) and len(seen) == 200
+    assert auto.is_contiguous(memory_format=torch.channels_last)
+    areas = set()
+    for crop, image in zip(black, auto, strict=True):
+        halved = data.to_float(((crop + 1) * 127.5).round().byte() // 2)
+        fits = [(i, j) for i in range(32) for j in range(32) if torch.equal(with_hole(halved, i, j), image)]
+        areas.add((image == -1).all(0).sum().item())
+        assert fits
+    assert len(areas) > 20  # squares end at edges
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
+    changed = torch.stack([data.AUTO_AUGMENT(image) for image in ramps])
+    assert len({tuple(image.flatten().tolist()) for image in changed}) > 15
+
+
+def with_hole(image, row, column):
+    image = image.clone()
+    image[:, max(0, row - 8) : row + 8, max(0, column - 8) : column + 8] = -1
+    return image
 
 
 def augment(images, flip=True, sigma=0.0, seed=0):
@@ -260,7 +288,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 
 def test_no_files_and_no_network(tmp_path, network):
-    message = refuses(f"from {tmp_path}, which holds no files, not train_32x32.mat", "svhn", tmp_path)
+    message = refuses(f"from {tmp_path}, which holds no files: put ", "svhn", tmp_path)
     words = ": put train_32x32.mat and test_32x32.mat there, or choose --dataset digits"
     assert words in message and "no network>)" in message and network
 
@@ -300,10 +328,9 @@ def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
     assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
     (tmp_path / "file").write_text("not a folder")
     for name in WRITERS:
-        assert " is a file" in refuses(str(tmp_path / "file"), name, tmp_path / "file")
+        refuses(f"from {tmp_path / 'file'}, which holds no files: put ", name, tmp_path / "file")
     (batches / "data_batch_2").unlink()
-    message = "which holds cifar-10-batches-py, not cifar-10-python.tar.gz, cifar-10-batches-py/data_batch_2: put"
-    refuses(message, "cifar10", tmp_path / "set")
+    refuses("which holds cifar-10-batches-py: put cifar-10-python.tar.gz there", "cifar10", tmp_path / "set")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "nonsense"])

@@ -442,13 +442,11 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert squeezed in announced(capsys, tmp_path, image_size=8)
 
 
-def test_flat_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
-    flat = announced(capsys, write_files(tmp_path / "flat", four(encode(GREY * 0 + 200))))
-    assert "warning: 4 of 4 images are one flat colour each: is that what they should be?" in flat
-    dark = announced(capsys, write_files(tmp_path / "dark", four(encode(GREY // 5))))
-    assert "warning: all pixels lie between 0 and" in dark[0]
-    deep = announced(capsys, write_files(tmp_path / "deep", four(tiff(GREY.astype(np.uint16) * 16, 16))))
-    assert "warning: all pixels lie between 0 and" in deep[0]  # 12 bits in 16
+def test_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
+    sets = {"dark": encode(GREY // 5), "deep": tiff(GREY.astype(np.uint16) * 16, 16)}  # 12 bits in 16
+    for name, content in sets.items():
+        lines = announced(capsys, write_files(tmp_path / name, four(content)))
+        assert lines[0].startswith("warning: no pixel is above")
     assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
 
 

@@ -221,7 +221,7 @@ class TestResume:
     def test_other_files_are_refused(self, stopped, capsys):
         for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):
             assert main.main(["--resume", str(place)]) == 2
-            assert "is not a run directory, nor its last.pt or previous.pt" in capsys.readouterr().err
+            assert "--resume takes a run directory, or its last.pt or previous.pt, not" in capsys.readouterr().err
 
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
         """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
