@@ -36,10 +36,10 @@ demo: .venv/train  ## ten images of each class of CIFAR-10, by the network that 
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is too old: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear .venv
 
-# With PYTHON=... on the command line, an environment of another version is made anew.
+# With PYTHON=... given, an environment of another version is made anew.
 VERSION = -c 'import sys; print(sys.version_info[:2])'
-ifeq ($(origin PYTHON),command line)
-ifneq ($(shell $(BIN)/python $(VERSION) 2>&1),$(shell $(PYTHON) $(VERSION) 2>&1))
+ifneq ($(origin PYTHON),file)
+ifneq ($(if $(wildcard $(BIN)/python),$(shell $(BIN)/python $(VERSION))),$(shell $(PYTHON) $(VERSION)))
 .PHONY: .venv/bin/pip .venv/train .venv/eval .venv/dev
 endif
 endif

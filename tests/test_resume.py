@@ -249,7 +249,7 @@ class TestResume:
         sample = ["--mode", "sample", "--load_ckpt", str(run), "--n_samples", "2", "--n_sample_steps", "1"]
         assert main.main([*sample, "--gpu", "cpu", "--logdir", str(tmp_path)]) == 0
         assert main.main(["--resume", str(run)]) == 2
-        assert "best.pt is of an older version or holds weights alone" in capsys.readouterr().err
+        assert "best.pt is of an older version or holds only weights" in capsys.readouterr().err
         assert main.main([*TINY, "--logdir", str(tmp_path / "runs"), "--resume", "auto", "--max_steps", "35"]) == 0
         assert "starting a new one" in capsys.readouterr().out
 
