@@ -33,7 +33,16 @@ demo: .venv/train  ## ten images of each class of CIFAR-10, by the network that 
 	touch $@
 
 .venv/bin/pip:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is too old: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+
+# With PYTHON=... on the command line, an environment of another version is made anew.
+VERSION = -c 'import sys; print(sys.version_info[:2])'
+ifeq ($(origin PYTHON),command line)
+ifneq ($(shell $(BIN)/python $(VERSION) 2>&1),$(shell $(PYTHON) $(VERSION) 2>&1))
+.PHONY: .venv/bin/pip .venv/train .venv/eval .venv/dev
+endif
+endif
 
 clean:
 	rm -rf .venv

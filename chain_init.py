@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 import distributed
 import image_folder
-from data import ImageData, some_of_each_class, to_float
+from data import ImageData, augment, some_of_each_class, to_float
 from sgld import ChainInit, uniform_images
 from utils import UserError
 
@@ -193,7 +193,10 @@ class MixedPairsInit(TrainingImages):
 
 
 class FolderInit:
-    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT)."""
+    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT).
+
+    They are cropped with black edges and flipped.
+    """
 
     def __init__(self, images: Tensor, like: ImageData):
         self.shape = like.shape
@@ -201,11 +204,11 @@ class FolderInit:
             raise UserError(f"--start_dir needs square training images, and these are {self.shape[2]}x{self.shape[1]}")
         if images.shape[1] != self.shape[0]:
             images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
-        self.images = images.to(like.test.images.device)
+        self.images, self.flip = images.to(like.test.images.device), like.flip
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
         chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
-        return to_float(self.images[chosen]).contiguous(memory_format=torch.channels_last)
+        return augment(self.images[chosen], self.flip, 0.0, rng, "black")
 
 
 class GaussianInit:

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import image_folder
 from distributed import World
@@ -20,6 +22,7 @@ from utils import UserError, printable
 
 SPLIT_SEED = 0  # not the run's seed: all runs train and report on the same images
 ALONE, WHOLE = World(), slice(None)
+AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 FIRST_LABELS = {datasets.MNIST: [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], datasets.FashionMNIST: [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
 
@@ -103,6 +106,7 @@ class Batches:
     """Endless batches of a split: each pass takes its images once, in a new order, but for a last incomplete batch.
 
     ``rng`` draws, and batches are on its device. The processes of a ``world`` each take a part of the same batches.
+    ``augmentation`` is "none", or as for ``augment``.
     """
 
     split: Split
@@ -110,7 +114,7 @@ class Batches:
     flip: bool
     sigma: float
     rng: Generator
-    augmented: bool = True
+    augmentation: str = "crop"
     world: World = ALONE
 
     def __post_init__(self):
@@ -121,7 +125,7 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor]:
         """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``.
 
-        Never waits for the device, but at the start of a pass over images on the host.
+        Never waits for the device, but at the start of a pass over images on the host, and for AutoAugment.
         """
         if self.position + self.batch_size > len(self.order):
             self._start_epoch(torch.randperm(len(self.split), generator=self.rng, device=self.rng.device))
@@ -131,9 +135,10 @@ class Batches:
         if images.device.type != device.type:  # pinned, so that the host need not wait for the copies
             images = images.pin_memory().to(device, non_blocking=True)
             labels = labels.pin_memory().to(device, non_blocking=True)
-        if self.augmented:
-            return augment(images, self.flip, self.sigma, self.rng, self.batch_size, self.part), labels
-        return to_float(images).contiguous(memory_format=torch.channels_last), labels
+        if self.augmentation == "none":
+            return to_float(images).contiguous(memory_format=torch.channels_last), labels
+        how = self.flip, self.sigma, self.rng, self.augmentation, self.batch_size, self.part
+        return augment(images, *how), labels
 
     def _start_epoch(self, order: Tensor) -> None:
         self.order, self.position = order, 0
@@ -191,6 +196,13 @@ def load(
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
 
 
+def with_channels(images: ImageData, channels: int) -> ImageData:
+    """The same images in grey, 1 channel, or as RGB, 3."""
+    parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
+    changed = {name: Split(rgb_to_grayscale(part.images, channels), part.labels) for name, part in parts.items()}
+    return replace(images, **changed)
+
+
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:
     """Whether training images stay on the host; with "auto", if they take more than a fifth of a GPU's memory."""
     large = device.type == "cuda" and n_bytes > 0.2 * torch.cuda.get_device_properties(device).total_memory
@@ -202,35 +214,49 @@ def to_float(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
-def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Reflect-pad by ``pad``, crop each image back to (H, W) at its own offset, mirror it if ``flip`` is set.
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int, black: bool = False) -> Tensor:
+    """Pad by ``pad``, crop each image back to (H, W) at its own offset, mirror it if ``flip`` is set.
 
     Args:
         images: uint8 (N, C, H, W), with pad < min(H, W).
         top, left: int64 (N,), offsets in [0, 2 * pad]; ``pad`` leaves the image in place.
         flip: bool (N,), whether to mirror left and right after the crop.
+        black: whether the padding is black and not the image's reflection.
 
     Returns uint8 (N, C, H, W), channels_last in memory.
     """
     n, channels, height, width = images.shape
-    rows = _reflect(top[:, None] - pad + torch.arange(height, device=images.device), height)  # (N, H)
-    columns = _reflect(left[:, None] - pad + torch.arange(width, device=images.device), width)  # (N, W)
+    rows = top[:, None] - pad + torch.arange(height, device=images.device)  # (N, H)
+    columns = left[:, None] - pad + torch.arange(width, device=images.device)  # (N, W)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    source = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, height * width)
-    moved = images.flatten(2).gather(2, source.expand(-1, channels, -1))  # (N, C, H * W)
-    return moved.view(images.shape).contiguous(memory_format=torch.channels_last)
+    source = _reflect(rows, height)[:, :, None] * width + _reflect(columns, width)[:, None, :]
+    source = source.view(n, 1, height * width).expand(-1, channels, -1)
+    moved = images.flatten(2).gather(2, source).view(images.shape)
+    if black:
+        outside = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
+        moved = moved.masked_fill(outside[:, None], 0)
+    return moved.contiguous(memory_format=torch.channels_last)
 
 
 def augment(
-    images: Tensor, flip: bool, sigma: float, rng: Generator, n: int | None = None, part: slice = WHOLE
+    images: Tensor,
+    flip: bool,
+    sigma: float,
+    rng: Generator,
+    how: str = "crop",
+    n: int | None = None,
+    part: slice = WHOLE,
 ) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
+
+    With ``how`` "crop" the edges are mirrored; "black": black; "auto": black, and AutoAugment and Cutout follow.
 
     Args:
         images: uint8 (N, C, H, W); the ``part`` that is asked for of a batch of ``n`` images, by default all of it.
         flip: whether to mirror each image with probability 1/2.
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
-        rng: source of all randomness, on the images' device; it is drawn from for the whole batch.
+        rng: source of randomness, on the images' device; it is drawn from for the whole batch. AutoAugment draws from
+            PyTorch's global generator.
 
     Returns float32 (N, C, H, W), channels_last in memory.
     """
@@ -240,10 +266,27 @@ def augment(
     pad = min(4, side // 8) if side >= 16 else 0  # the usual 4 at 32x32; the 8x8 digits fill their frame
     top, left = torch.randint(2 * pad + 1, (2, n), **draw)
     mirrored = torch.rand(n, **draw) < (0.5 if flip else 0.0)
-    x = to_float(crop_and_flip(images, top[part], left[part], mirrored[part], pad))
+    images = crop_and_flip(images, top[part], left[part], mirrored[part], pad, how != "crop")
+    if how == "auto":
+        row, column = (torch.randint(size, (n,), **draw)[part] for size in (height, width))
+        images = cutout(torch.stack([AUTO_AUGMENT(image) for image in images]), row, column)
+    x = to_float(images).contiguous(memory_format=torch.channels_last)
     # Drawn contiguous and permuted: filling a tensor of channels_last strides is ten times slower on a CPU.
     noise = torch.randn(n, height, width, channels, **draw)[part].permute(0, 3, 1, 2)
     return x.add_(noise, alpha=sigma)
+
+
+def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Black squares of half the side in images (N, C, H, W), with centres int64 (N,) (DeVries & Taylor, 2017).
+
+    A square ends at an image's edge.
+    """
+    n_rows, n_columns = images.shape[2:]
+    half = min(n_rows, n_columns) // 4
+    down = torch.arange(n_rows, device=images.device) - row[:, None]
+    across = torch.arange(n_columns, device=images.device) - column[:, None]
+    hole = ((-half <= down) & (down < half))[:, :, None] & ((-half <= across) & (across < half))[:, None, :]
+    return images.masked_fill(hole[:, None], 0)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

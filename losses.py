@@ -17,13 +17,15 @@ def joint_loss(
     y_sampled: Tensor | None = None,
     energy_l2: float = 0.0,
     mean: Callable[[Tensor], Tensor] = lambda x: x,
+    y_real: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 3, equation 6) and its family, and its parts.
 
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
     penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
-    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3). ``loss/outliers``
+    ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3), or with
+    ``mean_energy_form`` "real_squares" the mean square of real images (M-JEM's code). ``loss/outliers``
     keeps log p(x) of outliers below that of real images by a margin: the mean of softplus(outlier - real + margin) over
     all pairs (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
 
@@ -35,6 +37,8 @@ def joint_loss(
         y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run.
         mean: of a tensor over all processes, if there are several.
+        y_real: the classes of the real images of log p(x), int64 (P,). With them and ``y_sampled``, ``sgld/auroc`` is
+            by log p(x, y), which chains of p(x|y) climb; or else by log p(x).
 
     Returns:
         The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
@@ -53,12 +57,15 @@ def joint_loss(
         sampled = log_density(logits.sampled)
         log_densities.append(sampled)
         generative = sampled.mean() - real.mean()
+        climbed = real, sampled
+        if y_sampled is not None and y_real is not None:
+            climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
         logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
         loss = loss + cfg.p_x_weight * (logistic if cfg.generative == "logistic" else generative)
         parts |= {
             "loss/generative": generative,
             "loss/logistic": logistic,
-            "sgld/auroc": auroc(real, sampled).float(),
+            "sgld/auroc": auroc(*climbed).float(),
             "log_density/sampled": sampled.mean(),
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
@@ -77,8 +84,10 @@ def joint_loss(
     if cfg.mode != "baseline_train":
         loss = loss + energy_l2 * torch.cat(log_densities).square().mean()
         if cfg.mean_energy_l2:
-            means = torch.stack([values.mean() for values in log_densities])
-            loss = loss + cfg.mean_energy_l2 * mean(means).square().sum()
+            squares = mean(torch.stack([values.mean() for values in log_densities])).square()
+            if cfg.mean_energy_form == "real_squares":
+                squares = torch.cat([real.square().mean()[None], squares[1:]])
+            loss = loss + cfg.mean_energy_l2 * squares.sum()
     return loss, {"loss/total": loss, **parts}
 
 

@@ -163,6 +163,8 @@ def note_unused(given: dict[str, Any], cfg: Config) -> None:
     if names:
         options = ", ".join(f"--{name}" for name in names)
         print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
+    if cfg.recipe == "dat" and cfg.samples and "folder" not in cfg.start_shares:
+        print(f"note: without --start_dir, images of other data, chains start from {cfg.start_name}", file=sys.stderr)
 
 
 if IS_PROGRAM:

@@ -1,6 +1,7 @@
 """Projected gradient ascent (PGD) in an L2 or Linf ball around images."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +11,28 @@ NORMS = ("L2", "Linf")
 
 
 def adversarial_images(
-    logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int
+    logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, radius: float, norm: str, steps: int, **options: Any
 ) -> Tensor:
     """Adversarial examples: ``pgd`` on the classifier's cross-entropy with the labels y, int64 (N,)."""
-    return pgd(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps)
+    return pgd(lambda x: F.cross_entropy(logits(x), y, reduction="sum"), x, radius, norm, steps, **options)
 
 
 def pgd(
-    function: Callable[[Tensor], Tensor], x: Tensor, radius: float, norm: str, steps: int, start: Tensor | None = None
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    radius: float,
+    norm: str,
+    steps: int,
+    start: Tensor | None = None,
+    step_size: float | None = None,
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al., ICLR 2018), step size 2.5 radius / steps. Never waits for the device.
+    """Projected gradient ascent (Madry et al., ICLR 2018). Never waits for the device.
 
     function: what is to grow: the sum of a value of each image. x: float32 (N, C, H, W) in [-1, 1]. radius: of the ball
     around each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the
-    ball. Returns images like x, inside the ball and [-1, 1].
+    ball. step_size: of that scale, by default 2.5 radius / steps. Returns images like x, in the ball and [-1, 1].
     """
-    step_size = 2.5 * radius / steps
+    step_size = 2.5 * radius / steps if step_size is None else step_size
     change = torch.zeros_like(x) if start is None else (x + start).clamp(-1, 1) - x
     for _ in range(steps):
         change.requires_grad_()

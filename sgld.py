@@ -105,10 +105,11 @@ class SGLD:
     def __call__(
         self, x: Tensor, steps: int, step_size: float, noise_std: float, generator: Generator, y: Tensor | None = None
     ) -> Chain:
-        """Run ``steps`` >= 1 updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
+        """Run ``steps`` updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = torch.full((), step_size, device=x.device), torch.full((), noise_std, device=x.device)
         noise, step, captured = torch.zeros_like(x), self.step, self.capture and x.is_cuda
+        grad = noise  # of a chain without a step
         if captured:
             key = (x.shape, y is None)
             if key not in self.graphs:

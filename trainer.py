@@ -27,8 +27,8 @@ from distributed import World
 from divergence import Recovery
 from evaluation.training_fid import SampleQuality
 from logger.meter import Meter
-from logger.progress import announce, compiled
-from logger.run_dir import RunDir
+from logger.progress import announce, check_memory, compiled
+from logger.run_dir import RunDir, read_config
 from logger.run_logger import RunLogger
 from losses import joint_loss
 from models import JointForward, copy_weights, frozen_sampler_model
@@ -55,6 +55,7 @@ class StepBatch(NamedTuple):
     samples: Tensor | None
     y_sampled: Tensor | None = None  # the class of each sample with --class_cond
     outliers: Tensor | None = None
+    y_real: Tensor | None = None  # the class of each real image for log p(x), where its label may be used
 
 
 class Trainer:
@@ -76,6 +77,7 @@ class Trainer:
         self.build_model()
         self.rng.seed(cfg.seed)
         self.buffer = self.sampler = None
+        check_memory(self)
         if cfg.samples:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
@@ -92,12 +94,13 @@ class Trainer:
             n_images["p_x_batch_size"] = len(images.train)
         check_sizes(cfg, n_images, self.n_classes, self.world.size, images.shape)
         flip = images.flip and not cfg.no_flip
-        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, world=self.world)
+        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, cfg.augment, self.world)
         self.steps_per_epoch = len(labelled) // cfg.batch_size
         self.real_batches = None
         if cfg.separate_p_x:
-            rng, augmented = self.rng.p_x, not cfg.p_x_no_augment
-            self.real_batches = data.Batches(images.train, cfg.n_chains, flip, cfg.sigma, rng, augmented, self.world)
+            augment = "none" if cfg.p_x_no_augment else "black" if cfg.augment == "auto" else "crop"
+            of_p_x = cfg.n_chains, flip, cfg.sigma, self.rng.p_x, augment, self.world
+            self.real_batches = data.Batches(images.train, *of_p_x)
             if cfg.labels_per_class:  # few labels: an epoch is a pass over all images
                 self.steps_per_epoch = len(images.train) // cfg.n_chains
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
@@ -139,10 +142,12 @@ class Trainer:
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
-        announce(self, run.path, ran)
+        before = read_config(run.path).get("environment")  # of a run that is resumed
+        announce(self, run.path, ran, before or ran)
         written = run if self.world.rank == 0 else None
         if written:
-            run.write_config(asdict(self.cfg), utils.environment(self.device) | ran, data=self.data.description)
+            now = utils.environment(self.device) | ran
+            run.write_config(asdict(self.cfg), now, data=self.data.description, environment_before=before)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:
@@ -249,13 +254,17 @@ class Trainer:
         """The images of a step, and what the log says of the chains."""
         cfg = self.cfg
         x, y = self.batches.next()
-        x_real = None if self.real_batches is None else self.real_batches.next()[0]
+        x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
+        if cfg.labels_per_class:
+            y_real = None  # others serve log p(x) alone
         if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
             if self.sampler is not None and x_real is None:
                 x_real = x  # log p(x) learns from the images themselves
             radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
+            attack = radius, cfg.adversarial_norm, cfg.adversarial_steps
+            step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
             with evaluation_mode(self.model), utils.autocast(self.device, self.dtype):
-                x = adversarial_images(self.model.logits, x, y, radius, cfg.adversarial_norm, cfg.adversarial_steps)
+                x = adversarial_images(self.model.logits, x, y, *attack, step_size=step_size)
         if self.sampler is None:
             return StepBatch(x, y, x_real, None), {}
         if self.one_process_forward.norm_statistics == "running":
@@ -264,7 +273,7 @@ class Trainer:
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
-        return StepBatch(x, y, x_real, samples, y_sampled, outliers), measured
+        return StepBatch(x, y, x_real, samples, y_sampled, outliers, y_real), measured
 
     def draw_outliers(self) -> Tensor:
         """Images (Q, C, H, W) far from the data, moved to where the model finds them most likely nearby."""
@@ -282,12 +291,15 @@ class Trainer:
         with utils.autocast(self.device, self.dtype):
             logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean)
+        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, batch.y_real)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.world.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0
             average_running_stats(self.model)
-        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        parameters = list(self.model.parameters())
+        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.cfg.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.grad_clip, gradient_norm)
         return parts | {"gradient_norm": gradient_norm}
 
     @property

@@ -25,8 +25,8 @@ FASHION = (
     "--sigma 0.1 --ema 0.999"
 )
 CIFAR = (
-    "--gpu cpu --recipe m-jem --dataset folder --depth 16 --width 2 --schedule cosine --warmup_steps 400 "
-    "--max_steps 8500 --ema 0.999"
+    "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 16 --width 2 --schedule cosine "
+    "--warmup_steps 400 --max_steps 8500 --ema 0.999"
 )
 CIFAR_JEM = (
     "--gpu cpu --dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 "
@@ -41,7 +41,7 @@ TRAIN = {  # name: the options that train it
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
     "cifar10_gpu": "--recipe sada-jem --schedule cosine --warmup_steps 200 --max_steps 3510 --ema 0.999 --eval_every 2",
     "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
-    "--buffer_size 5000",
+    "--mean_energy_form means --buffer_size 5000",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",

@@ -126,11 +126,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:
-    """The checkpoint that a user names by its file or its run directory: of a run, the newest that is whole."""
+    """The checkpoint that a user names by its file or its run directory: of that the newest whole one, else best.pt."""
     if not os.path.isdir(path):
         return Path(path), load_checkpoint(Path(path))
-    newest_first = Path(path, "ckpt", "last.pt"), Path(path, "ckpt", "previous.pt")
-    there = [file for file in newest_first if os.path.exists(file)]
+    newest_first = [Path(path, "ckpt", name) for name in ("last.pt", "previous.pt")]
+    there = [file for file in newest_first if os.path.exists(file)] or list(Path(path, "ckpt").glob("best.pt"))
     for file in there:
         try:
             return file, load_checkpoint(file)
@@ -138,4 +138,4 @@ def find_checkpoint(path: str) -> tuple[Path, Any]:
             if file == there[-1]:
                 raise
             print(f"Warning: {error}; taking {there[-1]} instead.", file=sys.stderr)
-    raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt and ckpt/previous.pt)")
+    raise UserError(f"no checkpoint in {path} (looked for ckpt/last.pt, previous.pt and best.pt)")

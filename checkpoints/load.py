@@ -113,11 +113,16 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" and cfg.dataset == "folder" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
+    (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
+    if {channels, images.shape[0]} == {1, 3}:
+        print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")
+        images = data.with_channels(images, channels)
     if not fits(content["data"], images):
-        shape, n_classes = "x".join(map(str, content["data"]["shape"])), len(content["data"]["class_names"])
+        resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
         raise UserError(
-            f"{path} was trained on images of {shape} in {n_classes} classes, and those of {cfg.dataset} are others: "
-            "choose another --dataset or --image_size"
+            f"{path} was trained on images of {channels}x{height}x{width} in {n_classes} classes, and those of "
+            f"{cfg.dataset} are of {'x'.join(map(str, images.shape))} in {len(images.class_names)}: "
+            + (f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size")
         )
     if not same_classes(content["data"], images):
         print(

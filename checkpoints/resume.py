@@ -50,8 +50,8 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     """
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by an older version: it can start a new run with --load_ckpt")
+    if content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
+        raise UserError(f"{path} is of an older version or holds weights alone: give it to --load_ckpt for a new run")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
     others = changed.keys() - RESUMABLE

@@ -23,6 +23,8 @@ class Config(Options):
     def __init__(self, **given: Any):
         recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
         options = asdict(Options(**given)) | recipe | given  # a TypeError for a name that is no option's
+        if "start_dir" in given and not {"start", "outlier_images"} & given.keys():
+            options["start"] = "folder"
         for f in fields(self):
             object.__setattr__(self, f.name, absolute_path(f, options[f.name]))
         wrong = [check_value(f, getattr(self, f.name)) for f in fields(self)]

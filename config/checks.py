@@ -28,7 +28,8 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.mode == "test":
         if "robustness" not in cfg.metrics and cfg.attacks is not None:
             yield "--attacks is for --mode test with robustness in --eval"
-        if "refined" in cfg.chosen_attacks and cfg.attacks not in ("all", None) and not cfg.refine_steps:
+        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
+        if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     tasks = [cfg.inpaint != "", cfg.denoise is not None, cfg.counterfactual is not None, cfg.from_buffer]
     if cfg.mode == "sample" and sum(tasks) > 1:
@@ -45,6 +46,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
+    if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
+        yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":

@@ -28,7 +28,7 @@ STARTS = {  # images that are no samples, and what reports call them
 }
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
-ATTACKS = ("pgd", "refined", "autoattack", "distal")
+ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -90,6 +90,11 @@ class Options:
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
+    augment: str = training_images(
+        "crop",
+        "of real images: crops with mirrored edges; auto: with black ones, and AutoAugment and Cutout if labelled",
+        ("crop", "auto"),
+    )
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
 
     depth: int = network(28, "layers of the Wide-ResNet, 6n + 4", minimum=10)
@@ -118,7 +123,9 @@ class Options:
     max_steps: int | None = optimisation(
         None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
     )
-    optimizer: str = optimisation("adam", "sgd has Nesterov momentum 0.9", ("adam", "sgd", "rmsprop"))
+    optimizer: str = optimisation(
+        "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
+    )
     weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
@@ -126,10 +133,16 @@ class Options:
     decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
     sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
     sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    grad_clip: float | None = optimisation(
+        None,
+        "largest norm of the gradient in all parameters; a longer one is shortened (default: no limit)",
+        above=0,
+        nullable=True,
+    )
     ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
-    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=1, modes=("energy_train", "sample"))
+    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0, modes=("energy_train", "sample"))
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
     sgld_grad_clamp: float | None = sgld(
@@ -168,10 +181,23 @@ class Options:
     )
     adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
     adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
+    adversarial_step_size: float | None = classifier(
+        None,
+        "their size, pixels in [0, 1] (default: 2.5 times --adversarial_eps, divided by their number)",
+        above=0,
+        nullable=True,
+        needs=("adversarial_eps",),
+    )
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
     energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
     mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
+    mean_energy_form: str = energy(
+        "means",
+        "both squared means; real_squares: the mean square of real images and the squared mean of samples",
+        ("means", "real_squares"),
+        needs=("mean_energy_l2",),
+    )
     p_x_batch_size: int | None = energy(
         None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
     )
@@ -203,13 +229,14 @@ class Options:
     ood_datasets: str = test(
         "auto",
         "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, which need no files; auto: these four, with cifar10 also svhn "
-        "and cifar100",
+        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
+        "and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(
         None,
-        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); autoattack; "
+        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); "
+        "refined_straight (the same past them, as JEM's authors); autoattack; "
         "distal (noise that becomes a class) (default: all)",
     )
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)

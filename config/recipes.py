@@ -28,15 +28,20 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), a penalty on mean log-densities",
-        dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="gaussian", mean_energy_l2=0.5),
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and a head of its own for log p(x)",
+        dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="gaussian", separate_energy=True, mean_energy_l2=0.5)
+        | {"mean_energy_form": "real_squares"},
     ),
     "dat": Recipe(
         "DAT, ICLR 2026, arXiv 2510.13872",
-        "adversarial images for the classifier; longer and longer chains of steps of fixed length; a logistic loss",
-        dict(SGD | CLEAN | EPOCHS, norm="batch", sgld_std=0.0, sgld_clamp=True, sgld_normalize=True, sgld_lr=0.2)
-        | {"sgld_step": 5, "sgld_step_max": 40, "reinit_freq": 1.0, "generative": "logistic"}
-        | {"adversarial_eps": 0.5, "adversarial_norm": "L2", "ema": 0.999},
+        "adversarial images for the classifier; longer and longer chains of log p(x|y), of steps of fixed length, from "
+        "other images; a logistic loss; running statistics",
+        dict(SGD | EPOCHS, backbone="robust", activation="relu", depth=34, norm="batch", norm_statistics="running")
+        | {"batch_size": 128, "p_x_batch_size": 128, "augment": "auto", "sigma": 0.0, "class_cond": True}
+        | {"sgld_normalize": True, "sgld_lr": 0.2, "sgld_std": 0.0, "sgld_clamp": True, "reinit_freq": 1.0}
+        | {"sgld_step": 0, "sgld_step_max": 50, "sgld_step_auroc": 0.8, "start": "patches", "generative": "logistic"}
+        | {"adversarial_eps": 0.5, "adversarial_norm": "L2", "adversarial_steps": 10, "adversarial_step_size": 0.1}
+        | {"ema": 0.999},
     ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
@@ -47,7 +52,8 @@ RECIPES = {
         "this program's own; outlier exposure: Liu et al., NeurIPS 2020, arXiv 2010.03759",
         "a short second phase after m-jem or sada-jem, with --load_ckpt: log p(x) on running statistics, below that of "
         "images for noise and shapes",
-        dict(CHAINS | CLEAN, optimizer="sgd", lr=0.005, weight_decay=5e-4, warmup_steps=50, epochs=5, ema=0.99)
+        dict(CHAINS | CLEAN, optimizer="sgd", lr=0.003, weight_decay=5e-4, warmup_steps=50, epochs=2, ema=0.995)
+        | {"grad_clip": 5.0}
         | {"sgld_step": 5, "start": "class_gaussian", "mean_energy_l2": 0.1, "p_x_batch_size": 32}
         | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 32}
         | {"outlier_images": "smooth:0.5,shapes:0.5"},

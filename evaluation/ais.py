@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from evaluation.intervals import Interval, bootstrap
 from models.predict import images_per_batch
 from utils import UserError
 
@@ -30,8 +31,7 @@ LogDensity = Callable[[Tensor], Tensor]
 CHAIN_BATCH = 250  # points of 3x32x32 whose gradient is computed at once
 N_LEAPFROG = 3  # steps of a proposal
 ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
-TUNING_CHAINS = 64  # at most
-TUNING_STEPS = 10  # at each temperature that the tuning visits
+TUNING_CHAINS, TUNING_STEPS = 64, 10  # at most; at each temperature that the tuning visits
 
 
 class Box(NamedTuple):
@@ -57,9 +57,6 @@ class Box(NamedTuple):
     def log_ratio(self, log_density: LogDensity, y: Tensor) -> Tensor:
         return log_density(y.tanh()) + math.prod(self.shape) * math.log(2)  # dx/dy is in both and cancels
 
-    def to_image(self, y: Tensor) -> Tensor:
-        return y.tanh()
-
     def from_image(self, x: Tensor) -> Tensor:
         return x.clamp(-1 + 1e-6, 1 - 1e-6).atanh()  # the walls themselves are infinitely far away
 
@@ -77,6 +74,7 @@ class GeometricPath(NamedTuple):
 
     log_density: LogDensity
     base: Box
+    betas: list[float] = [0.0, 1.0]  # ascending, T + 1
 
     def point(self, y: Tensor) -> Point:
         ratios, grads = [], []
@@ -95,9 +93,10 @@ class GeometricPath(NamedTuple):
         return self.base.score(at.y) + beta * at.grad  # (N, ...)
 
 
-def leapfrog(
-    path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int
-) -> tuple[Point, Tensor]:
+Move = tuple[Point, Tensor]
+
+
+def leapfrog(path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int) -> Move:
     """Hamiltonian dynamics with unit mass (Neal 2011, "MCMC using Hamiltonian dynamics", section 2.3).
 
     Volume-preserving, and reversible: from the end with ``-v`` it leads back to the start. ``step_size``
@@ -110,9 +109,7 @@ def leapfrog(
     return at, v
 
 
-def hmc_step(
-    path: GeometricPath, at: Point, beta: float, step_size: Tensor, generator: Generator
-) -> tuple[Point, Tensor]:
+def hmc_step(path: GeometricPath, at: Point, beta: float, step_size: Tensor, generator: Generator) -> Move:
     """One Hamiltonian Monte Carlo transition (Neal 2011, section 3.2) that leaves p_beta invariant.
 
     Each chain draws its step size within 40 % of ``step_size`` (), so that trajectories do not all return to their
@@ -139,27 +136,28 @@ def sigmoid_schedule(n_temperatures: int) -> list[float]:
     return ((t - t[0]) / (t[-1] - t[0])).tolist()
 
 
-def tune_step_sizes(
-    log_density: LogDensity, base: Box, n_chains: int, n_temperatures: int, n_knots: int, generator: Generator
-) -> Tensor:
-    """HMC step sizes, (n_temperatures,), at which about ``ACCEPTED`` of the proposals are accepted.
+def geometric_schedule(n_temperatures: int, first: float) -> list[float]:
+    """``n_temperatures + 1`` values of beta from 0 to 1, evenly spaced up to ``first`` and in logarithm from there."""
+    return (first * torch.linspace(0, math.log1p(1 / first), n_temperatures + 1, dtype=torch.float64).expm1()).tolist()
+
+
+def tune_step_sizes(path: GeometricPath, n_chains: int, n_knots: int, generator: Generator) -> Tensor:
+    """HMC step sizes, (T,), at which about ``ACCEPTED`` of the proposals are accepted.
 
     A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias their
     weights. Visits up to ``n_knots`` temperatures and interpolates between. No step is longer than 2, where leapfrog on
     a Gaussian of standard deviation 1 becomes unstable (the box has 0.91).
     """
-    betas = sigmoid_schedule(n_temperatures)[1:]
+    n_temperatures, log_max = len(path.betas) - 1, math.log(2)
     knots = np.linspace(0, n_temperatures - 1, min(n_knots, n_temperatures)).astype(int)
-    path = GeometricPath(log_density, base)
-    at = path.point(base.sample(min(n_chains, TUNING_CHAINS), generator))
-    log_max = math.log(2)
-    log_step = torch.full((), log_max - 0.25 * math.log(math.prod(base.shape)), device=at.y.device)
+    at = path.point(path.base.sample(min(n_chains, TUNING_CHAINS), generator))
+    log_step = torch.full((), log_max - 0.25 * math.log(math.prod(path.base.shape)), device=at.y.device)
     tuned = []
     for knot in knots:
         visited = []
         for _ in range(TUNING_STEPS):
             visited.append(log_step)
-            at, p_accept = hmc_step(path, at, betas[knot], log_step.exp(), generator)
+            at, p_accept = hmc_step(path, at, path.betas[knot + 1], log_step.exp(), generator)
             log_step = (log_step + p_accept.mean() - ACCEPTED).clamp(max=log_max)
         tuned.append(torch.stack(visited[TUNING_STEPS // 2 :]).mean())
     curve = np.interp(np.arange(n_temperatures), knots, torch.stack(tuned).cpu())
@@ -167,76 +165,67 @@ def tune_step_sizes(
 
 
 class AISResult(NamedTuple):
-    """An estimate of log Z in nats, and what is needed to judge it. All but ``samples`` is on the CPU."""
+    """Estimates of log Z in nats, and what is needed to judge them; on the CPU."""
 
-    log_z: float
-    log_z_interval: tuple[float, float]  # 95 %, bootstrap over chains
-    ess: float  # effective number of chains, between 1 and N: (sum w)^2 / sum w^2
-    log_weights: Tensor  # (N,) float64; forward: log mean exp(w) = log Z, reverse: -log mean exp(-w) = log Z
+    log_weights: Tensor  # (T, N) float64, of the chains between the base and each p_beta
+    sign: int  # forward 1: mean exp(w) estimates Z; reverse -1: mean exp(-w) estimates 1/Z
     acceptance: Tensor  # (T,), mean HMC acceptance probability at each temperature, base first
-    samples: Tensor  # (N, ...), where the chains ended: the model with weights w; in reverse, the base
+
+    def log_z(self) -> Tensor:
+        """log Z of each p_beta but the base, (T,); the last is the model's."""
+        return log_mean_weight(self.log_weights, self.sign)
+
+    def log_z_interval(self) -> Interval:
+        """95 % interval of the model's log Z, bootstrap over chains."""
+        return bootstrap(lambda drawn: log_mean_weight(drawn, self.sign), self.log_weights[-1])
+
+    def ess(self) -> float:
+        """Effective number of chains at the model, between 1 and N: (sum w)^2 / sum w^2."""
+        log_w = self.sign * self.log_weights[-1]
+        return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item()
 
 
-def forward_ais(
-    log_density: LogDensity, base: Box, n_chains: int, step_sizes: Tensor, generator: Generator
-) -> AISResult:
+def log_mean_weight(log_weights: Tensor, sign: int) -> Tensor:
+    return sign * ((sign * log_weights).logsumexp(-1) - math.log(log_weights.shape[-1]))  # (..., N) -> (...)
+
+
+def forward_ais(path: GeometricPath, n_chains: int, step_sizes: Tensor, generator: Generator) -> AISResult:
     """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
 
-    ``step_sizes`` (n_temperatures,) come from ``tune_step_sizes``. Costs ``N_LEAPFROG * n_temperatures`` gradients for
-    each chain. Raises UserError if the density is not finite where the chains go.
+    ``step_sizes`` (T,) come from ``tune_step_sizes``. Costs ``N_LEAPFROG * T`` gradients for each chain. Raises
+    UserError if the density is not finite where the chains go.
     """
-    path = GeometricPath(log_density, base)
-    at = path.point(base.sample(n_chains, generator))
-    return _anneal(path, at, step_sizes, generator, sign=1)
+    return _anneal(path, path.point(path.base.sample(n_chains, generator)), step_sizes, generator, sign=1)
 
 
 def reverse_ais(
-    log_density: LogDensity, base: Box, samples: Tensor, step_sizes: Tensor, generator: Generator, burn_in: int = 0
+    path: GeometricPath, samples: Tensor, step_sizes: Tensor, generator: Generator, burn_in: int = 0
 ) -> AISResult:
     """Stochastic upper bound of log Z (Grosse et al. 2015): P(estimate < log Z - b) < exp(-b).
 
     The forward run backwards, one chain from each of ``samples`` (N, ...), after ``burn_in`` HMC transitions on the
-    model itself. ``step_sizes`` (T,) are those of the forward run. Raises UserError if the density is not finite.
+    model itself. Raises UserError if the density is not finite.
     """
-    path = GeometricPath(log_density, base)
-    at = path.point(base.from_image(samples))
+    at = path.point(path.base.from_image(samples))
     for _ in tqdm(range(burn_in), desc="burn-in", leave=False):
-        at, _ = hmc_step(path, at, 1.0, step_sizes[-1], generator)
+        at, _ = hmc_step(path, at, path.betas[-1], step_sizes[-1], generator)
     return _anneal(path, at, step_sizes, generator, sign=-1)
 
 
 def _anneal(path: GeometricPath, at: Point, step_sizes: Tensor, generator: Generator, sign: int) -> AISResult:
-    """Sign 1: from base to model, mean(w) estimates Z. Sign -1: and back, mean(1/w) estimates 1/Z."""
-    n_chains, betas = len(at.y), sigmoid_schedule(len(step_sizes))
-    log_w = torch.zeros(n_chains, dtype=torch.float64, device=at.y.device)
-    acceptance = torch.zeros(len(step_sizes), device=at.y.device)
+    """Sign 1: from base to model. Sign -1: and back."""
+    betas, device = path.betas, at.y.device
+    weight_steps = torch.zeros(len(step_sizes), len(at.y), dtype=torch.float64, device=device)
+    acceptance = torch.zeros(len(step_sizes), device=device)
     name = "AIS" if sign > 0 else "reverse AIS"
     for t in tqdm(range(len(step_sizes))[::sign], desc=name, leave=False):
-        weight_step = betas[t + 1] - betas[t]
-        if sign > 0:
-            log_w += weight_step * at.ratio.double()
+        before = at.ratio
         at, p_accept = hmc_step(path, at, betas[t + 1], step_sizes[t], generator)
-        if sign < 0:
-            log_w += weight_step * at.ratio.double()
+        weight_steps[t] = (betas[t + 1] - betas[t]) * (before if sign > 0 else at.ratio).double()
         acceptance[t] = p_accept.mean()
-    if not log_w.isfinite().all():
+    if not weight_steps.isfinite().all():
         raise UserError(f"{name}: the log density is not finite on some chains; check the model's weights")
-
-    def estimate(log_w: Tensor) -> Tensor:
-        return sign * (torch.logsumexp(sign * log_w, 0) - math.log(n_chains))
-
-    draw = {"generator": generator, "device": log_w.device}
-    bootstrap = torch.stack([estimate(log_w[torch.randint(n_chains, (n_chains,), **draw)]) for _ in range(1000)])
-    low, high = bootstrap.quantile(bootstrap.new_tensor([0.025, 0.975])).tolist()
-    log_ess = 2 * torch.logsumexp(sign * log_w, 0) - torch.logsumexp(2 * sign * log_w, 0)
-    return AISResult(
-        log_z=estimate(log_w).item(),
-        log_z_interval=(low, high),
-        ess=log_ess.exp().item(),
-        log_weights=log_w.cpu(),
-        acceptance=acceptance.cpu(),
-        samples=path.base.to_image(at.y),
-    )
+    return AISResult(weight_steps.cumsum(0).cpu(), sign, acceptance.cpu())
 
 
 def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:

@@ -43,7 +43,7 @@ def to_model_scale(x: Tensor) -> Tensor:
     return (2 * x - 1).flatten(1).unflatten(1, x.shape[1:])
 
 
-class RefinedClassifier(nn.Module):
+class RefinedClassifier(Classifier):
     """Classification after SGLD from the input (JEM, section 5.4), averaged over several chains.
 
     ``chain`` is differentiable, with new noise in each call: a gradient attack on this module goes end to end
@@ -51,15 +51,32 @@ class RefinedClassifier(nn.Module):
     """
 
     def __init__(self, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int):
-        super().__init__()
-        self.model, self.chain, self.n_chains = model, chain, n_chains
-        self.eval()
+        super().__init__(model)
+        self.chain, self.n_chains = chain, n_chains
 
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
         x = self.chain(to_model_scale(x).repeat(self.n_chains, 1, 1, 1))
         log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
         return log_p.logsumexp(0) - math.log(self.n_chains)
+
+
+class StraightRefinedClassifier(RefinedClassifier):
+    """The same as JEM's authors attack it: what a chain adds counts as a constant in the gradient.
+
+    Chains begin with noise of standard deviation ``start_std``, and logits are averaged.
+    """
+
+    def __init__(self, model: JEM, chain: Callable, n_chains: int, start_std: float, rng: Generator):
+        super().__init__(model, chain, n_chains)
+        self.start_std, self.rng = start_std, rng
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The chains' mean logits, (N, K), of images in [0, 1]."""
+        x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
+        start = x.detach() + self.start_std * normal_like(x, self.rng)
+        refined = x + (self.chain(start) - x).detach()
+        return self.model(refined).unflatten(0, (self.n_chains, -1)).mean(0)  # (chains, N, K) -> (N, K)
 
 
 def differentiable_chain(
@@ -84,44 +101,31 @@ def differentiable_chain(
     return x
 
 
-class PGDAttack:
+def pgd_attack(
+    classifier: nn.Module, eps: float, norm: str, steps: int, rng: Generator, x: Tensor, y: Tensor
+) -> Tensor:
     """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
 
-    def __init__(self, norm: str, steps: int, rng: Generator, name: str = "PGD"):
-        self.norm, self.steps, self.rng, self.name = norm, steps, rng, name
+    def loss(moved: Tensor) -> Tensor:
+        return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
 
-    def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
-        def loss(moved: Tensor) -> Tensor:
-            return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
-
-        start = random_start(x, 2 * eps, self.norm, self.rng)  # here on the model's scale, twice as wide
-        return (pgd(loss, 2 * x - 1, 2 * eps, self.norm, self.steps, start) + 1) / 2
+    start = random_start(x, 2 * eps, norm, rng)  # here on the model's scale, twice as wide
+    return (pgd(loss, 2 * x - 1, 2 * eps, norm, steps, start) + 1) / 2
 
 
-class AutoAttack:
-    """One of the four attacks of AutoAttack's standard version (Croce & Hein, ICML 2020), run by its authors' code.
+def autoattack(classifier: nn.Module, eps: float, norm: str, n_classes: int, seed: int, device: torch.device):
+    """AutoAttack's standard version (Croce & Hein, ICML 2020) as its authors' object, a ``pyautoattack.AutoAttack``.
 
-    Robust is what withstands all of ``AUTOATTACK_PARTS``, each against what the one before has left. Each starts from
-    ``seed`` for each batch. At least 4 classes; the targets are the 9 most likely wrong ones, or all of fewer.
+    At least 4 classes; the targets are the 9 most likely wrong ones, or all of fewer.
     """
+    import pyautoattack
 
-    def __init__(self, norm: str, part: str, n_classes: int, seed: int):
-        self.norm, self.part, self.seed, self.name = norm, part, seed, f"{norm}, AutoAttack {part}"
-        self.targets = min(9, n_classes - 1)
-
-    def perturb(self, classifier: nn.Module, eps: float, x: Tensor, y: Tensor) -> Tensor:
-        return self.package(classifier, eps, x.device).run_standard_evaluation(x, y, batch_size=len(x))[0]
-
-    def package(self, classifier: nn.Module, eps: float, device: torch.device):
-        """The authors' object, a ``pyautoattack.AutoAttack``."""
-        import pyautoattack
-
-        # it warns of images without a gradient; the check of the report for masked gradients says more
-        logging.getLogger("auto-attack").setLevel(logging.ERROR)
-        attack = pyautoattack.AutoAttack(classifier, norm=self.norm, eps=eps, seed=self.seed, device=device)
-        attack.attacks_to_run = [self.part]
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = self.targets
-        return attack
+    # it warns of images without a gradient; the check of the report for masked gradients says more
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    attack = pyautoattack.AutoAttack(classifier, norm=norm, eps=eps, seed=seed, device=device)
+    attack.attacks_to_run = list(AUTOATTACK_PARTS)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, n_classes - 1)
+    return attack
 
 
 def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
@@ -132,7 +136,7 @@ def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
     def first_class(x: Tensor) -> Tensor:
         return F.one_hot(torch.zeros(len(x), dtype=torch.int64), n_classes).float()
 
-    square = AutoAttack("L2", "square", n_classes, seed=0).package(first_class, 0.5, torch.device("cpu")).square
+    square = autoattack(first_class, 0.5, "L2", n_classes, 0, torch.device("cpu")).square
     square.n_queries = 1
     try:  # it starts from tiles that do not fit into images of every size
         square.perturb(torch.zeros(1, *shape), torch.tensor([0]))
@@ -156,19 +160,19 @@ class Attacked(NamedTuple):
         answers = distributed.sharded_map(batches, lambda x: self.classifier(x).argmax(1), self.x.device, self.rng)
         return torch.cat(answers)
 
-    def robust(self, attack: PGDAttack | AutoAttack, eps: float, mask: Tensor) -> Tensor:
+    def robust(self, attack: Callable[[Tensor, Tensor], Tensor], mask: Tensor, title: str = "") -> Tensor:
         """Which of the images in ``mask``, bool (N,), are still classified as y after the attack, bool (N,).
 
-        eps is on the [0, 1] scale.
+        ``attack`` maps images and labels to moved images. ``title`` stands at a progress bar.
         """
 
         def withstands(batch: Tensor) -> Tensor:
-            moved = attack.perturb(self.classifier, eps, self.x[batch], self.y[batch])
+            moved = attack(self.x[batch], self.y[batch])
             with torch.no_grad():
                 return self.classifier(moved).argmax(1) == self.y[batch]
 
         batches = mask.nonzero().flatten().split(self.batch_size) if mask.any() else ()
-        title = f"{attack.name}, {mask.sum()} of {len(mask)} images left"
+        title = f"{title}, {mask.sum()} of {len(mask)} images left"
         robust = mask.clone()
         kept = distributed.sharded_map(batches, withstands, mask.device, self.rng, title)
         for batch, still in zip(batches, kept, strict=True):

@@ -1,27 +1,53 @@
-"""Bits per dimension of test images, by annealed importance sampling (ais.py)."""
+"""Bits per dimension of test images, by annealed importance sampling (ais.py).
+
+log p(x) counts up to a constant and, in effect, up to a factor, since chains of training follow exp(log p(x) / T) at a
+T far below 1. So bits are measured at T = 1 and at the T that suits images that are not measured.
+"""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from data import Split
 from evaluation import ais
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from models import JEM, log_density
+from models import log_density
 from models.predict import predict
 
 AIS_BURN_IN = 200  # HMC steps
+LOWEST, HIGHEST = 2.0**-4, 2.0**14  # inverse temperatures, of which the best is looked for
+BOUNDS = {
+    "forward": "stochastic lower bound",
+    "reverse": f"backwards from images of the buffer after {AIS_BURN_IN} HMC steps; stochastic upper bound",
+}
+
+
+class Curves(NamedTuple):
+    """Bits per dimension of exp(log p(x) / T), (T,) each, by inverse temperature 1/T, ascending."""
+
+    betas: np.ndarray
+    bits: dict[str, np.ndarray]  # by the bound of log Z that they rest on
+
+    def best(self) -> float:
+        """The 1/T with the fewest bits of the worse bound, rounded to three digits.
+
+        The lower bound alone would choose a T so cold that no chain arrives, where log Z comes out far too low. The
+        exact bits have one minimum, as log Z is convex in 1/T; other minima are noise of AIS, so all 1/T are compared.
+        """
+        return float(f"{self.betas[np.max(list(self.bits.values()), axis=0).argmin()]:.3g}")
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
-    """log Z and bits per dimension of exp(log p(x) / T), for T = 1 and for the T that suits the validation images."""
+    """log Z and bits per dimension of exp(log p(x) / T), for T = 1 and for the T that suits other images."""
     levels = 17 if inputs.cfg.dataset == "digits" else 256  # their loader spreads the digits' 17 over 0..255
-    test, valid, rng = inputs.subset(inputs.data.test), inputs.subset(inputs.data.valid), inputs.rng()
+    test, rng = inputs.subset(inputs.data.test), inputs.rng()
 
     def on(split: Split) -> Tensor:
         x = ais.dequantise((split.images * ((levels - 1) / 255)).round(), levels, rng)
@@ -33,78 +59,97 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     )
     with exact_float32():
         sandwich_log_z(inputs, section, 1.0, on(test), levels, rng)
-        if not len(valid):
-            section.add_absent("likelihood at another temperature", "there are no validation images to choose it on")
+        name = "validation" if len(inputs.data.valid) else "training"
+        others = inputs.subset(inputs.data.valid if len(inputs.data.valid) else inputs.data.train)
+        if not len(others) or inputs.buffer is None:
+            reason = "it needs a replay buffer" if len(others) else "there are no other images to choose it on"
+            section.add_absent("likelihood at another temperature", reason)
             return
-        beta = best_inverse_temperature(inputs, on(valid).mean().item(), rng)
+        curves = bits_by_temperature(inputs, on(others).mean().item(), levels, rng)
+        beta = curves.best()
         protocol = (
-            "the power of two with the highest likelihood of validation images, measured in short forward runs, as "
-            "long as a tenth of the chains are effective; the chains of training follow a colder density than T = 1"
+            f"that of {LOWEST:g} to {HIGHEST:g} with the fewest bits of {name} images by the worse of two bounds, a "
+            f"forward and a reverse AIS run of {len(curves.betas)} temperatures over all of them; no test image is used"
         )
-        section.add("inverse temperature 1/T", beta, len(valid), protocol)
-        if beta > 1:
+        section.add("inverse temperature 1/T", beta, len(others), protocol)
+        section.picture("bits_by_temperature", f"Bits per dimension of {name} images at 1/T", figure(curves, levels))
+        if beta != 1:
             sandwich_log_z(inputs, section, beta, on(test), levels, rng)
 
 
-def tempered(model: JEM, beta: float) -> ais.LogDensity:
-    return lambda x: beta * model.log_density(x)
+def sandwich(
+    inputs: EvalInputs, highest: float, betas: list[float], knots: int, rng: Generator
+) -> dict[str, ais.AISResult]:
+    """Forward and, with a replay buffer, reverse AIS of exp(highest * log p(x)) along ``betas`` from 0 to 1."""
+    chains, base = inputs.cfg.ais_chains, ais.Box(inputs.data.shape)
+    path = ais.GeometricPath(lambda x: highest * inputs.model.log_density(x), base, betas)
+    step_sizes = ais.tune_step_sizes(path, chains, knots, rng)
+    runs = {"forward": ais.forward_ais(path, chains, step_sizes, rng)}
+    if inputs.buffer is not None:
+        chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
+        runs["reverse"] = ais.reverse_ais(path, inputs.buffer[chosen], step_sizes, rng, burn_in=AIS_BURN_IN)
+    return runs
 
 
-def best_inverse_temperature(inputs: EvalInputs, mean_on_valid: float, rng: Generator) -> float:
-    """The first maximum over 1, 2, 4, ... of the mean log-likelihood ``beta * mean_on_valid - log Z(beta)``.
+def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int, rng: Generator) -> Curves:
+    """Both bounds at every 1/T from one run each, of images whose mean log p(x) is given.
 
-    Ends before fewer than a tenth of the chains are effective: from there on log Z is far too low, and the likelihood
-    too good.
+    On the way from the uniform density to exp(HIGHEST log p(x)) the chains pass exp(log p(x) / T) for each T.
     """
-    base, chains = ais.Box(inputs.data.shape), inputs.cfg.ais_chains
-    best, highest = 1.0, -math.inf
-    temperatures = math.ceil(inputs.cfg.ais_temperatures / 5)  # only the scale of log p(x) is looked for
-    for beta in tqdm([2.0**k for k in range(20)], desc="inverse temperatures, until the best is past", leave=False):
-        density = tempered(inputs.model, beta)
-        step_sizes = ais.tune_step_sizes(density, base, chains, temperatures, 10, rng)
-        run = ais.forward_ais(density, base, chains, step_sizes, rng)
-        if run.ess < chains / 10 or beta * mean_on_valid - run.log_z < highest:
-            break
-        best, highest = beta, beta * mean_on_valid - run.log_z
-    return best
+    dim, n_temperatures = math.prod(inputs.data.shape), max(2, inputs.cfg.ais_temperatures // 2)
+    shares = ais.geometric_schedule(n_temperatures, LOWEST / HIGHEST)
+    runs = sandwich(inputs, HIGHEST, shares, 40, rng)
+    b = torch.tensor(shares[1:], dtype=torch.float64)
+    bits = {}
+    for name, run in runs.items():
+        log_z = run.log_z() + (1 - b) * dim * math.log(2)  # the path has base^(1 - b) as a factor, which is constant
+        bits[name] = ais.bits_per_dim(b * HIGHEST * mean_log_density - log_z, dim, levels).numpy()
+    return Curves((b * HIGHEST).numpy(), bits)
+
+
+def figure(curves: Curves, levels: int) -> Figure:
+    """Both bounds against 1/T, near the bits of the best one and of the uniform density."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, best, uniform = figure.subplots(), curves.best(), math.log2(levels)
+    for (name, bits), direction in zip(curves.bits.items(), ("too good", "too bad"), strict=False):
+        axes.plot(curves.betas, bits, label=f"{name} ({direction})")
+    axes.axhline(uniform, color="gray", linestyle=":", label="uniform density")
+    axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"chosen, {best:g}")
+    lowest = np.max(list(curves.bits.values()), axis=0).min()
+    margin = max(uniform - lowest, 0.01)
+    axes.set(xlabel="1/T", ylabel="bits per dimension", xscale="log", ylim=(lowest - margin, uniform + margin))
+    axes.legend()
+    return figure
 
 
 def sandwich_log_z(
     inputs: EvalInputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator
 ) -> None:
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
-    dim, chains, temperatures = math.prod(inputs.data.shape), inputs.cfg.ais_chains, inputs.cfg.ais_temperatures
-    density, base = tempered(inputs.model, beta), ais.Box(inputs.data.shape)
-    step_sizes = ais.tune_step_sizes(density, base, chains, temperatures, 20, rng)
-    runs = {"forward": ais.forward_ais(density, base, chains, step_sizes, rng)}
-    if inputs.buffer is None:
+    dim, temperatures = math.prod(inputs.data.shape), inputs.cfg.ais_temperatures
+    runs = sandwich(inputs, beta, ais.sigmoid_schedule(temperatures), 20, rng)
+    if "reverse" not in runs:
         section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
-    else:
-        chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
-        runs["reverse"] = ais.reverse_ais(density, base, inputs.buffer[chosen], step_sizes, rng, burn_in=AIS_BURN_IN)
-    bounds = {
-        "forward": "stochastic lower bound",
-        "reverse": f"backwards from images of the buffer after {AIS_BURN_IN} HMC steps; stochastic upper bound",
-    }
+    log_z = {name: run.log_z()[-1].item() for name, run in runs.items()}
     for name, run in runs.items():
-        row, n = f"1/T = {beta:g}, {name}", len(run.log_weights)
-        protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures; {bounds[name]}"
-        section.add("log Z (nats)", run.log_z, n, protocol, run.log_z_interval, (row, "log Z"))
-        section.add("log Z (nats)", run.ess, n, protocol, at=(row, "effective chains"))
+        row, n = f"1/T = {beta:g}, {name}", run.log_weights.shape[1]
+        protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures; {BOUNDS[name]}"
+        section.add("log Z (nats)", log_z[name], n, protocol, run.log_z_interval(), (row, "log Z"))
+        section.add("log Z (nats)", run.ess(), n, protocol, at=(row, "effective chains"))
         section.add("log Z (nats)", run.acceptance.mean(), n, protocol, at=(row, "mean HMC acceptance"))
         section.add("log Z (nats)", run.acceptance.min(), n, protocol, at=(row, "lowest HMC acceptance"))
         section.add_mean(
             "test bits per dimension",
-            ais.bits_per_dim(beta * on_test - run.log_z, dim, levels),
+            ais.bits_per_dim(beta * on_test - log_z[name], dim, levels),
             f"test images, uniformly dequantised from {levels} grey levels; "
             f"the uniform density has {math.log2(levels):.4g} bits; the interval covers the choice of test images, "
             "not the error of AIS nor the choice of the temperature",
             (row, "bits"),
         )
     if "reverse" in runs:
-        gap = (runs["reverse"].log_z - runs["forward"].log_z) / dim / math.log(2)
+        gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)
         protocol = "reverse minus forward estimate of log Z, in bits per dimension"
-        section.add("gap", gap, len(chosen), protocol, at=(f"1/T = {beta:g}", "bits"))
+        section.add("gap", gap, n, protocol, at=(f"1/T = {beta:g}", "bits"))
         if gap < -0.01:
             section.note(
                 f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "

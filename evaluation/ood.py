@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional
 import data
 import distributed
 import image_folder
+from chain_init import shuffled_patches
 from config import Config
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.intervals import bootstrap
@@ -23,7 +24,7 @@ from models.predict import images_per_batch
 from pgd import pgd
 from utils import UserError, printable
 
-BUILT_IN = ("interp", "noise", "constant", "shuffled")
+BUILT_IN = ("interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted")
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
 MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-case detection
 
@@ -76,12 +77,13 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
 
 
 def set_names(cfg: Config) -> list[str]:
-    """The sets of ``--ood_datasets``; auto: the built-in ones, and with CIFAR-10 those of the JEM paper.
+    """The sets of ``--ood_datasets``; auto: those that need no files, and with CIFAR-10 those of the JEM paper.
 
     Raises UserError for the first name that means nothing.
     """
     if cfg.ood_datasets == "auto":
-        return [*BUILT_IN, *(["svhn", "cifar100"] if cfg.dataset == "cifar10" else [])]
+        others = {"cifar10": ["digits", "svhn", "cifar100"], "digits": []}
+        return [*BUILT_IN, *others.get(cfg.dataset, ["digits"])]
     if is_folder(cfg.ood_datasets):  # its name may hold a comma
         return [cfg.ood_datasets]
     names = [name.strip() for name in cfg.ood_datasets.split(",")]
@@ -109,8 +111,9 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
     """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
 
     Of a folder it takes the test part, or all images if it has no parts. Besides data sets and folders: interp, the
-    mean of two different test images; noise, uniform; constant, one colour an image; shuffled, test images with their
-    pixels permuted, each in its own way. Raises UserError if a set cannot be read.
+    mean of two different test images; noise, uniform; constant, one colour an image; and test images changed: shuffled,
+    the pixels in another order for each image; patches, the same with patches of 8x8, or a quarter of a small image;
+    blurred, by a Gaussian of 2 pixels; inverted, with 255 minus each value. Raises UserError if a set cannot be read.
     """
     rng, (n, c, h, w) = inputs.rng(), test.shape
     draw = {"generator": rng, "device": inputs.device}
@@ -125,6 +128,12 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
         case "shuffled":
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
+        case "patches":
+            return shuffled_patches(test, max(2, min(h, w) // 8), rng)
+        case "blurred":
+            return functional.gaussian_blur(test, [9, 9], [2.0, 2.0])
+        case "inverted":
+            return 255 - test
         case _ if name in NAMED:
             others = data.load(name, download_folder(inputs.cfg), device=inputs.device).test
         case _:

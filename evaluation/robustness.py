@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from config import Config
 from config.options import ATTACKS
@@ -51,6 +51,7 @@ MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is pos
 TITLES = {
     "pgd": "PGD",
     "refined": "PGD through refinement",
+    "refined_straight": "PGD past refinement",
     "autoattack": "AutoAttack",
     "distal": "distal adversarials",
 }
@@ -63,9 +64,11 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         figure = Figure(figsize=(9, 4), layout="constrained")
         for norm, axes in zip(attack_norms(inputs.cfg), figure.subplots(1, 2, sharey=True), strict=True):
             if "pgd" in chosen:
-                add_sweep(section, norm, pgd_sweep(inputs), axes)
-            if "refined" in chosen:
-                add_sweep(section, norm, refined_sweep(inputs), axes)
+                target = attacked(inputs, attacks.Classifier(inputs.model), inputs.rng())
+                add_sweep(section, norm, PGDSweep(TITLES["pgd"], target, PGD_STEPS, RESTARTS), axes)
+            for name in ("refined", "refined_straight"):
+                if name in chosen:
+                    add_sweep(section, norm, refined_sweep(inputs, name), axes)
             if "autoattack" in chosen:
                 add_autoattack(section, norm, inputs, axes)
             unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
@@ -82,7 +85,7 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     cfg = inputs.cfg
     absent = {name: "left out by --attacks" for name in ATTACKS if name not in cfg.chosen_attacks}
     if not cfg.refine_steps:
-        absent.setdefault("refined", "left out by --refine_steps 0")
+        absent = dict.fromkeys(("refined", "refined_straight"), "left out by --refine_steps 0") | absent
     if "autoattack" not in absent:
         try:
             with evaluation_packages():
@@ -115,26 +118,22 @@ def attacked(
     return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
 
 
-def pgd_sweep(inputs: EvalInputs) -> PGDSweep:
-    return PGDSweep(
-        TITLES["pgd"], attacked(inputs, attacks.Classifier(inputs.model), inputs.rng()), PGD_STEPS, RESTARTS
-    )
-
-
-def refined_sweep(inputs: EvalInputs) -> PGDSweep:
-    """PGD through the refinement."""
-    cfg, rng = inputs.cfg, inputs.rng()
+def refined_sweep(inputs: EvalInputs, name: str) -> PGDSweep:
+    """PGD on the refined classifier: "refined" through its chains, "refined_straight" as JEM's authors do."""
+    cfg, rng, straight = inputs.cfg, inputs.rng(), name == "refined_straight"
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
     chain = partial(
         attacks.differentiable_chain, inputs.model.log_density, generator=rng, **sizes, **chain_options(cfg)
     )
-    refined = attacks.RefinedClassifier(inputs.model, chain, CHAINS)
-    protocol = (
-        f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
-        f"probabilities averaged over {CHAINS} chains, attacked through these chains"
-    )
+    protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
+    if straight:
+        refined = attacks.StraightRefinedClassifier(inputs.model, chain, CHAINS, cfg.sigma_test, rng)
+        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
+    else:
+        refined = attacks.RefinedClassifier(inputs.model, chain, CHAINS)
+        protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
     target = attacked(inputs, refined, rng, REFINED_IMAGES, 4 * CHAINS)  # a step's graph takes memory, too
-    return PGDSweep(TITLES["refined"], target, REFINED_PGD_STEPS, 1, protocol)
+    return PGDSweep(TITLES[name], target, REFINED_PGD_STEPS, 1, protocol)
 
 
 def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None:
@@ -142,12 +141,12 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
     target, steps = sweep.attacked, sweep.steps
     answers = target.predicted()
     grey = 0.5 if norm.name == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
-    mask = answers == target.y
-    masks = {"0": mask}
+    masks = {"0": answers == target.y}
+    mask = masks["0"]
     for label, eps in {**norm.epsilons, f"{grey:.3g} (check)": grey}.items():
+        attack = partial(attacks.pgd_attack, target.classifier, eps, norm.name, steps, target.rng)
         for restart in range(1, sweep.restarts + 1):
-            attack = attacks.PGDAttack(norm.name, steps, target.rng, f"{norm.name} {label}, {sweep.name} {restart}")
-            mask = target.robust(attack, eps, mask)
+            mask = target.robust(attack, mask, f"{norm.name} {label}, {sweep.name} {restart}")
         masks[label] = mask
     protocol = (
         f"{norm.name} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {sweep.restarts}, "
@@ -170,13 +169,16 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
 
 def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
     target, eps = attacked(inputs, attacks.Classifier(inputs.model), rng=None), norm.epsilons[norm.autoattack_eps]
-    mask = target.predicted() == target.y
-    for part in attacks.AUTOATTACK_PARTS:
-        attack = attacks.AutoAttack(norm.name, part, len(inputs.data.class_names), inputs.cfg.seed)
-        mask = target.robust(attack, eps, mask)
+    n_classes = len(inputs.data.class_names)
+    attack = attacks.autoattack(target.classifier, eps, norm.name, n_classes, inputs.cfg.seed, inputs.device)
+
+    def moved(x: Tensor, y: Tensor) -> Tensor:
+        return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+
+    mask = target.robust(moved, target.predicted() == target.y, f"{norm.name}, AutoAttack")
     protocol = (
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
-        f"{attack.targets} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
+        f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
     )
     at = norm.autoattack_eps, TITLES["autoattack"]
     section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, at)

@@ -47,7 +47,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
     rng = Generator(device).manual_seed(cfg.seed)
     start = start_images(model, cfg, path, content, rng)
-    steps = cfg.sgld_step if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
+    training_steps = cfg.sgld_step or cfg.sgld_step_max or 0
+    steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         **origin(path, content),
         "precision": str(dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,22 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(plain) + "\n")
 
+    def event(self, step: int, kind: str, message: str, **further: int) -> None:
+        """What happened at ``step``, in words."""
+        with disk_errors(self.path):
+            self._line({"step": step, "event": kind, **further, "message": message})
+            if self.board:
+                self.board.add_text(f"event/{kind}", message, step)
+
     def recovery(self, step: int, back_to: int, message: str) -> None:
         """Training diverged at ``step``; the measurements after ``back_to`` no longer count (see ``read_log``)."""
-        with disk_errors(self.path):
-            self._line({"step": step, "event": "recovery", "back_to": back_to, "message": message})
-            if self.board:
-                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        if self.board:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-                start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
+            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
+            with disk_errors(self.path):
                 self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
-                self.board.add_text("event/recovery", message, step)
+        self.event(step, "recovery", message, back_to=back_to)
 
     def image(self, step: int, name: str, encoded: bytes) -> None:
         """A PNG or GIF file's bytes; TensorBoard plays a GIF."""
@@ -104,13 +111,14 @@ class Log:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that count.
 
-    Left out are a last line that was cut short, and the measurements behind which a recovery went back. The file only
-    grows, so that a checkpoint's position in it stays true.
+    Left out are a last line that was cut short, lines that somebody has damaged, and the measurements behind which a
+    recovery went back. The file only grows, so that a checkpoint's position in it stays true.
     """
     lines = []
-    for text in path.read_text().split("\n")[:-1]:
-        line = json.loads(text)
-        if "back_to" in line:
-            lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
-        lines.append(line)
+    for text in path.read_text(errors="replace").splitlines(keepends=True):
+        with suppress(ValueError):
+            line = json.loads(text if text.endswith("\n") else "")
+            if "back_to" in line:
+                lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
+            lines.append(line)
     return lines

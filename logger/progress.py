@@ -1,5 +1,7 @@
 """What the terminal says before a run begins: on what it runs, what it trains, how much room it needs."""
 
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +19,8 @@ def compiled(forward: Callable, sampler: Sampler | None) -> str:
     return " and ".join(chosen) or "nothing"
 
 
-def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
-    """Print what a Trainer is about to do."""
+def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) -> None:
+    """Print what a Trainer is about to do, and how; ``before`` is as ``ran``, of the run's part before a resume."""
     cfg, images = trainer.cfg, trainer.data
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
@@ -34,8 +36,11 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
         "network": f"{trainer.model.name}, {parameters:,} parameters; recipe {cfg.recipe}",
         "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
         "steps": steps,
+        "memory": f"{room_in_memory(trainer) / 1e6:,.0f} MB for weights, replay buffer and earlier states of them",
         "disk": f"{room_for_checkpoints(trainer) / 1e6:,.0f} MB for checkpoints",
     }
+    if before.get("precision", ran["precision"]) != ran["precision"]:
+        lines["note"] = f"the run computed in {before['precision']} before: it goes on with other rounding errors"
     if len(trainer.cycle_ends) > 1 and cfg.schedule == "cosine":
         start = trainer.cycle_ends[-2]
         lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
@@ -43,14 +48,34 @@ def announce(trainer, run: Path, ran: dict[str, Any]) -> None:
         print(f"{name:8} {text}", flush=True)
 
 
-def room_for_checkpoints(trainer) -> int:
-    """Bytes of three full checkpoints: the newest, the one before, and the next while it is written."""
+def size_of_state(trainer) -> int:
+    """Bytes of a process's weights, what the optimizer and the average keep beside them, and replay buffer."""
     cfg = trainer.cfg
     copies = 2 + (cfg.optimizer == "adam") + bool(cfg.ema)  # the weights, their moments in the optimizer, their average
-    size = copies * sum(p.nbytes for p in trainer.model.parameters())
-    if trainer.sampler is not None:
-        size += trainer.world.size * trainer.sampler.buffer.images.nbytes
-    return 3 * size
+    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) // trainer.world.size if cfg.samples else 0
+    return copies * sum(p.nbytes for p in trainer.model.parameters()) + buffer
+
+
+def room_for_checkpoints(trainer) -> int:
+    """Bytes of three full checkpoints: the newest, the one before, and the next while it is written."""
+    return 3 * trainer.world.size * size_of_state(trainer)
+
+
+def room_in_memory(trainer) -> int:
+    """Bytes of the host's memory for two states to go back to, the one that is written, on a CPU the present one."""
+    return (3 + (trainer.device.type == "cpu")) * size_of_state(trainer)
+
+
+def check_memory(trainer) -> None:
+    """Raise UserError if the host has too little memory for a run, of which its replay buffer has nothing yet."""
+    memory = Path("/proc/meminfo")  # of Linux
+    found = re.search(r"MemAvailable: *(\d+) kB", memory.read_text()) if memory.exists() else None
+    needed, free = room_in_memory(trainer), 1024 * int(found[1]) if found else math.inf
+    if needed > free:
+        raise UserError(
+            f"the run needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: end other programs, or "
+            "choose a smaller --buffer_size, --width or --depth"
+        )
 
 
 def check_room(trainer, logdir: Path) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
+from logger.balance import Balance
 from logger.files import replace_file, warn_on_error
 from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
-from logger.metrics_log import Log
+from logger.metrics_log import Log, read_log
 from logger.run_dir import RunDir
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
@@ -41,6 +42,7 @@ class RunLogger:
         if run is not None:
             run.remove_unfinished()
             self.log = Log(run.path, not cfg.no_log, log_position, step)
+            self.balance = Balance(read_log(self.log.path))
             if step == 0:
                 self.log.hyperparameters(asdict(cfg))
             self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR)
@@ -102,6 +104,10 @@ class RunLogger:
             shown = {name: values[key] for name, key in BESIDE_BAR.items() if key in values}
             if shown:
                 self.bar.set_postfix(shown, refresh=False)
+            warning = self.balance.add(step, values)
+            if warning:
+                self.bar.write(f"Warning: step {step}: {warning}.")
+                self.log.event(step, "warning", warning)
 
     def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Print what an evaluation has found."""
@@ -116,6 +122,7 @@ class RunLogger:
             self.bar.n, self.timed_from, self.timed_step = back_to, time.perf_counter(), back_to
             self.bar.write(message)
             self.log.recovery(step, back_to, message)
+            self.balance = Balance(read_log(self.log.path))
 
     def samples(self, step: int, x: Tensor) -> None:
         """A grid of samples, float (N, C, H, W) in [-1, 1]."""
@@ -149,9 +156,11 @@ class RunLogger:
             self.write(save, self.run.path / "ckpt", name, content | {"log_position": self.log.flush()})
 
     def end(self, step: int, status: int) -> None:
-        """Say what there is to look at, or how to go on."""
+        """Say what there is to look at, or how to go on, and once more what is wrong."""
         if self.run is not None and status:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
         elif self.run is not None:
             board = "" if self.cfg.no_log else f", or run: tensorboard --logdir {self.run.path.parent}"
             print(f"Done after {step} steps. Look at the pictures in {self.run.path}{board}")
+        if self.run is not None and self.balance.warning:
+            print(f"Warning: {self.balance.warning} (last in balance at step {self.balance.balanced_at}).")

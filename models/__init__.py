@@ -31,4 +31,7 @@ def build_model(
     The backbone takes depth, width and ``options``; it raises UserError if it cannot be built with them.
     """
     features = BACKBONES[backbone](channels, depth, width, **options)
-    return JEM(features, n_classes, separate_energy).to(memory_format=torch.channels_last)
+    model = JEM(features, n_classes, separate_energy)
+    if hasattr(features, "initialise"):
+        model.apply(features.initialise)
+    return model.to(memory_format=torch.channels_last)

@@ -144,5 +144,13 @@ class RobustWideResNet(WideResNet):
         self.register_buffer("mean", (2 * mean - 1).view(3, 1, 1), persistent=False)
         self.register_buffer("deviation", (2 * deviation).view(3, 1, 1), persistent=False)
 
+    @staticmethod
+    def initialise(layer: nn.Module) -> None:
+        """What the authors' networks start with; all else is PyTorch's default."""
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")  # deviation sqrt(2 / (k * k * channels_out))
+        elif isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward((x - self.mean) / self.deviation)

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -17,6 +18,9 @@ from torchvision.transforms import functional as F
 
 import data
 import main
+from checkpoints.load import load_data, open_trained
+from config import Config
+from config.cli import parse
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -42,12 +46,40 @@ def test_crop_and_flip_is_what_torchvision_gives(shape, pad):
     images = torch.from_numpy(random_images(40, *shape))
     top, left = torch.randint(2 * pad + 1, (2, 40), generator=torch.Generator().manual_seed(0))
     flip = torch.arange(40) % 3 == 0
-    result = data.crop_and_flip(images, top, left, flip, pad)
-    assert result.dtype == torch.uint8
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
-        expected = F.crop(F.pad(image, pad, padding_mode="reflect"), int(i), int(j), *shape[1:])
-        assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+    for black, mode in ((False, "reflect"), (True, "constant")):
+        result = data.crop_and_flip(images, top, left, flip, pad, black)
+        assert result.dtype == torch.uint8
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
+            expected = F.crop(F.pad(image, pad, padding_mode=mode), int(i), int(j), *shape[1:])
+            assert torch.equal(got, F.hflip(expected) if mirrored else expected)
+
+
+def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
+    """Every image gets a policy of its own, and a black square of half its side around a random pixel."""
+    images, rng, seen = torch.full((200, 3, 32, 32), 200, dtype=torch.uint8), torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(data, "AUTO_AUGMENT", lambda image: (seen.append(image), image // 2)[1])
+    black, auto = (data.augment(images, True, 0.0, rng.manual_seed(0), how) for how in ("black", "auto"))
+    assert torch.equal(torch.stack(seen), ((black + 1) * 127.5).round().byte()) and len(seen) == 200
+    assert auto.is_contiguous(memory_format=torch.channels_last)
+    areas = set()
+    for crop, image in zip(black, auto, strict=True):
+        halved = data.to_float(((crop + 1) * 127.5).round().byte() // 2)
+        fits = [(i, j) for i in range(32) for j in range(32) if torch.equal(with_hole(halved, i, j), image)]
+        areas.add((image == -1).all(0).sum().item())
+        assert fits
+    assert len(areas) > 20  # squares end at edges
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
+    changed = torch.stack([data.AUTO_AUGMENT(image) for image in ramps])
+    assert len({tuple(image.flatten().tolist()) for image in changed}) > 15
+
+
+def with_hole(image, row, column):
+    image = image.clone()
+    image[:, max(0, row - 8) : row + 8, max(0, column - 8) : column + 8] = -1
+    return image
 
 
 def augment(images, flip=True, sigma=0.0, seed=0):
@@ -368,8 +400,11 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     assert len(data.load("folder", tmp_path / "alone", trained_on={}).test) == 20
 
 
-def test_another_test_set_is_measured_whole(tmp_path):
-    """By the command line: the report's accuracy is of all its images, and speaks of no training images."""
+def test_another_test_set_is_measured_whole(tmp_path, capsys):
+    """By the command line: the report's accuracy is of all its images, and speaks of no training images.
+
+    Grey images in a network for colour, too; where images do not fit, the advice is what would make them fit.
+    """
     write_pngs(tmp_path / "own", "a", "b", n=20)
     write_pngs(tmp_path / "other", "a", "b", n=9)
     options = ["--gpu", "cpu", "--no_log", "--logdir", str(tmp_path / "runs")]
@@ -381,3 +416,22 @@ def test_another_test_set_is_measured_whole(tmp_path):
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
     assert report.count("these data are test images alone") == 2
+    (tmp_path / "grey" / "b").mkdir(parents=True)
+    shutil.copytree(tmp_path / "other" / "a", tmp_path / "grey" / "a")
+    for i, file in enumerate((tmp_path / "grey" / "a").iterdir()):
+        Image.open(file).convert("L").save(file)
+        file.rename(file.parents[1] / "ab"[i % 2] / file.name)
+    test = ["--mode", "test", "--load_ckpt", str(run), "--eval", "classification", *options]
+    assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
+    grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
+    assert grey.shape == (3, 8, 8) and len(grey.test) == 9
+    assert torch.equal(grey.test.images[:, :1].expand(-1, 3, -1, -1), grey.test.images)
+    write_pngs(tmp_path / "three", "a", "b", "c")
+    write_pngs(tmp_path / "large", "a", "b", side=12)
+    for folder, advice in (
+        ("three", "choose a set that has as many classes, of that size"),
+        ("large", "give --image_size 8"),
+    ):
+        assert main.main([*test, "--data_dir", str(tmp_path / folder)]) == 2
+        assert f"{advice}\n" in capsys.readouterr().err
+    assert main.main([*test, "--data_dir", str(tmp_path / "large"), "--image_size", "8"]) == 0

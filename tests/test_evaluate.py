@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from html import unescape
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,15 +121,6 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
         foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
 
 
-def test_the_likeliest_inverse_temperature_is_found():
-    """The density exp(beta sum(x) / 4) on the box, whose mean is known: beta = 8 has made the data."""
-    tilt = SimpleNamespace(log_density=lambda x: x.flatten(1).sum(1) / 4)
-    cfg = SimpleNamespace(ais_chains=100, ais_temperatures=100)
-    inputs = SimpleNamespace(model=tilt, data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
-    mean_of_pixel = 1 / math.tanh(8 / 4) - 4 / 8
-    assert likelihood.best_inverse_temperature(inputs, 4 * mean_of_pixel / 4, seeded(1)) == 8
-
-
 @pytest.mark.parametrize("true_temperature", [0.4, 3.0])
 def test_temperature_scaling_finds_the_temperature_of_a_miscalibrated_model(true_temperature):
     honest = 2 * torch.randn(20_000, 5, generator=seeded(3))
@@ -187,6 +177,9 @@ def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkey
 
 
 def test_built_in_sets(inputs):
+    def cut(images):
+        return [part for image in images for row in image.split(4, 1) for part in row.split(4, 2)]
+
     test = inputs.data.test.images[:40]
     sets = {name: foreign_images(name, test, inputs) for name in ood.BUILT_IN}
     assert all(images.shape == test.shape and images.dtype == torch.uint8 for images in sets.values())
@@ -197,6 +190,13 @@ def test_built_in_sets(inputs):
     means = {tuple(((a.int() + b.int()) // 2).flatten().tolist()) for a in test for b in test}
     assert all(tuple(image.flatten().tolist()) in means for image in sets["interp"])
     assert 100 < sets["noise"].float().mean() < 155
+    assert torch.equal(sets["inverted"].int() + test.int(), torch.full_like(test, 255).int())
+    quarters = [sorted(bytes(q.numpy()) for q in cut(images)) for images in (sets["patches"], test)]
+    assert quarters[0] == quarters[1] and not torch.equal(sets["patches"], test)
+    weights = torch.exp(-torch.arange(-4, 5).square() / (2 * 2.0**2))
+    padded = F.pad(test.float(), (4, 4, 4, 4), mode="reflect")
+    kernel = (weights[:, None] * weights / weights.sum() ** 2)[None, None]
+    assert (F.conv2d(padded, kernel) - sets["blurred"]).abs().max() < 0.51
     assert all(torch.equal(images, foreign_images(name, test, inputs)) for name, images in sets.items())
 
 
@@ -258,9 +258,8 @@ def quick(monkeypatch):
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr(attacks, "distal_adversarials", partial(attacks.distal_adversarials, max_steps=3))
     monkeypatch.setattr(attacks, "AUTOATTACK_PARTS", ("apgd-ce",))
-    monkeypatch.setattr(attacks.AutoAttack, "perturb", lambda self, classifier, eps, x, y: x)
+    monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", lambda self, x, y, batch_size: (x, y))
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
-    monkeypatch.setattr(likelihood, "best_inverse_temperature", lambda *_: 2.0)
 
 
 def test_the_report_s_numbers_by_a_slow_computation(run):
@@ -469,7 +468,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
     assert found == everything
 
     _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
-    assert set(section.absent) == {"PGD", "PGD through refinement"}
+    assert set(section.absent) == {"PGD", "PGD through refinement", "PGD past refinement"}
 
 
 def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
@@ -547,9 +546,10 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
         "~/cats, dogs": ["~/cats, dogs"],
         "noise, ~/cats": ["noise", "~/cats"],
     }
-    usual = ["interp", "noise", "constant", "shuffled"]
-    assert ood.set_names(Config(mode="test", dataset="digits")) == usual
-    assert ood.set_names(Config(mode="test", dataset="cifar10")) == [*usual, "svhn", "cifar100"]
+    usual = ["interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted"]
+    others = {"digits": [], "cifar10": ["digits", "svhn", "cifar100"], "mnist": ["digits"]}
+    for dataset, more in others.items():
+        assert ood.set_names(Config(mode="test", dataset=dataset)) == [*usual, *more]
     for option, expected in names.items():
         assert ood.set_names(Config(mode="test", ood_datasets=option)) == expected
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,8 @@ import trainer
 from checkpoints.files import load_checkpoint
 from checkpoints.load import load_model, open_trained
 from config import Config
+from config.checks import unused
+from config.cli import parse
 from config.recipes import RECIPES
 from logger.metrics_log import read_log
 from losses import auroc
@@ -58,10 +62,12 @@ def trained(images=None, **changes):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains(recipe, tmp_path):
-    run = start(tmp_path, "--recipe", recipe)
+    grey = ["--backbone", "jem", "--p_x_batch_size", "20"] if recipe == "dat" else []
+    run = start(tmp_path, "--recipe", recipe, *grey)
     (line,) = [line for line in read_log(run / "metrics.jsonl") if line["step"] == 12]
     assert abs(line["loss/total"]) < 100 and abs(line["loss/generative"]) < 10 and 0 <= line["accuracy/test"] <= 1
-    given = {"batch_size": 20, "buffer_size": 100, "sgld_step": 2, "warmup_steps": 2, "recipe": recipe}
+    given = {"batch_size": 20, "buffer_size": 100, "sgld_step": 2, "warmup_steps": 2, "recipe": recipe, "depth": 10}
+    given |= {"backbone": "jem", "p_x_batch_size": 20} if grey else {}
     options = options_of(run)
     assert {name: options[name] for name in given} == given  # options that are given replace the recipe's
     for name, value in RECIPES[recipe].options.items():
@@ -75,7 +81,8 @@ def test_recipes_are_what_their_papers_say():
         "jem++": {"norm": "batch", "sgld_step": 10, "batch_size": 64, "sigma": 0.03, "start": "class_gaussian"}
         | {"weight_decay": 4e-4, "epochs": 150, "decay_epochs": "50,100,125", "sam_rho": 0.0},
         "m-jem": {"norm": "batch", "sgld_step": 5, "batch_size": 128, "sigma": 0.0, "start": "gaussian"}
-        | {"p_x_batch_size": 64, "p_x_no_augment": True, "mean_energy_l2": 0.5, "weight_decay": 5e-4},
+        | {"p_x_batch_size": 64, "p_x_no_augment": True, "mean_energy_l2": 0.5, "weight_decay": 5e-4}
+        | {"separate_energy": True, "mean_energy_form": "real_squares"},
         "sada-jem": {"norm": "batch", "sgld_step": 5, "batch_size": 128, "start": "class_gaussian"}
         | {"p_x_no_augment": True, "sam_rho": 2.0, "sam_adaptive": True, "decay_epochs": "60,120,180"},
     }
@@ -84,6 +91,31 @@ def test_recipes_are_what_their_papers_say():
         shared = {"sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0, "sgld_lr": 1.0, "buffer_size": 10000}
         shared |= {"optimizer": "sgd", "lr": 0.1, "decay_rate": 0.2, "reinit_freq": 0.05}
         assert {k: getattr(cfg, k) for k in options | shared} == options | shared
+
+
+def test_the_commands_of_the_papers_to_the_letter():
+    """Those in docs/family.md are understood whole, and say what the authors' scripts and papers say."""
+    text = (Path(main.__file__).parent / "docs" / "family.md").read_text()
+    block = text.partition("to the letter")[2].partition("```sh\n")[2].partition("```")[0]
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    assert all(line[:2] == ["python", "main.py"] for line in lines)
+    given = [parse(line[2:], Config) for line in lines]
+    runs = [Config(**options) for options in given]
+    assert [cfg.recipe for cfg in runs] == ["jem", "jem++", "m-jem", "sada-jem", "dat", "dat"]
+    assert not any(unused(options, cfg) for options, cfg in zip(given, runs, strict=True))
+    names = ("optimizer", "lr", "batch_size", "n_chains", "n_valid", "epochs", "decay_at", "decay_rate", "sgld_step")
+    assert [[getattr(cfg, name) for name in names] for cfg in runs[:4]] == [
+        ["adam", 1e-4, 64, 64, None, 200, [160, 180], 0.3, 20],
+        ["momentum", 0.1, 64, 64, None, 150, [50, 100, 125], 0.2, 10],
+        ["momentum", 0.1, 128, 64, 0, 200, [60, 120, 180], 0.2, 5],
+        ["momentum", 0.1, 128, 64, 0, 200, [60, 120, 180], 0.2, 5],
+    ]
+    first, dat = runs[4:]
+    modes = (first.mode, dat.mode, dat.norm_statistics, dat.start)
+    assert modes == ("baseline_train", "energy_train", "frozen", "folder")
+    assert dat.load_ckpt and all((cfg.depth, cfg.width, cfg.augment) == (34, 10, "auto") for cfg in (first, dat))
+    assert {optim.learning_rate(dat, step, 390, [39000]) for step in (1, 390 * 70, 390 * 199)} == {1e-3}
+    assert (dat.adversarial_steps, dat.adversarial_step_size, dat.sgld_lr, dat.sgld_step_auroc) == (10, 0.1, 0.2, 0.8)
 
 
 def test_what_a_recipe_switches_on_can_be_switched_off(tmp_path):
@@ -269,6 +301,32 @@ def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others()
     with torch.no_grad():
         losses = [torch.nn.functional.cross_entropy(run.model(x), inputs.y) for x in (inputs.x, inputs.x_real)]
     assert losses[0] > losses[1] + 0.01
+    one_step = trained(images, adversarial_eps=0.5, adversarial_steps=1, adversarial_step_size=0.002, sigma=0.0)
+    inputs = one_step.next_inputs(1)[0]
+    moved = (inputs.x - inputs.x_real).flatten(1).norm(dim=1)  # at a wall of [-1, 1] less
+    assert 0 < moved.max() <= 0.004 + 1e-6
+
+
+def test_chains_of_log_p_x_y_grow_from_no_step_by_what_they_climb():
+    """Without a step samples are fresh starts; the AUROC that makes them grow is that of log p(x, y)."""
+    run = trained(class_cond=True, sgld_step=0, sgld_step_max=3, reinit_freq=1.0, p_x_batch_size=40, norm="batch")
+    rng = run.rng.sgld.get_state()
+    inputs = run.next_inputs(run.sgld_steps)[0]
+    run.rng.sgld.set_state(rng)
+    starts, _, y = run.sampler.draw(40, True)
+    assert torch.equal(starts, inputs.samples) and y.bincount().tolist() == [4] * 10
+    real, labels = inputs.x_real, inputs.y_real
+    known = run.data.train.images.flatten(1).float()
+    nearest = torch.cdist(((real + 1) * 127.5).flatten(1), known).argmin(1)
+    assert torch.equal(run.data.train.labels[nearest], labels)
+    parts = run.backward(inputs)
+    with torch.no_grad():
+        values = [run.model.log_density(*batch) for batch in ((real, labels), (inputs.samples, inputs.y_sampled))]
+    won = (values[0][:, None] > values[1]).double().mean().item()
+    assert parts["sgld/auroc"].item() == pytest.approx(won, abs=1e-6) and parts["sgld/auroc"] != auroc(
+        *(run.model.log_density(x) for x in (real, inputs.samples))
+    )
+    assert trained(class_cond=True, labels_per_class=3).next_inputs(1)[0].y_real is None  # not all may be used
 
 
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
@@ -285,6 +343,31 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
         seen.append(run.measurements()["sgld/steps"])
     assert seen == made == [2, 3, 3, 4, 4] and run.sgld_step == 4
     assert run.state_dict()["sgld_step"] == 4
+
+
+def test_images_of_another_folder_are_cropped_and_flipped():
+    digits = data.load("digits")
+    pictures = torch.arange(1, 1025).remainder(255).byte().view(1, 1, 32, 32).expand(2, -1, -1, -1).contiguous()
+    labels = torch.zeros(2, dtype=torch.int64)
+    like = data.ImageData(*[data.Split(pictures, labels)] * 3, class_names=digits.class_names, flip=True)
+    found = chain_init.FolderInit(pictures, like)([0] * 300, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(data.to_float(pictures[:1]), [4] * 4, value=-1)
+    crops = [padded[:, :, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    allowed = torch.cat(crops + [crop.flip(3) for crop in crops])
+    distances = torch.cdist(found.flatten(1), allowed.flatten(1), p=torch.inf)
+    assert distances.min(1).values.max() < 1e-5 and len(distances.argmin(1).unique()) > 100
+
+
+def test_dat_starts_from_a_folder_or_says_so(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (99 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    small = "--recipe dat --backbone jem --p_x_batch_size 20 --max_steps 1".split()
+    for further, note in (([], True), (["--start_dir", str(tmp_path / "images")], False)):
+        run = start(tmp_path / "runs", *small, *further)
+        assert options_of(run)["start"] == ("patches" if note else "folder")
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert (len(notes) == 1 and "without --start_dir" in notes[0]) if note else not notes
 
 
 def test_chains_start_from_another_folder(tmp_path, capsys):
@@ -315,6 +398,20 @@ def test_sam_trains_with_the_gradient_elsewhere_and_the_statistics_of_the_first_
     assert torch.equal(plain.model.f.bn1.running_mean, sharp.model.f.bn1.running_mean)
     assert sharp.model.f.bn1.num_batches_tracked == 1
     assert plain.meter.sums["loss/total"] == sharp.meter.sums["loss/total"]  # of the weights before the step
+
+
+def test_a_long_gradient_is_shortened():
+    """The first step of SGD with Nesterov's momentum of 0.9 goes 1.9 * lr * gradient, whose length is the limit."""
+    moved = {}
+    for limit in (None, 1e-3, 1e6):
+        run = trained(optimizer="sgd", lr=0.1, grad_clip=limit)
+        torch.manual_seed(1)
+        first = trainer.Trainer(run.cfg, run.data, run.device).model
+        change = [a - b for a, b in zip(run.model.parameters(), first.parameters(), strict=True)]
+        moved[limit] = torch.nn.utils.get_total_norm(change).item()
+        lr = run.lr
+    assert moved[1e-3] == pytest.approx(1.9 * lr * 1e-3, rel=1e-3)
+    assert moved[1e6] == moved[None] > 10 * moved[1e-3]
 
 
 def test_step_schedule():
@@ -355,6 +452,7 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--outlier_weight 1 --norm batch", "give --norm_statistics running or frozen"),
         ("--norm batch --norm_statistics frozen", "needs --load_ckpt"),
         ("--sgld_step_max 2", "must be above --sgld_step 2"),
+        ("--sgld_step 0", "--sgld_step 0 needs --sgld_step_max"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
         ("--sgld_grad_clamp of", "--sgld_grad_clamp takes a number or off, not 'of'"),
         ("--n_valid off", "--n_valid takes a whole number, not 'off'"),

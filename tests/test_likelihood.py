@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
+from evaluation import likelihood
 from evaluation.ais import (
     Box,
     GeometricPath,
@@ -18,6 +21,7 @@ from evaluation.ais import (
     hmc_step,
     leapfrog,
     reverse_ais,
+    sigmoid_schedule,
     tune_step_sizes,
 )
 from utils import UserError
@@ -41,18 +45,25 @@ class Gaussian:
     def log_ratio(self, log_density, y: torch.Tensor) -> torch.Tensor:
         return log_density(y) - self.log_prob(y)
 
-    def to_image(self, y: torch.Tensor) -> torch.Tensor:
-        return y
-
     def from_image(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def annealed(density, base, n_chains, n_temperatures, seed):
-    """A forward run with tuned step sizes, and these."""
-    generator = seeded(seed)
-    step_sizes = tune_step_sizes(density, base, 64, n_temperatures, 50, generator)
-    return forward_ais(density, base, n_chains, step_sizes, generator), step_sizes
+    """A forward run with tuned step sizes, and the way back: from samples and a seed, with a burn-in."""
+    generator, path = seeded(seed), GeometricPath(density, base, sigmoid_schedule(n_temperatures))
+    step_sizes = tune_step_sizes(path, 64, 50, generator)
+    back = partial(reverse_ais, path, step_sizes=step_sizes)
+    return forward_ais(path, n_chains, step_sizes, generator), back
+
+
+def log_z(result):
+    return result.log_z()[-1].item()
+
+
+def mean(result):
+    """Of the log weights: a bound in expectation, with a margin that the estimates themselves lack."""
+    return result.log_weights[-1].mean()
 
 
 D = 64
@@ -85,29 +96,27 @@ TILT_CDF = integrate.cumulative_trapezoid(TILT, GRID, initial=0)  # not normalis
 
 
 def test_log_z_of_a_64d_gaussian_is_sandwiched_to_a_tenth_of_a_nat():
-    base = Gaussian((D,))
-    forward, step_sizes = annealed(gaussian_density, base, 512, 400, 1)
-    reverse = reverse_ais(gaussian_density, base, gaussian_samples(512), step_sizes, seeded(2))
-    assert forward.log_z == pytest.approx(LOG_Z, abs=0.1)
-    assert reverse.log_z == pytest.approx(LOG_Z, abs=0.1)
-    # the mean log-weights are the bounds in expectation, with a margin that the estimates themselves lack
-    assert forward.log_weights.mean() < LOG_Z < reverse.log_weights.mean()
-    assert forward.log_z_interval[0] < forward.log_z < forward.log_z_interval[1]
-    assert 200 < forward.ess <= 512
+    forward, back = annealed(gaussian_density, Gaussian((D,)), 512, 400, 1)
+    reverse = back(gaussian_samples(512), generator=seeded(2))
+    assert log_z(forward) == pytest.approx(LOG_Z, abs=0.1)
+    assert log_z(reverse) == pytest.approx(LOG_Z, abs=0.1)
+    assert mean(forward) < LOG_Z < mean(reverse)
+    low, high = forward.log_z_interval()
+    assert low < log_z(forward) < high
+    assert 200 < forward.ess() <= 512
 
 
 def test_log_z_in_the_box_agrees_with_quadrature():
     shape = (1, 8, 8)
-    log_z = math.prod(shape) * math.log(TILT_CDF[-1])
-    forward, step_sizes = annealed(tilt, Box(shape), 512, 200, 3)
-    assert forward.log_z == pytest.approx(log_z, abs=0.1)
-    assert forward.samples.shape == (512, *shape) and forward.samples.abs().max() <= 1
+    expected = math.prod(shape) * math.log(TILT_CDF[-1])
+    forward, back = annealed(tilt, Box(shape), 512, 200, 3)
+    assert log_z(forward) == pytest.approx(expected, abs=0.1)
 
     uniform = np.random.default_rng(0).random((512, *shape))
     exact = torch.tensor(np.interp(uniform, TILT_CDF / TILT_CDF[-1], GRID), dtype=torch.float32)
-    reverse = reverse_ais(tilt, Box(shape), exact, step_sizes, seeded(4))
-    assert reverse.log_z == pytest.approx(log_z, abs=0.1)
-    assert forward.log_weights.mean() < log_z < reverse.log_weights.mean()
+    reverse = back(exact, generator=seeded(4))
+    assert log_z(reverse) == pytest.approx(expected, abs=0.1)
+    assert mean(forward) < expected < mean(reverse)
 
 
 def test_without_annealing_it_is_importance_sampling():
@@ -116,16 +125,45 @@ def test_without_annealing_it_is_importance_sampling():
     def density(x):
         return -((x - 0.5) ** 2).sum(1)
 
-    result = forward_ais(density, base, 1000, torch.tensor([0.5]), seeded(11))
+    result = forward_ais(GeometricPath(density, base), 1000, torch.tensor([0.5]), seeded(11))
     x = base.sample(1000, seeded(11)).double().numpy()
     log_w = -((x - 0.5) ** 2).sum(1) - stats.norm.logpdf(x).sum(1)
-    assert np.allclose(result.log_weights.numpy(), log_w, atol=1e-5)
+    assert np.allclose(result.log_weights[-1].numpy(), log_w, atol=1e-5)
     w = np.exp(log_w)
-    assert result.log_z == pytest.approx(math.log(w.mean()), abs=1e-5)
-    assert result.ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-4)
+    assert log_z(result) == pytest.approx(math.log(w.mean()), abs=1e-5)
+    assert result.ess() == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-4)
     spread = 2 * 1.96 * w.std() / math.sqrt(1000) / w.mean()  # delta method
-    low, high = result.log_z_interval
+    low, high = result.log_z_interval()
     assert high - low == pytest.approx(spread, rel=0.15)
+
+
+def tilted_inputs():
+    """A model 2 sum(x) on images of 2x2, and exact samples of exp(2^15 sum(x)) as its buffer."""
+    u = torch.rand(400, 1, 2, 2, generator=seeded(3))
+    cfg = SimpleNamespace(ais_chains=100, ais_temperatures=400)
+    model = SimpleNamespace(log_density=lambda x: 2 * x.flatten(1).sum(1))
+    data, cpu = SimpleNamespace(shape=(1, 2, 2)), torch.device("cpu")
+    return SimpleNamespace(model=model, data=data, cfg=cfg, buffer=1 + u.log() / 2**15, device=cpu)
+
+
+@pytest.mark.parametrize("beta", [0.5, 30.0])
+def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(beta):
+    """The density exp(2 sum(x) / T) on the box, whose log Z is known; 1/T = beta has made the data."""
+    mean_of_pixel = 1 / math.tanh(2 * beta) - 1 / (2 * beta)
+    curves = likelihood.bits_by_temperature(tilted_inputs(), 8 * mean_of_pixel, 16, seeded(1))
+    slopes = 2 * curves.betas
+    assert slopes[0] < 0.05 and curves.betas[-1] == pytest.approx(2**14)
+    log_z = 4 * (slopes + np.log(-np.expm1(-2 * slopes) / slopes))
+    exact = -(slopes * 4 * mean_of_pixel - log_z) / 4 / math.log(2) - math.log2(2 / 16)
+    for name in ("forward", "reverse"):
+        assert np.abs(curves.bits[name] - exact).max() < 0.15
+    assert curves.best() == pytest.approx(beta, rel=0.25)
+
+
+def test_the_chosen_temperature_has_the_fewest_bits_of_the_worse_bound_wherever_it_lies():
+    """Neither the first minimum nor one of a lower bound on log Z that no upper bound confirms."""
+    bits = {"forward": np.array([8, 7.9, 8, 7, 2]), "reverse": np.array([8, 8, 8.1, 7.5, 9])}
+    assert likelihood.Curves(np.array([1, 2, 4, 8, 16.0]), bits).best() == 8
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
@@ -150,7 +188,7 @@ def test_hmc_in_the_box_converges_to_the_density_up_to_the_walls():
     for _ in range(30):
         at, p_accept = hmc_step(path, at, 1.0, torch.tensor(0.8), generator)
     assert 0.3 < p_accept.mean() < 0.95
-    x = path.base.to_image(at.y)
+    x = at.y.tanh()
     for pixel in x.double().numpy().T:
         assert stats.kstest(pixel, lambda x: np.interp(x, GRID, TILT_CDF / TILT_CDF[-1])).pvalue > 1e-4
     assert torch.equal(at.ratio, path.point(at.y).ratio)  # carried along with the right point
@@ -159,11 +197,11 @@ def test_hmc_in_the_box_converges_to_the_density_up_to_the_walls():
 def test_the_box_is_uniform_and_includes_its_walls(monkeypatch):
     box = Box((2, 2))
     y = box.sample(5000, seeded(26))
-    assert stats.kstest(box.to_image(y).flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(y.tanh().flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
     logistic = stats.logistic(scale=0.5).logpdf(y.double().numpy()).sum((1, 2))
     assert np.allclose(box.log_prob(y).numpy(), logistic, atol=1e-4)
     x = torch.tensor([[[-1.0, 1.0], [0.3, -0.99]]])
-    assert torch.allclose(box.to_image(box.from_image(x)), x, atol=2e-6)
+    assert torch.allclose(box.from_image(x).tanh(), x, atol=2e-6)
     assert box.from_image(x).isfinite().all()
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))  # happens once in 2^24
     assert Box((2,)).sample(5, seeded(27)).isfinite().all()
@@ -172,15 +210,15 @@ def test_the_box_is_uniform_and_includes_its_walls(monkeypatch):
 def test_a_flat_density_has_the_volume_of_the_box_whatever_the_walls_do():
     """A constant density makes every weight exactly 2^D, so any error is one of the coordinates."""
     result, _ = annealed(lambda x: 0 * x.flatten(1).sum(1), Box((D,)), 8, 20, 28)
-    assert torch.allclose(result.log_weights, torch.full((8,), D * math.log(2), dtype=torch.float64))
+    assert torch.allclose(result.log_weights[-1], torch.full((8,), D * math.log(2), dtype=torch.float64))
 
 
 def test_pixels_that_crowd_a_wall_are_no_obstacle():
     slope = 50.0  # the mass lies within 0.02 of the wall, a width that steps of the interior would jump over
-    log_z = 8 * math.log((1 - math.exp(-2 * slope)) / slope)
-    result, step_sizes = annealed(lambda x: slope * (x - 1).sum(1), Box((8,)), 500, 200, 29)
-    assert result.log_z == pytest.approx(log_z, abs=0.15)
-    assert step_sizes.min() > 0.3
+    expected = 8 * math.log((1 - math.exp(-2 * slope)) / slope)
+    result, back = annealed(lambda x: slope * (x - 1).sum(1), Box((8,)), 500, 200, 29)
+    assert log_z(result) == pytest.approx(expected, abs=0.15)
+    assert back.keywords["step_sizes"].min() > 0.3
 
 
 @pytest.mark.parametrize("base", [Gaussian((2, 3)), Box((2, 3))])
@@ -197,42 +235,37 @@ def test_leapfrog_leads_back_to_the_start(base):
 
 @pytest.mark.parametrize("density, base", [(gaussian_density, Gaussian((D,))), (tilt, Box((D,)))])
 def test_tuning_reaches_the_wanted_acceptance_at_every_temperature(density, base):
-    step_sizes = tune_step_sizes(density, base, 64, 100, 50, seeded(16))
+    path = GeometricPath(density, base, sigmoid_schedule(100))
+    step_sizes = tune_step_sizes(path, 64, 50, seeded(16))
     assert step_sizes.shape == (100,)
     assert step_sizes[-1] < 0.8 * step_sizes[0]
-    result = forward_ais(density, base, 100, step_sizes, seeded(17))
+    result = forward_ais(path, 100, step_sizes, seeded(17))
     assert result.acceptance.min() > 0.65 and result.acceptance.max() < 0.95
     assert result.acceptance.mean() == pytest.approx(0.8, abs=0.04)
 
 
 def test_burn_in_carries_poor_samples_to_the_model():
-    base, cold = Gaussian((D,)), MEAN.expand(512, D)  # every chain at the mode
-    step_sizes = tune_step_sizes(gaussian_density, base, 64, 10, 10, seeded(18))
-    exact = reverse_ais(gaussian_density, base, gaussian_samples(512), step_sizes, seeded(19))
-    raw = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19))
-    burnt = reverse_ais(gaussian_density, base, cold, step_sizes, seeded(19), burn_in=50)
-    assert raw.log_weights.mean() > exact.log_weights.mean() + 4
-    assert burnt.log_weights.mean() == pytest.approx(exact.log_weights.mean(), abs=1)
+    cold = MEAN.expand(512, D)  # every chain at the mode
+    _, back = annealed(gaussian_density, Gaussian((D,)), 64, 10, 18)
+    exact = back(gaussian_samples(512), generator=seeded(19))
+    raw, burnt = (back(cold, generator=seeded(19), burn_in=steps) for steps in (0, 50))
+    assert mean(raw) > mean(exact) + 4
+    assert mean(burnt) == pytest.approx(mean(exact), abs=1)
 
 
 def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5))
-    base = Box((1, 4, 4))
-
-    def density(x):
-        return net(x).logsumexp(1)
-
     with torch.no_grad():
-        forward, step_sizes = annealed(density, base, 8, 5, 22)
-        reverse = reverse_ais(density, base, forward.samples, step_sizes, seeded(23))
+        forward, back = annealed(lambda x: net(x).logsumexp(1), Box((1, 4, 4)), 8, 5, 22)
+        reverse = back(torch.rand(8, 1, 4, 4, generator=seeded(21)) * 2 - 1, generator=seeded(23), burn_in=10)
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    assert not forward.samples.requires_grad
-    assert forward.log_z == pytest.approx(reverse.log_z, abs=0.5)
+    assert not forward.log_weights.requires_grad
+    assert log_z(forward) == pytest.approx(log_z(reverse), abs=0.5)
 
 
 def test_what_cannot_be_estimated_is_refused():
     with pytest.raises(UserError, match="not finite"):
-        forward_ais(lambda x: tilt(x) * math.nan, Box((2,)), 4, torch.full((5,), 0.1), seeded())
+        forward_ais(GeometricPath(lambda x: tilt(x) * math.nan, Box((2,))), 4, torch.full((1,), 0.1), seeded())
 
 
 def test_bits_bound_the_code_length_and_are_tight_for_a_density_flat_in_each_cell():

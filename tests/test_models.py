@@ -29,12 +29,28 @@ def tiny(**options):
 def loss_options(**changes):
     """The options that ``joint_loss`` reads, as plain JEM has them."""
     weights = {"p_y_x_weight": 1.0, "p_x_weight": 1.0, "p_x_y_weight": 0.0, "mean_energy_l2": 0.0}
-    return SimpleNamespace(**{"mode": "energy_train", "generative": "difference"} | weights | changes)
+    words = {"mode": "energy_train", "generative": "difference", "mean_energy_form": "means"}
+    return SimpleNamespace(**words | weights | changes)
 
 
 def test_wrn_28_10_has_the_published_size():
     parameters = sum(p.numel() for p in build_model(3, 10, 28, 10).parameters())
     assert round(parameters / 1e6, 1) == 36.5  # Zagoruyko & Komodakis, table 4
+
+
+def test_robust_networks_start_as_their_authors_do():
+    """Weights of deviation sqrt(2 / (k * k * channels out)), no bias in the heads; as tight as so many allow."""
+    torch.manual_seed(0)
+    model = build_model(3, 10, 16, 8, backbone="robust", norm="batch", separate_energy=True)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            n, w = layer.out_channels * layer.kernel_size[0] ** 2, layer.weight
+            assert abs(w.std() / (2 / n) ** 0.5 - 1) < 5 / (2 * w.numel()) ** 0.5, name
+            assert abs(w.mean()) < 5 * (2 / n / w.numel()) ** 0.5
+            assert (w.abs() > 3 * (2 / n) ** 0.5).any() or w.numel() < 2000  # normal, not uniform
+        elif isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.Linear)):
+            assert not layer.bias.any() and (isinstance(layer, torch.nn.Linear) or (layer.weight == 1).all())
+    assert build_model(3, 10, 10, 1).class_output.bias.any()  # other networks are as before
 
 
 def test_stages_have_the_strides_and_widths_of_the_paper():
@@ -236,6 +252,12 @@ def test_joint_loss_against_a_direct_computation():
     assert with_outliers["loss/outliers"].item() == pytest.approx(sum(pairs) / 15, rel=1e-5)
     won = [(a > b) + 0.5 * (a == b) for a in d_real for b in d_sampled]
     assert parts["sgld/auroc"].item() == pytest.approx(sum(won) / 30, abs=1e-6)
+    cfg = loss_options(p_y_x_weight=0.0, p_x_weight=0.0, mean_energy_l2=0.5, mean_energy_form="real_squares")
+    loss, of_classes = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, y_real=torch.arange(5) % 3)
+    assert loss.item() == pytest.approx(0.5 * (sum(d * d for d in d_real) / 5 + m_sampled**2), rel=1e-5)
+    climbed = [row[k] for row, k in zip(sampled.tolist(), y_sampled.tolist(), strict=True)]
+    won = [row[i % 3] > b for i, row in enumerate(real.tolist()) for b in climbed]
+    assert of_classes["sgld/auroc"].item() == pytest.approx(sum(won) / 30, abs=1e-6)
     assert parts["loss/joint"].item() == pytest.approx(joint, rel=1e-5)
     assert parts["log_density/real"].item() == pytest.approx(m_real, rel=1e-5)
     assert parts["log_density/sampled"].item() == pytest.approx(m_sampled, rel=1e-5)

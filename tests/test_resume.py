@@ -13,6 +13,7 @@ import torch
 from small_runs import TINY, assert_same_run, at_step, equal, metrics, start, state
 
 import main
+import utils
 from checkpoints.files import load_checkpoint
 from logger.run_dir import RunDir
 
@@ -232,6 +233,25 @@ class TestResume:
         assert main.main(["--resume", str(stopped)]) == 0
         assert "another kind of device" in capsys.readouterr().out
         assert state(stopped)["step"] == 34 and not equal(state(stopped)["model"], state(undisturbed)["model"])
+
+    def test_other_arithmetic_is_said_and_recorded(self, stopped, capsys, monkeypatch):
+        monkeypatch.setattr(utils, "pick_dtype", lambda *_: torch.bfloat16)  # as "auto" may on another machine
+        assert main.main(["--resume", str(stopped)]) == 0
+        assert "the run computed in float32 before" in capsys.readouterr().out
+        content = json.loads((stopped / "config.json").read_text())
+        assert content["environment_before"]["precision"] == "float32"
+        assert content["environment"]["precision"] == "bfloat16"
+
+    def test_only_the_best_weights_were_kept(self, undisturbed, tmp_path, capsys):
+        run = shutil.copytree(undisturbed, tmp_path / "runs" / "kept")
+        for name in ("last.pt", "previous.pt"):
+            (run / "ckpt" / name).unlink()
+        sample = ["--mode", "sample", "--load_ckpt", str(run), "--n_samples", "2", "--n_sample_steps", "1"]
+        assert main.main([*sample, "--gpu", "cpu", "--logdir", str(tmp_path)]) == 0
+        assert main.main(["--resume", str(run)]) == 2
+        assert "best.pt is of an older version or holds weights alone" in capsys.readouterr().err
+        assert main.main([*TINY, "--logdir", str(tmp_path / "runs"), "--resume", "auto", "--max_steps", "35"]) == 0
+        assert "starting a new one" in capsys.readouterr().out
 
     def test_both_checkpoints_broken(self, stopped, capsys):
         for name in ("last.pt", "previous.pt"):

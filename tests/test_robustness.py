@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from evaluation import attacks, robustness
 from evaluation.attacks import (
     AUTOATTACK_PARTS,
     Attacked,
-    AutoAttack,
     Classifier,
-    PGDAttack,
     RefinedClassifier,
+    StraightRefinedClassifier,
     check_autoattack,
     differentiable_chain,
     distal_adversarials,
+    pgd_attack,
 )
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Norm, PGDSweep, add_sweep
 from models import build_model
+from sgld import normal_like
 from utils import UserError
 
 
@@ -39,14 +41,14 @@ def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
     return partial(differentiable_chain, model.log_density, generator=seeded(seed), **sizes)
 
 
-def masks(classifier, attacks, x, y, epsilons, batch_size):
-    """Who is classified correctly without attack, then under all attacks of each epsilon and those before."""
-    target = Attacked(classifier, x, y, batch_size)
+def masks(classifier, norm, restarts, x, y, epsilons, batch_size):
+    """Who is classified correctly without attack, then under PGD of each epsilon and those before."""
+    target, rng = Attacked(classifier, x, y, batch_size), seeded()
     found = [target.predicted() == y]
     for eps in epsilons:
         mask = found[-1]
-        for attack in attacks:
-            mask = target.robust(attack, eps, mask)
+        for _ in range(restarts):
+            mask = target.robust(partial(pgd_attack, classifier, eps, norm, 20, rng), mask)
         found.append(mask)
     return found
 
@@ -68,12 +70,12 @@ def images():
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = masks(classifier, 2 * [PGDAttack(norm, 20, seeded())], images, labels, epsilons, batch_size=3)
+    alive = masks(classifier, norm, 2, images, labels, epsilons, batch_size=3)
     counts = [kept.sum().item() for kept in alive]
     assert counts[0] == 8 and counts[-1] < counts[0]
     assert counts == sorted(counts, reverse=True)
 
-    attacked = PGDAttack(norm, 20, seeded()).perturb(classifier, epsilons[1], images, labels)
+    attacked = pgd_attack(classifier, epsilons[1], norm, 20, seeded(), images, labels)
     order = math.inf if norm == "Linf" else 2
     assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)
     assert attacked.min() >= 0 and attacked.max() <= 1
@@ -91,8 +93,8 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     refined = RefinedClassifier(model, chain_of(model, 1, 1e-6, 0.0), n_chains=1)
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
     labels = model(2 * images - 1).argmax(1)
-    attack = PGDAttack("Linf", 1, seeded())
-    kept = Attacked(classifier, images, labels, 8).robust(attack, 1e-7, torch.ones(8) > 0)
+    attack = partial(pgd_attack, classifier, 1e-7, "Linf", 1, seeded())
+    kept = Attacked(classifier, images, labels, 8).robust(attack, torch.ones(8) > 0)
     assert kept.all() and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -122,7 +124,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     shifts = torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     labels = torch.zeros(3, dtype=torch.int64)
-    alive = masks(Linear(), [PGDAttack("Linf", 20, seeded())], x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    alive = masks(Linear(), "Linf", 1, x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
     assert [kept.tolist() for kept in alive] == [
         [True, True, True],
         [False, True, True],
@@ -131,38 +133,41 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     ]
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """AutoAttack of fewer steps and queries."""
-    package = AutoAttack.package
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
+def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, tmp_path, monkeypatch):
+    """With fewer than 10 classes, too; each of its attacks takes what those before have left."""
+    fresh, made = attacks.autoattack, []
 
     def shortened(*arguments):
-        whole = package(*arguments)
+        whole = fresh(*arguments)
         for member in (whole.apgd, whole.apgd_targeted, whole.fab):
             member.n_iter = 6
         whole.square.n_queries = 10
+        made.append(whole)
         return whole
 
-    monkeypatch.setattr(AutoAttack, "package", shortened)
-
-
-def auto_attack(norm, seed):
-    return [AutoAttack(norm, part, 4, seed) for part in AUTOATTACK_PARTS]
-
-
-@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
-def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, short):
-    """One attack after the other is what the package does in one call, with fewer than 10 classes, too."""
+    monkeypatch.setattr(attacks, "autoattack", shortened)
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    whole = AutoAttack(norm, "square", 4, seed=5).package(classifier, epsilon, torch.device("cpu"))
+    target = Attacked(classifier, images, labels, 8)
+    monkeypatch.setattr(robustness, "attacked", lambda *_, **__: target)
+    cfg, data = SimpleNamespace(seed=5), SimpleNamespace(class_names=tuple("abcd"))
+    inputs = SimpleNamespace(cfg=cfg, data=data, model=model, device=torch.device("cpu"))
+    section = Section("robustness", tmp_path)
+    robustness.add_autoattack(section, Norm(norm, {"e": epsilon}, "e", 1), inputs, Figure().subplots())
+    (found,) = section.measurements.values()
+    (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
     assert whole.apgd.n_restarts == whole.fab.n_restarts == 1
-    whole.attacks_to_run = list(AUTOATTACK_PARTS)
-    attacked, _ = whole.run_standard_evaluation(images, labels, batch_size=8)
-    expected = classifier(attacked).argmax(1) == labels
-    assert torch.equal(masks(classifier, auto_attack(norm, 5), images, labels, [epsilon], 8)[-1], expected)
-    assert 0 < expected.sum() < 8
+    assert tuple(whole.attacks_to_run) == AUTOATTACK_PARTS
+    kept = torch.ones(8) > 0
+    for part in AUTOATTACK_PARTS:
+        alone = shortened(classifier, epsilon, norm, 4, 5, torch.device("cpu"))
+        alone.attacks_to_run = [part]
+        moved = images.clone()
+        moved[kept] = alone.run_standard_evaluation(images[kept], labels[kept], batch_size=8)[0]
+        kept &= classifier(moved).argmax(1) == labels
+    assert found.value == kept.double().mean() and 0 < kept.sum() < 8
 
 
 @pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
@@ -174,7 +179,7 @@ def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
             return torch.stack([0 * x.sum((1, 2, 3))] * 2, 1)
 
     def start(seed):
-        return PGDAttack(norm, 3, seeded(seed)).perturb(Flat(), 0.1, images, torch.zeros(8, dtype=torch.int64))
+        return pgd_attack(Flat(), 0.1, norm, 3, seeded(seed), images, torch.zeros(8, dtype=torch.int64))
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
     distance = torch.linalg.vector_norm((start(1) - images).flatten(1), order, dim=1)
@@ -208,6 +213,22 @@ def test_refinement_averages_the_probabilities_of_its_chains(model, images):
     ends = reference_chain(model.log_density, (2 * images - 1).repeat(3, 1, 1, 1), 2, 1.0, 0.3, seeded(7)).x
     expected = sum(model(part).softmax(1) for part in ends.chunk(3)) / 3
     torch.testing.assert_close(found.exp(), expected)
+
+
+def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model, images):
+    """The gradient by finite differences of the classifier alone, at the chains' ends; the logits are averaged."""
+    refined = StraightRefinedClassifier(model, chain_of(model, 2, 1.0, 0.3, seed=7), 3, 0.2, seeded(8))
+    x = images.clone().requires_grad_()
+    found = refined(x)
+    start = (2 * images - 1).repeat(3, 1, 1, 1)
+    start = start + 0.2 * normal_like(start, seeded(8))
+    ends = reference_chain(model.log_density, start, 2, 1.0, 0.3, seeded(7)).x
+    torch.testing.assert_close(found, model(ends).unflatten(0, (3, -1)).mean(0))
+    (grad,) = torch.autograd.grad(found[:, 1].sum(), x)
+    direction, h = torch.randn(images.shape, generator=seeded(9)), 1e-3
+    above, below = (model(ends + s * h * direction.repeat(3, 1, 1, 1))[:, 1].unflatten(0, (3, -1)) for s in (2, -2))
+    slope = (above - below).mean(0) / (2 * h)  # a step of h in [0, 1] is one of 2 h in [-1, 1]
+    torch.testing.assert_close((grad * direction).sum((1, 2, 3)), slope, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(None, 100), (3, 100), (1, 1)])
@@ -247,12 +268,14 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
 def test_options_reach_the_attacks():
     """The refinement runs the chains of training; --one_epsilon and --attack_images make less of it all."""
     options = {"attack_images": 30, "one_epsilon": True, "sgld_grad_clamp": 0.5, "sgld_clamp": True}
+    options |= {"sigma_test": 0.2}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
-    refined = robustness.refined_sweep(inputs)
+    refined, straight = (robustness.refined_sweep(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.attacked.classifier.chain.keywords.items()
+    assert straight.attacked.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
     assert [list(norm.epsilons) for norm in robustness.attack_norms(cfg)] == [["8/255"], ["0.5"]]
-    assert len(robustness.pgd_sweep(inputs).attacked.x) == len(refined.attacked.x) == 30
-    assert len(robustness.refined_sweep(replace(inputs, cfg=usual)).attacked.x) == 50
+    assert len(robustness.attacked(inputs, None, None).x) == len(refined.attacked.x) == 30
+    assert len(robustness.refined_sweep(replace(inputs, cfg=usual), "refined").attacked.x) == 50
     assert len(robustness.attack_norms(usual)[0].epsilons) == 5

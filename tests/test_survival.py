@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -141,11 +142,14 @@ class TestFullDisk:
         assert "metrics.jsonl: File too large" in done.stdout
 
     def test_before_a_run(self, tmp_path, monkeypatch, capsys, undisturbed):
-        """A run does not start where three of its checkpoints have no room."""
+        """A run does not start where three of its checkpoints have no room, nor without memory for four states."""
         needed = 3 * (undisturbed / "ckpt" / "last.pt").stat().st_size
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0.8 * needed))
         assert main.main([*TINY, "--logdir", str(tmp_path / "runs")]) == 2
         assert f"checkpoints need {needed / 1e6:.0f} MB and" in capsys.readouterr().err
+        assert main.main([*TINY, "--logdir", str(tmp_path / "runs"), "--buffer_size", "2000000000"]) == 2
+        (found,) = re.findall(r"the run needs ([\d,]+) MB of memory", capsys.readouterr().err)
+        assert float(found.replace(",", "")) == pytest.approx(4 * 4 * 64 * 2000, rel=1e-3)
         assert not (tmp_path / "runs").exists()
 
 
