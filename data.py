@@ -239,13 +239,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
 
 
 def augment(
-    images: Tensor,
-    flip: bool,
-    sigma: float,
-    rng: Generator,
-    how: str = "crop",
-    n: int | None = None,
-    part: slice = WHOLE,
+    images: Tensor, flip: bool, sigma: float, rng: Generator, how: str = "crop", n: int = 0, part: slice = WHOLE
 ) -> Tensor:
     """A random crop and flip of each image, as floats with Gaussian noise.
 

@@ -1,7 +1,4 @@
-"""Folders of images, read with Pillow: decoded once, on all cores, and cached beside the files.
-
-What was done to images and what was left out is printed; what cannot be read rightly is refused.
-"""
+"""Folders of images: decoded once, on all cores, and cached; what cannot be read rightly is refused."""
 
 import hashlib
 import math
@@ -12,7 +9,6 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -83,10 +79,7 @@ def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Ten
 
 
 def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
-    """A picture, or every picture below a folder: names, and images uint8 (N, C, H, W) of ``shape`` (C, H, W).
-
-    They are squeezed to that size and made grey or RGB; nothing is written beside them.
-    """
+    """A picture, or all below a folder: names, and uint8 (N, C, H, W) squeezed to ``shape`` (C, H, W); not cached."""
     channels, height, width = shape
     if height != width:
         raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
@@ -97,7 +90,7 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
         print("data:", printable(line), flush=True)
     images = decoded["images"]
     if images.shape[1] != channels:
-        images = functional.rgb_to_grayscale(images, num_output_channels=channels)
+        images = functional.rgb_to_grayscale(images, channels)
     return [os.path.join(*paths[i]) for i in decoded["kept"]], images
 
 
@@ -139,10 +132,7 @@ def _images(paths: list[Names]) -> list[str]:
 
 
 def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, str]:
-    """The name of each part's folder, in the order train, valid, test; {} if the top folders are classes.
-
-    Case and spelling do not matter: "Training_Set" is train.
-    """
+    """The name of each part's folder, such as "Training_Set": train, valid, test; {} if the top folders are classes."""
     inside, parts = _folders(paths), {}
     for part, names in PART_NAMES.items():
         pattern = f"({names})(set|data|images|imgs|split|folder)?"
@@ -193,14 +183,14 @@ class Decoded(NamedTuple):
     """What became of a file. With neither pixels nor a problem, it is no image and does not claim to be one."""
 
     pixels: np.ndarray | None = None  # uint8 RGB (H, W, 3)
-    done: Sequence[str] = ()  # to the image, in words
+    done: tuple[str, ...] = ()  # to the image, in words
     problem: str = ""
 
 
 def decode_file(file: str, image_size: int | None) -> Decoded:
     done = []
     try:
-        return Decoded(_decode_file(file, image_size, done), done)
+        return Decoded(_decode_file(file, image_size, done), tuple(done))
     except UserError as error:
         problem = str(error)
     except Image.UnidentifiedImageError:
@@ -262,8 +252,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
             levels = 255 - levels
         return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("I", "F"):
-        kind = f"signed, float or 32-bit numbers (mode {image.mode})"
-        raise UserError(f"is of {kind}, of which none is known to be white: convert it to 8 or 16 bit, unsigned")
+        raise UserError(f"has signed, float or 32-bit numbers (mode {image.mode}): convert it to 8 or 16 bit, unsigned")
     return image
 
 
@@ -303,7 +292,7 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
         with warnings.catch_warnings(action="ignore"):
             for i, result in enumerate(results):
                 if result.problem:
-                    problems.append(result.problem)
+                    problems.append(printable(result.problem))
                 elif result.pixels is None:
                     ignored.append(os.path.basename(files[i]))
                 else:
@@ -353,7 +342,6 @@ def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:
     """The error to raise, after some problems are printed and all are written to a file."""
     if len(problems) == 1:
         return UserError(problems[0])
-    problems = [printable(problem) for problem in problems]
     print(*problems[:10], sep="\n", file=sys.stderr, flush=True)
     listed = (root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())) / UNUSABLE_LIST
     with suppress(OSError):

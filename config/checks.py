@@ -25,8 +25,6 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
-    if cfg.mode == "energy_train":
-        yield from contradictions_of_chains(cfg)
     if cfg.mode == "test":
         if "robustness" not in cfg.metrics and cfg.attacks is not None:
             yield "--attacks is for --mode test with robustness in --eval"
@@ -42,10 +40,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--mode score needs --images, a picture or a folder of pictures"
     if cfg.mode == "export" and Path(cfg.export).suffix not in (".pt", ".safetensors"):
         yield "--mode export needs --export, a file whose name ends in .pt or .safetensors"
-
-
-def contradictions_of_chains(cfg) -> Iterator[str]:
-    """Those of ``--mode energy_train`` alone."""
+    if cfg.mode != "energy_train":
+        return
     if cfg.samples and cfg.buffer_size < cfg.n_chains:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
     if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:

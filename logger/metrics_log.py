@@ -85,11 +85,14 @@ class Log:
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def hyperparameters(self, options: dict[str, Any]) -> None:
-        """The options as a table of TensorBoard."""
+        """The options, in TensorBoard's HPARAMS tab."""
         if self.board:
-            rows = [f"| {name} | {printable(value, 'utf-8')} |" for name, value in options.items()]
+            from torch.utils.tensorboard.summary import hparams
+
+            known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
             with disk_errors(self.path):
-                self.board.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
+                for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
+                    self.board.file_writer.add_summary(summary)
 
     def flush(self) -> int:
         """Have all of it on disk; returns the length of metrics.jsonl in bytes."""

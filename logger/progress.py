@@ -72,10 +72,8 @@ def check_memory(trainer) -> None:
     found = re.search(r"MemAvailable: *(\d+) kB", memory.read_text()) if memory.exists() else None
     needed, free = room_in_memory(trainer), 1024 * int(found[1]) if found else math.inf
     if needed > free:
-        raise UserError(
-            f"the run needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free: end other programs, or "
-            "choose a smaller --buffer_size, --width or --depth"
-        )
+        found = f"the run needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free"
+        raise UserError(f"{found}: end other programs, or give a smaller --buffer_size, --width or --depth")
 
 
 def check_room(trainer, logdir: Path) -> None:

@@ -380,7 +380,7 @@ def test_every_format_is_turned_upright(kind, orientation, tmp_path):
     found = decode(tmp_path, content, "x.bin")
     assert found.pixels.shape == (*seen.shape, 3)
     assert abs(found.pixels[8::16, 8::16, 0].astype(int) - seen[8::16, 8::16]).max() < 10
-    assert found.done == (["were turned upright by their EXIF orientation"] if orientation > 1 else [])
+    assert found.done == (("were turned upright by their EXIF orientation",) if orientation > 1 else ())
 
 
 BEST = {"quality": 100, "subsampling": 0}

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from small_runs import hyperparameters
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from logger.metrics_log import Log
@@ -15,8 +16,9 @@ def test_options_that_are_no_utf8_are_escaped_for_tensorboard(tmp_path):
     log.close()
     board = EventAccumulator(str(tmp_path))
     board.Reload()
-    text = board.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| data_dir | caf\\udce9 |" in text and "| max_steps | None |" in text and "| lr | 0.5 |" in text
+    found = hyperparameters(board)
+    assert found["data_dir"].string_value == r"caf\udce9" and found["max_steps"].string_value == "None"
+    assert found["lr"].number_value == 0.5
 
 
 def test_a_place_that_is_no_utf8_is_one_line(tmp_path):
