@@ -19,11 +19,11 @@ from evaluation.inputs import GRADIENT_BATCH
 from models import JEM
 from models.predict import images_per_batch
 from pgd import pgd, random_start
-from sgld import LogDensity, langevin_step, normal_like, uniform_images
+from sgld import LogDensity, langevin_step, normal_like
 from utils import UserError
 
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
-DISTAL_STEPS, DISTAL_STEP = 500, 0.05
+DISTAL_STEPS, DISTAL_STEP, DISTAL_CONFIDENCE = 500, 0.05, 0.9
 
 
 class Classifier(nn.Module):
@@ -180,37 +180,28 @@ class Attacked(NamedTuple):
         return robust
 
 
-def distal_adversarials(
-    model: JEM,
-    shape: tuple[int, int, int],
-    n_classes: int,
-    n_each: int,
-    generator: Generator,
-    confidence: float = 0.9,
-    max_steps: int = DISTAL_STEPS,
-) -> tuple[Tensor, Tensor]:
-    """From uniform noise up the gradient of log p(y|x) until p(y|x) reaches ``confidence`` (JEM, section 5.4).
+def distal_adversarials(model: JEM, starts: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """From noise, (n, C, H, W) in [-1, 1], up the gradient of log p(y|x) until p(y|x) is 0.9 (JEM, section 5.4).
 
-    Returns images (n_classes * n_each, C, H, W) in [-1, 1], class by class, and the p(y|x) reached. A step has L2 norm
-    ``DISTAL_STEP`` times the square root of the number of pixels; images that have arrived stand still.
+    Returns images (n_classes * n, C, H, W), class by class, and the p(y|x) reached after at most ``DISTAL_STEPS``. A
+    step has L2 norm ``DISTAL_STEP`` times the root of the number of values; images that have arrived stand still.
     """
-    starts = uniform_images(n_each, shape, generator)
-    classes_at_once = max(1, images_per_batch(GRADIENT_BATCH, shape) // n_each)
-    batches = torch.arange(n_classes, device=starts.device).split(classes_at_once)
+    classes_at_once = max(1, images_per_batch(GRADIENT_BATCH, starts.shape[1:]) // len(starts))
 
     def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(n_each)
-        for step in tqdm(range(max_steps + 1), desc="distal adversarials", leave=False):
+        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(len(starts))
+        for step in tqdm(range(DISTAL_STEPS + 1), desc="distal adversarials", leave=False):
             x.requires_grad_()
             loss = F.cross_entropy(model(x), y, reduction="none")
             (grad,) = torch.autograd.grad(-loss.sum(), x)
-            going = loss.detach() > -math.log(confidence)
-            if step == max_steps or not going.any():
+            going = loss.detach() > -math.log(DISTAL_CONFIDENCE)
+            if step == DISTAL_STEPS or not going.any():
                 break
             length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
-            move = DISTAL_STEP * math.sqrt(math.prod(shape)) * going / length  # (N,)
+            move = DISTAL_STEP * math.sqrt(x[0].numel()) * going / length  # (N,)
             x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
         return x.detach(), (-loss.detach()).exp()
 
+    batches = torch.arange(n_classes, device=starts.device).split(classes_at_once)
     x, reached = zip(*distributed.sharded_map(batches, climb_to, starts.device), strict=True)
     return torch.cat(x), torch.cat(reached)

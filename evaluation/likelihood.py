@@ -5,8 +5,6 @@ T far below 1. So bits are measured at T = 1 and at the T that suits images that
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +55,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
         "between them as far as the reverse chains, begun in the buffer, have reached that density."
     )
-    with exact_float32():
+    # TF32's error would swamp small steps of log p
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         sandwich_log_z(inputs, section, 1.0, on(test), levels, rng)
         name = "validation" if len(inputs.data.valid) else "training"
         others = inputs.subset(inputs.data.valid if len(inputs.data.valid) else inputs.data.train)
@@ -156,16 +155,3 @@ def sandwich_log_z(
                 "that density, and the reverse estimate means nothing. The forward one still bounds log Z "
                 "from below, so the true bits are higher than its own."
             )
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Inside, CUDA computes in float32 and not in TF32, whose error would swamp small steps of log p."""
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = cudnn
-        torch.set_float32_matmul_precision(matmul)

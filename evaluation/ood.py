@@ -20,7 +20,7 @@ from evaluation.intervals import bootstrap
 from evaluation.report import Section
 from losses import auroc
 from models import JEM, log_density
-from models.predict import images_per_batch
+from models.predict import images_per_batch, predict
 from pgd import pgd
 from utils import UserError, printable
 
@@ -49,7 +49,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         moved = moved_towards_data(inputs.model, images[:MOVED])
         section.add(
             "AUROC, worst case",
-            auroc(inside["log p(x)"], scores(inputs.model, moved)["log p(x)"]),
+            auroc(inside["log p(x)"], log_density(predict(inputs.model, moved))),
             len(test) + len(moved),
             f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
             f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}",
@@ -69,8 +69,7 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
     protocol = (
         f"{len(inside)} test images (positives, which should score higher) against {len(outside)} others; {noise}"
     )
-    fpr, tpr, _ = roc_curve(is_test, score, drop_intermediate=False)
-    n = len(score)
+    n, (fpr, tpr, _) = len(score), roc_curve(is_test, score, drop_intermediate=False)
     section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside), at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)

@@ -22,13 +22,18 @@ from models.predict import predict
 from sgld import step_protocol
 from utils import UserError, evaluation_packages, pick_dtype
 
+FILTERED = {  # share of the buffer, and whose protocol it is
+    "buffer, filtered": (0.9, "the protocol of SADA-JEM's FID"),
+    "buffer, most confident": (0.1, "the protocol of SADA-JEM's IS"),
+}
+
 
 class ImageSet(NamedTuple):
     images: Tensor  # uint8 (N, C, H, W)
     protocol: str  # what they are
 
 
-def most_confident(logits: Tensor, share: float = 0.9) -> Tensor:
+def most_confident(logits: Tensor, share: float) -> Tensor:
     """Indices of the ``share`` most confident images of each predicted class; logits: (N, K)."""
     confidence, classes = logits.softmax(1).max(1)
     kept = []
@@ -66,7 +71,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             protocol += f"; share of images for which {cfg.feature_ckpt} and the model predict the same class"
             section.add_proportion(fid.ClassifierSpace.table, agree, protocol, (name, "same class"))
 
-    sets.pop("buffer, filtered", None)
+    sets = {name: images for name, images in sets.items() if name not in FILTERED}
     for name, (images, protocol) in sets.items():
         section.picture(f"samples_{name}", f"Samples: {protocol}", image_grid(images[:100], 10))
     sets["test images"] = ImageSet(inputs.subset(data.test, 1000).images, "test images")
@@ -90,7 +95,7 @@ def sample_sets(inputs: EvalInputs, section: Section, n: int) -> dict[str, Image
     """The sets of samples by name, of n images where there are so many; those that cannot be are skipped."""
     sets = fresh_samples(inputs, n)
     if not inputs.classifies:
-        for name in ("fresh, class-conditional", "buffer, filtered"):
+        for name in ("fresh, class-conditional", *FILTERED):
             section.add_absent(name, "the model was trained without labels")
     if inputs.buffer is None:
         reason = "the checkpoint has none: only last.pt of --mode energy_train does, so name the run"
@@ -100,10 +105,10 @@ def sample_sets(inputs: EvalInputs, section: Section, n: int) -> dict[str, Image
     order = torch.randperm(len(inputs.buffer), generator=rng)  # the buffer may be laid out by class
     held = to_uint8(inputs.buffer[order[:n].to(inputs.device)])
     sets["buffer"] = ImageSet(held, "replay buffer, unfiltered")
-    if inputs.classifies:
-        kept = most_confident(predict(inputs.model, held)).sort().values
-        protocol = "replay buffer, the 90 % most confident of each predicted class (the protocol of SADA-JEM's FID: "
-        sets["buffer, filtered"] = ImageSet(held[kept], f"{protocol}not comparable with unfiltered numbers)")
+    for name, (share, used_for) in FILTERED.items() if inputs.classifies else ():
+        kept = most_confident(predict(inputs.model, held), share).sort().values
+        protocol = f"replay buffer, the {share:.0%} most confident of each predicted class"
+        sets[name] = ImageSet(held[kept], f"{protocol} ({used_for}; not comparable with unfiltered numbers)")
     return sets
 
 
@@ -112,7 +117,7 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
 
     They are those of ``--mode sample`` with the same seed.
     """
-    cfg, dtype, device = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device), inputs.device
+    cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
     check_variance(cfg, inputs.data.shape, cfg.n_chains)
     model = frozen_sampler_model(inputs.model, dtype, cfg.norm_statistics)
     chain_init = build_chain_init(cfg, inputs.data)
@@ -128,7 +133,7 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     for name, target in targets.items():
         start = StartImages(cfg.start, n, chain_init, classes, class_cond=name != "fresh")
         chains = run_chains(model, start, cfg.fresh_steps, cfg, inputs.rng())  # both from the same starts
-        starts, ends = (to_uint8(x).to(device) for x in (chains.start, chains.x))
+        starts, ends = (to_uint8(x).to(inputs.device) for x in (chains.start, chains.x))
         sets["chain starts"] = ImageSet(starts, f"what these chains start from: {cfg.start_name}")
         sets[name] = ImageSet(ends, f"chains of {cfg.fresh_steps} SGLD steps on {target} {protocol}")
     return sets

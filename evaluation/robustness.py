@@ -15,7 +15,7 @@ from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from logger.images import captioned, image_grid, to_uint8
 from models.predict import images_per_batch
-from sgld import chain_options, step_protocol
+from sgld import chain_options, step_protocol, uniform_images
 from utils import UserError, evaluation_packages
 
 needs_labels = True
@@ -63,12 +63,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     if set(chosen) - {"distal"}:
         figure = Figure(figsize=(9, 4), layout="constrained")
         for norm, axes in zip(attack_norms(inputs.cfg), figure.subplots(1, 2, sharey=True), strict=True):
-            if "pgd" in chosen:
-                target = attacked(inputs, attacks.Classifier(inputs.model), inputs.rng())
-                add_sweep(section, norm, PGDSweep(TITLES["pgd"], target, PGD_STEPS, RESTARTS), axes)
-            for name in ("refined", "refined_straight"):
+            for name in ("pgd", "refined", "refined_straight"):
                 if name in chosen:
-                    add_sweep(section, norm, refined_sweep(inputs, name), axes)
+                    add_sweep(section, norm, pgd_sweep(inputs, name), axes)
             if "autoattack" in chosen:
                 add_autoattack(section, norm, inputs, axes)
             unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
@@ -105,35 +102,32 @@ def attack_norms(cfg: Config) -> list[Norm]:
 
 
 def attacked(
-    inputs: EvalInputs,
-    classifier: nn.Module,
-    rng: Generator | None,
-    most: int | None = None,
-    images_per_answer: int = 1,
+    inputs: EvalInputs, classifier: nn.Module, rng: Generator | None = None, refined: bool = False
 ) -> attacks.Attacked:
-    """The classifier with test images, at most ``most``; it looks at ``images_per_answer`` of them for one answer."""
+    """The classifier with the test images that are attacked: fewer, and fewer at once, where it refines them."""
     n = inputs.cfg.attack_images or inputs.cfg.max_images or ATTACKED_IMAGES
-    test = inputs.subset(inputs.data.test, n)[:most]
-    batch_size = max(1, images_per_batch(GRADIENT_BATCH, inputs.data.shape) // images_per_answer)
+    test = inputs.subset(inputs.data.test, n)[: REFINED_IMAGES if refined else None]
+    batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
+    if refined:
+        batch_size = max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
     return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
 
 
-def refined_sweep(inputs: EvalInputs, name: str) -> PGDSweep:
-    """PGD on the refined classifier: "refined" through its chains, "refined_straight" as JEM's authors do."""
-    cfg, rng, straight = inputs.cfg, inputs.rng(), name == "refined_straight"
+def pgd_sweep(inputs: EvalInputs, name: str) -> PGDSweep:
+    """PGD on the classifier or on its refinement: through the chains ("refined"), or as JEM's authors do it."""
+    cfg, model, rng = inputs.cfg, inputs.model, inputs.rng()
+    if name == "pgd":
+        return PGDSweep(TITLES[name], attacked(inputs, attacks.Classifier(model), rng), PGD_STEPS, RESTARTS)
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
-    chain = partial(
-        attacks.differentiable_chain, inputs.model.log_density, generator=rng, **sizes, **chain_options(cfg)
-    )
+    chain = partial(attacks.differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
     protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
-    if straight:
-        refined = attacks.StraightRefinedClassifier(inputs.model, chain, CHAINS, cfg.sigma_test, rng)
-        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
-    else:
-        refined = attacks.RefinedClassifier(inputs.model, chain, CHAINS)
+    if name == "refined":
+        refined = attacks.RefinedClassifier(model, chain, CHAINS)
         protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
-    target = attacked(inputs, refined, rng, REFINED_IMAGES, 4 * CHAINS)  # a step's graph takes memory, too
-    return PGDSweep(TITLES[name], target, REFINED_PGD_STEPS, 1, protocol)
+    else:
+        refined = attacks.StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
+        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
+    return PGDSweep(TITLES[name], attacked(inputs, refined, rng, refined=True), REFINED_PGD_STEPS, 1, protocol)
 
 
 def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None:
@@ -168,7 +162,7 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
 
 
 def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
-    target, eps = attacked(inputs, attacks.Classifier(inputs.model), rng=None), norm.epsilons[norm.autoattack_eps]
+    target, eps = attacked(inputs, attacks.Classifier(inputs.model)), norm.epsilons[norm.autoattack_eps]
     n_classes = len(inputs.data.class_names)
     attack = attacks.autoattack(target.classifier, eps, norm.name, n_classes, inputs.cfg.seed, inputs.device)
 
@@ -186,8 +180,8 @@ def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes)
 
 
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
-    names = inputs.data.class_names
-    x, reached = attacks.distal_adversarials(inputs.model, inputs.data.shape, len(names), N_DISTAL, inputs.rng())
+    names, starts = inputs.data.class_names, uniform_images(N_DISTAL, inputs.data.shape, inputs.rng())
+    x, reached = attacks.distal_adversarials(inputs.model, starts, len(names))
     section.add_mean(
         "p(y|x) of distal adversarials",
         reached,

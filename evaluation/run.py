@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import imageio.v3 as imageio
 import torch
 
 import distributed
@@ -99,24 +98,22 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":
-        about["batch normalisation"] = (
-            "samples use the statistics of their batch, as in training; everything else (log p(x) of an image, too) "
-            "uses the running statistics of real images, so this log p(x) is not the function that the chains climb"
+        about["batch normalisation"] = "running statistics of real images; chains use " + (
+            "those of their batch, so this log p(x) is not what they climb"
+            if cfg.norm_statistics == "batch"
+            else "them, too, so this log p(x) is what they climb"
         )
     return about
 
 
 def to_tensorboard(report: Report, step: int) -> None:
-    """The report's text, numbers and pictures as TensorBoard events in its directory."""
+    """The report's text and numbers as TensorBoard events in its directory."""
     with disk_errors(report.directory), tensorboard_writer(report.directory) as board:
         board.add_text("report", (report.directory / "report.md").read_text("utf-8"), step)
         for name, section in report.sections.items():
             for (table, row, column), measurement in section.measurements.items():
                 tag = f"{name}/{row}" if table == ALONE else f"{name}/{table}/{row}/{column}"
                 board.add_scalar(tag, measurement.value, step)
-            for picture in section.pictures:
-                pixels = imageio.imread(report.directory / f"{picture}.png", mode="RGB")
-                board.add_image(f"{name}/{picture}", pixels, step, dataformats="HWC")
 
 
 def report_directory(cfg: Config, path: Path) -> Path:

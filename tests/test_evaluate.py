@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 from html import unescape
 from pathlib import Path
 
@@ -256,7 +255,7 @@ def quick(monkeypatch):
     """Shorter attacks and annealing; what they compute is tested elsewhere."""
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(attacks, "distal_adversarials", partial(attacks.distal_adversarials, max_steps=3))
+    monkeypatch.setattr(attacks, "DISTAL_STEPS", 3)
     monkeypatch.setattr(attacks, "AUTOATTACK_PARTS", ("apgd-ce",))
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", lambda self, x, y, batch_size: (x, y))
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)

@@ -190,7 +190,9 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     assert found[0] == found[1] != found[2]
     assert len(set(found[0])) == 30 and max(found[0]) in range(150, 200) and min(found[0]) < 50
     assert sorted(found[0]) != found[0]
-    assert len(sets["buffer, filtered"].images) == pytest.approx(27, abs=3)
+    filtered, top = (sets[name].images for name in ("buffer, filtered", "buffer, most confident"))
+    assert len(filtered) == pytest.approx(27, abs=3) and 3 <= len(top) < 10
+    assert set(rows(top)) < set(rows(filtered))
 
 
 TINY = "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 40 --max_steps 2 --sgld_step 1".split()

@@ -28,7 +28,7 @@ from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Norm, PGDSweep, add_sweep
 from models import build_model
-from sgld import normal_like
+from sgld import normal_like, uniform_images
 from utils import UserError
 
 
@@ -231,12 +231,13 @@ def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model
     torch.testing.assert_close((grad * direction).sum((1, 2, 3)), slope, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(None, 100), (3, 100), (1, 1)])
+@pytest.mark.parametrize(("steps", "batch"), [(500, 100), (3, 100), (1, 1)])
 def test_distal_adversarials_reach_a_confidence_or_run_out_of_steps(model, steps, batch, monkeypatch):
     monkeypatch.setattr(attacks, "images_per_batch", lambda *_: batch)
-    limits = {"confidence": 0.999, "max_steps": steps} if steps else {}
-    x, reached = distal_adversarials(model, (3, 8, 8), 4, 2, seeded(), **limits)
-    assert x.abs().max() <= 1 and (steps or (reached > 0.9).all())
+    monkeypatch.setattr(attacks, "DISTAL_STEPS", steps)
+    monkeypatch.setattr(attacks, "DISTAL_CONFIDENCE", 0.9 if steps == 500 else 0.999)
+    x, reached = distal_adversarials(model, uniform_images(2, (3, 8, 8), seeded()), 4)
+    assert x.abs().max() <= 1 and (steps < 500 or (reached > 0.9).all())
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 
 
@@ -271,11 +272,11 @@ def test_options_reach_the_attacks():
     options |= {"sigma_test": 0.2}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
-    refined, straight = (robustness.refined_sweep(inputs, name) for name in ("refined", "refined_straight"))
+    refined, straight = (robustness.pgd_sweep(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.attacked.classifier.chain.keywords.items()
     assert straight.attacked.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
     assert [list(norm.epsilons) for norm in robustness.attack_norms(cfg)] == [["8/255"], ["0.5"]]
-    assert len(robustness.attacked(inputs, None, None).x) == len(refined.attacked.x) == 30
-    assert len(robustness.refined_sweep(replace(inputs, cfg=usual), "refined").attacked.x) == 50
+    assert len(robustness.pgd_sweep(inputs, "pgd").attacked.x) == len(refined.attacked.x) == 30
+    assert len(robustness.pgd_sweep(replace(inputs, cfg=usual), "refined").attacked.x) == 50
     assert len(robustness.attack_norms(usual)[0].epsilons) == 5
