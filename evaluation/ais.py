@@ -189,34 +189,16 @@ def log_mean_weight(log_weights: Tensor, sign: int) -> Tensor:
     return sign * ((sign * log_weights).logsumexp(-1) - math.log(log_weights.shape[-1]))  # (..., N) -> (...)
 
 
-def forward_ais(path: GeometricPath, n_chains: int, step_sizes: Tensor, generator: Generator) -> AISResult:
-    """Stochastic lower bound of log Z (Neal 2001): P(estimate > log Z + b) < exp(-b).
+def anneal(path: GeometricPath, y: Tensor, step_sizes: Tensor, generator: Generator, sign: int = 1) -> AISResult:
+    """One chain from each of y (N, ...): from samples of the base to the model or, with sign -1, back from the model's.
 
-    ``step_sizes`` (T,) come from ``tune_step_sizes``. Costs ``N_LEAPFROG * T`` gradients for each chain. Raises
-    UserError if the density is not finite where the chains go.
+    Forward it is a stochastic lower bound of log Z, P(estimate > log Z + b) < exp(-b) (Neal 2001), in reverse an upper
+    one, P(estimate < log Z - b) < exp(-b) (Grosse et al. 2015). ``step_sizes`` (T,) come from ``tune_step_sizes``.
+    Costs ``N_LEAPFROG * T`` gradients for each chain. Raises UserError where the density is not finite.
     """
-    return _anneal(path, path.point(path.base.sample(n_chains, generator)), step_sizes, generator, sign=1)
-
-
-def reverse_ais(
-    path: GeometricPath, samples: Tensor, step_sizes: Tensor, generator: Generator, burn_in: int = 0
-) -> AISResult:
-    """Stochastic upper bound of log Z (Grosse et al. 2015): P(estimate < log Z - b) < exp(-b).
-
-    The forward run backwards, one chain from each of ``samples`` (N, ...), after ``burn_in`` HMC transitions on the
-    model itself. Raises UserError if the density is not finite.
-    """
-    at = path.point(path.base.from_image(samples))
-    for _ in tqdm(range(burn_in), desc="burn-in", leave=False):
-        at, _ = hmc_step(path, at, path.betas[-1], step_sizes[-1], generator)
-    return _anneal(path, at, step_sizes, generator, sign=-1)
-
-
-def _anneal(path: GeometricPath, at: Point, step_sizes: Tensor, generator: Generator, sign: int) -> AISResult:
-    """Sign 1: from base to model. Sign -1: and back."""
-    betas, device = path.betas, at.y.device
-    weight_steps = torch.zeros(len(step_sizes), len(at.y), dtype=torch.float64, device=device)
-    acceptance = torch.zeros(len(step_sizes), device=device)
+    betas, at = path.betas, path.point(y)
+    weight_steps = torch.zeros(len(step_sizes), len(y), dtype=torch.float64, device=y.device)
+    acceptance = torch.zeros(len(step_sizes), device=y.device)
     name = "AIS" if sign > 0 else "reverse AIS"
     for t in tqdm(range(len(step_sizes))[::sign], desc=name, leave=False):
         before = at.ratio
@@ -226,6 +208,14 @@ def _anneal(path: GeometricPath, at: Point, step_sizes: Tensor, generator: Gener
     if not weight_steps.isfinite().all():
         raise UserError(f"{name}: the log density is not finite on some chains; check the model's weights")
     return AISResult(weight_steps.cumsum(0).cpu(), sign, acceptance.cpu())
+
+
+def burn_in(path: GeometricPath, y: Tensor, steps: int, step_size: Tensor, generator: Generator) -> Tensor:
+    """y (N, ...) after HMC transitions on the model itself."""
+    at = path.point(y)
+    for _ in tqdm(range(steps), desc="burn-in", leave=False):
+        at, _ = hmc_step(path, at, path.betas[-1], step_size, generator)
+    return at.y
 
 
 def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:

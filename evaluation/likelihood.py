@@ -83,10 +83,11 @@ def sandwich(
     chains, base = inputs.cfg.ais_chains, ais.Box(inputs.data.shape)
     path = ais.GeometricPath(lambda x: highest * inputs.model.log_density(x), base, betas)
     step_sizes = ais.tune_step_sizes(path, chains, knots, rng)
-    runs = {"forward": ais.forward_ais(path, chains, step_sizes, rng)}
+    runs = {"forward": ais.anneal(path, base.sample(chains, rng), step_sizes, rng)}
     if inputs.buffer is not None:
         chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
-        runs["reverse"] = ais.reverse_ais(path, inputs.buffer[chosen], step_sizes, rng, burn_in=AIS_BURN_IN)
+        start = ais.burn_in(path, base.from_image(inputs.buffer[chosen]), AIS_BURN_IN, step_sizes[-1], rng)
+        runs["reverse"] = ais.anneal(path, start, step_sizes, rng, sign=-1)
     return runs
 
 
