@@ -91,9 +91,7 @@ class Options:
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
     augment: str = training_images(
-        "crop",
-        "of real images: crops with mirrored edges; auto: with black ones, and AutoAugment and Cutout if labelled",
-        ("crop", "auto"),
+        "crop", "edges of crops are mirrored; auto: black, then AutoAugment and Cutout if labelled", ("crop", "auto")
     )
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
 
@@ -134,10 +132,7 @@ class Options:
     sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
     sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
     grad_clip: float | None = optimisation(
-        None,
-        "largest norm of the gradient in all parameters; a longer one is shortened (default: no limit)",
-        above=0,
-        nullable=True,
+        None, "largest norm of the gradient; a longer one is shortened (default: no limit)", above=0, nullable=True
     )
     ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
@@ -160,11 +155,7 @@ class Options:
         None, "steps to which chains grow, one by one (default: they do not grow)", minimum=1, nullable=True
     )
     sgld_step_auroc: float = training_chains(
-        0.7,
-        "AUROC of real images against samples by log p(x), mean of 10 steps, above which chains get one step more",
-        minimum=0,
-        maximum=1,
-        needs=("sgld_step_max",),
+        0.7, "mean AUROC (real, sampled) above which chains grow", minimum=0, maximum=1, needs=("sgld_step_max",)
     )
     class_cond: bool = sgld(False, "chains climb log p(x|y), as many for each class", modes=("energy_train", "sample"))
     buffer_size: int = training_chains(10000, "images in the replay buffer", minimum=1)
@@ -182,11 +173,7 @@ class Options:
     adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
     adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
     adversarial_step_size: float | None = classifier(
-        None,
-        "their size, pixels in [0, 1] (default: 2.5 times --adversarial_eps, divided by their number)",
-        above=0,
-        nullable=True,
-        needs=("adversarial_eps",),
+        None, "step size, pixels in [0, 1] (default 2.5 eps/steps)", above=0, nullable=True, needs=("adversarial_eps",)
     )
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)

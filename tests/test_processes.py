@@ -295,7 +295,7 @@ class TestPlace:
     @pytest.mark.parametrize(
         "variables, n",
         [
-            ("SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", 2),
+            ("SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_PROCID=1", 2),
             ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=4 ENVIRONMENT=BATCH", 4),  # srun -n 4 in a script
             ("OMPI_COMM_WORLD_SIZE=2 SLURM_NTASKS=8 SLURM_PROCID=0 ENVIRONMENT=BATCH", 2),  # mpirun -n 2 in a script
             ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", 1),  # srun -n 1 in a job of 8 tasks
