@@ -115,6 +115,8 @@ def test_the_commands_of_the_papers_to_the_letter():
     assert modes == ("baseline_train", "energy_train", "frozen", "folder")
     assert dat.load_ckpt and all((cfg.depth, cfg.width, cfg.augment) == (34, 10, "auto") for cfg in (first, dat))
     assert {optim.learning_rate(dat, step, 390, [39000]) for step in (1, 390 * 70, 390 * 199)} == {1e-3}
+    rates = [optim.learning_rate(first, 390 * epoch, 390, [390 * first.epochs]) for epoch in (0.01, 150, 300)]
+    assert first.epochs == 300 and rates == pytest.approx([0.1, 0.05, 0], abs=2e-6)
     assert (dat.adversarial_steps, dat.adversarial_step_size, dat.sgld_lr, dat.sgld_step_auroc) == (10, 0.1, 0.2, 0.8)
 
 
