@@ -1,6 +1,5 @@
 """95 % intervals of what is measured on random images."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +29,8 @@ def bootstrap(
 
 
 def wilson(true: Tensor) -> Interval:
-    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %; nan without images."""
+    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %."""
     from scipy.stats import binomtest  # slow to import
 
-    if len(true) == 0:
-        return math.nan, math.nan
     low, high = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
     return float(low), float(high)

@@ -111,7 +111,7 @@ def figure(curves: Curves, levels: int) -> Figure:
     """Both bounds against 1/T, near the bits of the best one and of the uniform density."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, best, uniform = figure.subplots(), curves.best(), math.log2(levels)
-    for (name, bits), direction in zip(curves.bits.items(), ("too good", "too bad"), strict=False):
+    for (name, bits), direction in zip(curves.bits.items(), ("too good", "too bad"), strict=True):
         axes.plot(curves.betas, bits, label=f"{name} ({direction})")
     axes.axhline(uniform, color="gray", linestyle=":", label="uniform density")
     axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"chosen, {best:g}")

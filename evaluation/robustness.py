@@ -27,7 +27,6 @@ class Norm(NamedTuple):
     name: str
     epsilons: dict[str, float]
     autoattack_eps: str
-    unit: float  # of the figure's axis
 
 
 class PGDSweep(NamedTuple):
@@ -41,8 +40,8 @@ class PGDSweep(NamedTuple):
 
 
 ATTACK_NORMS = (
-    Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255", 1 / 255),
-    Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5", 1),
+    Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255"),
+    Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5"),
 )
 ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
@@ -68,8 +67,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
                     add_sweep(section, norm, pgd_sweep(inputs, name), axes)
             if "autoattack" in chosen:
                 add_autoattack(section, norm, inputs, axes)
-            unit = "1/255 of the [0, 1] scale" if norm.unit < 1 else "[0, 1] scale"
-            axes.set(xlabel=f"{norm.name} epsilon ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
+            axes.set(xlabel=f"{norm.name} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
             axes.grid(alpha=0.3)
             axes.legend()
         section.picture("robustness", "Accuracy under attack", figure)
@@ -150,7 +148,7 @@ def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None
     for label, mask in masks.items():
         section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, (label, sweep.name))
     shares = [mask.double().mean().item() for mask in masks.values()]
-    axes.plot([e / norm.unit for e in (0, *norm.epsilons.values())], shares[:-1], "o-", label=sweep.name)
+    axes.plot([0, *norm.epsilons.values()], shares[:-1], "o-", label=sweep.name)
     constant = answers.bincount().max().item() / len(answers)  # the share of the class that is predicted most often
     if shares[-1] > constant + MASKED:
         section.note(
@@ -176,7 +174,7 @@ def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes)
     )
     at = norm.autoattack_eps, TITLES["autoattack"]
     section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, at)
-    axes.plot(eps / norm.unit, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
+    axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:

@@ -154,7 +154,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     cfg, data = SimpleNamespace(seed=5), SimpleNamespace(class_names=tuple("abcd"))
     inputs = SimpleNamespace(cfg=cfg, data=data, model=model, device=torch.device("cpu"))
     section = Section("robustness", tmp_path)
-    robustness.add_autoattack(section, Norm(norm, {"e": epsilon}, "e", 1), inputs, Figure().subplots())
+    robustness.add_autoattack(section, Norm(norm, {"e": epsilon}, "e"), inputs, Figure().subplots())
     (found,) = section.measurements.values()
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
@@ -258,7 +258,7 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1", 1)
+    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1")
     sweep = PGDSweep("PGD", Attacked(Brightness(), x, labels, 8, seeded()), 10, 1)
     add_sweep(section, norm, sweep, Figure().subplots())
     column = {row: m.value for (_, row, _), m in section.measurements.items()}
