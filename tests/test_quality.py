@@ -234,7 +234,7 @@ DISTANCES = ["KID", "KID, standard deviation", "precision", "recall"]
 def test_one_row_a_protocol_and_one_column_a_measure(reports):
     results = reports["train"]["results"]
     inception_table, table = results["Inception scores"], results["in a classifier's features"]
-    assert list(inception_table) == list(table) == ROWS
+    assert list(inception_table) == ROWS and list(table) == [*ROWS, "buffer, most confident"]  # too few for distances
     for name in ROWS:
         assert list(inception_table[name]) == ["FID", *DISTANCES, "IS", "IS, standard deviation"]
         assert list(table[name]) == ["Fréchet distance", *DISTANCES, "same class"]
