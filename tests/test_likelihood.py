@@ -165,9 +165,9 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
 
 
 def test_the_chosen_temperature_has_the_fewest_bits_of_the_worse_bound_wherever_it_lies():
-    """Neither the first minimum nor one of a lower bound on log Z that no upper bound confirms."""
-    bits = {"forward": np.array([8, 7.9, 8, 7, 2]), "reverse": np.array([8, 8, 8.1, 7.5, 9])}
-    assert likelihood.Curves(np.array([1, 2, 4, 8, 16.0]), bits).best() == 8
+    """Neither the first minimum nor one where the bounds are far apart, or have crossed after that."""
+    bits = {"forward": np.array([8, 7.98, 8, 7, 2, 3]), "reverse": np.array([8, 8, 8.05, 7.05, 9, 2])}
+    assert likelihood.Curves(np.array([1, 2, 4, 8, 16, 32.0]), bits).best() == 8
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
