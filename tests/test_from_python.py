@@ -234,6 +234,7 @@ def test_ctrl_c_leaves_a_notebooks_process_alive(tmp_path):
     code = f"""
 import os, runpy, signal, sys, threading, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 def interrupt():
     while not list(Path({str(tmp_path)!r}).glob("*/metrics.jsonl")): time.sleep(0.1)
     time.sleep(1); os.kill(os.getpid(), signal.SIGINT)
