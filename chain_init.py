@@ -171,9 +171,8 @@ def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
     """Images (N, C, H, W) cut into ``parts`` x ``parts`` patches in a random order; a rest at the edge stays."""
     n, c, h, w = x.shape
     ph, pw = h // parts, w // parts
-    grid = (
-        x[:, :, : ph * parts, : pw * parts].unflatten(3, (parts, pw)).unflatten(2, (parts, ph))
-    )  # (n, c, a, ph, b, pw)
+    whole = x[:, :, : ph * parts, : pw * parts]
+    grid = whole.unflatten(3, (parts, pw)).unflatten(2, (parts, ph))  # (n, c, a, ph, b, pw)
     patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, a * b, c, ph, pw)
     order = torch.rand(n, parts**2, generator=rng, device=rng.device).argsort(1)
     patches = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
