@@ -101,8 +101,6 @@ class JointForward(nn.Module):
     ) -> Logits:
         """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
-        Outliers need a log p(x) of single images, so there are none where it is on the statistics of batches.
-
         Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
         ``update_statistics`` its running statistics follow such batches of real images; but where log p(x) is on
         running statistics, these stay what they were for the chains: see ``Trainer.next_inputs``.
@@ -112,7 +110,8 @@ class JointForward(nn.Module):
                 labelled = self.logits(x)
                 real = labelled if x_real is None else self.logits(x_real)
             with running_stats_update(self.model, enabled=False):
-                return Logits(labelled, real, None if samples is None else self.logits(samples))
+                sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
+            return Logits(labelled, real, sampled, far)
         if self.norm_statistics == "running":
             with running_stats_update(self.model, enabled=False):
                 labelled = self.logits(x)
