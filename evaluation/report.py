@@ -1,50 +1,49 @@
-"""The report of ``--mode test``: measurements that carry their protocol, remarks and pictures, in sections."""
+"""The report of ``--mode test``: results.json, also read back for --compare; report.md, report.html and pictures."""
 
+import base64
 import io
+import json
 import math
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import distributed
+from config.options import METRICS
 from evaluation.intervals import Interval, bootstrap, wilson
 from logger.files import replace_file
 from logger.images import save_png
-from utils import printable
+from utils import UserError, printable
 
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
+IN_FILE = ("results", "notes", "absent", "pictures")  # what results.json holds of a section
+RUNS = ("this run", "other run")
+NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A number; ``interval`` is of 95 %, ``n`` how many images (or pairs, or chains) it rests on."""
-
-    value: float
-    interval: Interval | None
-    n: int
-    protocol: str
-
-    def __str__(self) -> str:
-        text = f"{self.value:.4g}"
-        return f"{text} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else text
-
-
+@dataclass
 class Section:
-    """One metric's measurements, by table, row and column; its remarks and pictures.
+    """One metric's measurements, remarks and pictures.
 
-    Every text is made printable on its way in: the name of a file or an error may hold what is no UTF-8.
+    A measurement is a dict: its value; its interval of 95 % or None; n, how many images (or pairs, or chains) it rests
+    on; its protocol. Every text is made printable on its way in: the name of a file or an error may hold what is no
+    UTF-8.
     """
 
-    def __init__(self, name: str, directory: Path):
-        self.name, self.directory = name, directory
-        self.measurements: dict[tuple[str, str, str], Measurement] = {}
-        self.notes: list[str] = []
-        self.absent: dict[str, str] = {}  # reasons, by what is absent
-        self.pictures: dict[str, str] = {}  # captions, by the file's name without .png
+    name: str
+    directory: Path  # of the pictures
+    results: dict[str, dict] = field(default_factory=dict)  # measurements by name, or by table, row and column
+    notes: list[str] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)  # reasons, by what is absent
+    pictures: dict[str, str] = field(default_factory=dict)  # captions, by the file's name without .png
 
     def add(
         self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: tuple | None = None
@@ -53,8 +52,11 @@ class Section:
         if not math.isfinite(value):
             self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
             return
-        table, row, column = (printable(text, "utf-8") for text in ((name, *at) if at else (ALONE, name, VALUE)))
-        self.measurements[table, row, column] = Measurement(float(value), interval, n, printable(protocol, "utf-8"))
+        name, *place, protocol = (printable(text, "utf-8") for text in (name, *(at or ()), protocol))
+        line = self.results
+        for text in place:
+            line, name = line.setdefault(name, {}), text
+        line[name] = {"value": float(value), "interval": interval, "n": n, "protocol": protocol}
 
     def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple | None = None) -> None:
         """The mean of one value an image, (N,), with its bootstrap interval."""
@@ -85,12 +87,14 @@ class Section:
                 save_png(path, content)
         self.pictures[name] = printable(caption, "utf-8")
 
-    def as_dict(self) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        for (table, row, column), measurement in self.measurements.items():
-            line = results if table == ALONE else results.setdefault(table, {}).setdefault(row, {})
-            line[row if table == ALONE else column] = asdict(measurement)
-        return {"results": results, "notes": self.notes, "absent": self.absent, "pictures": self.pictures}
+    def measurements(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Measurements by table, row and column."""
+        found = {}
+        for name, item in self.results.items():
+            alone = isinstance(item.get("protocol"), str)  # a row of a table may have this name, too
+            table, rows = (ALONE, {name: {VALUE: item}}) if alone else (name, item)
+            found |= {(table, row, column): cell for row, line in rows.items() for column, cell in line.items()}
+        return found
 
 
 class Report:
@@ -110,5 +114,115 @@ class Report:
     def section(self, name: str) -> Section:
         return self.sections.setdefault(name, Section(name, self.directory))
 
-    def as_dict(self) -> dict[str, Any]:
-        return self.header | {name: section.as_dict() for name, section in self.sections.items()}
+    def write_files(self) -> None:
+        """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
+        content = self.header | {n: {part: getattr(s, part) for part in IN_FILE} for n, s in self.sections.items()}
+        replace_file(self.directory / "results.json", f"{json.dumps(content, indent=2)}\n".encode())
+        replace_file(self.directory / "report.md", render(self, "report.md", finalize=markdown_text).encode())
+        replace_file(self.directory / "report.html", render(self, "report.html").encode())  # pictures inside
+
+
+def read_report(place: str) -> Report:
+    """The report in an eval folder, or in the folder ``eval`` of a run directory.
+
+    Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is left out.
+    """
+    folder = next((f for f in (Path(place), Path(place, "eval")) if os.path.isfile(f / "results.json")), None)
+    if folder is None:
+        raise UserError(f"--compare {place}: no results.json there or in its folder eval; --mode test writes one")
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        report = Report(folder, {name: content[name] for name in ("about", "options", "environment")})
+        for name in filter(content.get, METRICS):
+            section = report.sections[name] = Section(name, folder, **content[name])
+            shown = section.pictures.items()
+            section.pictures = {p: text for p, text in shown if os.access(folder / f"{p}.png", os.R_OK)}
+        render(report, "report.html")  # here what cannot be shown is one line
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--compare {path} is broken, or not from --mode test: measure that run again") from None
+    return report
+
+
+# ---------------------------------------------------------------------------------------------- what templates show
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+
+
+def render(report: Report, name: str, **options: Any) -> str:
+    """The file ``name`` of a report, from its template."""
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
+    env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
+    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique)}
+    env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    return env.get_template(f"{name}.jinja").render(report=report)
+
+
+def markdown_text(value: Any) -> Markup:
+    """A text with nothing in it that a viewer takes for HTML; what is Markup already has been through this."""
+    return value if isinstance(value, Markup) else Markup(str(value).replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def facts(report: Report) -> Table:
+    """What was measured and with which program."""
+    runs = [run.header["about"] | run.header["environment"] for run in (report, report.other) if run]
+    return Table("", ["", *RUNS[: len(runs)]], [[name, *(run.get(name, "") for run in runs)] for name in unique(runs)])
+
+
+def changed_options(report: Report) -> Table:
+    mine, others = report.header["options"], report.other.header["options"]
+    names = [name for name in mine if name in others and mine[name] != others[name] and name not in NOT_SHOWN]
+    return Table("options that differ", ["option", *RUNS], [[f"--{n}", str(mine[n]), str(others[n])] for n in names])
+
+
+def runs_of(report: Report, name: str) -> dict[str, Section]:
+    """A section of this run and, if it has been measured there, of the other, by which run it is."""
+    pair = dict(zip(RUNS, (report, report.other), strict=True))
+    return {run: r.sections[name] for run, r in pair.items() if r and name in r.sections}
+
+
+def protocols(report: Report, name: str) -> dict[str, str]:
+    """The protocols of a section, each with the sign that stands for it in the tables."""
+    sections = runs_of(report, name).values()
+    texts = unique([m["protocol"] for m in section.measurements().values()] for section in sections)
+    return {text: f"({i})" for i, text in enumerate(texts, 1)}
+
+
+def tables(report: Report, name: str) -> list[Table]:
+    """A section's tables; a line ends with how many images it rests on and the signs of its protocols.
+
+    Beside another run, a line holds one measurement of each, and a mark if these were made in another way.
+    """
+    found: dict[str, dict[str, dict[str, dict]]] = {}
+    for run, section in runs_of(report, name).items():
+        for (table, row, column), measurement in section.measurements().items():
+            if report.other:
+                row, column = (row if table == ALONE else f"{row}, {column}"), run
+            found.setdefault(table, {}).setdefault(row, {})[column] = measurement
+    same_images = report.other and report.header["about"]["data set"] == report.other.header["about"].get("data set")
+    signs, filled = protocols(report, name), []
+    for table, rows in found.items():
+        columns, lines = (list(RUNS) if report.other else unique(rows.values())), []
+        for row, cells in rows.items():
+            n = unique([str(m["n"])] for m in cells.values())
+            sign = unique([signs[m["protocol"]]] for m in cells.values())
+            shown = [value_and_interval(**cells[column]) if column in cells else "" for column in columns]
+            if report.other and len(cells) == 2 and not (same_images and len(n) == len(sign) == 1):
+                shown[1] += " ≠"
+            lines.append([row, *shown, " / ".join(n), " / ".join(sign)])
+        filled.append(Table(table, ["", *columns, "n", "protocol"], lines))
+    return filled
+
+
+def value_and_interval(value: float, interval: Interval | None, n: int, protocol: str) -> str:
+    """A measurement in words."""
+    return f"{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else f"{value:.4g}"
+
+
+def unique(groups: Iterable[Iterable[str]]) -> list[str]:
+    """Every text once, in the order of their first appearance."""
+    return list(dict.fromkeys(text for group in groups for text in group))

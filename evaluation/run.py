@@ -18,8 +18,7 @@ from checkpoints.load import frozen, load_data, load_feature_model
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
-from evaluation.rendering import read_report, write_files
-from evaluation.report import ALONE, Report, Section
+from evaluation.report import ALONE, Report, Section, read_report
 from logger.files import disk_errors, first_free
 from logger.metrics_log import tensorboard_writer
 from logger.run_dir import RunDir
@@ -44,19 +43,18 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
     writes = distributed.current_world().rank == 0
     about = facts(inputs, trained, path, state)
-    header = {"about": about, "options": vars(cfg), "environment": utils.environment(device)}
-    report = Report(directory, header, other)
+    report = Report(directory, {"about": about, "options": vars(cfg), "environment": utils.environment(device)}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()
         measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
         print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
         if writes:
-            write_files(report)
+            report.write_files()
     if writes and not cfg.no_log:
         to_tensorboard(report, state["step"] or 0)
     print(f"Look at {printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
-    if not any(section.measurements for section in report.sections.values()):
+    if not any(section.results for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
     return 0
 
@@ -98,11 +96,10 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":
-        about["batch normalisation"] = "running statistics of real images; chains use " + (
-            "those of their batch, so this log p(x) is not what they climb"
-            if cfg.norm_statistics == "batch"
-            else "them, too, so this log p(x) is what they climb"
-        )
+        chains = "them, too, so this log p(x) is what they climb"
+        if cfg.norm_statistics == "batch":
+            chains = "those of their batch, so this log p(x) is not what they climb"
+        about["batch normalisation"] = f"running statistics of real images; chains use {chains}"
     return about
 
 
@@ -111,9 +108,9 @@ def to_tensorboard(report: Report, step: int) -> None:
     with disk_errors(report.directory), tensorboard_writer(report.directory) as board:
         board.add_text("report", (report.directory / "report.md").read_text("utf-8"), step)
         for name, section in report.sections.items():
-            for (table, row, column), measurement in section.measurements.items():
+            for (table, row, column), measurement in section.measurements().items():
                 tag = f"{name}/{row}" if table == ALONE else f"{name}/{table}/{row}/{column}"
-                board.add_scalar(tag, measurement.value, step)
+                board.add_scalar(tag, measurement["value"], step)
 
 
 def report_directory(cfg: Config, path: Path) -> Path:
@@ -127,8 +124,8 @@ def report_directory(cfg: Config, path: Path) -> Path:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise UserError(f"cannot write to {run}: {error.strerror}") from None
-            reason = f"{run} cannot be written ({error.strerror}): the report goes to a new run in {cfg.logdir}"
-            print(printable(reason), flush=True)
+            reason = f"{run} cannot be written ({error.strerror})"
+            print(printable(f"{reason}: the report goes to a new run in {cfg.logdir}"), flush=True)
     run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
         return first_free(run / "eval", Path.mkdir)

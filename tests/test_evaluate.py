@@ -26,8 +26,7 @@ from evaluation.calibration import calibration_errors, ece_interval, fit_tempera
 from evaluation.inputs import EvalInputs
 from evaluation.intervals import bootstrap, wilson
 from evaluation.ood import converted, foreign_images, logits_and_slope
-from evaluation.rendering import read_report
-from evaluation.report import Section
+from evaluation.report import Section, read_report
 from losses import auroc
 from main import main
 from models import build_model
@@ -235,7 +234,7 @@ def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
     section = Section("one", tmp_path)
     section.add("good", 1.5, 3, "by hand")
     section.add("bad", math.nan, 3, "by hand")
-    assert list(section.as_dict()["results"]) == ["good"] and "bad" in section.absent
+    assert list(section.results) == ["good"] and "bad" in section.absent
     assert "bad: absent" in capsys.readouterr().out
 
 
@@ -451,7 +450,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
     def measured(*options):
         _, place = new_report(run, *command, *options)
         section = read_report(str(place)).sections["robustness"]
-        return section.measurements, section
+        return section.measurements(), section
 
     everything, section = measured()
     assert section.absent == {} and set(section.pictures) == {"robustness", "distal"}

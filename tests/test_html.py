@@ -15,8 +15,7 @@ import test_evaluate
 from PIL import Image
 from test_evaluate import SHORT, new_report
 
-from evaluation.rendering import read_report, write_files
-from evaluation.report import Report
+from evaluation.report import Report, read_report
 from main import main
 
 run = test_evaluate.run  # the fixture
@@ -70,7 +69,7 @@ def tables_of_markdown(text):
 
 
 def files_of(report):
-    write_files(report)
+    report.write_files()
     return Page((report.directory / "report.html").read_text()), (report.directory / "report.md").read_text()
 
 
@@ -189,7 +188,7 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
     report.other.header["about"]["data set"] = "mnist"
     text = files_of(report)[1]
     pairs = [
-        section.measurements.keys() & report.other.sections[name].measurements.keys()
+        section.measurements().keys() & report.other.sections[name].measurements().keys()
         for name, section in report.sections.items()
     ]
     assert text.count("≠") == 1 + sum(map(len, pairs)) and "| data set | digits | mnist |" in text
@@ -199,7 +198,7 @@ def test_a_report_read_back_is_the_report(evaluated):
     """Also the check that nothing of it is lost on the way through results.json."""
     report = read_report(str(evaluated))
     before = {name: (evaluated / name).read_bytes() for name in ("results.json", "report.md", "report.html")}
-    write_files(report)
+    report.write_files()
     assert before == {name: (evaluated / name).read_bytes() for name in before}
 
 

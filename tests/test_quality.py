@@ -108,8 +108,8 @@ def test_distances_of_few_images_carry_a_warning_or_a_reason(images, tmp_path):
     assert section.absent == {"t, one": "needs at least 20 samples and real images, not 1"}
     (note,) = section.notes
     assert note.startswith("**FID means little here** (some)") and "fewer images than the 48 features" in note
-    assert {row for _, row, _ in section.measurements} == {"some"}
-    protocol = section.measurements["t", "some", "KID"].protocol
+    assert {row for _, row, _ in section.measurements()} == {"some"}
+    protocol = section.results["t"]["some"]["KID"]["protocol"]
     assert protocol.startswith("drawn; pixels, against real ones; KID of 100 subsets of 46 images, precision")
 
 

@@ -155,7 +155,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     inputs = SimpleNamespace(cfg=cfg, data=data, model=model, device=torch.device("cpu"))
     section = Section("robustness", tmp_path)
     robustness.add_autoattack(section, Norm(norm, {"e": epsilon}, "e"), inputs, Figure().subplots())
-    (found,) = section.measurements.values()
+    (found,) = section.measurements().values()
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
     assert whole.apgd.n_restarts == whole.fab.n_restarts == 1
@@ -167,7 +167,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
         moved = images.clone()
         moved[kept] = alone.run_standard_evaluation(images[kept], labels[kept], batch_size=8)[0]
         kept &= classifier(moved).argmax(1) == labels
-    assert found.value == kept.double().mean() and 0 < kept.sum() < 8
+    assert found["value"] == kept.double().mean() and 0 < kept.sum() < 8
 
 
 @pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
@@ -261,7 +261,7 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
     norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1")
     sweep = PGDSweep("PGD", Attacked(Brightness(), x, labels, 8, seeded()), 10, 1)
     add_sweep(section, norm, sweep, Figure().subplots())
-    column = {row: m.value for (_, row, _), m in section.measurements.items()}
+    column = {row: m["value"] for (_, row, _), m in section.measurements().items()}
     assert column == {"0": unchecked, "0.1": unchecked, "0.45": column["0.45"], "0.5 (check)": checked}
     assert len(section.notes) == (kind == "hidden")
 
