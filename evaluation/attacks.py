@@ -18,7 +18,7 @@ import distributed
 from evaluation.inputs import GRADIENT_BATCH
 from models import JEM
 from models.predict import images_per_batch
-from pgd import pgd, random_start
+from pgd import adversarial_images, random_start
 from sgld import LogDensity, langevin_step, normal_like
 from utils import UserError
 
@@ -105,12 +105,10 @@ def pgd_attack(
     classifier: nn.Module, eps: float, norm: str, steps: int, rng: Generator, x: Tensor, y: Tensor
 ) -> Tensor:
     """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
-
-    def loss(moved: Tensor) -> Tensor:
-        return F.cross_entropy(classifier((moved + 1) / 2), y, reduction="sum")
-
-    start = random_start(x, 2 * eps, norm, rng)  # here on the model's scale, twice as wide
-    return (pgd(loss, 2 * x - 1, 2 * eps, norm, steps, start) + 1) / 2
+    radius = 2 * eps  # on the model's scale, which is twice as wide
+    start = random_start(x, radius, norm, rng)
+    moved = adversarial_images(lambda x: classifier((x + 1) / 2), 2 * x - 1, y, radius, norm, steps, start=start)
+    return (moved + 1) / 2
 
 
 def autoattack(classifier: nn.Module, eps: float, norm: str, n_classes: int, seed: int, device: torch.device):
@@ -151,7 +149,8 @@ class Attacked(NamedTuple):
     x: Tensor  # (N, C, H, W) in [0, 1]
     y: Tensor  # (N,)
     batch_size: int
-    rng: Generator | None = None  # what the classifier and its attacks draw from, if they do
+    rng: Generator  # what the classifier and its attacks draw from, if they do
+    protocol: str = ""  # of the classifier
 
     @torch.no_grad()
     def predicted(self) -> Tensor:
@@ -173,8 +172,7 @@ class Attacked(NamedTuple):
 
         batches = mask.nonzero().flatten().split(self.batch_size) if mask.any() else ()
         title = f"{title}, {mask.sum()} of {len(mask)} images left"
-        robust = mask.clone()
-        kept = distributed.sharded_map(batches, withstands, mask.device, self.rng, title)
+        kept, robust = distributed.sharded_map(batches, withstands, mask.device, self.rng, title), mask.clone()
         for batch, still in zip(batches, kept, strict=True):
             robust[batch] = still
         return robust

@@ -82,43 +82,27 @@ def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
 
 
-class FeatureDistances:
-    """The distances of sets of features (N, D) to those of real images, (M, D); N and M above ``NEIGHBOURS``.
+def feature_distances(
+    features: Tensor, real: Tensor, statistics: dict[str, np.ndarray], subset_size: int, frechet_name: str = "FID"
+) -> dict[str, float]:
+    """Distances of features (N, D) to those of real images, (M, D) with their ``feature_statistics``, by name.
 
-    Fréchet distance and kernel distance (KID, Bińkowski et al. 2018) are torch-fidelity's; so would be improved
-    precision and recall (Kynkäänniemi et al. 2019) if it did not compute the real images' part anew for each set.
+    All are torch-fidelity's: Fréchet distance; kernel distance (KID, Bińkowski et al. 2018), the mean over
+    ``KID_SUBSETS`` random subsets of ``subset_size`` images; improved precision and recall (Kynkäänniemi et al. 2019).
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    def __init__(self, real: Tensor):
-        self.real, self.statistics, self.radii = real, feature_statistics(real), neighbour_distance(real)
-
-    def __call__(self, features: Tensor, subset_size: int, frechet_name: str = "FID") -> dict[str, float]:
-        """The distances by name; KID is the mean over ``KID_SUBSETS`` random subsets of ``subset_size`` images."""
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-        kid = kid_features_to_metric(
-            features, self.real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
-        )
-        return {
-            frechet_name: frechet_distance(feature_statistics(features), self.statistics),
-            "KID": kid[KEY_METRIC_KID_MEAN],
-            "KID, standard deviation": kid[KEY_METRIC_KID_STD],
-            "precision": share_within(features, self.real, self.radii),
-            "recall": share_within(self.real, features, neighbour_distance(features)),
-        }
-
-
-def neighbour_distance(points: Tensor) -> Tensor:
-    """Distance (N,) from each of the points (N, D) to its ``NEIGHBOURS``-th nearest other one."""
-    k = NEIGHBOURS + 1  # each point is its own nearest one
-    nearest_k = [torch.cdist(part, points).topk(k, largest=False).values for part in points.split(CHUNK)]
-    return torch.cat(nearest_k)[:, -1]
-
-
-def share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of the points (N, D) that lie in the ball of at least one of the centres (M, D), of radii (M,)."""
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(CHUNK)]
-    return torch.cat(inside).float().mean().item()
+    kid = kid_features_to_metric(features, real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False)
+    parts = {"prc_batch_size": CHUNK, "save_cpu_ram": True}
+    prc = prc_features_to_metric(features, real, prc_neighborhood=NEIGHBOURS, verbose=False, **parts)
+    return {
+        frechet_name: frechet_distance(feature_statistics(features), statistics),
+        "KID": kid[KEY_METRIC_KID_MEAN],
+        "KID, standard deviation": kid[KEY_METRIC_KID_STD],
+        "precision": prc[KEY_METRIC_PRECISION],
+        "recall": prc[KEY_METRIC_RECALL],
+    }
 
 
 def inception_score(logits: Tensor) -> dict[str, float]:

@@ -144,7 +144,7 @@ def add_distances(
 ) -> None:
     """A row for each set: its distances to the real images and, where there are logits, IS."""
     real_features, few = space.outputs(real.images)["features"], []
-    distances = fid.FeatureDistances(real_features) if len(real_features) >= FEWEST else None
+    statistics = fid.feature_statistics(real_features) if len(real_features) >= FEWEST else {}
     for name, (images, protocol) in sets.items():
         n = min(len(images), len(real_features))
         if n < FEWEST:
@@ -152,7 +152,7 @@ def add_distances(
             continue
         outputs = space.outputs(images)
         subset_size = min(fid.KID_SUBSET_SIZE, n - 1)
-        columns = distances(outputs["features"], subset_size, space.frechet_name)
+        columns = fid.feature_distances(outputs["features"], real_features, statistics, subset_size, space.frechet_name)
         if "logits" in outputs:
             columns |= fid.inception_score(outputs["logits"])
         protocol += (

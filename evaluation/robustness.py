@@ -2,11 +2,10 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from config import Config
 from config.options import ATTACKS
@@ -21,28 +20,11 @@ from utils import UserError, evaluation_packages
 needs_labels = True
 
 
-class Norm(NamedTuple):
-    """A norm's epsilons on the [0, 1] scale, by the label they have in the report, and where AutoAttack is run."""
-
-    name: str
-    epsilons: dict[str, float]
-    autoattack_eps: str
-
-
-class PGDSweep(NamedTuple):
-    """PGD over a norm's epsilons: a column of the report."""
-
-    name: str
-    attacked: attacks.Attacked
-    steps: int
-    restarts: int
-    protocol: str = ""  # of the classifier
-
-
-ATTACK_NORMS = (
-    Norm("Linf", {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)}, "8/255"),
-    Norm("L2", {f"{e:g}": e for e in (0.25, 0.5, 1, 2)}, "0.5"),
-)
+EPSILONS = {  # on the [0, 1] scale, by the label they have in the report
+    "Linf": {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)},
+    "L2": {f"{e:g}": e for e in (0.25, 0.5, 1, 2)},
+}
+AUTOATTACK_EPSILON = {"Linf": "8/255", "L2": "0.5"}
 ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 N_DISTAL = 10  # of each class
@@ -61,13 +43,13 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     chosen = choose(inputs, section)
     if set(chosen) - {"distal"}:
         figure = Figure(figsize=(9, 4), layout="constrained")
-        for norm, axes in zip(attack_norms(inputs.cfg), figure.subplots(1, 2, sharey=True), strict=True):
+        for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
             for name in ("pgd", "refined", "refined_straight"):
                 if name in chosen:
-                    add_sweep(section, norm, pgd_sweep(inputs, name), axes)
+                    add_pgd(section, norm, epsilons(inputs.cfg, norm), name, attacked(inputs, name), axes)
             if "autoattack" in chosen:
                 add_autoattack(section, norm, inputs, axes)
-            axes.set(xlabel=f"{norm.name} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
+            axes.set(xlabel=f"{norm} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
             axes.grid(alpha=0.3)
             axes.legend()
         section.picture("robustness", "Accuracy under attack", figure)
@@ -92,88 +74,81 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     return [name for name in ATTACKS if name not in absent]
 
 
-def attack_norms(cfg: Config) -> list[Norm]:
-    """The norms, with ``--one_epsilon`` at the one where AutoAttack is run."""
-    if not cfg.one_epsilon:
-        return list(ATTACK_NORMS)
-    return [norm._replace(epsilons={norm.autoattack_eps: norm.epsilons[norm.autoattack_eps]}) for norm in ATTACK_NORMS]
+def epsilons(cfg: Config, norm: str) -> dict[str, float]:
+    """A norm's epsilons, with ``--one_epsilon`` the one where AutoAttack is run."""
+    one = AUTOATTACK_EPSILON[norm]
+    return {one: EPSILONS[norm][one]} if cfg.one_epsilon else EPSILONS[norm]
 
 
-def attacked(
-    inputs: EvalInputs, classifier: nn.Module, rng: Generator | None = None, refined: bool = False
-) -> attacks.Attacked:
-    """The classifier with the test images that are attacked: fewer, and fewer at once, where it refines them."""
-    n = inputs.cfg.attack_images or inputs.cfg.max_images or ATTACKED_IMAGES
-    test = inputs.subset(inputs.data.test, n)[: REFINED_IMAGES if refined else None]
-    batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
-    if refined:
-        batch_size = max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
-    return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng)
+def attacked(inputs: EvalInputs, name: str) -> attacks.Attacked:
+    """What the attack ``name`` is on: the classifier, or its refinement, for which there are fewer images.
 
-
-def pgd_sweep(inputs: EvalInputs, name: str) -> PGDSweep:
-    """PGD on the classifier or on its refinement: through the chains ("refined"), or as JEM's authors do it."""
+    PGD goes through the chains of the refinement ("refined"), or past them, as JEM's authors do it.
+    """
     cfg, model, rng = inputs.cfg, inputs.model, inputs.rng()
-    if name == "pgd":
-        return PGDSweep(TITLES[name], attacked(inputs, attacks.Classifier(model), rng), PGD_STEPS, RESTARTS)
-    sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
-    chain = partial(attacks.differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
-    protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
+    test = inputs.subset(inputs.data.test, cfg.attack_images or cfg.max_images or ATTACKED_IMAGES)
+    classifier, protocol = attacks.Classifier(model), ""
+    batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
+    if name in ("refined", "refined_straight"):
+        test = test[:REFINED_IMAGES]
+        batch_size = max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
+        sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
+        chain = partial(attacks.differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
+        protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
     if name == "refined":
-        refined = attacks.RefinedClassifier(model, chain, CHAINS)
+        classifier = attacks.RefinedClassifier(model, chain, CHAINS)
         protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
-    else:
-        refined = attacks.StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
+    elif name == "refined_straight":
+        classifier = attacks.StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
         protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
-    return PGDSweep(TITLES[name], attacked(inputs, refined, rng, refined=True), REFINED_PGD_STEPS, 1, protocol)
+    return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
 
-def add_sweep(section: Section, norm: Norm, sweep: PGDSweep, axes: Axes) -> None:
+def add_pgd(
+    section: Section, norm: str, epsilons: dict[str, float], name: str, target: attacks.Attacked, axes: Axes
+) -> None:
     """A column of accuracies: without attack, at each epsilon, and where any image can become plain grey."""
-    target, steps = sweep.attacked, sweep.steps
+    steps, starts = (PGD_STEPS, RESTARTS) if name == "pgd" else (REFINED_PGD_STEPS, 1)
+    title, table = TITLES[name], f"accuracy under {norm} attack"
     answers = target.predicted()
-    grey = 0.5 if norm.name == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
-    masks = {"0": answers == target.y}
-    mask = masks["0"]
-    for label, eps in {**norm.epsilons, f"{grey:.3g} (check)": grey}.items():
-        attack = partial(attacks.pgd_attack, target.classifier, eps, norm.name, steps, target.rng)
-        for restart in range(1, sweep.restarts + 1):
-            mask = target.robust(attack, mask, f"{norm.name} {label}, {sweep.name} {restart}")
-        masks[label] = mask
+    grey = 0.5 if norm == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
     protocol = (
-        f"{norm.name} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {sweep.restarts}, "
-        "[0, 1] scale, no noise added; an image counts while it has withstood the smaller epsilons too, "
-        f"and one that has fallen stays fallen, whatever noise is drawn later{sweep.protocol}"
+        f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale, no noise added; "
+        "an image counts while it has withstood the smaller epsilons too, and one that has fallen stays fallen, "
+        f"whatever noise is drawn later{target.protocol}"
     )
-    for label, mask in masks.items():
-        section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, (label, sweep.name))
-    shares = [mask.double().mean().item() for mask in masks.values()]
-    axes.plot([0, *norm.epsilons.values()], shares[:-1], "o-", label=sweep.name)
+    mask, shares = answers == target.y, []
+    for label, eps in {"0": 0.0, **epsilons, f"{grey:.3g} (check)": grey}.items():
+        attack = partial(attacks.pgd_attack, target.classifier, eps, norm, steps, target.rng)
+        for start in range(starts if eps else 0):
+            mask = target.robust(attack, mask, f"{norm} {label}, {title} {start + 1}")
+        section.add_proportion(table, mask, protocol, (label, title))
+        shares.append(mask.double().mean().item())
+    axes.plot([0, *epsilons.values()], shares[:-1], "o-", label=title)
     constant = answers.bincount().max().item() / len(answers)  # the share of the class that is predicted most often
     if shares[-1] > constant + MASKED:
         section.note(
-            f"**Masked gradients?** At {norm.name} epsilon {grey:.3g} every image can be changed to plain grey, so an "
-            f"attack that works leaves an accuracy of {constant:.3f} at most (the share of the class that is predicted "
-            f"most often). {sweep.name} leaves {shares[-1]:.3f}: the attack does not work here, and the accuracies of "
-            "this column are too high."
+            f"**Masked gradients?** At {norm} epsilon {grey:.3g} every image can become plain grey, of which at most "
+            f"{constant:.3f}, the share of the class that is predicted most often, is right. {title} leaves "
+            f"{shares[-1]:.3f}: the attack does not work here, and the accuracies of this column are too high."
         )
 
 
-def add_autoattack(section: Section, norm: Norm, inputs: EvalInputs, axes: Axes) -> None:
-    target, eps = attacked(inputs, attacks.Classifier(inputs.model)), norm.epsilons[norm.autoattack_eps]
-    n_classes = len(inputs.data.class_names)
-    attack = attacks.autoattack(target.classifier, eps, norm.name, n_classes, inputs.cfg.seed, inputs.device)
+def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) -> None:
+    target, n_classes = attacked(inputs, "autoattack"), len(inputs.data.class_names)
+    label = AUTOATTACK_EPSILON[norm]
+    eps = EPSILONS[norm][label]
+    attack = attacks.autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device)
 
     def moved(x: Tensor, y: Tensor) -> Tensor:
         return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
-    mask = target.robust(moved, target.predicted() == target.y, f"{norm.name}, AutoAttack")
+    mask = target.robust(moved, target.predicted() == target.y, f"{norm}, AutoAttack")
     protocol = (
         "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
         f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
     )
-    at = norm.autoattack_eps, TITLES["autoattack"]
-    section.add_proportion(f"accuracy under {norm.name} attack", mask, protocol, at)
+    section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES["autoattack"]))
     axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -37,8 +38,10 @@ class SampleQuality:
             except UserError as error:
                 raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
             order = torch.randperm(len(images.train), generator=Generator().manual_seed(0))[:N_REFERENCE]
-            real = images.train.images[order.to(images.train.images.device)].to(device)
-            self.real = feature_statistics(self.space.outputs(real)["features"])
+            self.real = self.statistics(images.train.images[order.to(images.train.images.device)])
+
+    def statistics(self, images: Tensor) -> dict[str, np.ndarray]:
+        return feature_statistics(self.space.outputs(images.to(self.device))["features"])
 
     def __call__(self, model: JEM, buffer: Tensor, rng: Generator) -> dict[str, float]:
         """The distances of fresh chains, of what they start from, and of images of the replay buffer (N, C, H, W).
@@ -48,11 +51,6 @@ class SampleQuality:
         chains = run_chains(model, self.start, self.cfg.fresh_steps, self.cfg, rng)
         n = math.ceil(self.start.n / distributed.current_world().size)
         chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[:n]
-        own = to_uint8(buffer[chosen].nan_to_num(0)).cpu()
-        held = torch.cat(distributed.all_gather_object(own))
+        held = torch.cat(distributed.all_gather_object(to_uint8(buffer[chosen].nan_to_num(0)).cpu()))
         sets = {"fresh_samples": to_uint8(chains.x), "chain_starts": to_uint8(chains.start), "buffer": held}
-        distances = {}
-        for name, shown in sets.items():
-            features = self.space.outputs(shown.to(self.device))["features"]
-            distances[f"quality/{name}"] = frechet_distance(feature_statistics(features), self.real)
-        return distances
+        return {f"quality/{k}": frechet_distance(self.statistics(images), self.real) for k, images in sets.items()}

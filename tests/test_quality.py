@@ -83,9 +83,9 @@ def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monke
         kid_subset_size=150,
         save_cpu_ram=True,  # no processes of its own
     )
-    distances = fid.FeatureDistances(tiny_features(real))
-    distances(tiny_features(real[:150]), 20)  # what was measured before leaves no trace
-    found = distances(tiny_features(fake), 150) | fid.inception_score(tiny_features(fake))
+    statistics = fid.feature_statistics(tiny_features(real))
+    found = fid.feature_distances(tiny_features(fake), tiny_features(real), statistics, 150)
+    found |= fid.inception_score(tiny_features(fake))
     names = {"FID": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
     names |= {"KID": "kernel_inception_distance_mean", "KID, standard deviation": "kernel_inception_distance_std"}
     names |= {"IS": "inception_score_mean", "IS, standard deviation": "inception_score_std"}

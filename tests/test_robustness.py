@@ -26,7 +26,6 @@ from evaluation.attacks import (
 )
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import Norm, PGDSweep, add_sweep
 from models import build_model
 from sgld import normal_like, uniform_images
 from utils import UserError
@@ -43,7 +42,8 @@ def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
 
 def masks(classifier, norm, restarts, x, y, epsilons, batch_size):
     """Who is classified correctly without attack, then under PGD of each epsilon and those before."""
-    target, rng = Attacked(classifier, x, y, batch_size), seeded()
+    rng = seeded()
+    target = Attacked(classifier, x, y, batch_size, rng)
     found = [target.predicted() == y]
     for eps in epsilons:
         mask = found[-1]
@@ -94,7 +94,7 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
     labels = model(2 * images - 1).argmax(1)
     attack = partial(pgd_attack, classifier, 1e-7, "Linf", 1, seeded())
-    kept = Attacked(classifier, images, labels, 8).robust(attack, torch.ones(8) > 0)
+    kept = Attacked(classifier, images, labels, 8, seeded()).robust(attack, torch.ones(8) > 0)
     assert kept.all() and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -149,12 +149,14 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     monkeypatch.setattr(attacks, "autoattack", shortened)
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    target = Attacked(classifier, images, labels, 8)
+    target = Attacked(classifier, images, labels, 8, seeded())
     monkeypatch.setattr(robustness, "attacked", lambda *_, **__: target)
     cfg, data = SimpleNamespace(seed=5), SimpleNamespace(class_names=tuple("abcd"))
     inputs = SimpleNamespace(cfg=cfg, data=data, model=model, device=torch.device("cpu"))
     section = Section("robustness", tmp_path)
-    robustness.add_autoattack(section, Norm(norm, {"e": epsilon}, "e"), inputs, Figure().subplots())
+    monkeypatch.setattr(robustness, "EPSILONS", {norm: {"e": epsilon}})
+    monkeypatch.setattr(robustness, "AUTOATTACK_EPSILON", {norm: "e"})
+    robustness.add_autoattack(section, norm, inputs, Figure().subplots())
     (found,) = section.measurements().values()
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
@@ -258,9 +260,8 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    norm = Norm("Linf", {"0.1": 0.1, "0.45": 0.45}, "0.1")
-    sweep = PGDSweep("PGD", Attacked(Brightness(), x, labels, 8, seeded()), 10, 1)
-    add_sweep(section, norm, sweep, Figure().subplots())
+    target, epsilons = Attacked(Brightness(), x, labels, 8, seeded()), {"0.1": 0.1, "0.45": 0.45}
+    robustness.add_pgd(section, "Linf", epsilons, "pgd", target, Figure().subplots())
     column = {row: m["value"] for (_, row, _), m in section.measurements().items()}
     assert column == {"0": unchecked, "0.1": unchecked, "0.45": column["0.45"], "0.5 (check)": checked}
     assert len(section.notes) == (kind == "hidden")
@@ -272,11 +273,11 @@ def test_options_reach_the_attacks():
     options |= {"sigma_test": 0.2}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
-    refined, straight = (robustness.pgd_sweep(inputs, name) for name in ("refined", "refined_straight"))
+    refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
-    assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.attacked.classifier.chain.keywords.items()
-    assert straight.attacked.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
-    assert [list(norm.epsilons) for norm in robustness.attack_norms(cfg)] == [["8/255"], ["0.5"]]
-    assert len(robustness.pgd_sweep(inputs, "pgd").attacked.x) == len(refined.attacked.x) == 30
-    assert len(robustness.pgd_sweep(replace(inputs, cfg=usual), "refined").attacked.x) == 50
-    assert len(robustness.attack_norms(usual)[0].epsilons) == 5
+    assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.classifier.chain.keywords.items()
+    assert straight.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
+    assert [list(robustness.epsilons(cfg, norm)) for norm in ("Linf", "L2")] == [["8/255"], ["0.5"]]
+    assert len(robustness.attacked(inputs, "pgd").x) == len(refined.x) == 30
+    assert len(robustness.attacked(replace(inputs, cfg=usual), "refined").x) == 50
+    assert len(robustness.epsilons(usual, "Linf")) == 5
