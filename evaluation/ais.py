@@ -6,9 +6,9 @@ model along ``p_beta ~ base^(1 - beta) exp(beta log_density)``; their mean weigh
 logarithm a stochastic lower bound, which makes test likelihoods look too good. The same chains run backwards from
 samples of the model give a stochastic upper bound (reverse AIS; Grosse et al. 2015, arXiv:1511.02543).
 
-It is one only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density;
-``burn_in`` moves them towards temperature one. A reverse estimate clearly below the forward one says that the samples
-are not the model's. The bootstrap interval knows nothing of a mode that no chain has found.
+It is one only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density; a burn-in
+moves them towards temperature one. A reverse estimate clearly below the forward one says that they are not the model's.
+The bootstrap interval knows nothing of a mode that no chain has found.
 
 ``log_density`` maps (N, ...) to (N,), each row on its own, without randomness, bf16 or TF32.
 """
@@ -99,8 +99,8 @@ Move = tuple[Point, Tensor]
 def leapfrog(path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int) -> Move:
     """Hamiltonian dynamics with unit mass (Neal 2011, "MCMC using Hamiltonian dynamics", section 2.3).
 
-    Volume-preserving, and reversible: from the end with ``-v`` it leads back to the start. ``step_size``
-    broadcasts to y. Returns the last point and velocity.
+    Volume-preserving, and reversible: from the end with ``-v`` it leads back to the start. ``step_size`` broadcasts to
+    y. Returns the last point and velocity.
     """
     for _ in range(n_leapfrog):
         v = v + 0.5 * step_size * path.score(at, beta)
@@ -125,9 +125,8 @@ def hmc_step(path: GeometricPath, at: Point, beta: float, step_size: Tensor, gen
     p_accept = log_accept.exp().clamp(max=1).nan_to_num(0)
     accept = torch.rand(len(at.y), **draw) < p_accept
 
-    accept_y = accept.view(-1, *[1] * (v.dim() - 1))
-    y, grad = torch.where(accept_y, new.y, at.y), torch.where(accept_y, new.grad, at.grad)
-    return Point(y, torch.where(accept, new.ratio, at.ratio), grad), p_accept
+    kept = (torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, at, strict=True))
+    return Point(*kept), p_accept
 
 
 def sigmoid_schedule(n_temperatures: int) -> list[float]:

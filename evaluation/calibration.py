@@ -28,27 +28,24 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         section.add("temperature", temperature, len(valid), protocol)
     else:
         section.add_absent("temperature scaling", "there are no validation images; train with --n_valid above 0")
+    protocol = f"test images, {inputs.noise_protocol}"
+    bins = f"{protocol}; {BINS} equally wide bins of the largest probability, torchmetrics"
+    drawn = f"{bins}; interval: 200 bootstrap samples, moved down by how much such samples raise the error"
     figure = Figure(figsize=(5 * len(scaled), 5.5), layout="constrained")
     panels = figure.subplots(2, len(scaled), height_ratios=(3, 1), sharex=True, squeeze=False)
     for (name, temperature), axes in zip(scaled.items(), panels.T, strict=True):
         p = (logits / temperature).softmax(1)
         ece, mce = calibration_errors(p, test.labels)
-        protocol = f"test images, {inputs.noise_protocol}"
-        bins = f"{protocol}; {BINS} equally wide bins of the largest probability, torchmetrics"
-        drawn = f"{bins}; interval: 200 bootstrap samples, moved down by how much such samples raise the error"
-        interval = ece_interval(p, test.labels)
+        interval = ece_interval(p, test.labels, ece)
+        brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
+        nll = F.cross_entropy(logits / temperature, test.labels, reduction="none")
         section.add("calibration", ece, len(test), drawn, interval, ("expected calibration error", name))
         section.add("calibration", mce, len(test), bins, at=("maximum calibration error", name))
-        brier = (p - F.one_hot(test.labels, p.shape[1])).square().sum(1)
         section.add_mean("calibration", brier, f"{protocol}; summed over classes", ("Brier score", name))
-        nll = F.cross_entropy(logits / temperature, test.labels, reduction="none")
         section.add_mean("calibration", nll, protocol, ("cross-entropy (nats)", name))
         reliability_panel(axes, p, test.labels, f"{name}, T = {temperature:.3g}, ECE {ece:.3f}")
-    section.picture(
-        "reliability",
-        f"Reliability of the predictions on {len(test)} test images, and how many of them lie in each bin",
-        figure,
-    )
+    caption = f"Reliability of the predictions on {len(test)} test images, and how many of them lie in each bin"
+    section.picture("reliability", caption, figure)
 
 
 def calibration_errors(p: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -59,17 +56,14 @@ def calibration_errors(p: Tensor, labels: Tensor) -> tuple[float, float]:
     return tuple(multiclass_calibration_error(p, labels, p.shape[1], BINS, norm).item() for norm in ("l1", "max"))
 
 
-def ece_interval(p: Tensor, labels: Tensor) -> Interval:
-    """95 % interval of the expected calibration error, by 200 bootstrap samples of the images.
+def ece_interval(p: Tensor, labels: Tensor, ece: float) -> Interval:
+    """95 % interval of the expected calibration error ``ece``, by 200 bootstrap samples of the images.
 
-    The error takes the size of each bin's deviation, so that a sample's deviations by chance make it larger: the
-    interval is moved down by the difference between their mean and the error itself.
+    It takes the size of each bin's deviation, so that a sample's deviations by chance make it larger: the interval is
+    moved down by the difference between the samples' mean and the error itself.
     """
-
-    def error(drawn: Tensor) -> float:
-        return calibration_errors(p[drawn], labels[drawn])[0]
-
-    return bootstrap(error, torch.arange(len(p)), replicates=200, centre=calibration_errors(p, labels)[0])
+    images = torch.arange(len(p))
+    return bootstrap(lambda drawn: calibration_errors(p[drawn], labels[drawn])[0], images, replicates=200, centre=ece)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -15,13 +15,28 @@ needs_labels = True
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
-    test = inputs.subset(inputs.data.test)
+    """Accuracy; log p(x) of test images and of training images, and how far these lie above those."""
+    test, noise = inputs.subset(inputs.data.test), inputs.noise_protocol
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
-    predicted, protocol = logits.argmax(1), f"test images, {inputs.noise_protocol}"
+    predicted, protocol, on_test = logits.argmax(1), f"test images, {noise}", log_density(logits)
     correct = predicted == test.labels
     section.add_proportion("accuracy", correct, protocol)
     section.add_mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
-    add_log_density(inputs, section, log_density(logits))
+    constant = "up to the unknown constant log Z"
+    section.add_mean("log p(x) of test images (nats)", on_test, f"{protocol}; {constant}")
+    if len(inputs.data.train):
+        train = inputs.subset(inputs.data.train)
+        on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
+        section.add_mean("log p(x) of training images (nats)", on_train, f"training images, {noise}; {constant}")
+        section.add(
+            "log p(x), training minus test (nats)",
+            on_train.mean() - on_test.mean(),
+            len(on_test) + len(on_train),
+            f"difference of the two means above, {noise}; well above 0 shows memorisation",
+            bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
+        )
+    else:
+        section.add_absent("log p(x) of training images", "these data are test images alone")
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
             place = (name, "accuracy")
@@ -29,25 +44,6 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     counts = torch.bincount(test.labels * len(names) + predicted, minlength=len(names) ** 2)
     figure = confusion_figure(counts.view(len(names), -1).cpu(), names)
     section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", figure)
-
-
-def add_log_density(inputs: EvalInputs, section: Section, on_test: Tensor) -> None:
-    """log p(x) of test images, ``on_test`` (N,), and of training images, and how far these lie above those."""
-    noise, constant = inputs.noise_protocol, "up to the unknown constant log Z"
-    section.add_mean("log p(x) of test images (nats)", on_test, f"test images, {noise}; {constant}")
-    if not len(inputs.data.train):
-        section.add_absent("log p(x) of training images", "these data are test images alone")
-        return
-    train = inputs.subset(inputs.data.train)
-    on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
-    section.add_mean("log p(x) of training images (nats)", on_train, f"training images, {noise}; {constant}")
-    section.add(
-        "log p(x), training minus test (nats)",
-        on_train.mean() - on_test.mean(),
-        len(on_test) + len(on_train),
-        f"difference of the two means above, {noise}; well above 0 shows memorisation",
-        bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
-    )
 
 
 def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:

@@ -48,9 +48,9 @@ class Curves(NamedTuple):
 def measure(inputs: EvalInputs, section: Section) -> None:
     """log Z and bits per dimension of exp(log p(x) / T), for T = 1 and for the T that suits other images."""
     levels = 17 if inputs.cfg.dataset == "digits" else 256  # their loader spreads the digits' 17 over 0..255
-    test, rng = inputs.subset(inputs.data.test), inputs.rng()
+    data, rng = inputs.data, inputs.rng()
 
-    def on(split: Split) -> Tensor:
+    def log_p(split: Split) -> Tensor:
         x = ais.dequantise((split.images * ((levels - 1) / 255)).round(), levels, rng)
         return log_density(predict(inputs.model, x))
 
@@ -58,26 +58,27 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
         "between them as far as the reverse chains, begun in the buffer, have reached that density."
     )
+    test, (name, others) = inputs.subset(data.test), ("training", data.train)
+    if len(data.valid):
+        name, others = "validation", data.valid
     # TF32's error would swamp small steps of log p
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        sandwich_log_z(inputs, section, 1.0, on(test), levels, rng)
-        name = "validation" if len(inputs.data.valid) else "training"
-        others = inputs.subset(inputs.data.valid if len(inputs.data.valid) else inputs.data.train)
+        add_bits(inputs, section, 1.0, log_p(test), levels, rng)
         if not len(others) or inputs.buffer is None:
             reason = "it needs a replay buffer" if len(others) else "there are no other images to choose it on"
             section.add_absent("likelihood at another temperature", reason)
             return
-        curves = bits_by_temperature(inputs, on(others).mean().item(), levels, rng)
+        others = inputs.subset(others)
+        curves = bits_by_temperature(inputs, log_p(others).mean().item(), levels, rng)
         beta = curves.best()
         protocol = (
-            f"that of {LOWEST:g} to {HIGHEST:g} with the fewest bits of {name} images by the worse of two bounds, while"
-            f" these are at most {LARGEST_GAP:g} apart; a forward and a reverse AIS run of {len(curves.betas)} "
-            "temperatures over all of them; no test image is used"
+            f"that of {LOWEST:g} to {HIGHEST:g} with the fewest bits of {name} images (not of test images) by the worse"
+            f" of two bounds at most {LARGEST_GAP:g} apart; forward and reverse AIS of {len(curves.betas)} temperatures"
         )
         section.add("inverse temperature 1/T", beta, len(others), protocol)
         section.picture("bits_by_temperature", f"Bits per dimension of {name} images at 1/T", figure(curves, levels))
         if beta != 1:
-            sandwich_log_z(inputs, section, beta, on(test), levels, rng)
+            add_bits(inputs, section, beta, log_p(test), levels, rng)
 
 
 def sandwich(
@@ -102,10 +103,8 @@ def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int
     """
     dim, n_temperatures = math.prod(inputs.data.shape), max(2, inputs.cfg.ais_temperatures // 2)
     shares = ais.geometric_schedule(n_temperatures, LOWEST / HIGHEST)
-    runs = sandwich(inputs, HIGHEST, shares, 40, rng)
-    b = torch.tensor(shares[1:], dtype=torch.float64)
-    bits = {}
-    for name, run in runs.items():
+    b, bits = torch.tensor(shares[1:], dtype=torch.float64), {}
+    for name, run in sandwich(inputs, HIGHEST, shares, 40, rng).items():
         log_z = run.log_z() + (1 - b) * dim * math.log(2)  # the path has base^(1 - b) as a factor, which is constant
         bits[name] = ais.bits_per_dim(b * HIGHEST * mean_log_density - log_z, dim, levels).numpy()
     return Curves((b * HIGHEST).numpy(), bits)
@@ -126,15 +125,15 @@ def figure(curves: Curves, levels: int) -> Figure:
     return figure
 
 
-def sandwich_log_z(
-    inputs: EvalInputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator
-) -> None:
+def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator) -> None:
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     dim, temperatures = math.prod(inputs.data.shape), inputs.cfg.ais_temperatures
     runs = sandwich(inputs, beta, ais.sigmoid_schedule(temperatures), 20, rng)
-    if "reverse" not in runs:
-        section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
     log_z = {name: run.log_z()[-1].item() for name, run in runs.items()}
+    bits_protocol = (
+        f"test images, uniformly dequantised from {levels} grey levels; uniform density: {math.log2(levels):.4g} bits; "
+        "the interval covers the choice of test images, not the error of AIS nor the choice of the temperature"
+    )
     for name, run in runs.items():
         row, n = f"1/T = {beta:g}, {name}", run.log_weights.shape[1]
         protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures; {BOUNDS[name]}"
@@ -142,21 +141,16 @@ def sandwich_log_z(
         section.add("log Z (nats)", run.ess(), n, protocol, at=(row, "effective chains"))
         section.add("log Z (nats)", run.acceptance.mean(), n, protocol, at=(row, "mean HMC acceptance"))
         section.add("log Z (nats)", run.acceptance.min(), n, protocol, at=(row, "lowest HMC acceptance"))
-        section.add_mean(
-            "test bits per dimension",
-            ais.bits_per_dim(beta * on_test - log_z[name], dim, levels),
-            f"test images, uniformly dequantised from {levels} grey levels; "
-            f"the uniform density has {math.log2(levels):.4g} bits; the interval covers the choice of test images, "
-            "not the error of AIS nor the choice of the temperature",
-            (row, "bits"),
+        bits = ais.bits_per_dim(beta * on_test - log_z[name], dim, levels)
+        section.add_mean("test bits per dimension", bits, bits_protocol, (row, "bits"))
+    if "reverse" not in runs:
+        section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
+        return
+    gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)
+    protocol = "reverse minus forward estimate of log Z, in bits per dimension"
+    section.add("gap", gap, n, protocol, at=(f"1/T = {beta:g}", "bits"))
+    if gap < -0.01:
+        section.note(
+            f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of that density. "
+            "The reverse estimate means nothing; by the forward one, the true bits are still higher than its own."
         )
-    if "reverse" in runs:
-        gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)
-        protocol = "reverse minus forward estimate of log Z, in bits per dimension"
-        section.add("gap", gap, n, protocol, at=(f"1/T = {beta:g}", "bits"))
-        if gap < -0.01:
-            section.note(
-                f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of "
-                "that density, and the reverse estimate means nothing. The forward one still bounds log Z "
-                "from below, so the true bits are higher than its own."
-            )

@@ -109,43 +109,38 @@ def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Sect
 def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
     """At most as many images as ``test`` has, uint8 in its shape (N, C, H, W), from the set ``name``.
 
-    Of a folder it takes the test part, or all images if it has no parts. Besides data sets and folders: interp, the
-    mean of two different test images; noise, uniform; constant, one colour an image; and test images changed: shuffled,
-    the pixels in another order for each image; patches, the same with patches of 8x8, or a quarter of a small image;
-    blurred, by a Gaussian of 2 pixels; inverted, with 255 minus each value. Raises UserError if a set cannot be read.
+    That is a data set; a folder, of which it takes the test part, or all images if it has no parts; or one of
+    ``BUILT_IN``, random images or test images changed. Raises UserError if a set cannot be read.
     """
-    rng, (n, c, h, w) = inputs.rng(), test.shape
+    rng, (n, c, h, w), folder = inputs.rng(), test.shape, inputs.cfg.data_dir
     draw = {"generator": rng, "device": inputs.device}
     match name:
-        case "interp":
+        case "interp":  # the mean of two different test images
             order = torch.randperm(n, **draw)
             return ((test[order].short() + test[order.roll(1)].short()) // 2).byte()
-        case "noise":
+        case "noise":  # uniform
             return torch.randint(256, test.shape, dtype=torch.uint8, **draw)
-        case "constant":
+        case "constant":  # one colour an image
             return torch.randint(256, (n, c, 1, 1), dtype=torch.uint8, **draw).expand(test.shape)
-        case "shuffled":
+        case "shuffled":  # the pixels in another order for each image
             order = torch.rand(n, 1, h * w, **draw).argsort(2)
             return test.flatten(2).gather(2, order.expand(n, c, -1)).view(test.shape)
-        case "patches":
+        case "patches":  # the same with patches of 8x8, or a quarter of a small image
             return shuffled_patches(test, max(2, min(h, w) // 8), rng)
-        case "blurred":
+        case "blurred":  # by a Gaussian of 2 pixels
             return functional.gaussian_blur(test, [9, 9], [2.0, 2.0])
         case "inverted":
             return 255 - test
         case _ if name in NAMED:
-            others = data.load(name, download_folder(inputs.cfg), device=inputs.device).test
+            if inputs.cfg.dataset == "folder":  # it is not downloaded into a folder of images, as one class more
+                folder = os.path.abspath(Config.data_dir)
+                if folder == inputs.cfg.data_dir:
+                    raise UserError(f"it would be downloaded into your images in {folder}: move them elsewhere")
+            others = data.load(name, folder, device=inputs.device).test
         case _:
             images = image_folder.read_test_part(Path(name).expanduser(), image_size=h)
             others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
     return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
-
-
-def download_folder(cfg: Config) -> str:
-    """Where named data sets are, or are downloaded to: not into a folder of images, as one class more."""
-    if cfg.dataset == "folder" and cfg.data_dir == os.path.abspath(Config.data_dir):
-        raise UserError(f"it would be downloaded into your images in {cfg.data_dir}: move them elsewhere")
-    return os.path.abspath(Config.data_dir) if cfg.dataset == "folder" else cfg.data_dir
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -160,8 +155,15 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
     The last is the approximate mass of the JEM paper (section 5.3.3).
     """
+
+    def logits_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = data.to_float(x).detach().requires_grad_()
+        logits = model(x)
+        (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
+        return logits.detach(), grad.flatten(1).norm(dim=1)
+
     batches = x.split(images_per_batch(GRADIENT_BATCH, x.shape[1:]))
-    parts = distributed.sharded_map(batches, lambda x: logits_and_slope(model, x), x.device, title="scores")
+    parts = distributed.sharded_map(batches, logits_and_slope, x.device, title="scores")
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
@@ -173,20 +175,12 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-    batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
 
     def moved(x: Tensor) -> Tensor:
         return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
 
+    batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
     return torch.cat(distributed.sharded_map(batches, moved, images.device))
-
-
-def logits_and_slope(model: JEM, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, K), and the norm of d log p(x) / dx, (N,)."""
-    x = data.to_float(x).detach().requires_grad_()
-    logits = model(x)
-    (grad,) = torch.autograd.grad(log_density(logits).sum(), x)
-    return logits.detach(), grad.flatten(1).norm(dim=1)
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:
