@@ -20,13 +20,14 @@ from sgld import ChainInit, uniform_images
 from utils import UserError
 
 MAX_ROWS = 8192  # of a Gaussian's factor
+Shape = tuple[int, int, int]  # (C, H, W)
 Gaussian = tuple[Tensor, Tensor, float]  # mean (D,), factor (R, D) and noise; see ``fit``
 
 
 class StoredStarts(NamedTuple):
     """What a file that ships has in the place of training images: their shape, and Gaussians fitted to them by name."""
 
-    shape: tuple[int, int, int]
+    shape: Shape
     gaussians: dict[str, list[Gaussian]]
 
     def suffice(self, cfg) -> bool:
@@ -37,21 +38,18 @@ def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, fl
     """What ``--start`` names, or other ``shares`` of such images, by name."""
     shares = shares or cfg.start_shares
     inits = [build_one(name, cfg, images) for name in shares]
-    return inits[0] if len(inits) == 1 else MixtureInit(inits, list(shares.values()))
+    return inits[0] if len(inits) == 1 else partial(mixture_init, inits, list(shares.values()))
 
 
 def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     """A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
-    if name == "uniform":
-        return UniformInit(images.shape)
-    if name == "smooth":
-        return SmoothNoiseInit(images.shape)
-    if name == "shapes":
-        return ShapesInit(images.shape)
+    random_images = {"uniform": uniform_init, "smooth": smooth_noise_init, "shapes": shapes_init}
+    if name in random_images:
+        return partial(random_images[name], images.shape)
     if isinstance(images, StoredStarts):
         return GaussianInit(images.gaussians[name], images.shape)
     if name in ("patches", "mixed"):
-        return (PatchesInit if name == "patches" else MixedPairsInit)(images)
+        return partial(patches_init if name == "patches" else mixed_pairs_init, images.train.images)
     if name == "folder":
         read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
         return FolderInit(distributed.rank0_first(read), images)
@@ -67,31 +65,21 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     return GaussianInit(gaussians, images.shape)
 
 
-class UniformInit:
+def uniform_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
     """Uniform noise in [-1, 1], whatever the class (JEM)."""
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.shape = shape
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        return uniform_images(len(classes), self.shape, rng)
+    return uniform_images(len(classes), shape, rng)
 
 
-class MixtureInit:
+def mixture_init(inits: Sequence[ChainInit], shares: Sequence[float], classes: Sequence[int], rng: Generator) -> Tensor:
     """Each image from one of several inits, chosen at random with the given shares, which add up to 1."""
-
-    def __init__(self, inits: Sequence[ChainInit], shares: Sequence[float]):
-        self.inits, self.shares, self.shape = inits, shares, inits[0].shape
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        chosen = torch.rand(len(classes), 1, 1, 1, generator=rng, device=rng.device)
-        x, below = self.inits[0](classes, rng), self.shares[0]
-        for init, share in zip(self.inits[1:], self.shares[1:], strict=True):
-            x, below = torch.where(chosen < below, x, init(classes, rng)), below + share
-        return x.contiguous(memory_format=torch.channels_last)
+    chosen = torch.rand(len(classes), 1, 1, 1, generator=rng, device=rng.device)
+    x, below = inits[0](classes, rng), shares[0]
+    for init, share in zip(inits[1:], shares[1:], strict=True):
+        x, below = torch.where(chosen < below, x, init(classes, rng)), below + share
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def smooth_noise(n: int, shape: tuple[int, int, int], rng: Generator, white: float) -> Tensor:
+def smooth_noise(n: int, shape: Shape, rng: Generator, white: float) -> Tensor:
     """Noise of random smoothness, of mean 0 and standard deviation 1 in each image, float32 (n, C, H, W).
 
     Its amplitude falls with the frequency f as f^-a, a uniform in [0.5, 3]; a share ``white`` of the images has a = 0.
@@ -108,63 +96,46 @@ def smooth_noise(n: int, shape: tuple[int, int, int], rng: Generator, white: flo
     return x / (x.std((1, 2, 3), keepdim=True) + 1e-6)
 
 
-class SmoothNoiseInit:
+def smooth_noise_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
     """Noise of random smoothness, colour and contrast, down to one colour; a third of it is white."""
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.shape = shape
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        n, c = len(classes), self.shape[0]
-        draw = partial(torch.rand, generator=rng, device=rng.device)
-        x = smooth_noise(n, self.shape, rng, white=1 / 3)
-        grey, contrast = draw(n, 1, 1, 1), draw(n, 1, 1, 1).square()  # how far the channels are alike
-        x = grey * x.mean(1, keepdim=True) * c**0.5 + (1 - grey) * x
-        colour = 2 * draw(n, c, 1, 1) - 1
-        return (colour + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+    n, c = len(classes), shape[0]
+    draw = partial(torch.rand, generator=rng, device=rng.device)
+    x = smooth_noise(n, shape, rng, white=1 / 3)
+    grey, contrast = draw(n, 1, 1, 1), draw(n, 1, 1, 1).square()  # how far the channels are alike
+    x = grey * x.mean(1, keepdim=True) * c**0.5 + (1 - grey) * x
+    colour = 2 * draw(n, c, 1, 1) - 1
+    return (colour + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
-class ShapesInit:
+def shapes_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
     """Areas and strokes of one colour on another, half of them black and white, with edges of random softness."""
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.shape = shape
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        n, (c, h, w) = len(classes), self.shape
-        draw = partial(torch.rand, generator=rng, device=rng.device)
-        height = smooth_noise(n, (1, h, w), rng, white=0.0)
-        areas = height - 1.5 * (2 * draw(n, 1, 1, 1) - 1)  # above a random level
-        strokes = 0.3 - height.abs()  # near level 0
-        softness = 0.02 + 0.5 * draw(n, 1, 1, 1).square()
-        mask = torch.sigmoid(torch.where(draw(n, 1, 1, 1) < 0.5, strokes, areas) / softness)
-        white = torch.where(draw(n, 1, 1, 1) < 0.5, -1.0, 1.0).expand(n, c, 1, 1)
-        plain = draw(n, 1, 1, 1) < 0.5
-        first, second = (torch.where(plain, bw, 2 * draw(n, c, 1, 1) - 1) for bw in (white, -white))
-        return (first + (second - first) * mask).contiguous(memory_format=torch.channels_last)
+    n, (c, h, w) = len(classes), shape
+    draw = partial(torch.rand, generator=rng, device=rng.device)
+    height = smooth_noise(n, (1, h, w), rng, white=0.0)
+    areas = height - 1.5 * (2 * draw(n, 1, 1, 1) - 1)  # above a random level
+    strokes = 0.3 - height.abs()  # near level 0
+    softness = 0.02 + 0.5 * draw(n, 1, 1, 1).square()
+    mask = torch.sigmoid(torch.where(draw(n, 1, 1, 1) < 0.5, strokes, areas) / softness)
+    white = torch.where(draw(n, 1, 1, 1) < 0.5, -1.0, 1.0).expand(n, c, 1, 1)
+    plain = draw(n, 1, 1, 1) < 0.5
+    first, second = (torch.where(plain, bw, 2 * draw(n, c, 1, 1) - 1) for bw in (white, -white))
+    return (first + (second - first) * mask).contiguous(memory_format=torch.channels_last)
 
 
-class TrainingImages:
-    """Random training images, whatever their class."""
-
-    def __init__(self, images: ImageData):
-        self.images, self.shape = images.train.images, images.shape
-
-    def draw(self, n: int, rng: Generator) -> Tensor:
-        chosen = torch.randint(len(self.images), (n,), generator=rng, device=rng.device)
-        return to_float(self.images[chosen.to(self.images.device)].to(rng.device))
+def draw_images(images: Tensor, n: int, rng: Generator) -> Tensor:
+    """Random ones of the training images, uint8 (N, C, H, W), whatever their class."""
+    chosen = torch.randint(len(images), (n,), generator=rng, device=rng.device)
+    return to_float(images[chosen.to(images.device)].to(rng.device))
 
 
-class PatchesInit(TrainingImages):
+def patches_init(images: Tensor, classes: Sequence[int], rng: Generator) -> Tensor:
     """Training images whose square patches, of a half, a quarter or an eighth of the side, are in a random order."""
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        n = len(classes)
-        images = self.draw(n, rng)
-        size = torch.randint(3, (n, 1, 1, 1), generator=rng, device=rng.device)
-        for k, parts in enumerate((2, 4, 8)):
-            images = torch.where(size == k, shuffled_patches(images, parts, rng), images)
-        return images.contiguous(memory_format=torch.channels_last)
+    n = len(classes)
+    x = draw_images(images, n, rng)
+    size = torch.randint(3, (n, 1, 1, 1), generator=rng, device=rng.device)
+    for k, parts in enumerate((2, 4, 8)):
+        x = torch.where(size == k, shuffled_patches(x, parts, rng), x)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
@@ -182,13 +153,12 @@ def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
     return x
 
 
-class MixedPairsInit(TrainingImages):
+def mixed_pairs_init(images: Tensor, classes: Sequence[int], rng: Generator) -> Tensor:
     """Weighted means of two training images, the weight uniform in [0.3, 0.7]."""
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        n = len(classes)
-        weight = 0.3 + 0.4 * torch.rand(n, 1, 1, 1, generator=rng, device=rng.device)
-        return torch.lerp(self.draw(n, rng), self.draw(n, rng), weight).contiguous(memory_format=torch.channels_last)
+    n = len(classes)
+    weight = 0.3 + 0.4 * torch.rand(n, 1, 1, 1, generator=rng, device=rng.device)
+    mixed = torch.lerp(draw_images(images, n, rng), draw_images(images, n, rng), weight)
+    return mixed.contiguous(memory_format=torch.channels_last)
 
 
 class FolderInit:
@@ -198,11 +168,11 @@ class FolderInit:
     """
 
     def __init__(self, images: Tensor, like: ImageData):
-        self.shape = like.shape
-        if images.shape[2:] != self.shape[1:]:
-            raise UserError(f"--start_dir needs square training images, and these are {self.shape[2]}x{self.shape[1]}")
-        if images.shape[1] != self.shape[0]:
-            images = functional.rgb_to_grayscale(images, num_output_channels=self.shape[0])
+        channels, height, width = like.shape
+        if images.shape[2:] != (height, width):
+            raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
+        if images.shape[1] != channels:
+            images = functional.rgb_to_grayscale(images, num_output_channels=channels)
         self.images, self.flip = images.to(like.test.images.device), like.flip
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
@@ -216,7 +186,7 @@ class GaussianInit:
     One Gaussian for each class: JEM++ (ICCV 2021, section 4.2) and SADA-JEM; one for all: M-JEM.
     """
 
-    def __init__(self, gaussians: list[Gaussian], shape: tuple[int, int, int]):
+    def __init__(self, gaussians: list[Gaussian], shape: Shape):
         self.gaussians, self.shape = gaussians, shape
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:

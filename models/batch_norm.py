@@ -1,7 +1,7 @@
 """Batch normalisation: which statistics it uses, which batches change them, and what several processes do together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,26 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 @contextmanager
-def running_stats_update(model: nn.Module, enabled: bool) -> Iterator[None]:
+def attribute_set(layers: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+    """Inside, the layers' attribute has this value; afterwards each has its own again."""
+    before = {layer: getattr(layer, name) for layer in layers}
+    try:
+        for layer in before:
+            setattr(layer, name, value)
+        yield
+    finally:
+        for layer, own in before.items():
+            setattr(layer, name, own)
+
+
+def running_stats_update(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Inside, if not ``enabled``, batches in training mode leave running statistics alone; their own normalise them."""
-    for layer in batch_norms(model):
-        layer.track_running_stats = enabled
-    try:
-        yield
-    finally:
-        for layer in batch_norms(model):
-            layer.track_running_stats = True
+    return attribute_set(batch_norms(model), "track_running_stats", enabled)
 
 
-@contextmanager
-def running_stats_only(model: nn.Module) -> Iterator[None]:
+def running_stats_only(model: nn.Module) -> AbstractContextManager:
     """Inside, batch normalisation uses its running statistics, as in evaluation mode, and leaves them alone."""
-    training = [layer for layer in batch_norms(model) if layer.training]
-    for layer in training:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in training:
-            layer.training = True
+    return attribute_set(batch_norms(model), "training", False)
 
 
 @torch.no_grad()

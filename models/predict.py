@@ -1,14 +1,15 @@
 """A network's outputs for many images, batch by batch. Training, evaluation and sampling all predict with this."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 import distributed
 from data import Split, to_float
+from models.batch_norm import attribute_set
 from models.jem import JEM
 from utils import autocast
 
@@ -18,17 +19,9 @@ def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
     return max(1, n * 3072 // math.prod(shape))
 
 
-@contextmanager
-def evaluation_mode(network: Callable) -> Iterator[None]:
+def evaluation_mode(network: Callable) -> AbstractContextManager:
     """A module with all its parts is in evaluation mode meanwhile; afterwards each part is in the mode it was in."""
-    modes = {part: part.training for part in network.modules()} if isinstance(network, nn.Module) else {}
-    try:
-        for part in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    return attribute_set(network.modules() if isinstance(network, nn.Module) else (), "training", False)
 
 
 @torch.no_grad()

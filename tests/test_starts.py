@@ -1,7 +1,5 @@
 """Gaussian starts against the images' own statistics."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ import chain_init
 import data
 from chain_init import GaussianInit, build_chain_init, fit
 from config import Config
-from data import Split
 from utils import UserError
 
 
@@ -87,9 +84,8 @@ def test_several_starts_have_their_shares():
         return lambda classes, rng: torch.full((len(classes), 1, 2, 2), value)
 
     inits = [constant(value) for value in (0.1, 0.2, 0.3)]
-    inits[0].shape = (1, 2, 2)
     assert Config(start="smooth:3, uniform").start_shares == {"smooth": 0.75, "uniform": 0.25}
-    x = chain_init.MixtureInit(inits, [0.5, 0.3, 0.2])([0] * 20_000, generator())
+    x = chain_init.mixture_init(inits, [0.5, 0.3, 0.2], [0] * 20_000, generator())
     assert (x == x[:, :, :1, :1]).all()  # an image is of one kind
     for value, share in ((0.1, 0.5), (0.2, 0.3), (0.3, 0.2)):
         assert (x[:, 0, 0, 0] == value).float().mean() == pytest.approx(share, abs=0.02)
@@ -114,9 +110,8 @@ def test_spectrum_of_smooth_noise(white):
 def test_starts_made_from_training_images():
     """Patches keep the pixels and change their places; a mixed pair lies between its two images."""
     digits = data.load("digits")
-    images = replace(digits, train=Split(digits.train.images[:1], digits.train.labels[:1]))
-    original = data.to_float(images.train.images)
-    x = chain_init.PatchesInit(images)([0] * 20, generator())
+    original = data.to_float(digits.train.images[:1])
+    x = chain_init.patches_init(digits.train.images[:1], [0] * 20, generator())
     assert torch.equal(x.flatten(1).sort(1).values, original.flatten(1).sort(1).values.expand(20, -1))
     assert ((x != original).flatten(1).any(1)).sum() >= 18
     numbered = torch.arange(49.0).view(1, 1, 7, 7).expand(30, -1, -1, -1)  # patches of 3 pixels, and a rest of one
@@ -126,7 +121,7 @@ def test_starts_made_from_training_images():
         patches = x[:, :, :6, :6].unfold(2, 3, 3).unfold(3, 3, 3).reshape(-1, 9)
         assert len(patches.unique(dim=0)) == 4 and (patches - patches[:, :1] - patches[0] + patches[0, 0] == 0).all()
     two = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 255.0)]).to(torch.uint8)
-    mixed = chain_init.MixedPairsInit(replace(digits, train=Split(two, torch.tensor([0, 1]))))([0] * 400, generator())
+    mixed = chain_init.mixed_pairs_init(two, [0] * 400, generator())
     values = mixed[:, 0, 0, 0]
     between = values[(values.abs() < 0.99)]
     assert (mixed == values.view(-1, 1, 1, 1)).all() and len(between) > 100 and between.abs().max() <= 0.4 + 1e-6

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import optim
 import sgld
 import trainer
 from acceleration import CompiledOrEager
-from chain_init import UniformInit
+from chain_init import uniform_init
 from config import Config
 from data import Split
 from distributed import World
@@ -50,7 +51,7 @@ def plain_losses(cfg, images, steps):
     data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
     model = build_model(1, 10, cfg.depth, cfg.width, norm=cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-    start = UniformInit(images.shape)
+    start = partial(uniform_init, images.shape)
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
     sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
     per_epoch, losses = len(images.train) // cfg.batch_size, []
