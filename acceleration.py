@@ -69,8 +69,7 @@ class CUDAGraphBackward:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.graphs: dict[bool, CUDAGraphStep] = {}
+        self.model, self.graphs = model, {}
 
     def __call__(self, backward: Callable, batch: tuple, update_statistics: bool = True) -> dict[str, Tensor]:
         if update_statistics not in self.graphs:

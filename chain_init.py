@@ -50,18 +50,22 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
         return GaussianInit(images.gaussians[name], images.shape)
     if name in ("patches", "mixed"):
         return partial(patches_init if name == "patches" else mixed_pairs_init, images.train.images)
+    device, (channels, height, width) = images.test.images.device, images.shape
     if name == "folder":
-        read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), images.shape[1], "--start_dir ")
-        return FolderInit(distributed.rank0_first(read), images)
-    device = images.test.images.device
+        if height != width:
+            raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
+        read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), height, "--start_dir ")
+        others = distributed.rank0_first(read)
+        if others.shape[1] != channels:
+            others = functional.rgb_to_grayscale(others, num_output_channels=channels)
+        return partial(folder_init, others.to(device), images.flip)
     if name == "gaussian":
         return GaussianInit([fit(images.train.images, device)], images.shape)
-    n_classes = len(images.class_names)
+    train, gaussians = some_of_each_class(images.train, cfg.labels_per_class, len(images.class_names)), []
     for k, name in enumerate(images.class_names):
         if not (images.train.labels == k).any():
             raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
-    train = some_of_each_class(images.train, cfg.labels_per_class, n_classes)
-    gaussians = [fit(train.images[train.labels == k], device) for k in range(n_classes)]
+        gaussians.append(fit(train.images[train.labels == k], device))
     return GaussianInit(gaussians, images.shape)
 
 
@@ -140,16 +144,13 @@ def patches_init(images: Tensor, classes: Sequence[int], rng: Generator) -> Tens
 
 def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
     """Images (N, C, H, W) cut into ``parts`` x ``parts`` patches in a random order; a rest at the edge stays."""
-    n, c, h, w = x.shape
-    ph, pw = h // parts, w // parts
+    x, (ph, pw) = x.clone(), (x.shape[2] // parts, x.shape[3] // parts)
     whole = x[:, :, : ph * parts, : pw * parts]
     grid = whole.unflatten(3, (parts, pw)).unflatten(2, (parts, ph))  # (n, c, a, ph, b, pw)
     patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, a * b, c, ph, pw)
-    order = torch.rand(n, parts**2, generator=rng, device=rng.device).argsort(1)
+    order = torch.rand(len(x), parts**2, generator=rng, device=rng.device).argsort(1)
     patches = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
-    grid = patches.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5)
-    x = x.clone()
-    x[:, :, : ph * parts, : pw * parts] = grid.flatten(4, 5).flatten(2, 3)
+    whole.copy_(patches.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
     return x
 
 
@@ -161,23 +162,10 @@ def mixed_pairs_init(images: Tensor, classes: Sequence[int], rng: Generator) -> 
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-class FolderInit:
-    """Random images of another set, uint8 (N, C, H, W), made grey or RGB as the training images are (DAT).
-
-    They are cropped with black edges and flipped.
-    """
-
-    def __init__(self, images: Tensor, like: ImageData):
-        channels, height, width = like.shape
-        if images.shape[2:] != (height, width):
-            raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
-        if images.shape[1] != channels:
-            images = functional.rgb_to_grayscale(images, num_output_channels=channels)
-        self.images, self.flip = images.to(like.test.images.device), like.flip
-
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        chosen = torch.randint(len(self.images), (len(classes),), generator=rng, device=rng.device)
-        return augment(self.images[chosen], self.flip, 0.0, rng, "black")
+def folder_init(images: Tensor, flip: bool, classes: Sequence[int], rng: Generator) -> Tensor:
+    """Random ones of other images, uint8 (N, C, H, W), cropped with black edges and perhaps flipped (DAT)."""
+    chosen = torch.randint(len(images), (len(classes),), generator=rng, device=rng.device)
+    return augment(images[chosen], flip, 0.0, rng, "black")
 
 
 class GaussianInit:

@@ -36,11 +36,9 @@ class Recovery:
         if self.recoveries >= self.cfg.max_recoveries:
             advice = "try more --sgld_step, a lower --lr, or --energy_l2 0.1"
             raise TrainingFailed(f"training diverged at step {step}, after {self.recoveries} recoveries: {advice}")
-        self.recoveries += 1
-        self.latest = self.proven
         soon = step <= self.failed_at + 5 * STATE_EVERY
         self.close_failures = self.close_failures + 1 if soon else 1
-        self.failed_at = step
+        self.recoveries, self.failed_at, self.latest = self.recoveries + 1, step, self.proven
         return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 
     def _change_settings(self) -> str:

@@ -25,14 +25,13 @@ def joint_loss(
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
     penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
     ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3), or with
-    ``mean_energy_form`` "real_squares" the mean square of real images (M-JEM's code). ``loss/outliers``
-    keeps log p(x) of outliers below that of real images by a margin: the mean of softplus(outlier - real + margin) over
-    all pairs (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
+    ``mean_energy_form`` "real_squares" the mean square of real images (M-JEM's code). ``loss/outliers`` keeps log p(x)
+    of outliers below that of real images by a margin: the mean of softplus(outlier - real + margin) over all pairs
+    (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
 
     Args:
         cfg: a Config, or anything with its options mode, generative, and the weights.
-        logits: of the labelled images (N, K), of the real images of log p(x) (P, K), of the samples (M, K) and of the
-            outliers (Q, K); None for the last two where there are none.
+        logits: of N labelled images, P real ones of log p(x), M samples and Q outliers.
         y: the labels, int64 (N,).
         y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run.
@@ -56,8 +55,7 @@ def joint_loss(
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
         log_densities.append(sampled)
-        generative = sampled.mean() - real.mean()
-        climbed = real, sampled
+        generative, climbed = sampled.mean() - real.mean(), (real, sampled)
         if y_sampled is not None and y_real is not None:
             climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
         logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
@@ -92,10 +90,7 @@ def joint_loss(
 
 
 def auroc(real: Tensor, sampled: Tensor) -> Tensor:
-    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,); a tie counts half; float64, 0-dim.
-
-    Sorting makes it fast for thousands of images; nothing waits for the device.
-    """
+    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,); ties count half; float64, 0-dim."""
     ordered = sampled.detach().sort().values
     below, not_above = (torch.searchsorted(ordered, real.detach(), right=right) for right in (False, True))
     return (below + not_above).double().mean() / (2 * len(sampled))

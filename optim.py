@@ -96,10 +96,9 @@ def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: 
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters, in place; ``step`` counts from 1.
 
-    The decay is (1 + step) / (10 + step) as long as that is less: a short memory first. Running statistics are not
-    averaged: see ``recalibrate_batch_norm``.
+    Running statistics are not averaged: see ``recalibrate_batch_norm``.
     """
-    decay = min(decay, (1 + step) / (10 + step))
+    decay = min(decay, (1 + step) / (10 + step))  # a short memory first
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-from evaluation.intervals import Interval, bootstrap
+from evaluation.report import Interval, bootstrap
 from models.predict import images_per_batch
 from utils import UserError
 
@@ -37,8 +37,8 @@ TUNING_CHAINS, TUNING_STEPS = 64, 10  # at most; at each temperature that the tu
 class Box(NamedTuple):
     """The uniform density on [-1, 1]^D; ``shape`` is that of one image.
 
-    Chains walk in y = artanh(x), where there are no walls and the uniform density is a logistic one. Bouncing off walls
-    would cost tiny steps where pixels crowd a wall, as the background of digits does.
+    Chains walk in y = artanh(x), where the uniform density is a logistic one and there are no walls: to bounce off
+    walls would cost tiny steps where pixels crowd a wall, as the background of digits does.
     """
 
     shape: tuple[int, ...]
@@ -141,11 +141,10 @@ def geometric_schedule(n_temperatures: int, first: float) -> list[float]:
 
 
 def tune_step_sizes(path: GeometricPath, n_chains: int, n_knots: int, generator: Generator) -> Tensor:
-    """HMC step sizes, (T,), at which about ``ACCEPTED`` of the proposals are accepted.
+    """HMC step sizes, (T,), at which about ``ACCEPTED`` of the proposals are accepted, but none above 2.
 
-    A run of its own on chains that are thrown away: step sizes that followed the weighted chains would bias their
-    weights. Visits up to ``n_knots`` temperatures and interpolates between. No step is longer than 2, where leapfrog on
-    a Gaussian of standard deviation 1 becomes unstable (the box has 0.91).
+    There leapfrog on a Gaussian of standard deviation 1 becomes unstable (the box has 0.91). A run of its own: step
+    sizes that followed the weighted chains would bias their weights. ``n_knots`` temperatures, interpolated between.
     """
     n_temperatures, log_max = len(path.betas) - 1, math.log(2)
     knots = np.linspace(0, n_temperatures - 1, min(n_knots, n_temperatures)).astype(int)
@@ -191,9 +190,8 @@ def log_mean_weight(log_weights: Tensor, sign: int) -> Tensor:
 def anneal(path: GeometricPath, y: Tensor, step_sizes: Tensor, generator: Generator, sign: int = 1) -> AISResult:
     """One chain from each of y (N, ...): from samples of the base to the model or, with sign -1, back from the model's.
 
-    Forward it is a stochastic lower bound of log Z, P(estimate > log Z + b) < exp(-b) (Neal 2001), in reverse an upper
-    one, P(estimate < log Z - b) < exp(-b) (Grosse et al. 2015). ``step_sizes`` (T,) come from ``tune_step_sizes``.
-    Costs ``N_LEAPFROG * T`` gradients for each chain. Raises UserError where the density is not finite.
+    Stochastic bounds: P(estimate > log Z + b) < exp(-b), in reverse P(estimate < log Z - b) < exp(-b). ``step_sizes``
+    (T,) are of ``tune_step_sizes``; costs ``N_LEAPFROG * T`` gradients a chain. UserError if the density is not finite.
     """
     betas, at = path.betas, path.point(y)
     weight_steps = torch.zeros(len(step_sizes), len(y), dtype=torch.float64, device=y.device)

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.intervals import Interval, bootstrap
-from evaluation.report import Section
+from evaluation.report import Interval, Section, bootstrap
 from models.predict import predict
 
 needs_labels = True

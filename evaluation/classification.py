@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.inputs import EvalInputs
-from evaluation.intervals import bootstrap
-from evaluation.report import Section
+from evaluation.report import Section, bootstrap
 from models import log_density
 from models.predict import predict
 
@@ -28,13 +27,10 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         train = inputs.subset(inputs.data.train)
         on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
         section.add_mean("log p(x) of training images (nats)", on_train, f"training images, {noise}; {constant}")
-        section.add(
-            "log p(x), training minus test (nats)",
-            on_train.mean() - on_test.mean(),
-            len(on_test) + len(on_train),
-            f"difference of the two means above, {noise}; well above 0 shows memorisation",
-            bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test),
-        )
+        apart, n = "log p(x), training minus test (nats)", len(on_test) + len(on_train)
+        interval = bootstrap(lambda a, b: a.mean() - b.mean(), on_train, on_test)
+        meaning = f"difference of the two means above, {noise}; well above 0 shows memorisation"
+        section.add(apart, on_train.mean() - on_test.mean(), n, meaning, interval)
     else:
         section.add_absent("log p(x) of training images", "these data are test images alone")
     for k, name in enumerate(names):

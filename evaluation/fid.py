@@ -23,8 +23,7 @@ EXACT = "donot_use_mm_for_euclid_dist"  # so that an image lies at distance 0 fr
 class InceptionSpace:
     """torch-fidelity's Inception-v3 with the original TensorFlow weights, downloaded once, and TensorFlow's resizing.
 
-    The features are its pool layer (N, 2048), the logits are without their bias (N, 1008). Raises UserError if the
-    weights cannot be loaded.
+    Features (N, 2048) of its pool layer, logits (N, 1008) without their bias. UserError if weights cannot be loaded.
     """
 
     table, frechet_name, network_name = "Inception scores", "FID", "Inception-v3 of torch-fidelity"
@@ -82,13 +81,10 @@ def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
 
 
-def feature_distances(
-    features: Tensor, real: Tensor, statistics: dict[str, np.ndarray], subset_size: int, frechet_name: str = "FID"
-) -> dict[str, float]:
-    """Distances of features (N, D) to those of real images, (M, D) with their ``feature_statistics``, by name.
+def kid_precision_recall(features: Tensor, real: Tensor, subset_size: int) -> dict[str, float]:
+    """KID (Bińkowski et al. 2018), improved precision and recall (Kynkäänniemi et al. 2019) of features (N, D), (M, D).
 
-    All are torch-fidelity's: Fréchet distance; kernel distance (KID, Bińkowski et al. 2018), the mean over
-    ``KID_SUBSETS`` random subsets of ``subset_size`` images; improved precision and recall (Kynkäänniemi et al. 2019).
+    KID is the mean over ``KID_SUBSETS`` random subsets of ``subset_size`` images. All are torch-fidelity's.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -96,13 +92,8 @@ def feature_distances(
     kid = kid_features_to_metric(features, real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False)
     parts = {"prc_batch_size": CHUNK, "save_cpu_ram": True}
     prc = prc_features_to_metric(features, real, prc_neighborhood=NEIGHBOURS, verbose=False, **parts)
-    return {
-        frechet_name: frechet_distance(feature_statistics(features), statistics),
-        "KID": kid[KEY_METRIC_KID_MEAN],
-        "KID, standard deviation": kid[KEY_METRIC_KID_STD],
-        "precision": prc[KEY_METRIC_PRECISION],
-        "recall": prc[KEY_METRIC_RECALL],
-    }
+    found = {"KID": kid[KEY_METRIC_KID_MEAN], "KID, standard deviation": kid[KEY_METRIC_KID_STD]}
+    return found | {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
 
 
 def inception_score(logits: Tensor) -> dict[str, float]:

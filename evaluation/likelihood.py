@@ -37,8 +37,8 @@ class Curves(NamedTuple):
     def best(self) -> float:
         """The 1/T with the fewest bits of the worse bound, rounded to three digits.
 
-        It is sought up to where the bounds are ``LARGEST_GAP`` apart: for colder T no chain arrives, forward or
-        reverse, and either may come out too low. All others are compared, as noise of AIS makes minima of its own.
+        Only of those before the bounds are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may come out
+        too low. All of them are compared, as noise of AIS makes minima of its own.
         """
         forward, reverse = self.bits.values()
         apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)
@@ -97,10 +97,7 @@ def sandwich(
 
 
 def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int, rng: Generator) -> Curves:
-    """Both bounds at every 1/T from one run each, of images whose mean log p(x) is given.
-
-    On the way from the uniform density to exp(HIGHEST log p(x)) the chains pass exp(log p(x) / T) for each T.
-    """
+    """Both bounds, of images whose mean log p(x) is given, at every 1/T that chains to exp(HIGHEST log p(x)) pass."""
     dim, n_temperatures = math.prod(inputs.data.shape), max(2, inputs.cfg.ais_temperatures // 2)
     shares = ais.geometric_schedule(n_temperatures, LOWEST / HIGHEST)
     b, bits = torch.tensor(shares[1:], dtype=torch.float64), {}

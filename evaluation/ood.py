@@ -16,8 +16,7 @@ import image_folder
 from chain_init import shuffled_patches
 from config import Config
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
-from evaluation.intervals import bootstrap
-from evaluation.report import Section
+from evaluation.report import Section, bootstrap
 from losses import auroc
 from models import JEM, log_density
 from models.predict import images_per_batch, predict
@@ -47,14 +46,12 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             add_detection(section, (shown, score), inside[score], outside, inputs.noise_protocol)
             drawn[score][shown] = outside
         moved = moved_towards_data(inputs.model, images[:MOVED])
-        section.add(
-            "AUROC, worst case",
-            auroc(inside["log p(x)"], log_density(predict(inputs.model, moved))),
-            len(test) + len(moved),
+        area = auroc(inside["log p(x)"], log_density(predict(inputs.model, moved)))
+        protocol = (
             f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
-            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}",
-            at=(shown, "log p(x)"),
+            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}"
         )
+        section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(shown, "log p(x)"))
     for score, sets in drawn.items():
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
         section.picture(file_name, f"{score} of test images against other images", histograms(sets, score))
@@ -66,10 +63,8 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
 
     is_test = np.repeat([1, 0], [len(inside), len(outside)])
     score = torch.cat([inside, outside]).cpu().numpy()
-    protocol = (
-        f"{len(inside)} test images (positives, which should score higher) against {len(outside)} others; {noise}"
-    )
     n, (fpr, tpr, _) = len(score), roc_curve(is_test, score, drop_intermediate=False)
+    protocol = f"{len(inside)} test images (positives, to score higher) against {len(outside)} others; {noise}"
     section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside), at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)

@@ -29,7 +29,7 @@ FILTERED = {  # share of the buffer, and whose protocol it is
 
 
 class ImageSet(NamedTuple):
-    images: Tensor  # uint8 (N, C, H, W)
+    images: Tensor
     protocol: str  # what they are
 
 
@@ -120,22 +120,19 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
     check_variance(cfg, inputs.data.shape, cfg.n_chains)
     model = frozen_sampler_model(inputs.model, dtype, cfg.norm_statistics)
-    chain_init = build_chain_init(cfg, inputs.data)
-    classes, targets = range(len(inputs.data.class_names)), {"fresh": "log p(x)"}
+    chain_init, classes = build_chain_init(cfg, inputs.data), range(len(inputs.data.class_names))
+    targets = {"fresh": "log p(x)"}
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
     print(f"  samples: {len(targets)} times {n} chains of {cfg.fresh_steps} SGLD steps", flush=True)
-    protocol = (
-        f"from {cfg.start_name}, {step_protocol(cfg)}, {cfg.n_chains} at once, network in "
-        f"{str(dtype).removeprefix('torch.')}, unfiltered"
-    )
-    sets = {}
+    network, sets = f"network in {str(dtype).removeprefix('torch.')}", {}
     for name, target in targets.items():
         start = StartImages(cfg.start, n, chain_init, classes, class_cond=name != "fresh")
         chains = run_chains(model, start, cfg.fresh_steps, cfg, inputs.rng())  # both from the same starts
         starts, ends = (to_uint8(x).to(inputs.device) for x in (chains.start, chains.x))
+        protocol = f"chains of {cfg.fresh_steps} SGLD steps on {target} from {cfg.start_name}, {step_protocol(cfg)}"
         sets["chain starts"] = ImageSet(starts, f"what these chains start from: {cfg.start_name}")
-        sets[name] = ImageSet(ends, f"chains of {cfg.fresh_steps} SGLD steps on {target} {protocol}")
+        sets[name] = ImageSet(ends, f"{protocol}, {cfg.n_chains} at once, {network}, unfiltered")
     return sets
 
 
@@ -152,13 +149,12 @@ def add_distances(
             continue
         outputs = space.outputs(images)
         subset_size = min(fid.KID_SUBSET_SIZE, n - 1)
-        columns = fid.feature_distances(outputs["features"], real_features, statistics, subset_size, space.frechet_name)
+        columns = {space.frechet_name: fid.frechet_distance(fid.feature_statistics(outputs["features"]), statistics)}
+        columns |= fid.kid_precision_recall(outputs["features"], real_features, subset_size)
         if "logits" in outputs:
             columns |= fid.inception_score(outputs["logits"])
-        protocol += (
-            f"; {space.network_name}, against {real.protocol}; KID of {fid.KID_SUBSETS} subsets of {subset_size} "
-            f"images, precision and recall with {fid.NEIGHBOURS} nearest neighbours"
-        )
+        protocol += f"; {space.network_name}, against {real.protocol}; KID of {fid.KID_SUBSETS} subsets of "
+        protocol += f"{subset_size} images, precision and recall with {fid.NEIGHBOURS} nearest neighbours"
         for column, value in columns.items():
             section.add(space.table, value, len(images), protocol, at=(name, column))
         if n < real_features.shape[1]:
@@ -166,8 +162,7 @@ def add_distances(
     if few:
         section.note(
             f"**{space.frechet_name} means little here** ({', '.join(few)}): there are fewer images than the "
-            f"{real_features.shape[1]} features, too few to estimate their covariance. Compare it only between equal "
-            "numbers of images."
+            f"{real_features.shape[1]} features. Compare it only between equal numbers of images."
         )
 
 
@@ -184,8 +179,6 @@ def add_nearest(section: Section, sets: dict[str, ImageSet], train: Tensor, back
         for indices, distances in ((like[:10], distance[:10]), (feature_like, feature_distance)):
             grid = image_grid(train[indices], len(shown), tile=96)
             strips.append(captioned(grid, columns=[f"{d:.3g}" for d in distances]))
-        section.picture(
-            f"nearest_{name}",
-            f"Images ({name}) and the training image nearest to each, with its L2 distance above it",
-            captioned(np.concatenate(strips), rows=["image", "nearest in pixels", "nearest in features"]),
-        )
+        picture = captioned(np.concatenate(strips), rows=["image", "nearest in pixels", "nearest in features"])
+        caption = f"Images ({name}) and the training image nearest to each, with its L2 distance above it"
+        section.picture(f"nearest_{name}", caption, picture)

@@ -5,12 +5,13 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -18,7 +19,6 @@ from torch import Tensor
 
 import distributed
 from config.options import METRICS
-from evaluation.intervals import Interval, bootstrap, wilson
 from logger.files import replace_file
 from logger.images import save_png
 from utils import UserError, printable
@@ -26,6 +26,7 @@ from utils import UserError, printable
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 IN_FILE = ("results", "notes", "absent", "pictures")  # what results.json holds of a section
 RUNS = ("this run", "other run")
+Interval = tuple[float, float]  # of 95 %
 NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
 
 
@@ -33,9 +34,8 @@ NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # opti
 class Section:
     """One metric's measurements, remarks and pictures.
 
-    A measurement is a dict: its value; its interval of 95 % or None; n, how many images (or pairs, or chains) it rests
-    on; its protocol. Every text is made printable on its way in: the name of a file or an error may hold what is no
-    UTF-8.
+    A measurement is a dict of its value, interval, protocol and n, how many images (or pairs, or chains) it rests on.
+    Every text is made printable on its way in: the name of a file or an error may hold what is no UTF-8.
     """
 
     name: str
@@ -97,6 +97,30 @@ class Section:
         return found
 
 
+def bootstrap(
+    statistic: Callable[..., Any], *groups: Tensor, replicates: int = 1000, centre: float | None = None
+) -> Interval:
+    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
+
+    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
+    """
+    rng, groups, drawn = torch.Generator().manual_seed(0), [group.cpu() for group in groups], []
+    for _ in range(replicates):
+        drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    if centre is not None:
+        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
+    return float(low), float(high)
+
+
+def wilson(true: Tensor) -> Interval:
+    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %."""
+    from scipy.stats import binomtest  # slow to import
+
+    low, high = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
 class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
@@ -104,11 +128,9 @@ class Report:
     """
 
     def __init__(self, directory: Path, header: dict[str, dict], other: "Report | None" = None):
-        self.directory, self.other = directory, other
-        self.header = {
-            name: {k: printable(v, "utf-8") if isinstance(v, str) else v for k, v in part.items()}
-            for name, part in header.items()
-        }
+        self.directory, self.other, self.header = directory, other, {}
+        for name, part in header.items():
+            self.header[name] = {k: printable(v, "utf-8") if isinstance(v, str) else v for k, v in part.items()}
         self.sections: dict[str, Section] = {}
 
     def section(self, name: str) -> Section:

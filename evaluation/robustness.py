@@ -1,33 +1,44 @@
-"""Adversarial robustness: accuracy under attack, with JEM's refinement too, and distal adversarials."""
+"""Adversarial robustness: accuracy under attack, with JEM's refinement too, and distal adversarials.
 
+Attacks see images in [0, 1], as their libraries and their epsilons do; the model sees [-1, 1].
+"""
+
+import logging
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
+import distributed
 from config import Config
 from config.options import ATTACKS
-from evaluation import attacks
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from logger.images import captioned, image_grid, to_uint8
+from models import JEM
 from models.predict import images_per_batch
-from sgld import chain_options, step_protocol, uniform_images
+from pgd import adversarial_images, random_start
+from sgld import LogDensity, chain_options, langevin_step, normal_like, step_protocol, uniform_images
 from utils import UserError, evaluation_packages
 
 needs_labels = True
-
-
 EPSILONS = {  # on the [0, 1] scale, by the label they have in the report
     "Linf": {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)},
     "L2": {f"{e:g}": e for e in (0.25, 0.5, 1, 2)},
 }
 AUTOATTACK_EPSILON = {"Linf": "8/255", "L2": "0.5"}
+AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
 ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
-N_DISTAL = 10  # of each class
+N_DISTAL, DISTAL_STEPS, DISTAL_STEP, DISTAL_CONFIDENCE = 10, 500, 0.05, 0.9  # images of each class
 MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is possible
 TITLES = {
     "pgd": "PGD",
@@ -36,6 +47,180 @@ TITLES = {
     "autoattack": "AutoAttack",
     "distal": "distal adversarials",
 }
+
+
+class Classifier(nn.Module):
+    """A JEM as attacks want it: images (N, C, H, W) in [0, 1] to logits (N, K)."""
+
+    def __init__(self, model: JEM):
+        super().__init__()
+        self.model = model
+        self.eval()  # a module starts in training mode, and attacks leave the whole of it in the mode they found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(to_model_scale(x))
+
+
+def to_model_scale(x: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1]; gradients arrive contiguous, as attacks that flatten them with view() need."""
+    return (2 * x - 1).flatten(1).unflatten(1, x.shape[1:])
+
+
+class RefinedClassifier(Classifier):
+    """Classification after SGLD from the input (JEM, section 5.4), averaged over several chains.
+
+    ``chain`` is differentiable, with new noise in each call: a gradient attack goes end to end through the refinement,
+    in expectation over its noise (Athalye et al., ICML 2018).
+    """
+
+    def __init__(self, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int):
+        super().__init__(model)
+        self.chain, self.n_chains = chain, n_chains
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
+        x = self.chain(to_model_scale(x).repeat(self.n_chains, 1, 1, 1))
+        log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
+        return log_p.logsumexp(0) - math.log(self.n_chains)
+
+
+class StraightRefinedClassifier(RefinedClassifier):
+    """As JEM's authors attack it: what a chain adds, begun with noise of ``start_std``, counts as a constant."""
+
+    def __init__(self, model: JEM, chain: Callable, n_chains: int, start_std: float, rng: Generator):
+        super().__init__(model, chain, n_chains)
+        self.start_std, self.rng = start_std, rng
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The chains' mean logits, (N, K), of images in [0, 1]."""
+        x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
+        start = x.detach() + self.start_std * normal_like(x, self.rng)
+        refined = x + (self.chain(start) - x).detach()
+        return self.model(refined).unflatten(0, (self.n_chains, -1)).mean(0)  # (chains, N, K) -> (N, K)
+
+
+def differentiable_chain(
+    log_density: LogDensity, x: Tensor, steps: int, sgld_lr: float, sgld_std: float, generator: Generator, **limits: Any
+) -> Tensor:
+    """SGLD whose end can be differentiated in its start x, (N, C, H, W) in [-1, 1]; ``limits`` as in ``langevin_step``.
+
+    Each step is computed again in the backward pass: to store the graphs of all needs ``steps`` times as much memory.
+    """
+    attacked = torch.is_grad_enabled() and x.requires_grad
+
+    def step(x: Tensor, noise: Tensor) -> Tensor:
+        with torch.enable_grad():
+            start = x if x.requires_grad else x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(log_density(start).sum(), start, create_graph=attacked)
+        return langevin_step(x, grad, noise, sgld_lr, sgld_std, **limits)
+
+    for _ in range(steps):
+        noise = normal_like(x, generator)
+        x = checkpoint(step, x, noise, use_reentrant=False) if attacked else step(x, noise)
+    return x
+
+
+def pgd_attack(
+    classifier: nn.Module, eps: float, norm: str, steps: int, rng: Generator, x: Tensor, y: Tensor
+) -> Tensor:
+    """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
+    radius = 2 * eps  # on the model's scale, which is twice as wide
+    start = random_start(x, radius, norm, rng)
+    moved = adversarial_images(lambda x: classifier((x + 1) / 2), 2 * x - 1, y, radius, norm, steps, start=start)
+    return (moved + 1) / 2
+
+
+def autoattack(classifier: nn.Module, eps: float, norm: str, n_classes: int, seed: int, device: torch.device):
+    """AutoAttack's standard version (Croce & Hein, ICML 2020) as its authors' object, for at least 4 classes.
+
+    The targets are the 9 most likely wrong classes, or all of fewer.
+    """
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # of masked gradients the report says more
+    attack = AutoAttack(classifier, norm=norm, eps=eps, seed=seed, device=device)
+    attack.attacks_to_run = list(AUTOATTACK_PARTS)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, n_classes - 1)
+    return attack
+
+
+def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
+    """Raise UserError if AutoAttack cannot be run on such images."""
+    if n_classes < 4:
+        raise UserError(f"it needs at least 4 classes, not {n_classes}")
+    first_class = F.one_hot(torch.tensor([0]), n_classes).float()  # the answer for every image
+    square = autoattack(lambda x: first_class, 0.5, "L2", n_classes, 0, torch.device("cpu")).square
+    square.n_queries = 1
+    try:  # it starts from tiles that do not fit into images of every size
+        square.perturb(torch.zeros(1, *shape), torch.tensor([0]))
+    except RuntimeError:
+        raise UserError(f"its Square attack does not work on images of {shape[1]}x{shape[2]}") from None
+
+
+class Attacked(NamedTuple):
+    """A classifier and the images on which it is attacked."""
+
+    classifier: nn.Module
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,)
+    batch_size: int
+    rng: Generator  # what the classifier and its attacks draw from, if they do
+    protocol: str = ""  # of the classifier
+
+    @torch.no_grad()
+    def predicted(self) -> Tensor:
+        """The classes (N,) without attack."""
+        batches = self.x.split(self.batch_size)
+        answers = distributed.sharded_map(batches, lambda x: self.classifier(x).argmax(1), self.x.device, self.rng)
+        return torch.cat(answers)
+
+    def robust(self, attack: Callable[[Tensor, Tensor], Tensor], mask: Tensor, title: str = "") -> Tensor:
+        """Which of the images in ``mask``, bool (N,), are still classified as y after ``attack``, bool (N,).
+
+        It maps images and labels to moved images. ``title`` stands at a progress bar.
+        """
+
+        def withstands(batch: Tensor) -> Tensor:
+            moved = attack(self.x[batch], self.y[batch])
+            with torch.no_grad():
+                return self.classifier(moved).argmax(1) == self.y[batch]
+
+        batches = mask.nonzero().flatten().split(self.batch_size) if mask.any() else ()
+        title = f"{title}, {mask.sum()} of {len(mask)} images left"
+        kept, robust = distributed.sharded_map(batches, withstands, mask.device, self.rng, title), mask.clone()
+        for batch, still in zip(batches, kept, strict=True):
+            robust[batch] = still
+        return robust
+
+
+def distal_adversarials(model: JEM, starts: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """From noise, (n, C, H, W) in [-1, 1], up the gradient of log p(y|x) until p(y|x) is 0.9 (JEM, section 5.4).
+
+    Returns images (n_classes * n, C, H, W), class by class, and the p(y|x) reached after at most ``DISTAL_STEPS``. A
+    step has L2 norm ``DISTAL_STEP`` times the root of the number of values; images that have arrived stand still.
+    """
+    classes_at_once = max(1, images_per_batch(GRADIENT_BATCH, starts.shape[1:]) // len(starts))
+
+    def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(len(starts))
+        for step in tqdm(range(DISTAL_STEPS + 1), desc="distal adversarials", leave=False):
+            x.requires_grad_()
+            loss = F.cross_entropy(model(x), y, reduction="none")
+            (grad,) = torch.autograd.grad(-loss.sum(), x)
+            going = loss.detach() > -math.log(DISTAL_CONFIDENCE)
+            if step == DISTAL_STEPS or not going.any():
+                break
+            length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
+            move = DISTAL_STEP * math.sqrt(x[0].numel()) * going / length  # (N,)
+            x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
+        return x.detach(), (-loss.detach()).exp()
+
+    batches = torch.arange(n_classes, device=starts.device).split(classes_at_once)
+    x, reached = zip(*distributed.sharded_map(batches, climb_to, starts.device), strict=True)
+    return torch.cat(x), torch.cat(reached)
+
+
+# ---------------------------------------------------------------------------------------------- what the report shows
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
@@ -66,7 +251,7 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     if "autoattack" not in absent:
         try:
             with evaluation_packages():
-                attacks.check_autoattack(len(inputs.data.class_names), inputs.data.shape)
+                check_autoattack(len(inputs.data.class_names), inputs.data.shape)
         except UserError as error:
             absent["autoattack"] = str(error)
     for name, reason in absent.items():
@@ -80,33 +265,31 @@ def epsilons(cfg: Config, norm: str) -> dict[str, float]:
     return {one: EPSILONS[norm][one]} if cfg.one_epsilon else EPSILONS[norm]
 
 
-def attacked(inputs: EvalInputs, name: str) -> attacks.Attacked:
+def attacked(inputs: EvalInputs, name: str) -> Attacked:
     """What the attack ``name`` is on: the classifier, or its refinement, for which there are fewer images.
 
     PGD goes through the chains of the refinement ("refined"), or past them, as JEM's authors do it.
     """
     cfg, model, rng = inputs.cfg, inputs.model, inputs.rng()
     test = inputs.subset(inputs.data.test, cfg.attack_images or cfg.max_images or ATTACKED_IMAGES)
-    classifier, protocol = attacks.Classifier(model), ""
+    classifier, protocol = Classifier(model), ""
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     if name in ("refined", "refined_straight"):
         test = test[:REFINED_IMAGES]
         batch_size = max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
         sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
-        chain = partial(attacks.differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
+        chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
         protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
     if name == "refined":
-        classifier = attacks.RefinedClassifier(model, chain, CHAINS)
+        classifier = RefinedClassifier(model, chain, CHAINS)
         protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
     elif name == "refined_straight":
-        classifier = attacks.StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
+        classifier = StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
         protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
-    return attacks.Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
+    return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
 
-def add_pgd(
-    section: Section, norm: str, epsilons: dict[str, float], name: str, target: attacks.Attacked, axes: Axes
-) -> None:
+def add_pgd(section: Section, norm: str, epsilons: dict[str, float], name: str, target: Attacked, axes: Axes) -> None:
     """A column of accuracies: without attack, at each epsilon, and where any image can become plain grey."""
     steps, starts = (PGD_STEPS, RESTARTS) if name == "pgd" else (REFINED_PGD_STEPS, 1)
     title, table = TITLES[name], f"accuracy under {norm} attack"
@@ -119,7 +302,7 @@ def add_pgd(
     )
     mask, shares = answers == target.y, []
     for label, eps in {"0": 0.0, **epsilons, f"{grey:.3g} (check)": grey}.items():
-        attack = partial(attacks.pgd_attack, target.classifier, eps, norm, steps, target.rng)
+        attack = partial(pgd_attack, target.classifier, eps, norm, steps, target.rng)
         for start in range(starts if eps else 0):
             mask = target.robust(attack, mask, f"{norm} {label}, {title} {start + 1}")
         section.add_proportion(table, mask, protocol, (label, title))
@@ -138,7 +321,7 @@ def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) 
     target, n_classes = attacked(inputs, "autoattack"), len(inputs.data.class_names)
     label = AUTOATTACK_EPSILON[norm]
     eps = EPSILONS[norm][label]
-    attack = attacks.autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device)
+    attack = autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device)
 
     def moved(x: Tensor, y: Tensor) -> Tensor:
         return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
@@ -154,17 +337,13 @@ def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) 
 
 def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
     names, starts = inputs.data.class_names, uniform_images(N_DISTAL, inputs.data.shape, inputs.rng())
-    x, reached = attacks.distal_adversarials(inputs.model, starts, len(names))
-    section.add_mean(
-        "p(y|x) of distal adversarials",
-        reached,
-        f"gradient ascent from uniform noise until 0.9, at most {attacks.DISTAL_STEPS} steps of L2 "
-        f"{attacks.DISTAL_STEP:g} times the root of the number of values ([-1, 1] scale); "
-        f"{N_DISTAL} of each of {len(names)} classes",
+    x, reached = distal_adversarials(inputs.model, starts, len(names))
+    protocol = (
+        f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
+        f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes"
     )
-    section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, "as p(y|x) of distal adversarials")
-    section.picture(
-        "distal",
-        "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps",
-        captioned(image_grid(to_uint8(x[: 20 * N_DISTAL]), N_DISTAL), rows=names[:20]),
-    )
+    section.add_mean("p(y|x) of distal adversarials", reached, protocol)
+    section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, protocol)
+    caption = "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps"
+    grid = image_grid(to_uint8(x[: 20 * N_DISTAL]), N_DISTAL)
+    section.picture("distal", caption, captioned(grid, rows=names[:20]))

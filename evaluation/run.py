@@ -42,8 +42,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
     writes = distributed.current_world().rank == 0
-    about = facts(inputs, trained, path, state)
-    report = Report(directory, {"about": about, "options": vars(cfg), "environment": utils.environment(device)}, other)
+    about, environment = facts(inputs, trained, path, state), utils.environment(device)
+    report = Report(directory, {"about": about, "options": vars(cfg), "environment": environment}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()
@@ -64,11 +64,10 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
 
     A metric whose module says ``needs_labels = True`` is left out for a model that was trained without labels.
     """
-    if getattr(metric, "needs_labels", False) and not inputs.classifies:
-        section.add_absent(section.name, "the model was trained without labels")
-        return
     torch.manual_seed(inputs.cfg.seed)  # for libraries that draw from the global generator
     try:
+        if getattr(metric, "needs_labels", False) and not inputs.classifies:
+            raise UserError("the model was trained without labels")
         with evaluation_packages():
             distributed.raise_on_all_ranks(lambda: metric.measure(inputs, section))
     except UserError as error:

@@ -24,12 +24,11 @@ N_REFERENCE = 10_000  # training images
 class SampleQuality:
     """Fréchet distances of a run's samples to always the same of its training images.
 
-    In the features of the classifier ``--feature_ckpt`` or else of Inception. Raises UserError if there is neither.
+    The features are those of the classifier ``--feature_ckpt``, or else Inception's. UserError if there is neither.
     """
 
     def __init__(self, cfg: Config, images: ImageData, chain_init: ChainInit, device: torch.device):
-        self.cfg, self.device = cfg, device
-        classes = range(len(images.class_names))
+        self.cfg, self.device, classes = cfg, device, range(len(images.class_names))
         self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes)
         classifier = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
         with evaluation_packages():

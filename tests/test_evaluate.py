@@ -21,12 +21,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import utils
 from config import Config
 from data import Split, load
-from evaluation import attacks, classification, likelihood, ood, robustness
+from evaluation import classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
 from evaluation.inputs import EvalInputs
-from evaluation.intervals import bootstrap, wilson
 from evaluation.ood import converted, foreign_images
-from evaluation.report import Section, read_report
+from evaluation.report import Section, bootstrap, read_report, wilson
 from losses import auroc
 from main import main
 from models import build_model
@@ -256,8 +255,8 @@ def quick(monkeypatch):
     """Shorter attacks and annealing; what they compute is tested elsewhere."""
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(attacks, "DISTAL_STEPS", 3)
-    monkeypatch.setattr(attacks, "AUTOATTACK_PARTS", ("apgd-ce",))
+    monkeypatch.setattr(robustness, "DISTAL_STEPS", 3)
+    monkeypatch.setattr(robustness, "AUTOATTACK_PARTS", ("apgd-ce",))
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", lambda self, x, y, batch_size: (x, y))
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
 

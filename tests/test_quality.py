@@ -83,9 +83,9 @@ def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monke
         kid_subset_size=150,
         save_cpu_ram=True,  # no processes of its own
     )
-    statistics = fid.feature_statistics(tiny_features(real))
-    found = fid.feature_distances(tiny_features(fake), tiny_features(real), statistics, 150)
-    found |= fid.inception_score(tiny_features(fake))
+    features = tiny_features(fake), tiny_features(real)
+    found = {"FID": fid.frechet_distance(*map(fid.feature_statistics, features))}
+    found |= fid.kid_precision_recall(*features, 150) | fid.inception_score(features[0])
     names = {"FID": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
     names |= {"KID": "kernel_inception_distance_mean", "KID, standard deviation": "kernel_inception_distance_std"}
     names |= {"IS": "inception_score_mean", "IS, standard deviation": "inception_score_std"}

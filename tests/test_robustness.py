@@ -12,8 +12,10 @@ from reference import reference_chain
 
 from config import Config
 from data import load
-from evaluation import attacks, robustness
-from evaluation.attacks import (
+from evaluation import robustness
+from evaluation.inputs import EvalInputs
+from evaluation.report import Section
+from evaluation.robustness import (
     AUTOATTACK_PARTS,
     Attacked,
     Classifier,
@@ -24,8 +26,6 @@ from evaluation.attacks import (
     distal_adversarials,
     pgd_attack,
 )
-from evaluation.inputs import EvalInputs
-from evaluation.report import Section
 from models import build_model
 from sgld import normal_like, uniform_images
 from utils import UserError
@@ -136,7 +136,7 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
 def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, tmp_path, monkeypatch):
     """With fewer than 10 classes, too; each of its attacks takes what those before have left."""
-    fresh, made = attacks.autoattack, []
+    fresh, made = robustness.autoattack, []
 
     def shortened(*arguments):
         whole = fresh(*arguments)
@@ -146,7 +146,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
         made.append(whole)
         return whole
 
-    monkeypatch.setattr(attacks, "autoattack", shortened)
+    monkeypatch.setattr(robustness, "autoattack", shortened)
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
     target = Attacked(classifier, images, labels, 8, seeded())
@@ -235,9 +235,9 @@ def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model
 
 @pytest.mark.parametrize(("steps", "batch"), [(500, 100), (3, 100), (1, 1)])
 def test_distal_adversarials_reach_a_confidence_or_run_out_of_steps(model, steps, batch, monkeypatch):
-    monkeypatch.setattr(attacks, "images_per_batch", lambda *_: batch)
-    monkeypatch.setattr(attacks, "DISTAL_STEPS", steps)
-    monkeypatch.setattr(attacks, "DISTAL_CONFIDENCE", 0.9 if steps == 500 else 0.999)
+    monkeypatch.setattr(robustness, "images_per_batch", lambda *_: batch)
+    monkeypatch.setattr(robustness, "DISTAL_STEPS", steps)
+    monkeypatch.setattr(robustness, "DISTAL_CONFIDENCE", 0.9 if steps == 500 else 0.999)
     x, reached = distal_adversarials(model, uniform_images(2, (3, 8, 8), seeded()), 4)
     assert x.abs().max() <= 1 and (steps < 500 or (reached > 0.9).all())
     torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
