@@ -35,7 +35,7 @@ class StartImages(NamedTuple):
 
 
 class ChainResult(NamedTuple):
-    """Where n chains (or counterfactuals) have begun and gone, on the CPU; values may lie outside [-1, 1]."""
+    """Where n chains have begun and gone, on the CPU; values may lie outside [-1, 1]."""
 
     start: Tensor  # float32 (n, C, H, W)
     x: Tensor  # their ends, of the same shape

@@ -14,7 +14,6 @@ from chain_init import StoredStarts, build_chain_init
 from checkpoints.load import given_images, load_data, load_model, origin
 from config import Config
 from config.checks import check_variance
-from generation import counterfactual
 from generation.chains import ChainResult, StartImages, recorded_steps, run_chains, write_result
 from generation.restore import restoration_picture, restoration_start
 from logger.images import captioned, image_grid, save_gif, save_png
@@ -33,15 +32,11 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
     Raises UserError for input that does not fit, before anything is written.
     """
-    needs_labels = cfg.class_cond or cfg.counterfactual is not None
-    if needs_labels and not Config.from_dict(content["config"], str(path)).classifies:
-        raise UserError(f"{path} was trained without labels: leave --class_cond and --counterfactual out")
+    if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
+        raise UserError(f"{path} was trained without labels: leave --class_cond out")
     class_names = content["data"]["class_names"]
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
-    if cfg.counterfactual is not None:
-        counterfactual.run(cfg, path, content, device)
-        return 0
     dtype = utils.pick_dtype(cfg.precision, device)
     model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype, cfg.norm_statistics)
     check_variance(cfg, content["data"]["shape"], cfg.n_chains)
