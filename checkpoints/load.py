@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +9,10 @@ import torch
 
 import data
 import distributed
-import image_folder
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.cli import as_typed
 from models import JEM, build_model
-from models.predict import predict
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
@@ -131,25 +128,6 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
             file=sys.stderr,
         )
     return images
-
-
-def given_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> tuple[data.Split, str]:
-    """The pictures of ``--images``, labelled with the classes that ``model`` sees, or the test images; and a name.
-
-    They are on the model's device. path, content: of its checkpoint.
-    """
-    device = model.class_output.weight.device
-    if not cfg.images:
-        return load_data(cfg, path, content, device).test.to(device), f"test images of {cfg.dataset}"
-    read = partial(image_folder.read_pictures, Path(cfg.images), content["data"]["shape"])
-    images = distributed.rank0_first(read)[1].to(device)
-    return data.Split(images, predict(model, images).argmax(1)), f"pictures of {cfg.images}"
-
-
-def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Which weights ``load_model`` takes, for the record of what they are used for."""
-    state = content["state"]
-    return {"checkpoint": str(path), "training_steps": state["step"], "weights": "ema" if "ema" in state else "last"}
 
 
 def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:

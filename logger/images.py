@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from logger.files import replace_file, warn_on_error
 from logger.metrics_log import read_log
@@ -74,12 +73,6 @@ def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str]
     for i, name in enumerate(columns):
         write_text(picture, left + 4 + round(i * width / len(columns)), top // 2, name, width // len(columns) - 4)
     return picture
-
-
-def save_each(folder: Path, name: str, images: Tensor) -> None:
-    """Write uint8 images (N, C, H, W), each as a PNG of its own, in their own size: ``name``_00000.png and so on."""
-    for i, image in enumerate(tqdm(images, desc="PNGs", unit="image", leave=False)):
-        save_png(folder / f"{name}_{i:05d}.png", image_grid(image[None], tile=1))
 
 
 def save_png(path: Path, picture: np.ndarray) -> bytes:
