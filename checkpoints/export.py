@@ -57,9 +57,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     if target.suffix == ".pt":
         program = program_for(cfg)
         told = differences(cfg, program, content)
-        file = io.BytesIO()
-        torch.save(authors_file(cfg, program, weights, content), file)
-        written = file.getvalue()
+        written = authors_file(cfg, program, weights, content)
     else:
         written = safetensors_file(weights, content)
     replace_file(target, written)
@@ -86,8 +84,7 @@ def program_for(cfg: Config) -> str:
         name = "jem++" if cfg.recipe == "jem++" else "jem"
     allowed = PROGRAMS[name]._asdict()
     title = allowed.pop("title")
-    own = {option: getattr(cfg, option) for option in allowed}
-    lacks = [as_typed(option, value) for option, value in own.items() if value not in allowed[option]]
+    lacks = [as_typed(option, vars(cfg)[option]) for option in allowed if vars(cfg)[option] not in allowed[option]]
     if lacks:
         raise UserError(
             f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: name another program, or "
@@ -96,34 +93,33 @@ def program_for(cfg: Config) -> str:
     return name
 
 
-def authors_file(
-    cfg: Config, program: str, weights: dict[str, torch.Tensor], content: dict[str, Any]
-) -> dict[str, Any]:
+def authors_file(cfg: Config, program: str, weights: dict[str, torch.Tensor], content: dict[str, Any]) -> bytes:
     """What the scripts of a program read: weights and replay buffer, or of robust classifiers just the weights."""
-    weights = authors_weights(weights, program)
-    if program == "robust":
-        return weights
-    if "buffer" in content["state"]:
-        images = content["state"]["buffer"]["images"].float()
-    else:
-        images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
-    return {"model_state_dict": weights, "replay_buffer": images.contiguous()}
+    written = authors_weights(weights, program)
+    if program != "robust":
+        if "buffer" in content["state"]:
+            images = content["state"]["buffer"]["images"].float()
+        else:
+            images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
+        written = {"model_state_dict": written, "replay_buffer": images.contiguous()}
+    file = io.BytesIO()
+    torch.save(written, file)
+    return file.getvalue()
 
 
 def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
     """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
-    notes = {
-        "build its network with a large dataset, such as stl10: only these have a fourth stage": cfg.stages == 4,
-        f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}": cfg.stages == 4
-        and width < 64,
-        f"its pooling is for images of 32x32, and these are {height}x{width}": cfg.stages == 3
-        and (height, width) != (32, 32),
-        f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}": channels != 3,
-        f"build its network with n_classes={n_classes}": n_classes != 10,
-        'build its network with activation="swish"': cfg.activation == "silu",
-        "log p(x) is that of energy_output, which its scripts take with --uncond": cfg.separate_energy,
-        f"its replay buffer is {FRESH} images of noise, since the checkpoint has none": program != "robust"
-        and "buffer" not in content["state"],
-    }
-    return [f"for {PROGRAMS[program].title}", *(note for note, applies in notes.items() if applies)]
+    own = f"and these are {height}x{width}"
+    no_buffer = program != "robust" and "buffer" not in content["state"]
+    notes = [
+        (cfg.stages == 4, "build its network with a large dataset, such as stl10: only these have a fourth stage"),
+        (cfg.stages == 4 and width < 64, f"it uses its fourth stage for images of 64x64 or more, {own}"),
+        (cfg.stages == 3 and (height, width) != (32, 32), f"its pooling is for images of 32x32, {own}"),
+        (channels != 3, f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}"),
+        (n_classes != 10, f"build its network with n_classes={n_classes}"),
+        (cfg.activation == "silu", 'build its network with activation="swish"'),
+        (cfg.separate_energy, "log p(x) is that of energy_output, which its scripts take with --uncond"),
+        (no_buffer, f"its replay buffer is {FRESH} images of noise, since the checkpoint has none"),
+    ]
+    return [f"for {PROGRAMS[program].title}", *(note for applies, note in notes if applies)]

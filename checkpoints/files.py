@@ -43,17 +43,12 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
                 torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
             except RuntimeError as error:  # how torch reports the disk's own error
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have renamed files on disk. Some file systems, and Windows, cannot do that: then they sync as they like."""
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):  # have the new names on disk; Windows and some file systems sync as they like
+            handle = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def set_aside(path: Path) -> None:
