@@ -4,7 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -20,24 +20,20 @@ from utils import UserError, printable
 FRESH = 1000  # images of a replay buffer, where the checkpoint has none
 
 
-class Program(NamedTuple):
-    """What the networks of a program of ``--export_for`` can be: the values that an option may have there."""
-
-    title: str
-    backbone: tuple[str, ...] = ("jem",)
-    norm: tuple[str, ...] = ("none", "batch", "instance", "layer", "act")
-    activation: tuple[str, ...] = ("leaky_relu",)
-    stages: tuple[int, ...] = (3,)
-    separate_energy: tuple[bool, ...] = (False, True)
-
-
+# What each program of --export_for is called, and the values that options of its network can have.
+FAMILY = {
+    "backbone": ("jem",),
+    "norm": ("none", "batch", "instance", "layer", "act"),
+    "activation": ("leaky_relu",),
+    "stages": (3,),
+    "separate_energy": (False, True),
+}
+ROBUST = {"backbone": ("robust",), "norm": ("batch",), "activation": ("relu", "silu"), "separate_energy": (False,)}
 PROGRAMS = {
-    "jem": Program("JEM"),
-    "jem++": Program("JEM++ (its --model yopo)"),
-    "sada-jem": Program("SADA-JEM or M-JEM", stages=(3, 4)),
-    "robust": Program(
-        "DAT, whose images are in [0, 1]", ("robust",), ("batch",), ("relu", "silu"), separate_energy=(False,)
-    ),
+    "jem": ("JEM", FAMILY),
+    "jem++": ("JEM++ (its --model yopo)", FAMILY),
+    "sada-jem": ("SADA-JEM or M-JEM", FAMILY | {"stages": (3, 4)}),
+    "robust": ("DAT, whose images are in [0, 1]", FAMILY | ROBUST),
 }
 
 
@@ -82,8 +78,7 @@ def program_for(cfg: Config) -> str:
         name = "sada-jem"
     elif name == "auto":
         name = "jem++" if cfg.recipe == "jem++" else "jem"
-    allowed = PROGRAMS[name]._asdict()
-    title = allowed.pop("title")
+    title, allowed = PROGRAMS[name]
     lacks = [as_typed(option, vars(cfg)[option]) for option in allowed if vars(cfg)[option] not in allowed[option]]
     if lacks:
         raise UserError(
@@ -122,4 +117,4 @@ def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]
         (cfg.separate_energy, "log p(x) is that of energy_output, which its scripts take with --uncond"),
         (no_buffer, f"its replay buffer is {FRESH} images of noise, since the checkpoint has none"),
     ]
-    return [f"for {PROGRAMS[program].title}", *(note for applies, note in notes if applies)]
+    return [f"for {PROGRAMS[program][0]}", *(note for applies, note in notes if applies)]

@@ -158,8 +158,8 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     unused = UNUSED if options["separate_energy"] else (*UNUSED, "energy_output.")
     if options["norm"] == "none":
         unused += ("f.layer1.0.bn1.",)  # VERA has one in its first block
-    weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
-    weights = {name: value for name, value in weights.items() if not name.endswith(".initialized")}  # of act norm
+    unread = ".initialized"  # of act norm
+    weights = {name: v for name, v in weights.items() if not (name.startswith(unused) or name.endswith(unread))}
     counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
     weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
     odd = sorted(expected.keys() ^ weights.keys())
@@ -197,9 +197,8 @@ def authors_weights(weights: StateDict, program: str) -> StateDict:
     for name, rows in heads.items():  # they want them and do not use them; f.linear has 10 rows for any classes
         unused = {f"{name}.weight": head.new_zeros(rows, head.shape[1]), f"{name}.bias": head.new_zeros(rows)}
         weights = unused | weights
-    act_norms = [name.removesuffix("loc") for name in weights if name.endswith(".loc")]
-    started = torch.tensor(1, dtype=torch.uint8)  # without, these layers start anew from the first batch
-    weights |= {f"{layer}initialized": started for layer in act_norms}
+    started = torch.tensor(1, dtype=torch.uint8)  # without, layers of act norm start anew from the first batch
+    weights |= {name.removesuffix("loc") + "initialized": started for name in weights if name.endswith(".loc")}
     if program == "jem++":
         weights |= renamed({name: value for name, value in weights.items() if name.startswith("f.")}, TO_SECOND)
     return weights

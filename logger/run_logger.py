@@ -39,7 +39,6 @@ class RunLogger:
         self.clock: tuple[float, int] | None = None  # seconds and step at which the speed was last measured
         self.estimated = False  # whether it was said how long the run will take
         if run is not None:
-            run.remove_unfinished()
             self.log = Log(run.path, not cfg.no_log, log_position, step)
             self.balance = Balance(read_log(self.log.path))
             if step == 0:
