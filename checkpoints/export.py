@@ -38,22 +38,19 @@ PROGRAMS = {
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Write the network of ``content``, read from ``path``, to ``--export``; returns the exit status.
+    """Write the network of ``content``, read from ``path``, to ``--export``, averaged where it is; returns 0.
 
-    The averaged weights are written where there are any. Raises UserError for a file that is there already, and for a
-    network that the program of ``--export_for`` does not have.
+    Raises UserError for a file that is there already, and for a network that the program of ``--export_for`` lacks.
     """
     target = Path(cfg.export)
-    weights = load_model(cfg, path, content).state_dict()
+    weights, told = load_model(cfg, path, content).state_dict(), []
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
     if not target.parent.is_dir():
         raise UserError(f"--export {target}: there is no folder {target.parent}")
-    told = []
     if target.suffix == ".pt":
         program = program_for(cfg)
-        told = differences(cfg, program, content)
-        written = authors_file(cfg, program, weights, content)
+        written, told = authors_file(cfg, program, weights, content), differences(cfg, program, content)
     else:
         written = safetensors_file(weights, content)
     replace_file(target, written)
@@ -72,19 +69,15 @@ def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], 
 def program_for(cfg: Config) -> str:
     """The name of the program that a file is for. Raises UserError if it does not have the network of ``cfg``."""
     name = cfg.export_for
-    if name == "auto" and cfg.backbone == "robust":
-        name = "robust"
-    elif name == "auto" and (cfg.recipe in ("sada-jem", "m-jem") or cfg.stages == 4):
-        name = "sada-jem"
-    elif name == "auto":
-        name = "jem++" if cfg.recipe == "jem++" else "jem"
+    if name == "auto":
+        name = {"jem++": "jem++", "sada-jem": "sada-jem", "m-jem": "sada-jem"}.get(cfg.recipe, "jem")
+        name = "sada-jem" if cfg.stages == 4 else name
+        name = "robust" if cfg.backbone == "robust" else name
     title, allowed = PROGRAMS[name]
     lacks = [as_typed(option, vars(cfg)[option]) for option in allowed if vars(cfg)[option] not in allowed[option]]
     if lacks:
-        raise UserError(
-            f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: name another program, or "
-            "give --export NAME.safetensors, which holds any network"
-        )
+        advice = "name another program, or give --export NAME.safetensors, which holds any network"
+        raise UserError(f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: {advice}")
     return name
 
 

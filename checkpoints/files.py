@@ -60,10 +60,9 @@ def set_aside(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """Read one checkpoint file to the CPU; without "format" in it, it is another program's.
+    """Read one file of tensors and plain values, never code, to the CPU; another program's has no "format" in it.
 
-    It may hold tensors and plain values, never code to run. Raises UserError for a file that is missing, torn,
-    corrupted, or of a format that this version does not know.
+    Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if isinstance(content, dict) and content.get("format", CHECKPOINT_FORMAT) not in READABLE:
@@ -117,8 +116,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
     if buffer is not None:
         state["buffer"] = {"images": to_float(buffer), "age": torch.zeros(len(buffer), dtype=torch.int64)}
-    content = {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
-    return content | {"starts": starts, "low_log_density": about.get("low_log_density")}
+    return about | {"format": CHECKPOINT_FORMAT, "state": state, "starts": starts}
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:

@@ -84,7 +84,15 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(buffer, Tensor):
         state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
         side = buffer.shape[-1]
-    print(f"{path}: {description(weights, options, state, given)}.", file=sys.stderr)
+    told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
+    told += ["its averaged weights"] if "ema" in state else []
+    if "energy_output.weight" in weights and not options["separate_energy"]:
+        told += ["log p(x) from the logits; --separate_energy takes it from its energy_output"]
+    unsure = ["recipe", "dataset"] + ([] if "buffer" in state else ["image_size"])
+    unsure += ["norm"] if options["norm"] in SAME_NAMES else []  # told apart by nothing in the file
+    assumed = ", ".join(f"--{name}" for name in unsure if name not in given)
+    told += [f"{assumed} assumed: give others if these are wrong"] if assumed else []
+    print(f"{path}: {'; '.join(told)}.", file=sys.stderr)
     class_names = CIFAR10 if (options["dataset"], n_classes) == ("cifar10", 10) else [str(i) for i in range(n_classes)]
     about = {"shape": [channels, side, side], "class_names": class_names, "assumed": True}
     return {"format": CHECKPOINT_FORMAT, "config": asdict(Config(**options)), "data": about, "state": state}
@@ -173,18 +181,6 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
         if weights[name].shape != value.shape:
             raise UserError(f"{path} has {name} of the shape {tuple(weights[name].shape)}, not {tuple(value.shape)}")
     return {name: weights[name].to(value.dtype).clone() for name, value in expected.items()}
-
-
-def description(weights: StateDict, options: dict[str, Any], state: dict[str, Any], given: dict[str, Any]) -> str:
-    """What was read, and what is assumed where an option was not given."""
-    told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
-    told += ["its averaged weights"] if "ema" in state else []
-    if "energy_output.weight" in weights and not options["separate_energy"]:
-        told += ["log p(x) from the logits; --separate_energy takes it from its energy_output"]
-    unsure = ["recipe", "dataset"] + ([] if "buffer" in state else ["image_size"])
-    unsure += ["norm"] if options["norm"] in SAME_NAMES else []  # told apart by nothing in the file
-    assumed = ", ".join(f"--{name}" for name in unsure if name not in given)
-    return "; ".join(told + ([f"{assumed} assumed: give others if these are wrong"] if assumed else []))
 
 
 def authors_weights(weights: StateDict, program: str) -> StateDict:

@@ -32,22 +32,18 @@ class Resumed(NamedTuple):
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
     """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
-    before = distributed.remembered("run")
+    before, name = distributed.remembered("run"), given.get("resume", "auto")
     if before and any(Path(before, "ckpt").glob("*.pt")):
         return continued(given, before)
-    name = given.get("resume", "auto")
-    if name == "auto":
-        return None
-    if "load_ckpt" in given:
+    if name != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    return continued(given, name)
+    return None if name == "auto" else continued(given, name)
 
 
 def continued(given: dict[str, Any], run: str) -> Resumed:
-    """``run``, a run directory or checkpoint, to go on with. Raises UserError if it cannot.
+    """``run``, a run directory or checkpoint, with its own options where none are given; a UserError if it cannot.
 
-    Options that were not given are the run's own; those given must agree with it where another value would make
-    another run.
+    Those given must agree with it where another value would make another run.
     """
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)

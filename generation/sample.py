@@ -34,21 +34,18 @@ PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Do what ``--mode sample`` asks of a checkpoint, the ``content`` of ``path``; returns the exit status.
-
-    Raises UserError for input that does not fit, before anything is written.
-    """
+    """Sample from a checkpoint, the ``content`` of ``path``; returns 0. Bad input is a UserError before all writing."""
     if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
         raise UserError(f"{path} was trained without labels: leave --class_cond out")
-    trained = TrainedRun(Trained(cfg, path, content))
+    trained, state = TrainedRun(Trained(cfg, path, content)), content["state"]
     model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)
     start = start_images(trained, model, rng)
     training_steps = cfg.sgld_step or cfg.sgld_step_max or 0
     steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         "checkpoint": str(path),
-        "training_steps": content["state"]["step"],
-        "weights": "ema" if "ema" in content["state"] else "last",
+        "training_steps": state["step"],
+        "weights": "ema" if "ema" in state else "last",
         "precision": str(trained.dtype).removeprefix("torch."),
         "start": start.name,
         "target": "log p(x|y)" if cfg.class_cond else "log p(x)",
@@ -59,8 +56,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     }
 
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
-    n_filmed = max(PICTURE_IMAGES, PICTURE_COLUMNS * len(trained.class_names))
-    result = run_chains(model, start, steps, cfg, rng, n_filmed)
+    result = run_chains(model, start, steps, cfg, rng, max(PICTURE_IMAGES, PICTURE_COLUMNS * len(trained.class_names)))
     if distributed.current_world().rank:
         return 0
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
@@ -77,10 +73,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 
 
 def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
-    """Test images or the user's own; or images of the replay buffer; or what training started its chains from.
-
-    Where a class is needed, it is the one that ``model`` sees.
-    """
+    """Test images or the user's own, whose classes ``model`` sees; or the replay buffer; or as training's chains."""
     cfg, classes = run.cfg, range(len(run.class_names))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
@@ -118,18 +111,13 @@ def buffer_images(run: TrainedRun, model: JEM, n: int, rng: Generator) -> Tensor
 
 
 def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> Tensor:
-    """Of places ``order`` (M,) with classes ``predicted`` (M,), n in all: the first of each class, classes in turn.
-
-    Raises UserError if a class has too few.
-    """
+    """Of places ``order`` (M,) with classes ``predicted`` (M,), the first n of all classes in turn, or a UserError."""
     n_each, places = n // len(names), []
     for k, name in enumerate(names):
         places.append(order[predicted == k][:n_each])
         if len(places[k]) < n_each:
-            raise UserError(
-                f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])} in "
-                "the replay buffer: give a smaller --n_samples"
-            )
+            found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])}"
+            raise UserError(f"{found} in the replay buffer: give a smaller --n_samples")
     return torch.stack(places, 1).flatten()
 
 
@@ -180,7 +168,7 @@ def write_archive(path: Path, start: StartImages, result: ChainResult, images: T
     arrays["images"] = images.permute(0, 2, 3, 1)
     arrays["log_p_x"] = log_density(result.logits)
     arrays["log_p_x_y"] = log_density(result.logits, result.labels)
+    arrays = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
     file = io.BytesIO()
-    content = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
-    np.savez_compressed(file, settings=json.dumps(settings), **content)
+    np.savez_compressed(file, settings=json.dumps(settings), **arrays)
     replace_file(path, file.getvalue())

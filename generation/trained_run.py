@@ -27,10 +27,7 @@ LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images
 
 
 def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
-    """A run directory, a .pt or a .safetensors file, with options of ``--mode sample`` by name, such as gpu="cpu".
-
-    Raises UserError if there is no such file, or the options do not fit it.
-    """
+    """A run directory, .pt or .safetensors file, or a UserError; options of ``--mode sample``, such as gpu="cpu"."""
     return TrainedRun(open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)}))
 
 
