@@ -77,9 +77,9 @@ def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
     cfg, classes = run.cfg, range(len(run.class_names))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
-            read = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
-            own = read[1].to(run.device)
-            images, kind = data.Split(own, predict(model, own).argmax(1)), f"pictures of {cfg.images}"
+            _, own = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
+            images, kind = own.to(run.device), f"pictures of {cfg.images}"
+            images = data.Split(images, predict(model, images).argmax(1))
         else:
             images = load_data(cfg, run.path, run.content, run.device).test.to(run.device)
             kind = f"test images of {cfg.dataset}"

@@ -84,11 +84,11 @@ class TrainedRun:
         that the images of the class have in common.
         """
 
-        def move(batch: Tensor) -> Tensor:
-            target = torch.full((len(batch),), y, device=self.device)
-            return pgd(lambda x: self.model.log_density(x, target).sum(), data.to_float(batch), 2 * eps, "L2", steps)
+        def log_p(x: Tensor) -> Tensor:
+            return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
 
-        return torch.cat([move(batch) for batch in self.checked(images).split(self.cfg.batch_size)]).cpu()
+        batches = self.checked(images).split(self.cfg.batch_size)
+        return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
 
     def sampler_model(self) -> JEM:
         """The network as chains climb it. Raises UserError where a batch of them leaves its norm no variance."""
