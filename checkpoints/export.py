@@ -4,7 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -20,46 +20,37 @@ from utils import UserError, printable
 FRESH = 1000  # images of a replay buffer, where the checkpoint has none
 
 
-class Program(NamedTuple):
-    """What the networks of a program of ``--export_for`` can be: the values that an option may have there."""
-
-    title: str
-    backbone: tuple[str, ...] = ("jem",)
-    norm: tuple[str, ...] = ("none", "batch", "instance", "layer", "act")
-    activation: tuple[str, ...] = ("leaky_relu",)
-    stages: tuple[int, ...] = (3,)
-    separate_energy: tuple[bool, ...] = (False, True)
-
-
+# What each program of --export_for is called, and the values that options of its network can have.
+FAMILY = {
+    "backbone": ("jem",),
+    "norm": ("none", "batch", "instance", "layer", "act"),
+    "activation": ("leaky_relu",),
+    "stages": (3,),
+    "separate_energy": (False, True),
+}
+ROBUST = {"backbone": ("robust",), "norm": ("batch",), "activation": ("relu", "silu"), "separate_energy": (False,)}
 PROGRAMS = {
-    "jem": Program("JEM"),
-    "jem++": Program("JEM++ (its --model yopo)"),
-    "sada-jem": Program("SADA-JEM or M-JEM", stages=(3, 4)),
-    "robust": Program(
-        "DAT, whose images are in [0, 1]", ("robust",), ("batch",), ("relu", "silu"), separate_energy=(False,)
-    ),
+    "jem": ("JEM", FAMILY),
+    "jem++": ("JEM++ (its --model yopo)", FAMILY),
+    "sada-jem": ("SADA-JEM or M-JEM", FAMILY | {"stages": (3, 4)}),
+    "robust": ("DAT, whose images are in [0, 1]", FAMILY | ROBUST),
 }
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Write the network of ``content``, read from ``path``, to ``--export``; returns the exit status.
+    """Write the network of ``content``, read from ``path``, to ``--export``, averaged where it is; returns 0.
 
-    The averaged weights are written where there are any. Raises UserError for a file that is there already, and for a
-    network that the program of ``--export_for`` does not have.
+    Raises UserError for a file that is there already, and for a network that the program of ``--export_for`` lacks.
     """
     target = Path(cfg.export)
-    weights = load_model(cfg, path, content).state_dict()
+    weights, told = load_model(cfg, path, content).state_dict(), []
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
     if not target.parent.is_dir():
         raise UserError(f"--export {target}: there is no folder {target.parent}")
-    told = []
     if target.suffix == ".pt":
         program = program_for(cfg)
-        told = differences(cfg, program, content)
-        file = io.BytesIO()
-        torch.save(authors_file(cfg, program, weights, content), file)
-        written = file.getvalue()
+        written, told = authors_file(cfg, program, weights, content), differences(cfg, program, content)
     else:
         written = safetensors_file(weights, content)
     replace_file(target, written)
@@ -78,52 +69,45 @@ def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], 
 def program_for(cfg: Config) -> str:
     """The name of the program that a file is for. Raises UserError if it does not have the network of ``cfg``."""
     name = cfg.export_for
-    if name == "auto" and cfg.backbone == "robust":
-        name = "robust"
-    elif name == "auto" and (cfg.recipe in ("sada-jem", "m-jem") or cfg.stages == 4):
-        name = "sada-jem"
-    elif name == "auto":
-        name = "jem++" if cfg.recipe == "jem++" else "jem"
-    allowed = PROGRAMS[name]._asdict()
-    title = allowed.pop("title")
-    own = {option: getattr(cfg, option) for option in allowed}
-    lacks = [as_typed(option, value) for option, value in own.items() if value not in allowed[option]]
+    if name == "auto":
+        name = {"jem++": "jem++", "sada-jem": "sada-jem", "m-jem": "sada-jem"}.get(cfg.recipe, "jem")
+        name = "sada-jem" if cfg.stages == 4 else name
+        name = "robust" if cfg.backbone == "robust" else name
+    title, allowed = PROGRAMS[name]
+    lacks = [as_typed(option, vars(cfg)[option]) for option in allowed if vars(cfg)[option] not in allowed[option]]
     if lacks:
-        raise UserError(
-            f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: name another program, or "
-            "give --export NAME.safetensors, which holds any network"
-        )
+        advice = "name another program, or give --export NAME.safetensors, which holds any network"
+        raise UserError(f"--export_for {name}: the network of {title} has no {', '.join(lacks)}: {advice}")
     return name
 
 
-def authors_file(
-    cfg: Config, program: str, weights: dict[str, torch.Tensor], content: dict[str, Any]
-) -> dict[str, Any]:
+def authors_file(cfg: Config, program: str, weights: dict[str, torch.Tensor], content: dict[str, Any]) -> bytes:
     """What the scripts of a program read: weights and replay buffer, or of robust classifiers just the weights."""
-    weights = authors_weights(weights, program)
-    if program == "robust":
-        return weights
-    if "buffer" in content["state"]:
-        images = content["state"]["buffer"]["images"].float()
-    else:
-        images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
-    return {"model_state_dict": weights, "replay_buffer": images.contiguous()}
+    written = authors_weights(weights, program)
+    if program != "robust":
+        if "buffer" in content["state"]:
+            images = content["state"]["buffer"]["images"].float()
+        else:
+            images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
+        written = {"model_state_dict": written, "replay_buffer": images.contiguous()}
+    file = io.BytesIO()
+    torch.save(written, file)
+    return file.getvalue()
 
 
 def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
     """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
-    notes = {
-        "build its network with a large dataset, such as stl10: only these have a fourth stage": cfg.stages == 4,
-        f"it uses its fourth stage for images of 64x64 or more, and these are {height}x{width}": cfg.stages == 4
-        and width < 64,
-        f"its pooling is for images of 32x32, and these are {height}x{width}": cfg.stages == 3
-        and (height, width) != (32, 32),
-        f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}": channels != 3,
-        f"build its network with n_classes={n_classes}": n_classes != 10,
-        'build its network with activation="swish"': cfg.activation == "silu",
-        "log p(x) is that of energy_output, which its scripts take with --uncond": cfg.separate_energy,
-        f"its replay buffer is {FRESH} images of noise, since the checkpoint has none": program != "robust"
-        and "buffer" not in content["state"],
-    }
-    return [f"for {PROGRAMS[program].title}", *(note for note, applies in notes.items() if applies)]
+    own = f"and these are {height}x{width}"
+    no_buffer = program != "robust" and "buffer" not in content["state"]
+    notes = [
+        (cfg.stages == 4, "build its network with a large dataset, such as stl10: only these have a fourth stage"),
+        (cfg.stages == 4 and width < 64, f"it uses its fourth stage for images of 64x64 or more, {own}"),
+        (cfg.stages == 3 and (height, width) != (32, 32), f"its pooling is for images of 32x32, {own}"),
+        (channels != 3, f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}"),
+        (n_classes != 10, f"build its network with n_classes={n_classes}"),
+        (cfg.activation == "silu", 'build its network with activation="swish"'),
+        (cfg.separate_energy, "log p(x) is that of energy_output, which its scripts take with --uncond"),
+        (no_buffer, f"its replay buffer is {FRESH} images of noise, since the checkpoint has none"),
+    ]
+    return [f"for {PROGRAMS[program][0]}", *(note for applies, note in notes if applies)]

@@ -43,17 +43,12 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
                 torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
             except RuntimeError as error:  # how torch reports the disk's own error
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have renamed files on disk. Some file systems, and Windows, cannot do that: then they sync as they like."""
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):  # have the new names on disk; Windows and some file systems sync as they like
+            handle = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def set_aside(path: Path) -> None:
@@ -65,10 +60,9 @@ def set_aside(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """Read one checkpoint file to the CPU; without "format" in it, it is another program's.
+    """Read one file of tensors and plain values, never code, to the CPU; another program's has no "format" in it.
 
-    It may hold tensors and plain values, never code to run. Raises UserError for a file that is missing, torn,
-    corrupted, or of a format that this version does not know.
+    Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if isinstance(content, dict) and content.get("format", CHECKPOINT_FORMAT) not in READABLE:
@@ -122,8 +116,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     state = {"step": about["step"], "model": tensors} | ({"ema": tensors} if about.get("averaged") else {})
     if buffer is not None:
         state["buffer"] = {"images": to_float(buffer), "age": torch.zeros(len(buffer), dtype=torch.int64)}
-    content = {"format": CHECKPOINT_FORMAT, "config": about["config"], "data": about["data"], "state": state}
-    return content | {"starts": starts, "low_log_density": about.get("low_log_density")}
+    return about | {"format": CHECKPOINT_FORMAT, "state": state, "starts": starts}
 
 
 def find_checkpoint(path: str) -> tuple[Path, Any]:

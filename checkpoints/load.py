@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +9,10 @@ import torch
 
 import data
 import distributed
-import image_folder
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.cli import as_typed
 from models import JEM, build_model
-from models.predict import predict
 from utils import UserError
 
 # The options that make other weights, or weights of another network.
@@ -78,13 +75,10 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     if options:
         raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
     if model.in_channels != channels:
-        raise UserError(
-            f"{path} is for images of {channels} channels, and these have {model.in_channels} channels: choose another "
-            "--dataset or --data_dir"
-        )
+        found = f"{path} is for images of {channels} channels, and these have {model.in_channels}"
+        raise UserError(f"{found}: choose another --dataset or --data_dir")
     if new_head:
-        head = {f"class_output.{name}": value for name, value in model.class_output.state_dict().items()}
-        weights = weights | head
+        weights = weights | {f"class_output.{name}": v for name, v in model.class_output.state_dict().items()}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -119,37 +113,14 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
         images = data.with_channels(images, channels)
     if not fits(content["data"], images):
         resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
-        raise UserError(
-            f"{path} was trained on images of {channels}x{height}x{width} in {n_classes} classes, and those of "
-            f"{cfg.dataset} are of {'x'.join(map(str, images.shape))} in {len(images.class_names)}: "
-            + (f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size")
-        )
+        advice = f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size"
+        theirs = f"images of {channels}x{height}x{width} in {n_classes} classes"
+        ours = f"are of {'x'.join(map(str, images.shape))} in {len(images.class_names)}"
+        raise UserError(f"{path} was trained on {theirs}, and those of {cfg.dataset} {ours}: {advice}")
     if not same_classes(content["data"], images):
-        print(
-            f"Warning: the classes of {cfg.dataset} are not those that {path} was trained on: what depends on labels "
-            "means nothing.",
-            file=sys.stderr,
-        )
+        found = f"the classes of {cfg.dataset} are not those that {path} was trained on"
+        print(f"Warning: {found}: what depends on labels means nothing.", file=sys.stderr)
     return images
-
-
-def given_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any]) -> tuple[data.Split, str]:
-    """The pictures of ``--images``, labelled with the classes that ``model`` sees, or the test images; and a name.
-
-    They are on the model's device. path, content: of its checkpoint.
-    """
-    device = model.class_output.weight.device
-    if not cfg.images:
-        return load_data(cfg, path, content, device).test.to(device), f"test images of {cfg.dataset}"
-    read = partial(image_folder.read_pictures, Path(cfg.images), content["data"]["shape"])
-    images = distributed.rank0_first(read)[1].to(device)
-    return data.Split(images, predict(model, images).argmax(1)), f"pictures of {cfg.images}"
-
-
-def origin(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Which weights ``load_model`` takes, for the record of what they are used for."""
-    state = content["state"]
-    return {"checkpoint": str(path), "training_steps": state["step"], "weights": "ema" if "ema" in state else "last"}
 
 
 def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:

@@ -84,7 +84,15 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(buffer, Tensor):
         state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
         side = buffer.shape[-1]
-    print(f"{path}: {description(weights, options, state, given)}.", file=sys.stderr)
+    told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
+    told += ["its averaged weights"] if "ema" in state else []
+    if "energy_output.weight" in weights and not options["separate_energy"]:
+        told += ["log p(x) from the logits; --separate_energy takes it from its energy_output"]
+    unsure = ["recipe", "dataset"] + ([] if "buffer" in state else ["image_size"])
+    unsure += ["norm"] if options["norm"] in SAME_NAMES else []  # told apart by nothing in the file
+    assumed = ", ".join(f"--{name}" for name in unsure if name not in given)
+    told += [f"{assumed} assumed: give others if these are wrong"] if assumed else []
+    print(f"{path}: {'; '.join(told)}.", file=sys.stderr)
     class_names = CIFAR10 if (options["dataset"], n_classes) == ("cifar10", 10) else [str(i) for i in range(n_classes)]
     about = {"shape": [channels, side, side], "class_names": class_names, "assumed": True}
     return {"format": CHECKPOINT_FORMAT, "config": asdict(Config(**options)), "data": about, "state": state}
@@ -158,8 +166,8 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     unused = UNUSED if options["separate_energy"] else (*UNUSED, "energy_output.")
     if options["norm"] == "none":
         unused += ("f.layer1.0.bn1.",)  # VERA has one in its first block
-    weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
-    weights = {name: value for name, value in weights.items() if not name.endswith(".initialized")}  # of act norm
+    unread = ".initialized"  # of act norm
+    weights = {name: v for name, v in weights.items() if not (name.startswith(unused) or name.endswith(unread))}
     counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
     weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
     odd = sorted(expected.keys() ^ weights.keys())
@@ -175,18 +183,6 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     return {name: weights[name].to(value.dtype).clone() for name, value in expected.items()}
 
 
-def description(weights: StateDict, options: dict[str, Any], state: dict[str, Any], given: dict[str, Any]) -> str:
-    """What was read, and what is assumed where an option was not given."""
-    told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
-    told += ["its averaged weights"] if "ema" in state else []
-    if "energy_output.weight" in weights and not options["separate_energy"]:
-        told += ["log p(x) from the logits; --separate_energy takes it from its energy_output"]
-    unsure = ["recipe", "dataset"] + ([] if "buffer" in state else ["image_size"])
-    unsure += ["norm"] if options["norm"] in SAME_NAMES else []  # told apart by nothing in the file
-    assumed = ", ".join(f"--{name}" for name in unsure if name not in given)
-    return "; ".join(told + ([f"{assumed} assumed: give others if these are wrong"] if assumed else []))
-
-
 def authors_weights(weights: StateDict, program: str) -> StateDict:
     """Weights under the names of a program of ``--export_for``, with all that its network has besides; see the docs."""
     weights = {name: value.contiguous() for name, value in weights.items()}
@@ -197,9 +193,8 @@ def authors_weights(weights: StateDict, program: str) -> StateDict:
     for name, rows in heads.items():  # they want them and do not use them; f.linear has 10 rows for any classes
         unused = {f"{name}.weight": head.new_zeros(rows, head.shape[1]), f"{name}.bias": head.new_zeros(rows)}
         weights = unused | weights
-    act_norms = [name.removesuffix("loc") for name in weights if name.endswith(".loc")]
-    started = torch.tensor(1, dtype=torch.uint8)  # without, these layers start anew from the first batch
-    weights |= {f"{layer}initialized": started for layer in act_norms}
+    started = torch.tensor(1, dtype=torch.uint8)  # without, layers of act norm start anew from the first batch
+    weights |= {name.removesuffix("loc") + "initialized": started for name in weights if name.endswith(".loc")}
     if program == "jem++":
         weights |= renamed({name: value for name, value in weights.items() if name.startswith("f.")}, TO_SECOND)
     return weights

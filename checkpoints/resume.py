@@ -1,6 +1,7 @@
 """Which run a command line continues, and with which options; the state of several processes in one checkpoint."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +32,18 @@ class Resumed(NamedTuple):
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
     """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
-    before = distributed.remembered("run")
+    before, name = distributed.remembered("run"), given.get("resume", "auto")
     if before and any(Path(before, "ckpt").glob("*.pt")):
         return continued(given, before)
-    name = given.get("resume", "auto")
-    if name == "auto":
-        return None
-    if "load_ckpt" in given:
+    if name != "auto" and "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    return continued(given, name)
+    return None if name == "auto" else continued(given, name)
 
 
 def continued(given: dict[str, Any], run: str) -> Resumed:
-    """``run``, a run directory or checkpoint, to go on with. Raises UserError if it cannot.
+    """``run``, a run directory or checkpoint, with its own options where none are given; a UserError if it cannot.
 
-    Options that were not given are the run's own; those given must agree with it where another value would make
-    another run.
+    Those given must agree with it where another value would make another run.
     """
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
@@ -54,10 +51,9 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
         raise UserError(f"{path} is of an older version or holds only weights: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
-    others = changed.keys() - RESUMABLE
+    others = sorted(changed.keys() - RESUMABLE)
     if others:
-        own = " ".join(as_typed(name, getattr(cfg, name)) for name in sorted(others))
-        new = " ".join(as_typed(name, changed[name]) for name in sorted(others))
+        own, new = (" ".join(as_typed(name, of[name]) for name in others) for of in (vars(cfg), changed))
         advice = "needs a new run: leave it out, or start one with --load_ckpt"
         raise UserError(f"{path} was trained with {own}; {new} {advice}")
     if changed.keys() & OF_DISTANCES:
@@ -70,8 +66,7 @@ def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) 
 
     Interrupted runs come before finished ones. A run that cannot be used is printed with the reason.
     """
-    priorities = {run: priority(run) for run in same_runs(cfg, description)}
-    for run in sorted(priorities, key=priorities.get, reverse=True):
+    for run in sorted(same_runs(cfg, description), key=priority, reverse=True):
         try:
             resumed = continued(given, str(run))
         except UserError as error:  # another process holds it, for instance
@@ -83,24 +78,21 @@ def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) 
     return None
 
 
-def same_runs(cfg: Config, description: dict[str, Any]) -> list[Path]:
+def same_runs(cfg: Config, description: dict[str, Any]) -> Iterator[Path]:
     """The runs in ``--logdir`` with the same images and options, apart from those that leave the job the same."""
     same = {name: value for name, value in asdict(cfg).items() if name not in RESUMABLE or name in OF_A_JOB}
     default = asdict(Config())  # of options that an older run does not know
-    found = []
     try:
         runs = {path.parent.parent.resolve() for path in Path(cfg.logdir).glob("*/ckpt/*.pt")}
     except OSError as error:
         raise UserError(f"cannot read --logdir {cfg.logdir}: {error.strerror}") from None
     for run in runs:
         content = read_config(run)
-        if not content or not same.items() <= (default | content["options"]).items():
-            continue
-        if content.get("data") == description:
-            found.append(run)
-        else:
-            print(f"Skipping {run}: it was trained on other images, or by an older version.")
-    return found
+        if content and same.items() <= (default | content["options"]).items():
+            if content.get("data") == description:
+                yield run
+            else:
+                print(f"Skipping {run}: it was trained on other images, or by an older version.")
 
 
 def priority(run: Path) -> tuple[bool, float]:

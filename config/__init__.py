@@ -10,6 +10,7 @@ from config.options import ATTACKS, METRICS, STARTS, Options
 from config.recipes import RECIPES
 from utils import UserError
 
+FORMER = ("counterfactual", "counterfactual_eps")  # options that older checkpoints name and nothing reads
 FRESH_STEPS = 200  # with a training chain's step size, when samples have settled
 
 
@@ -35,6 +36,7 @@ class Config(Options):
     @classmethod
     def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
         """A Config of a checkpoint's options as they are, without a recipe's; ``source`` names it in errors."""
+        options = {name: value for name, value in options.items() if name not in FORMER}
         unknown = options.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")

@@ -31,11 +31,10 @@ def contradictions(cfg) -> Iterator[str]:
         chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
         if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
-    tasks = [cfg.inpaint != "", cfg.denoise is not None, cfg.counterfactual is not None, cfg.from_buffer]
-    if cfg.mode == "sample" and sum(tasks) > 1:
-        yield "--inpaint, --denoise, --counterfactual and --from_buffer start from different images: give one of them"
-    if cfg.n_sample_steps == 0 and (cfg.mode == "test" or (cfg.mode == "sample" and cfg.counterfactual is not None)):
-        yield "--n_sample_steps 0 leaves nothing to measure or to change: give at least 1"
+    if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
+        yield "--inpaint, --denoise and --from_buffer start from different images: give one of them"
+    if cfg.mode == "test" and cfg.n_sample_steps == 0:
+        yield "--n_sample_steps 0 leaves nothing to measure: give at least 1"
     if cfg.mode == "score" and not cfg.images:
         yield "--mode score needs --images, a picture or a folder of pictures"
     if cfg.mode == "export" and Path(cfg.export).suffix not in (".pt", ".safetensors"):
@@ -77,11 +76,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread.add("export_for")
     if cfg.mode == "sample" and (not cfg.denoise or cfg.n_sample_steps is not None):
         unread.add("sgld_step")
-    if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise or cfg.from_buffer or cfg.counterfactual is not None):
+    if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise or cfg.from_buffer):
         unread |= {"start", "start_dir"}
-    if cfg.mode == "sample" and cfg.counterfactual is not None:
-        unread |= {"sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize"}
-        unread |= {"class_cond", "precision", "compile", "seed"}
     return [name for name in given if name in unread]
 
 

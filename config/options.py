@@ -248,20 +248,16 @@ class Options:
     )
     images: str = sample(
         "",
-        "your own pictures, a file or a folder: to score, or to fill in, clean or change instead of test images",
+        "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",
         is_path=True,
         modes=("sample", "score"),
-        needs=("inpaint", "denoise", "counterfactual", "mode=score"),
+        needs=("inpaint", "denoise", "mode=score"),
     )
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample(
         "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
     )
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
-    counterfactual: str | None = sample(None, "move images to a class (name, or number from 0 on), or to each of all")
-    counterfactual_eps: float | None = sample(
-        None, "how far, L2, pixels in [0, 1] (default: 2.5)", above=0, needs=("counterfactual",)
-    )
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
     export: str = exported(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,12 +10,9 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import distributed
-import utils
 from config import Config
-from logger.files import save_arrays
-from logger.images import save_each, to_uint8
-from logger.run_dir import RunDir
-from models import JEM, log_density
+from logger.images import to_uint8
+from models import JEM
 from sgld import SGLD, ChainInit, chain_options
 
 FRAMES = 60  # at most, in a film
@@ -35,7 +31,7 @@ class StartImages(NamedTuple):
 
 
 class ChainResult(NamedTuple):
-    """Where n chains (or counterfactuals) have begun and gone, on the CPU; values may lie outside [-1, 1]."""
+    """Where n chains have begun and gone, on the CPU; values may lie outside [-1, 1]."""
 
     start: Tensor  # float32 (n, C, H, W)
     x: Tensor  # their ends, of the same shape
@@ -92,23 +88,3 @@ def run_chains(
     with bar:
         results = distributed.sharded_map(batches, run_batch, "cpu", rng)
     return ChainResult(*(torch.cat(parts)[: start.n] for parts in zip(*results, strict=True)))
-
-
-def write_result(
-    run: RunDir, name: str, result: ChainResult, further: dict, settings: dict, cfg: Config, device: torch.device
-) -> None:
-    """Write config.json, ``name``.npz and, with ``--save_images``, each image as a PNG; say where they are.
-
-    The archive holds ``x`` and ``labels`` of the result, its log-densities, float32 (N,), unnormalised, in nats:
-    ``log_p_x`` of x alone and ``log_p_x_y`` with its label; ``images``, x as uint8 (N, H, W, C); the tensors of
-    ``further``, by name; and ``settings`` as JSON text. Equal results give equal bytes.
-    """
-    images = to_uint8(result.x)
-    arrays = {"x": result.x, "labels": result.labels, **further, "images": images.permute(0, 2, 3, 1)}
-    arrays["log_p_x"] = log_density(result.logits)
-    arrays["log_p_x_y"] = log_density(result.logits, result.labels)
-    run.write_config(asdict(cfg), utils.environment(device))
-    save_arrays(run.path / f"{name}.npz", arrays, settings)
-    if cfg.save_images:
-        save_each(run.path / "samples", name, images)
-    print(f"Done. Look at {utils.printable(run.path)}")

@@ -27,31 +27,29 @@ def restoration_start(cfg: Config, images: data.Split, rng: Generator) -> StartI
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:
-    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown."""
+    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown.
+
+    Where the picture is transparent, it is black.
+    """
     unknown = torch.zeros(height, width, dtype=torch.bool)
     if name == "left":
         unknown[:, : width // 2] = True
     elif name == "center":
         unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
     else:
-        unknown = torch.from_numpy(read_mask(name, height, width) >= 128)
+        try:
+            with Image.open(name) as mask:
+                if mask.size != (width, height):
+                    found = f"the mask {name} has {mask.width}x{mask.height} pixels"
+                    raise UserError(f"{found}, but the images have {width}x{height}: resize it")
+                if mask.has_transparency_data:
+                    mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+                unknown = torch.from_numpy(np.array(mask.convert("L")) >= 128)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"--inpaint takes left, center or a picture, not {name}: {error}") from None
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown
-
-
-def read_mask(path: str, height: int, width: int) -> np.ndarray:
-    """A picture's grey levels, uint8 (H, W), black where it is transparent."""
-    try:
-        with Image.open(path) as picture:
-            if picture.size != (width, height):
-                size = f"{picture.width}x{picture.height}"
-                raise UserError(f"the mask {path} has {size} pixels, but the images have {width}x{height}: resize it")
-            if picture.has_transparency_data:
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
-            return np.array(picture.convert("L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--inpaint takes left, center or a picture, not {path}: {error}") from None
 
 
 def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:

@@ -1,57 +1,52 @@
 """--mode sample: images drawn from a trained model, and images filled in or cleaned by it."""
 
+import io
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 import data
 import distributed
+import image_folder
 import utils
-from chain_init import StoredStarts, build_chain_init
-from checkpoints.load import given_images, load_data, load_model, origin
+from checkpoints.load import Trained, load_data
 from config import Config
-from config.checks import check_variance
-from generation import counterfactual
-from generation.chains import ChainResult, StartImages, recorded_steps, run_chains, write_result
+from generation.chains import ChainResult, StartImages, recorded_steps, run_chains
 from generation.restore import restoration_picture, restoration_start
-from logger.images import captioned, image_grid, save_gif, save_png
+from generation.trained_run import TrainedRun
+from logger.files import replace_file
+from logger.images import captioned, image_grid, save_gif, save_png, to_uint8
 from logger.run_dir import RunDir
-from models import JEM, frozen_sampler_model, log_density
+from models import JEM, log_density
 from models.predict import predict
-from sgld import ChainInit, chain_options, finite_images
-from utils import UserError, tree_to
+from sgld import chain_options, finite_images
+from utils import UserError
 
 PICTURE_COLUMNS = 10  # images in a row of a picture
 PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Do what ``--mode sample`` asks of a checkpoint, the ``content`` of ``path``; returns the exit status.
-
-    Raises UserError for input that does not fit, before anything is written.
-    """
-    needs_labels = cfg.class_cond or cfg.counterfactual is not None
-    if needs_labels and not Config.from_dict(content["config"], str(path)).classifies:
-        raise UserError(f"{path} was trained without labels: leave --class_cond and --counterfactual out")
-    class_names = content["data"]["class_names"]
-    device = utils.pick_device(cfg.gpu)
-    utils.set_speed_options(device)
-    if cfg.counterfactual is not None:
-        counterfactual.run(cfg, path, content, device)
-        return 0
-    dtype = utils.pick_dtype(cfg.precision, device)
-    model = frozen_sampler_model(load_model(cfg, path, content).to(device), dtype, cfg.norm_statistics)
-    check_variance(cfg, content["data"]["shape"], cfg.n_chains)
-    rng = Generator(device).manual_seed(cfg.seed)
-    start = start_images(model, cfg, path, content, rng)
+    """Sample from a checkpoint, the ``content`` of ``path``; returns 0. Bad input is a UserError before all writing."""
+    if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
+        raise UserError(f"{path} was trained without labels: leave --class_cond out")
+    trained, state = TrainedRun(Trained(cfg, path, content)), content["state"]
+    model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)
+    start = start_images(trained, model, rng)
     training_steps = cfg.sgld_step or cfg.sgld_step_max or 0
     steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
-        **origin(path, content),
-        "precision": str(dtype).removeprefix("torch."),
+        "checkpoint": str(path),
+        "training_steps": state["step"],
+        "weights": "ema" if "ema" in state else "last",
+        "precision": str(trained.dtype).removeprefix("torch."),
         "start": start.name,
         "target": "log p(x|y)" if cfg.class_cond else "log p(x)",
         "steps": steps,
@@ -61,80 +56,73 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     }
 
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
-    result = run_chains(model, start, steps, cfg, rng, max(PICTURE_IMAGES, PICTURE_COLUMNS * len(class_names)))
+    result = run_chains(model, start, steps, cfg, rng, max(PICTURE_IMAGES, PICTURE_COLUMNS * len(trained.class_names)))
     if distributed.current_world().rank:
         return 0
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
-    write_pictures(directory.path, name, start, result, recorded_steps(steps), class_names)
+    write_pictures(directory.path, name, start, result, recorded_steps(steps), trained.class_names)
     print(summary(start, result, settings))
-    further = {}
-    if start.originals is not None:
-        further = {"originals": start.originals.permute(0, 2, 3, 1), "start": result.start}  # uint8 (N, H, W, C)
-    if start.known is not None:
-        further["known"] = start.known  # bool (H, W)
-    write_result(directory, name, result, further, settings, cfg, device)
+    directory.write_config(asdict(cfg), utils.environment(trained.device))
+    images = to_uint8(result.x)
+    write_archive(directory.path / f"{name}.npz", start, result, images, settings)
+    if cfg.save_images:
+        for i, image in enumerate(tqdm(images, desc="PNGs", unit="image", leave=False)):
+            save_png(directory.path / "samples" / f"{name}_{i:05d}.png", image_grid(image[None], tile=1))
+    print(f"Done. Look at {utils.printable(directory.path)}")
     return 0
 
 
-def start_images(model: JEM, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> StartImages:
-    """Test images or the user's own; or images of the replay buffer; or what training started its chains from."""
-    classes = range(len(content["data"]["class_names"]))
+def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
+    """Test images or the user's own, whose classes ``model`` sees; or the replay buffer; or as training's chains."""
+    cfg, classes = run.cfg, range(len(run.class_names))
     if cfg.inpaint or cfg.denoise:
-        images, kind = given_images(model, cfg, path, content)
+        if cfg.images:
+            _, own = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
+            images, kind = own.to(run.device), f"pictures of {cfg.images}"
+            images = data.Split(images, predict(model, images).argmax(1))
+        else:
+            images = load_data(cfg, run.path, run.content, run.device).test.to(run.device)
+            kind = f"test images of {cfg.dataset}"
         n = cfg.n_samples or (len(images) if cfg.images else PICTURE_COLUMNS)
         return restoration_start(cfg, data.evenly_spaced(images, n, kind), rng)
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
     if cfg.from_buffer:
-        images = buffer_images(model, n, cfg, path, content, rng)
+        images = buffer_images(run, model, n, rng)
         return StartImages("buffer", len(images), images, classes, cfg.class_cond)
-    name, chain_init = fresh_start(cfg, path, content, rng.device)
+    name, chain_init = run.fresh_start
     return StartImages(name, n, chain_init, classes, cfg.class_cond)
 
 
-def fresh_start(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> tuple[str, ChainInit]:
-    """What ``--start`` names, in words and as chains need it: from the file, which may have it, or training images."""
-    stored = StoredStarts(tuple(content["data"]["shape"]), tree_to(content.get("starts", {}), device))
-    if not stored.suffice(cfg):
-        return cfg.start, build_chain_init(cfg, load_data(cfg, path, content, device))
-    ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
-    return f"{cfg.start} of rank {ranks[0]}, from {path.name}" if ranks else cfg.start, build_chain_init(cfg, stored)
-
-
-def buffer_images(model: JEM, n: int, cfg: Config, path: Path, content: dict[str, Any], rng: Generator) -> Tensor:
+def buffer_images(run: TrainedRun, model: JEM, n: int, rng: Generator) -> Tensor:
     """n random images (n, C, H, W) of the replay buffer; with ``--class_cond`` as the model sees classes, in turn."""
-    if "buffer" not in content["state"]:
-        raise UserError(f"{path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
-    images = finite_images(content["state"]["buffer"]["images"]).to(rng.device)
-    if not (cfg.n_samples or cfg.class_cond):
+    if "buffer" not in run.content["state"]:
+        raise UserError(f"{run.path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
+    images = finite_images(run.content["state"]["buffer"]["images"]).to(run.device)
+    if not (run.cfg.n_samples or run.cfg.class_cond):
         n = min(n, len(images))
     if n > len(images):
         raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
     order = torch.randperm(len(images), generator=rng, device=rng.device)
-    if cfg.class_cond:
-        order = by_class(predict(model, images[order]).argmax(1), n, content["data"]["class_names"], order)
+    if run.cfg.class_cond:
+        order = by_class(predict(model, images[order]).argmax(1), n, run.class_names, order)
     return images[order[:n]]
 
 
 def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> Tensor:
-    """Of places ``order`` (M,) with classes ``predicted`` (M,), n in all: the first of each class, classes in turn.
-
-    Raises UserError if a class has too few.
-    """
+    """Of places ``order`` (M,) with classes ``predicted`` (M,), the first n of all classes in turn, or a UserError."""
     n_each, places = n // len(names), []
     for k, name in enumerate(names):
         places.append(order[predicted == k][:n_each])
         if len(places[k]) < n_each:
-            raise UserError(
-                f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])} in "
-                "the replay buffer: give a smaller --n_samples"
-            )
+            found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])}"
+            raise UserError(f"{found} in the replay buffer: give a smaller --n_samples")
     return torch.stack(places, 1).flatten()
 
 
 def write_pictures(
-    directory: Path, name: str, start: StartImages, result: ChainResult, recorded: list[int], class_names: list[str]
+    directory: Path, name: str, start: StartImages, result: ChainResult, recorded: list[int], class_names: Sequence[str]
 ) -> None:
     """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
     frames, columns, rows = result.frames[:PICTURE_IMAGES], PICTURE_COLUMNS, []
@@ -163,3 +151,24 @@ def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -
     errors = [(x.clamp(-1, 1) - truth)[..., changed] for x in (result.start, result.x)]
     before, after = (error.square().mean().sqrt() for error in errors)
     return f"{text}\nroot mean square error of the {kind} pixels: {before:.3f} -> {after:.3f} ([-1, 1] scale)"
+
+
+def write_archive(path: Path, start: StartImages, result: ChainResult, images: Tensor, settings: dict) -> None:
+    """A compressed NumPy archive; equal results give equal bytes.
+
+    It holds ``x`` and ``labels`` of the result; ``log_p_x`` of x alone and ``log_p_x_y`` with its label, float32 (N,),
+    unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of test images ``originals``, as ``images``, their
+    ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
+    """
+    arrays = {"x": result.x, "labels": result.labels}
+    if start.originals is not None:
+        arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": result.start}
+    if start.known is not None:
+        arrays["known"] = start.known
+    arrays["images"] = images.permute(0, 2, 3, 1)
+    arrays["log_p_x"] = log_density(result.logits)
+    arrays["log_p_x_y"] = log_density(result.logits, result.labels)
+    arrays = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
+    file = io.BytesIO()
+    np.savez_compressed(file, settings=json.dumps(settings), **arrays)
+    replace_file(path, file.getvalue())

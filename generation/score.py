@@ -28,10 +28,9 @@ COLUMNS, SHOWN = 10, 50  # of the contact sheet: images in a row; least likely a
 
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Write scores.csv and scores.png for ``--images``, with the checkpoint ``content`` of ``path``; returns 0.
+    """Score ``--images`` with a checkpoint, the ``content`` of ``path``; returns 0.
 
-    The network is that of evaluation: in float32, batch normalisation with its running statistics. Raises UserError
-    for input that does not fit, before anything is written.
+    The network is that of evaluation: float32, running statistics. Bad input is a UserError before all writing.
     """
     trained = TrainedRun(Trained(cfg, path, content))
     names, images = image_folder.read_pictures(Path(cfg.images), trained.shape)
@@ -82,8 +81,8 @@ def contact_sheet(images: Tensor, logits: Tensor, classes: Sequence[str]) -> np.
 
     images: uint8 (N, C, H, W), logits: (N, K). Of more than 2 * ``SHOWN`` images, the least and the most likely.
     """
-    log_p, y = log_density(logits), logits.argmax(1)
-    order, strips = log_p.argsort(), []
+    log_p, y, strips = log_density(logits), logits.argmax(1), []
+    order = log_p.argsort()
     if len(order) > 2 * SHOWN:
         order = torch.cat([order[:SHOWN], order[-SHOWN:]])
     columns = min(COLUMNS, len(order))

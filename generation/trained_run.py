@@ -10,25 +10,24 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+import data
 import utils
-from checkpoints.load import Trained, frozen, open_trained
+from chain_init import StoredStarts, build_chain_init
+from checkpoints.load import Trained, frozen, load_data, open_trained
 from config.checks import check_variance
 from generation.chains import ChainResult, StartImages, run_chains
-from generation.counterfactual import DEFAULT_EPS, changed
-from generation.sample import fresh_start
-from models import frozen_sampler_model, log_density
+from models import JEM, frozen_sampler_model, log_density
 from models.predict import predict
-from utils import UserError
+from pgd import pgd
+from sgld import ChainInit
+from utils import UserError, tree_to
 
 Classes = int | Sequence[int] | None
 LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images of 0 to 255 by more
 
 
 def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
-    """A run directory, a .pt or a .safetensors file, with options of ``--mode sample`` by name, such as gpu="cpu".
-
-    Raises UserError if there is no such file, or the options do not fit it.
-    """
+    """A run directory, .pt or .safetensors file, or a UserError; options of ``--mode sample``, such as gpu="cpu"."""
     return TrainedRun(open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)}))
 
 
@@ -45,6 +44,7 @@ class TrainedRun:
         self.low_log_density: float | None = self.content.get("low_log_density")
         self.device = utils.pick_device(self.cfg.gpu)
         utils.set_speed_options(self.device)
+        self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
         self.model = frozen(*trained, self.device)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -70,22 +70,40 @@ class TrainedRun:
         classes = [y] if isinstance(y, int) else range(len(self.class_names)) if y is None else [int(k) for k in y]
         if not all(0 <= k < len(self.class_names) for k in classes):
             raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
-        check_variance(self.cfg, self.shape, self.cfg.n_chains)
-        start = StartImages(self.cfg.start, n, self._start, classes, class_cond=y is not None)
-        dtype = utils.pick_dtype(self.cfg.precision, self.device)
-        model = frozen_sampler_model(self.model, dtype, self.cfg.norm_statistics)
+        name, chain_init = self.fresh_start
+        start = StartImages(name, n, chain_init, classes, class_cond=y is not None)
         cfg = self.cfg if steps is None else replace(self.cfg, n_sample_steps=steps)
         rng = Generator(self.device).manual_seed(cfg.seed if seed is None else seed)
-        return run_chains(model, start, cfg.fresh_steps, cfg, rng, n_filmed)
+        return run_chains(self.sampler_model(), start, cfg.fresh_steps, cfg, rng, n_filmed)
 
-    def counterfactual(self, images: Tensor, y: int, eps: float = DEFAULT_EPS, steps: int = 200) -> Tensor:
-        """Images moved up log p(x, y), at most by L2 ``eps`` on the [0, 1] scale: float32 (N, C, H, W) in [-1, 1]."""
-        x = self.checked(images)
-        return changed(self.model, x, torch.full((len(x),), y, device=self.device), eps, steps, self.cfg.batch_size).x
+    def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
+        """Images moved up log p(x, y), at most by L2 ``eps`` on the [0, 1] scale: float32 (N, C, H, W) in [-1, 1].
+
+        The gradient in x is that of log p(x|y), as in DAT (Yin et al., ICLR 2026). RATIO (Augustin et al., ECCV 2020),
+        from which this use of the attack comes, climbs p(y|x); that makes the classifier sure, but asks for nothing
+        that the images of the class have in common.
+        """
+
+        def log_p(x: Tensor) -> Tensor:
+            return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
+
+        batches = self.checked(images).split(self.cfg.batch_size)
+        return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
+
+    def sampler_model(self) -> JEM:
+        """The network as chains climb it. Raises UserError where a batch of them leaves its norm no variance."""
+        check_variance(self.cfg, self.shape, self.cfg.n_chains)
+        return frozen_sampler_model(self.model, self.dtype, self.cfg.norm_statistics)
 
     @cached_property
-    def _start(self):
-        return fresh_start(self.cfg, self.path, self.content, self.device)[1]
+    def fresh_start(self) -> tuple[str, ChainInit]:
+        """What ``--start`` names, in words and for chains: of the file, where it has it, or of training images."""
+        cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
+        if not stored.suffice(cfg):
+            return cfg.start, build_chain_init(cfg, load_data(cfg, self.path, self.content, self.device))
+        ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
+        name = f"{cfg.start} of rank {ranks[0]}, from {self.path.name}" if ranks else cfg.start
+        return name, build_chain_init(cfg, stored)
 
     def checked(self, images: Tensor) -> Tensor:
         """The images on the network's device. Raises UserError for another shape, type or range."""

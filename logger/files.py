@@ -1,16 +1,12 @@
 """Files that are written whole or not at all, and what a run says where that fails."""
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from torch import Tensor
+from typing import BinaryIO
 
 from utils import UserError, printable
 
@@ -58,13 +54,6 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old or the new content, whatever happens meanwhile."""
     with disk_errors(path), whole_file(path) as file:
         file.write(content)
-
-
-def save_arrays(path: Path, arrays: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write tensors, and settings as JSON text, as a compressed NumPy archive; equal ones give equal bytes."""
-    content = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
-    with disk_errors(path), whole_file(path) as file:
-        np.savez_compressed(file, settings=json.dumps(settings), **content)
 
 
 def first_free(path: Path, claim: Callable[[Path], None], suffix: str = "") -> Path:

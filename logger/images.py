@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from logger.files import replace_file, warn_on_error
 from logger.metrics_log import read_log
@@ -64,22 +63,14 @@ def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str]
 
     A name that is wider than NAME_WIDTH pixels, or than its column, is shortened.
     """
-    height, width = grid.shape[:2]
-    widths = [text_width(printable(name, "utf-8")) for name in rows]
-    left = min(NAME_WIDTH, max(widths)) + 8 if rows else 0
-    top = 16 if columns else 0
+    (height, width), top = grid.shape[:2], 16 if columns else 0
+    left = min(NAME_WIDTH, max(text_width(printable(name, "utf-8")) for name in rows)) + 8 if rows else 0
     picture = np.pad(grid, ((top, 0), (left, 0), (0, 0)), constant_values=255)
     for i, name in enumerate(rows):
         write_text(picture, 4, top + round((i + 0.5) * height / len(rows)), name, NAME_WIDTH)
     for i, name in enumerate(columns):
         write_text(picture, left + 4 + round(i * width / len(columns)), top // 2, name, width // len(columns) - 4)
     return picture
-
-
-def save_each(folder: Path, name: str, images: Tensor) -> None:
-    """Write uint8 images (N, C, H, W), each as a PNG of its own, in their own size: ``name``_00000.png and so on."""
-    for i, image in enumerate(tqdm(images, desc="PNGs", unit="image", leave=False)):
-        save_png(folder / f"{name}_{i:05d}.png", image_grid(image[None], tile=1))
 
 
 def save_png(path: Path, picture: np.ndarray) -> bytes:
@@ -103,8 +94,8 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]
         write_text(frame, 4, len(frame) - CAPTION_HEIGHT // 2, caption, width + margin)
         frames.append(frame)
     durations = [1000, *[100] * (len(frames) - 2), 1000][: len(frames)]  # milliseconds
-    options = {"extension": ".gif", "save_all": True, "duration": durations, "loop": 0}  # all: even if there is one
-    encoded = imageio.imwrite("<bytes>", np.stack(frames), **options)
+    options = {"save_all": True, "duration": durations, "loop": 0}  # all: even if there is one
+    encoded = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", **options)
     replace_file(path, encoded)
     return encoded
 

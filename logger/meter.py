@@ -15,9 +15,6 @@ class Meter:
     """
 
     def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
 
@@ -28,14 +25,11 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float | list[int]]:
-        """The mean of each number and the total of each count since the last call, over all processes.
-
-        Waits for the device.
-        """
+        """The mean of each number and total of each count since the last call, of all processes; waits for them."""
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
         means = distributed.all_reduce_mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
         counts = {name: distributed.all_reduce_sum(value).tolist() for name, value in self.sums.items() if value.ndim}
-        self.reset()
+        self.sums, self.steps = {}, 0
         return dict(zip(numbers, means, strict=True)) | counts
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,9 +24,7 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
     cfg, images = trainer.cfg, trainer.data
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = ", ".join(f"{len(getattr(images, part))} {part}" for part in ("train", "valid", "test"))
-    steps = f"{trainer.total_steps}, {trainer.steps_per_epoch} an epoch"
-    if trainer.step:
-        steps += f", continuing after step {trainer.step}"
+    after = f", continuing after step {trainer.step}" if trainer.step else ""
     if cfg.labels_per_class:
         counts += f"; {len(trainer.batches.split)} training images have a label"
     processes = f"{ran['processes']} processes, " if ran["processes"] > 1 else ""
@@ -35,9 +33,9 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
         "device": f"{processes}{device_name(trainer.device)}; {ran['precision']}, compiled: {ran['compiled']}",
         "network": f"{trainer.model.name}, {parameters:,} parameters; recipe {cfg.recipe}",
         "data": f"{cfg.dataset} {'x'.join(map(str, images.shape))}: {counts}",
-        "steps": steps,
-        "memory": f"{room_in_memory(trainer) / 1e6:,.0f} MB for weights, replay buffer and earlier states of them",
-        "disk": f"{room_for_checkpoints(trainer) / 1e6:,.0f} MB for checkpoints",
+        "steps": f"{trainer.total_steps}, {trainer.steps_per_epoch} an epoch{after}",
+        "memory": f"{room(trainer)['memory'] / 1e6:,.0f} MB for weights, replay buffer and earlier states of them",
+        "disk": f"{room(trainer)['disk'] / 1e6:,.0f} MB for checkpoints",
     }
     if before.get("precision", ran["precision"]) != ran["precision"]:
         lines["note"] = f"the run computed in {before['precision']} before: it goes on with other rounding errors"
@@ -48,29 +46,24 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
         print(f"{name:8} {text}", flush=True)
 
 
-def size_of_state(trainer) -> int:
-    """Bytes of a process's weights, what the optimizer and the average keep beside them, and replay buffer."""
-    cfg = trainer.cfg
+def room(trainer) -> dict[str, int]:
+    """Bytes that a run takes of the host's memory and of the disk.
+
+    memory: two states to go back to, the one that is written, on a CPU the present one. disk: three full checkpoints:
+    the newest, the one before, and the next while it is written.
+    """
+    cfg, n_processes = trainer.cfg, trainer.world.size
     copies = 2 + (cfg.optimizer == "adam") + bool(cfg.ema)  # the weights, their moments in the optimizer, their average
-    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) // trainer.world.size if cfg.samples else 0
-    return copies * sum(p.nbytes for p in trainer.model.parameters()) + buffer
-
-
-def room_for_checkpoints(trainer) -> int:
-    """Bytes of three full checkpoints: the newest, the one before, and the next while it is written."""
-    return 3 * trainer.world.size * size_of_state(trainer)
-
-
-def room_in_memory(trainer) -> int:
-    """Bytes of the host's memory for two states to go back to, the one that is written, on a CPU the present one."""
-    return (3 + (trainer.device.type == "cpu")) * size_of_state(trainer)
+    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) // n_processes if cfg.samples else 0
+    state = copies * sum(p.nbytes for p in trainer.model.parameters()) + buffer
+    return {"memory": (3 + (trainer.device.type == "cpu")) * state, "disk": 3 * n_processes * state}
 
 
 def check_memory(trainer) -> None:
     """Raise UserError if the host has too little memory for a run, of which its replay buffer has nothing yet."""
     memory = Path("/proc/meminfo")  # of Linux
     found = re.search(r"MemAvailable: *(\d+) kB", memory.read_text()) if memory.exists() else None
-    needed, free = room_in_memory(trainer), 1024 * int(found[1]) if found else math.inf
+    needed, free = room(trainer)["memory"], 1024 * int(found[1]) if found else math.inf
     if needed > free:
         found = f"the run needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free"
         raise UserError(f"{found}: end other programs, or give a smaller --buffer_size, --width or --depth")
@@ -79,7 +72,7 @@ def check_memory(trainer) -> None:
 def check_room(trainer, logdir: Path) -> None:
     """Raise UserError if the disk of ``logdir``, or of the folder in which it is to be made, is too small for a run."""
     there = next(folder for folder in (logdir, *logdir.parents) if folder.is_dir())
-    needed, free = room_for_checkpoints(trainer), shutil.disk_usage(there).free
+    needed, free = room(trainer)["disk"], shutil.disk_usage(there).free
     if needed > free:
         found = f"checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free"
         raise UserError(f"{found}: free some space, or give another --logdir, or a smaller --buffer_size or --width")

@@ -46,20 +46,16 @@ class RunDir:
         if path.name in ("last.pt", "previous.pt"):
             path = path.resolve().parent.parent
         if not os.path.isfile(path / "config.json"):
-            advice = "--load_ckpt starts a new run from any checkpoint"
-            raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt, not {name}; {advice}")
+            raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt, not {name}")
         return cls(path)
 
     def close(self) -> None:
-        self.remove_unfinished()
-        self.lock.release()
-
-    def remove_unfinished(self) -> None:
-        """Delete the files that were being written when a process was stopped, but none of a measurement's."""
+        """Let go, and delete what processes that were stopped had begun to write, but no file of a measurement."""
         with suppress(OSError):
             for folder in ("", "ckpt", "samples", "sgld"):
                 for unfinished in (self.path / folder).glob("*.tmp"):
                     unfinished.unlink()
+        self.lock.release()
 
     def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
         content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"

@@ -36,11 +36,9 @@ class RunLogger:
     def __init__(self, run: RunDir | None, cfg: Config, step: int, total_steps: int, log_position: int):
         """Go on behind ``step`` and byte ``log_position`` of metrics.jsonl; 0 and 0 for a new run."""
         self.run, self.cfg, self.total_steps = run, cfg, total_steps
-        self.timed_from: float | None = None  # seconds: when the speed was last measured
-        self.timed_step = step  # and at which step
+        self.clock: tuple[float, int] | None = None  # seconds and step at which the speed was last measured
         self.estimated = False  # whether it was said how long the run will take
         if run is not None:
-            run.remove_unfinished()
             self.log = Log(run.path, not cfg.no_log, log_position, step)
             self.balance = Balance(read_log(self.log.path))
             if step == 0:
@@ -80,16 +78,14 @@ class RunLogger:
 
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on: the first step's time is compilation and warm-up, and does not count."""
-        if self.timed_from is None:
-            self.timed_from, self.timed_step = time.perf_counter(), step
+        self.clock = self.clock or (time.perf_counter(), step)
 
     def speed(self, step: int) -> float:
         """Images a second since the last call; NaN before the clock runs. Says once how long the rest will take."""
-        if self.run is None or self.timed_from is None:
+        if self.run is None or self.clock is None:
             return math.nan
-        now = time.perf_counter()
-        speed = (step - self.timed_step) * self.cfg.batch_size / (now - self.timed_from)
-        self.timed_from, self.timed_step = now, step
+        (since, first), self.clock = self.clock, (time.perf_counter(), step)
+        speed = (step - first) * self.cfg.batch_size / (self.clock[0] - since)
         remaining = self.total_steps - step
         if not self.estimated and remaining:
             self.estimated = True
@@ -119,7 +115,7 @@ class RunLogger:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
         if self.run is not None:
             message = f"diverged at step {step}; back to step {back_to} with {change}"
-            self.bar.n, self.timed_from, self.timed_step = back_to, time.perf_counter(), back_to
+            self.bar.n, self.clock = back_to, (time.perf_counter(), back_to)
             self.bar.write(message)
             self.log.recovery(step, back_to, message)
             self.balance = Balance(read_log(self.log.path))
@@ -157,10 +153,12 @@ class RunLogger:
 
     def end(self, step: int, status: int) -> None:
         """Say what there is to look at, or how to go on, and once more what is wrong."""
-        if self.run is not None and status:
+        if self.run is None:
+            return
+        if status:
             print(f"Stopped after step {step}; --resume {self.run.path} goes on from there.")
-        elif self.run is not None:
+        else:
             board = "" if self.cfg.no_log else f", or run: tensorboard --logdir {self.run.path.parent}"
             print(f"Done after {step} steps. Look at the pictures in {self.run.path}{board}")
-        if self.run is not None and self.balance.warning:
+        if self.balance.warning:
             print(f"Warning: {self.balance.warning} (last in balance at step {self.balance.balanced_at}).")

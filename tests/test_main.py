@@ -385,7 +385,6 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood"}, ["lr", "epochs"]),
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["sgld_step", "resume"]),
         ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "start": "uniform"}, ["start"]),
-        ({"mode": "sample", "counterfactual": "0", "sgld_lr": 1.0, "class_cond": True}, ["sgld_lr", "class_cond"]),
         ({"mode": "baseline_train", "sgld_step": 3, "lr": 1.0, "denoise": 0.1}, ["sgld_step", "denoise"]),
         ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),

@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 
 import main
 from evaluation import quality
-from generation.counterfactual import target_classes
 from generation.restore import unknown_pixels
 from generation.sample import by_class
 from models import build_model
@@ -45,7 +44,7 @@ def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[st
     """Run --mode sample; returns its run directory and the content of its archive."""
     before = set(logdir.glob("*"))
     command = ["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu", "--logdir", str(logdir), *options]
-    assert main.main([*command, *([] if "--counterfactual" in options else ["--precision", "fp32"])]) == 0
+    assert main.main([*command, "--precision", "fp32"]) == 0
     (run,) = set(logdir.glob("*")) - before
     (archive,) = run.glob("*.npz")
     with np.load(archive) as content:
@@ -252,101 +251,6 @@ def test_a_mask_of_too_many_pixels_is_one_line(tmp_path, monkeypatch):
         unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
 
 
-def by_hand(model, image: np.ndarray, y: int, radius: float, steps: int) -> torch.Tensor:
-    """One image, uint8 (8, 8, 1), moved up f(x)[y] by projected gradient steps, all of it on the [0, 1] scale."""
-    start = torch.from_numpy(image[None, ..., 0] / 255)[None].float()
-    x = start
-    for _ in range(steps):
-        x = x.detach().requires_grad_()
-        model(2 * x - 1)[0, y].backward()
-        change = x.detach() + 2.5 * radius / steps * x.grad / x.grad.norm() - start
-        if change.norm() > radius:
-            change *= radius / change.norm()
-        x = (start + change).clamp(0, 1)
-    return x
-
-
-def moved_images(content: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images before and after, float (N, 1, 8, 8) in [-1, 1]."""
-    before = torch.from_numpy(content["originals"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return before, torch.from_numpy(content["x"])
-
-
-def counterfactual_tiles(picture: np.ndarray, columns: int) -> np.ndarray:
-    """The 8x8 images (rows, columns, 8, 8) of a picture: a heading, then rows of a line of text and an image."""
-    side, gap, line = 96, 2, 16
-    rows = [strip[line:] for strip in np.split(picture[line:], len(picture) // (line + side + 2 * gap))]
-    pixels = side // 16 + np.arange(8) * 12
-    return np.stack(
-        [[row[np.ix_(gap + pixels, gap + c * (side + gap) + pixels)][..., 0] for c in range(columns)] for row in rows]
-    )
-
-
-def test_counterfactuals_climb_to_the_class_inside_their_ball(jem, tmp_path, capsys):
-    options = ["--n_samples", "6", "--n_sample_steps", "15", "--counterfactual_eps", "1.5", "--batch_size", "4"]
-    run, content = sample(jem, tmp_path, "--counterfactual", "7", *options, "--save_images")
-    assert (content["labels"] == 7).all()
-    np.testing.assert_array_equal(content["original_labels"], true_labels(content["originals"]))
-    assert 7 not in content["original_labels"]
-    before, after = moved_images(content)
-    distance = (after - before).flatten(1).norm(dim=1) / 2
-    assert (distance < 1.5 + 1e-5).all() and (distance > 1).all() and after.abs().max() <= 1
-    model = network(state_of(jem)["model"])
-    logits = model(torch.cat([before, after]))
-    for log_p in (logits[:, 7], logits.log_softmax(1)[:, 7]):  # log p(x, y) and log p(y|x)
-        assert (log_p[6:] > log_p[:6]).all()
-    for name, part in (("probabilities_start", logits[:6]), ("probabilities", logits[6:])):
-        np.testing.assert_allclose(content[name], part.softmax(1), atol=1e-5)
-    np.testing.assert_allclose(content["log_p_x_y"], logits[6:, 7], atol=1e-4)
-    expected = by_hand(model, content["originals"][4], 7, 1.5, 15)
-    np.testing.assert_allclose((after[4:5] + 1) / 2, expected, atol=1e-4)
-    counts = [(part.argmax(1) == 7).sum().item() for part in (logits[:6], logits[6:])]
-    means = [f"{part.softmax(1)[:, 7].mean():.3f}" for part in (logits[:6], logits[6:])]
-    line = f"in {counts[0]} images before and {counts[1]} after, mean p(y|x) {means[0]} -> {means[1]}"
-    assert line in capsys.readouterr().out
-    shown = counterfactual_tiles(pixels(run / "counterfactual.png"), 3)
-    np.testing.assert_array_equal(shown[:, 0], content["originals"][..., 0])
-    np.testing.assert_array_equal(shown[:, 1], content["images"][..., 0])
-    for image, change in zip(shown[:, 2].astype(int), (after - before)[:, 0].numpy(), strict=True):
-        np.testing.assert_allclose(image, 127.5 + 127.5 * change / np.abs(change).max(), atol=1)
-    singles = [pixels(path) for path in sorted((run / "samples").glob("counterfactual_*.png"))]
-    np.testing.assert_array_equal(np.stack(singles), content["images"].repeat(3, 3))
-
-
-def test_counterfactuals_of_all_classes_have_a_column_each(jem, tmp_path, capsys):
-    options = ["--n_samples", "3", "--n_sample_steps", "20", "--counterfactual_eps", "9"]
-    run, content = sample(jem, tmp_path, "--counterfactual", "all", *options)
-    np.testing.assert_array_equal(content["labels"], np.tile(np.arange(10), 3))
-    before, after = moved_images(content)
-    assert (before.view(3, 10, -1) == before.view(3, 10, -1)[:, :1]).all() and (before[0] != before[10]).any()
-    model, own = network(state_of(jem)["model"]), torch.from_numpy(content["labels"])
-    assert (model.log_density(after, own) > model.log_density(before, own)).all()
-    shown = counterfactual_tiles(pixels(run / "counterfactual.png"), 11)
-    np.testing.assert_array_equal(shown[:, 0], content["originals"].reshape(3, 10, 8, 8)[:, 0])
-    np.testing.assert_array_equal(shown[:, 1:], content["images"].reshape(3, 10, 8, 8))
-    other = content["labels"] != content["original_labels"]
-    hits = (content["probabilities"].argmax(1) == content["labels"])[other].sum()
-    out = capsys.readouterr().out
-    assert hits > 0 and other.sum() == 27 and "27 changes to another class" in out and f"and {hits} after" in out
-
-
-def test_a_counterfactual_does_not_depend_on_the_images_beside_it(tmp_path):
-    """Batch normalisation would make it so with the statistics of the batch."""
-    checkpoint = train(tmp_path / "train", "--norm", "batch")
-    options = ["--counterfactual", "7", "--n_samples", "4", "--n_sample_steps", "5", "--batch_size"]
-    (_, together), (_, alone) = (sample(checkpoint, tmp_path, *options, size) for size in ("4", "1"))
-    np.testing.assert_allclose(together["x"], alone["x"], atol=1e-4)
-
-
-def test_a_class_is_named_or_else_numbered():
-    names = ["2", "cat", "0"]
-    assert [target_classes(asked, names) for asked in ("cat", "2", "0", "1")] == [[1], [0], [2], [1]]
-    assert target_classes("all", names) == [0, 1, 2]
-    for wrong in ("3", "-1", "", "Cat", "1.0"):
-        with pytest.raises(UserError, match="name of a class .2, cat, 0. or a number from 0 to 2, not"):
-            target_classes(wrong, names)
-
-
 def changed_checkpoint(run: Path, path: Path, **options) -> Path:
     """A copy of a run's checkpoint that says it was trained with other options."""
     content = torch.load(run / "ckpt" / "last.pt", weights_only=True)
@@ -360,10 +264,6 @@ def test_a_checkpoint_of_class_conditional_chains_draws_classes_only_if_asked_fo
     for options, target in (([], "log p(x)"), (["--class_cond"], "log p(x|y)")):
         _, content = sample(checkpoint, tmp_path, "--n_samples", "20", "--n_sample_steps", "1", *options)
         assert json.loads(str(content["settings"]))["target"] == target
-    _, content = sample(checkpoint, tmp_path, "--counterfactual", "0", "--n_samples", "2", "--n_sample_steps", "1")
-    before, after = moved_images(content)
-    assert json.loads(str(content["settings"]))["counterfactual_eps"] == 2.5
-    assert ((after - before).flatten(1).norm(dim=1) / 2 < 2.5 + 1e-5).all()
 
 
 def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):
@@ -387,10 +287,8 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
-    "trained without labels": (["UNLABELLED", "--counterfactual", "3"], "was trained without labels"),
     "classes without labels": (["UNLABELLED", "--class_cond"], "was trained without labels: leave --class_cond"),
-    "counterfactual of the buffer": (["JEM", "--counterfactual", "3", "--from_buffer"], "give one of them"),
-    "too many of other classes": (["JEM", "--counterfactual", "3", "--n_samples", "360"], "of other classes than 3"),
+    "two starts": (["JEM", "--denoise", "1", "--from_buffer"], "give one of them"),
 }
 
 
