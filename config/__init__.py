@@ -10,8 +10,6 @@ from config.options import ATTACKS, METRICS, STARTS, Options
 from config.recipes import RECIPES
 from utils import UserError
 
-FRESH_STEPS = 200  # with a training chain's step size, when samples have settled
-
 
 @dataclass(frozen=True, init=False)
 class Config(Options):
@@ -63,8 +61,8 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain from a fresh start."""
-        return FRESH_STEPS if self.n_sample_steps is None else self.n_sample_steps
+        """SGLD steps of a sample's chain from a fresh start; after 200 of a training chain's, samples have settled."""
+        return 200 if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:
@@ -97,10 +95,8 @@ class Config(Options):
     @property
     def start_name(self) -> str:
         """What ``--start`` names, in words."""
-        shares = self.start_shares
-        if len(shares) == 1:
-            return STARTS[self.start]
-        return ", ".join(f"{STARTS[name]} ({share:.0%})" for name, share in shares.items())
+        several = [f"{STARTS[name]} ({share:.0%})" for name, share in self.start_shares.items()]
+        return ", ".join(several).removesuffix(" (100%)")
 
     def _shares(self, name: str) -> dict[str, float]:
         found = {}

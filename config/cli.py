@@ -17,7 +17,6 @@ PROPERTIES = {  # of an option, where its line in options.py does not say otherw
     "flags": (),  # short names
     "is_path": False,  # of a file or folder
     "keywords": (),  # words that are no paths
-    "nullable": False,  # the word off is None, which takes back what a recipe has set
     "resumable": False,  # a resumed run may change it: where or how long it goes on, what it writes
     "of_network": False,  # with another value it is another network
     "needs": (),  # it is not used unless one of these options, NAME or NAME=VALUE, is set
@@ -64,7 +63,7 @@ def check_value(f: Field, value: Any) -> str:
 
 def read_value(f: Field, text: str) -> Any:
     """The value of option ``f`` that a command line gives as text. Raises UserError if it is none."""
-    kind, nullable = kind_of(f), f.metadata["nullable"]
+    kind, nullable = kind_of(f), f.type in (int | None, float | None)
     if nullable and text == "off":
         return None
     if text == "" and f.metadata["is_path"]:  # a shell variable that is not set
@@ -109,20 +108,19 @@ def build_parser(config: type) -> Parser:
         usage="python main.py --mode MODE [--recipe NAME] [options]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a network as a classifier and as an energy-based model.",
+        description="Train a network as a classifier and as an energy-based model. The value off takes back a "
+        "recipe's number where there is no default.",
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
-    groups = {}
+    titles = dict.fromkeys(f.metadata["group"] for f in fields(config))
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(config):
         meta, default = f.metadata, "off" if f.default is False else f.default
         text = meta["help"] + ("" if default in (None, "") else f" (default: {default})")
-        text += "; the word off takes back a recipe's value" if meta["nullable"] else ""
         how = {"help": text.replace("%", "%%"), "metavar": "|".join(meta["choices"]) or kind_of(f).__name__.upper()}
         if f.type is bool:
             how |= {"action": Switch, "nargs": "?", "const": "True"}
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         groups[meta["group"]].add_argument(*option_names(f), *meta["flags"], **how)
     return parser
 
@@ -134,8 +132,11 @@ def parse(arguments: list[str], config: type) -> dict[str, Any]:
     """
     namespace, rest = build_parser(config).parse_known_args(arguments)
     unknown = [word.partition("=")[0] for word in rest if re.match("--?[A-Za-z]", word)]
-    problems = [no_such_option(name, config) for name in unknown or rest]
-    given = {}
+    known = [typed for f in fields(config) for typed in option_names(f)]
+    problems, given = [], {}
+    for name in unknown or rest:
+        near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
+        problems.append(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
     for f in fields(config):
         if f.name in namespace:
             try:
@@ -145,9 +146,3 @@ def parse(arguments: list[str], config: type) -> dict[str, Any]:
     if problems:
         raise UserError("; ".join(problems) + "; see python main.py --help")
     return given
-
-
-def no_such_option(name: str, config: type) -> str:
-    known = [typed for f in fields(config) for typed in option_names(f)]
-    near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
-    return f"there is no option {name}" + (f", did you mean {near[0]}?" if near else "")

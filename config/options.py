@@ -29,6 +29,7 @@ STARTS = {  # images that are no samples, and what reports call them
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
+START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -37,12 +38,13 @@ images = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
 network = partial(option, "model", modes=MODES, of_network=True)
 training_network = partial(option, "model", modes=TRAINING)
-optimisation = partial(option, "optimisation", modes=TRAINING)
+optim = partial(option, "optimisation", modes=TRAINING)
 sgld = partial(option, "SGLD", modes=("energy_train", "test", "sample"))
 training_chains = partial(option, "SGLD", modes=("energy_train",))
 energy = partial(option, "objective", modes=("energy_train",))
 outliers = partial(energy, needs=("outlier_weight",))
 classifier = partial(option, "objective", modes=TRAINING)
+adversarial = partial(classifier, needs=("adversarial_eps",))
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
 test = partial(option, "test", modes=("test",), resumable=True)
@@ -66,8 +68,7 @@ class Options:
     load_ckpt: str = run("", "checkpoint or run directory whose weights and replay buffer to take", is_path=True)
     resume: str = run(
         "",
-        "run or checkpoint to continue where it stopped; auto: the run in --logdir with these options, images and note "
-        "that was saved last, interrupted ones first, or else a new run",
+        "run or checkpoint to continue; auto: the last one in --logdir of these options, images and note, or a new run",
         is_path=True,
         keywords=("auto",),
         modes=TRAINING,
@@ -83,7 +84,6 @@ class Options:
         None,
         "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
         minimum=1,
-        nullable=True,
         needs=("p_y_x_weight", "p_x_y_weight"),
     )
     data_device: str = images(
@@ -113,47 +113,33 @@ class Options:
     separate_energy: bool = network(False, "log p(x) from a linear head of its own, not from the logits' logsumexp")
     activation: str = network("leaky_relu", "nonlinearity", tuple(ACTIVATIONS))
 
-    lr: float = optimisation(1e-4, "peak learning rate", above=0, flags=("-l",))
-    batch_size: int = optimisation(
-        128, "images and chains of a step; in test, sample: chains (as in training)", minimum=1, modes=NETWORK
-    )
-    epochs: int = optimisation(200, "passes over the training images", minimum=1, resumable=True)
-    max_steps: int | None = optimisation(
-        None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
-    )
-    optimizer: str = optimisation(
+    lr: float = optim(1e-4, "peak learning rate", above=0, flags=("-l",))
+    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=NETWORK)
+    epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
+    max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
+    optimizer: str = optim(
         "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
     )
-    weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
-    warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
-    schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
-    decay_epochs: str = optimisation("", "epochs, with commas, after which the rate falls", needs=("schedule=step",))
-    decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
-    sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
-    sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
-    grad_clip: float | None = optimisation(
-        None, "largest norm of the gradient; a longer one is shortened (default: no limit)", above=0, nullable=True
-    )
-    ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
+    weight_decay: float = optim(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
+    warmup_steps: int = optim(1000, "steps in which the learning rate first rises linearly", minimum=0)
+    schedule: str = optim("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
+    decay_epochs: str = optim("", "epochs, with commas, after which the rate falls", needs=("schedule=step",))
+    decay_rate: float = optim(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
+    sam_rho: float = optim(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
+    sam_adaptive: bool = optim(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    grad_clip: float | None = optim(None, "largest norm of the gradient, else shortened (default: no limit)", above=0)
+    ema: float = optim(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
     sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0, modes=("energy_train", "sample"))
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
-    sgld_grad_clamp: float | None = sgld(
-        None, "largest size of the gradient in a pixel; larger ones are cut (default: no limit)", above=0, nullable=True
-    )
+    sgld_grad_clamp: float | None = sgld(None, "largest gradient in a pixel, else cut (default: no limit)", above=0)
     sgld_clamp: bool = sgld(False, "keep the chains' images in [-1, 1]")
-    start: str = sgld(
-        "uniform",
-        "what chains start from, one or several with shares, as gaussian:0.8,uniform:0.2: "
-        + "; ".join(f"{name} ({text})" for name, text in STARTS.items()),
-    )
-    start_dir: str = sgld("", "images of --start or --outlier_images folder", is_path=True, resumable=True)
+    start: str = sgld("uniform", f"what chains start from, or shares, as gaussian:0.8,uniform:0.2: {START_HELP}")
+    start_dir: str = sgld("", "images of folder in --start, which is the default then", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
-    sgld_step_max: int | None = training_chains(
-        None, "steps to which chains grow, one by one (default: they do not grow)", minimum=1, nullable=True
-    )
+    sgld_step_max: int | None = training_chains(None, "steps to which chains grow (default: they do not)", minimum=1)
     sgld_step_auroc: float = training_chains(
         0.7, "mean AUROC (real, sampled) above which chains grow", minimum=0, maximum=1, needs=("sgld_step_max",)
     )
@@ -170,24 +156,17 @@ class Options:
     adversarial_eps: float = classifier(
         0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
     )
-    adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
-    adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
-    adversarial_step_size: float | None = classifier(
-        None, "step size, pixels in [0, 1] (default 2.5 eps/steps)", above=0, nullable=True, needs=("adversarial_eps",)
-    )
+    adversarial_norm: str = adversarial("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS)
+    adversarial_steps: int = adversarial(10, "steps to an adversarial image", minimum=1)
+    adversarial_step_size: float | None = adversarial(None, "step size in [0, 1] (default: 2.5 eps/steps)", above=0)
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
     energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
     mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
     mean_energy_form: str = energy(
-        "means",
-        "both squared means; real_squares: the mean square of real images and the squared mean of samples",
-        ("means", "real_squares"),
-        needs=("mean_energy_l2",),
+        "means", "real_squares: for real images, the mean square", ("means", "real_squares"), needs=("mean_energy_l2",)
     )
-    p_x_batch_size: int | None = energy(
-        None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
-    )
+    p_x_batch_size: int | None = energy(None, "chains, and images of log p(x) (default: --batch_size)", minimum=1)
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
     outlier_weight: float = energy(0.0, "weight of keeping log p(x) of outliers below real images'; 0: off", minimum=0)
     outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
@@ -222,9 +201,8 @@ class Options:
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = test(
         None,
-        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); "
-        "refined_straight (the same past them, as JEM's authors); autoattack; "
-        "distal (noise that becomes a class) (default: all)",
+        "of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); refined_straight (past "
+        "them, as JEM's authors); autoattack; distal (noise that becomes a class) (default: all)",
     )
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
     one_epsilon: bool = test(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
@@ -235,9 +213,7 @@ class Options:
     feature_ckpt: str = test(
         "", "classifier's run; images are compared in its features", is_path=True, modes=("energy_train", "test")
     )
-    fid_reference: str = test(
-        "train", "real images for FID, KID, precision, recall: all of training, or test too", ("train", "train+test")
-    )
+    fid_reference: str = test("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
