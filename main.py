@@ -135,9 +135,8 @@ def train(given: dict[str, Any]) -> int:
 
 
 def note_unused(given: dict[str, Any], cfg: Config) -> None:
-    names = unused(given, cfg)
-    if names:
-        options = ", ".join(f"--{name}" for name in names)
+    options = ", ".join(f"--{name}" for name in unused(given, cfg))
+    if options:
         print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
     if cfg.recipe == "dat" and cfg.samples and "folder" not in cfg.start_shares:
         print(f"note: without --start_dir, images of other data, chains start from {cfg.start_name}", file=sys.stderr)

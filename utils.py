@@ -101,13 +101,9 @@ def set_speed_options(device: torch.device) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
     installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    return {
-        "command": " ".join(sys.argv),
-        "git_commit": git_commit(Path(__file__).resolve().parent),
-        "python": platform.python_version(),
-        **{name: installed.get(name, "not installed") for name in PACKAGES},
-        "device": device_name(device),
-    }
+    program = {"command": " ".join(sys.argv), "git_commit": git_commit(Path(__file__).resolve().parent)}
+    versions = {name: installed.get(name, "not installed") for name in PACKAGES}
+    return program | {"python": platform.python_version()} | versions | {"device": device_name(device)}
 
 
 def git_commit(folder: Path) -> str:
@@ -124,9 +120,8 @@ def git_commit(folder: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    on_cpu = device.type == "cpu"
+    return f"CPU, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
 
 
 class Signals:

@@ -71,7 +71,7 @@ class Config(Options):
 
     @property
     def chosen_attacks(self) -> list[str]:
-        """The names in ``--attacks``."""
+        """The names in ``--attacks``, which is None in older checkpoints."""
         return self._names("attacks", ATTACKS)
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
@@ -95,8 +95,8 @@ class Config(Options):
     @property
     def start_name(self) -> str:
         """What ``--start`` names, in words."""
-        several = [f"{STARTS[name]} ({share:.0%})" for name, share in self.start_shares.items()]
-        return ", ".join(several).removesuffix(" (100%)")
+        shares = self.start_shares
+        return ", ".join(STARTS[name] + f" ({share:.0%})" * (len(shares) > 1) for name, share in shares.items())
 
     def _shares(self, name: str) -> dict[str, float]:
         found = {}
