@@ -170,8 +170,8 @@ def load(
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: where the training images are: "cpu", "gpu" (on ``device``), or "auto"; see ``stays_on_host``.
-        trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
-            on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
+        trained_on: for a set to measure, the ``description`` of the images that the model was trained on. Then a test
+            part alone will do, and a folder of <class>/* that holds other images is not divided.
 
     Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
@@ -256,10 +256,7 @@ def augment(
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Black squares of half the side in images (N, C, H, W), with centres int64 (N,) (DeVries & Taylor, 2017).
-
-    A square ends at an image's edge.
-    """
+    """Black squares of half the side in images (N, C, H, W), centres (N,), cut at edges (DeVries & Taylor, 2017)."""
     n_rows, n_columns = images.shape[2:]
     half = min(n_rows, n_columns) // 4
     down = torch.arange(n_rows, device=images.device) - row[:, None]

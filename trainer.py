@@ -60,8 +60,7 @@ class StepBatch(NamedTuple):
 class Trainer:
     """One run: everything that changes from step to step, and the loop that changes it.
 
-    Of several processes, each has a part of every batch and of the replay buffer, and chains of its own. The rest is
-    the same in all of them.
+    Of several processes, each has its part of every batch and of the replay buffer; the rest is the same in all.
     """
 
     def __init__(self, cfg: Config, images: data.ImageData, device: torch.device, world: World = data.ALONE):
@@ -133,10 +132,7 @@ class Trainer:
         self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
-        """Returns the exit status: 0 at the run's end, 128 + its number when a signal stopped it.
-
-        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
-        """
+        """Run from byte ``log_position`` of metrics.jsonl on; returns the exit status, 128 + the number of a signal."""
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}

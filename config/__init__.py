@@ -13,10 +13,7 @@ from utils import UserError
 
 @dataclass(frozen=True, init=False)
 class Config(Options):
-    """One run's options: those given by name, then those of ``recipe``, then the defaults.
-
-    Raises UserError that names everything that is wrong.
-    """
+    """Options given, then those of ``recipe``, then the defaults. Raises UserError that names all that is wrong."""
 
     def __init__(self, **given: Any):
         recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}

@@ -126,10 +126,7 @@ def build_parser(config: type) -> Parser:
 
 
 def parse(arguments: list[str], config: type) -> dict[str, Any]:
-    """The options of the dataclass ``config`` that a command line gives, without defaults.
-
-    Raises UserError that names every option that is unknown or has a value of another kind.
-    """
+    """The options that a command line gives. Raises UserError that names all that are unknown or of another kind."""
     namespace, rest = build_parser(config).parse_known_args(arguments)
     unknown = [word.partition("=")[0] for word in rest if re.match("--?[A-Za-z]", word)]
     known = [typed for f in fields(config) for typed in option_names(f)]

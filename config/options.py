@@ -1,7 +1,4 @@
-"""Every option of the program, once: default, help text, allowed values, and the modes that read it.
-
-What else an option can be, such as ``resumable`` and ``needs``, is in ``config.cli.PROPERTIES``.
-"""
+"""Every option, once: default, help, allowed values, modes that read it, and properties of config.cli.PROPERTIES."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -90,9 +87,7 @@ class Options:
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
-    augment: str = training_images(
-        "crop", "edges of crops are mirrored; auto: black, then AutoAugment and Cutout if labelled", ("crop", "auto")
-    )
+    augment: str = training_images("crop", "auto: crops with black edges, AutoAugment and Cutout", ("crop", "auto"))
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
 
     depth: int = network(28, "layers of the Wide-ResNet, 6n + 4", minimum=10)
@@ -117,9 +112,7 @@ class Options:
     batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=NETWORK)
     epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
     max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
-    optimizer: str = optim(
-        "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
-    )
+    optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum", "rmsprop"))
     weight_decay: float = optim(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optim(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optim("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
@@ -174,9 +167,7 @@ class Options:
     outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
     outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
     outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
-    diverge_threshold: float = energy(
-        1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
-    )
+    diverge_threshold: float = energy(1e4, "gap of real and sampled log p(x), in nats, that is divergence", above=0)
     max_recoveries: int = classifier(10, "returns to an earlier state before giving up", minimum=0, resumable=True)
 
     sample_every: int = sample_dumps(100, "steps between grids of samples (PNG)", minimum=1)
@@ -184,8 +175,7 @@ class Options:
     eval_every: int = dumps(1, "epochs between evaluations on validation and test images", minimum=1)
     quality_every: int = sample_dumps(
         0,
-        "epochs between Fréchet distances of --n_samples chains (2000) from training images, in features of "
-        "--feature_ckpt or Inception; the best weights are best_quality.pt; 0: never",
+        "epochs between Fréchet distances of --n_samples chains, in features of --feature_ckpt or Inception; 0: never",
         minimum=0,
         needs=("p_x_weight", "p_x_y_weight"),
     )
@@ -206,18 +196,14 @@ class Options:
     ais_chains: int = test(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
-    feature_ckpt: str = test(
-        "", "classifier's run; images are compared in its features", is_path=True, modes=("energy_train", "test")
-    )
+    feature_ckpt: str = test("", "classifier's run, for image features", is_path=True, modes=("energy_train", "test"))
     fid_reference: str = test("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(
-        None, "steps of a sample's chain (default: 200; for --denoise as in training); 0 writes its start", minimum=0
-    )
+    n_sample_steps: int | None = samples(None, "steps of a chain (default: 200; --denoise: as in training)", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in, clean or change instead of test images",
@@ -239,9 +225,7 @@ class Options:
     export: str = exported(
         "", "new file: NAME.pt, which --export_for's program opens; NAME.safetensors, for --load_ckpt", is_path=True
     )
-    export_for: str = exported(
-        "auto", "of NAME.pt; sada-jem: M-JEM's too; robust: DAT's; auto: by recipe, stages and backbone", EXPORT_FOR
-    )
+    export_for: str = exported("auto", "of NAME.pt; auto: by recipe; sada-jem: M-JEM too; robust: DAT", EXPORT_FOR)
 
     precision: str = speed("auto", "arithmetic; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
     compile: str = speed(
