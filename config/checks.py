@@ -119,7 +119,5 @@ def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:
     """Raise UserError where a batch of n images (C, H, W) leaves batch or instance normalisation no variance."""
     pixels = math.prod(math.ceil(side / 2 ** (cfg.stages - 1)) for side in shape[1:])  # in the last layer
     if cfg.norm in ("batch", "instance") and pixels * (n if cfg.norm == "batch" else 1) <= 1:
-        raise UserError(
-            f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
-            "--stages 3 in training, larger images or, for batch, larger batches"
-        )
+        advice = "give --stages 3 in training, larger images or, for batch, larger batches"
+        raise UserError(f"--norm {cfg.norm} has one value of each channel in the last layer, no variance: {advice}")

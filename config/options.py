@@ -97,8 +97,7 @@ class Options:
     norm: str = network("none", "normalisation layers", tuple(NORMS))
     norm_statistics: str = training_network(
         "batch",
-        "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
-        "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
+        "normalisation in chains and for log p(x): by the batch; by running statistics; frozen: those of --load_ckpt",
         ("batch", "running", "frozen"),
         modes=("energy_train", "test", "sample"),
         needs=("norm=batch",),
@@ -142,7 +141,7 @@ class Options:
     p_x_weight: float = energy(1.0, "weight of the generative term of log p(x); with 0 it draws no samples", minimum=0)
     generative: str = energy(
         "difference",
-        "that term: the difference of the two means, or the cross-entropy of telling real images from samples",
+        "form: difference of means or logistic loss",
         ("difference", "logistic"),
         needs=("p_x_weight",),
     )
@@ -184,9 +183,8 @@ class Options:
     eval: str = test("all", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = test(
         "auto",
-        "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
-        "and digits, with cifar10 also svhn and cifar100",
+        "sets of other images, separated by commas: data sets, folders, and interp, noise, constant, shuffled, patches, "
+        "blurred, inverted, which need no files; auto: these and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str = test("all", "of --eval robustness, separated by commas: " + ", ".join(ATTACKS))
