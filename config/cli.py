@@ -15,8 +15,7 @@ PROPERTIES = {  # of an option, where its line in options.py does not say otherw
     "maximum": 2**31 - 1,  # a larger step, size or factor would only overflow somewhere
     "above": -math.inf,  # not allowed itself
     "flags": (),  # short names
-    "is_path": False,  # of a file or folder
-    "keywords": (),  # words that are no paths
+    "is_path": False,  # of a file or folder; choices are words that are no paths
     "resumable": False,  # a resumed run may change it: where or how long it goes on, what it writes
     "of_network": False,  # with another value it is another network
     "needs": (),  # it is not used unless one of these options, NAME or NAME=VALUE, is set
@@ -38,7 +37,7 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    if not f.metadata["is_path"] or value in ("", *f.metadata["keywords"]) or "://" in value:
+    if not f.metadata["is_path"] or value in ("", *f.metadata["choices"]) or "://" in value:
         return value
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)
@@ -47,7 +46,7 @@ def absolute_path(f: Field, value: Any) -> Any:
 def check_value(f: Field, value: Any) -> str:
     """What is wrong with a value of option ``f``, or an empty text."""
     meta, name = f.metadata, f"--{f.name}"
-    if meta["choices"] and value not in meta["choices"]:
+    if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
     if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
         return f"{name} {value} is not on this machine: give a folder or file that is"
@@ -118,7 +117,8 @@ def build_parser(config: type) -> Parser:
     for f in fields(config):
         meta, default = f.metadata, "off" if f.default is False else f.default
         text = meta["help"] + ("" if default in (None, "") else f" (default: {default})")
-        how = {"help": text.replace("%", "%%"), "metavar": "|".join(meta["choices"]) or kind_of(f).__name__.upper()}
+        values = [*meta["choices"], "PATH"] if meta["is_path"] else meta["choices"] or [kind_of(f).__name__.upper()]
+        how = {"help": text.replace("%", "%%"), "metavar": "|".join(values)}
         if f.type is bool:
             how |= {"action": Switch, "nargs": "?", "const": "True"}
         groups[meta["group"]].add_argument(*option_names(f), *meta["flags"], **how)

@@ -66,8 +66,8 @@ class Options:
     resume: str = run(
         "",
         "run or checkpoint to continue; auto: the last one in --logdir of these options, images and note, or a new run",
+        ("auto",),
         is_path=True,
-        keywords=("auto",),
         modes=TRAINING,
     )
 
@@ -128,8 +128,10 @@ class Options:
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
     sgld_grad_clamp: float | None = sgld(None, "largest gradient in a pixel, else cut (default: no limit)", above=0)
     sgld_clamp: bool = sgld(False, "keep the chains' images in [-1, 1]")
-    start: str = sgld("uniform", f"what chains start from, or shares, as gaussian:0.8,uniform:0.2: {START_HELP}")
-    start_dir: str = sgld("", "images of folder in --start, which is the default then", is_path=True, resumable=True)
+    start: str = sgld(
+        "uniform", f"what chains start from, alone or with shares, as gaussian:0.8,uniform:0.2: {START_HELP}"
+    )
+    start_dir: str = sgld("", "images for --start folder, which it implies by itself", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
     sgld_step_max: int | None = training_chains(None, "steps to which chains grow (default: they do not)", minimum=1)
     sgld_step_auroc: float = training_chains(
@@ -141,7 +143,7 @@ class Options:
     p_x_weight: float = energy(1.0, "weight of the generative term of log p(x); with 0 it draws no samples", minimum=0)
     generative: str = energy(
         "difference",
-        "form: difference of means or logistic loss",
+        "that term: the difference of the two means, or the cross-entropy of telling real images from samples",
         ("difference", "logistic"),
         needs=("p_x_weight",),
     )
@@ -183,7 +185,7 @@ class Options:
     eval: str = test("all", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = test(
         "auto",
-        "sets of other images, separated by commas: data sets, folders, and interp, noise, constant, shuffled, patches, "
+        "sets of other images, separated by commas: data sets, folders, interp, noise, constant, shuffled, patches, "
         "blurred, inverted, which need no files; auto: these and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
@@ -210,9 +212,7 @@ class Options:
         needs=("inpaint", "denoise", "counterfactual", "mode=score"),
     )
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
-    inpaint: str = sample(
-        "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
-    )
+    inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
     counterfactual: str | None = sample(None, "move images to a class (name, or number from 0 on), or to each of all")
     counterfactual_eps: float | None = sample(
