@@ -14,11 +14,11 @@ from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.transforms.v2.functional import pad_image, rgb_to_grayscale
 
 import image_folder
 from distributed import World
-from utils import UserError, printable
+from utils import UserError
 
 SPLIT_SEED = 0  # not the run's seed: all runs train and report on the same images
 ALONE, WHOLE = World(), slice(None)
@@ -70,16 +70,12 @@ class ImageData:
     @cached_property
     def description(self) -> dict[str, Any]:
         """What a checkpoint remembers of its data: two data sets with the same description hold the same images."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.train, self.valid, self.test):
+        parts, digest = (self.train, self.valid, self.test), hashlib.blake2b(digest_size=16)
+        for part in parts:
             digest.update(part.images.cpu().contiguous().numpy())
             digest.update(part.labels.cpu().numpy())
-        return {
-            "shape": list(self.shape),
-            "class_names": list(self.class_names),
-            "images": [len(self.train), len(self.valid), len(self.test)],
-            "digest": digest.hexdigest(),
-        }
+        sizes = {"shape": list(self.shape), "images": [len(part) for part in parts]}
+        return sizes | {"class_names": list(self.class_names), "digest": digest.hexdigest()}
 
 
 def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
@@ -174,8 +170,8 @@ def load(
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: where the training images are: "cpu", "gpu" (on ``device``), or "auto"; see ``stays_on_host``.
-        trained_on: for a set that is only to be measured, the ``description`` of the images that the model was trained
-            on. Then a test part alone will do, and a folder of <class>/* that holds other images is not divided.
+        trained_on: for a set to measure, the ``description`` of the images that the model was trained on. Then a test
+            part alone will do, and a folder of <class>/* that holds other images is not divided.
 
     Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
@@ -190,7 +186,7 @@ def load(
     train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
-        print("data:", printable(f"{len(class_names)} classes: {image_folder.some(class_names)}; {counts}"), flush=True)
+        image_folder.note(f"{len(class_names)} classes: {image_folder.some(class_names)}; {counts}")
     if not stays_on_host(train.images.nbytes, torch.device(device), data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
@@ -215,44 +211,33 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int, black: bool = False) -> Tensor:
-    """Pad by ``pad``, crop each image back to (H, W) at its own offset, mirror it if ``flip`` is set.
+    """Pad uint8 images (N, C, H, W) by ``pad`` < min(H, W), with their reflection or ``black``; crop back to (H, W).
 
-    Args:
-        images: uint8 (N, C, H, W), with pad < min(H, W).
-        top, left: int64 (N,), offsets in [0, 2 * pad]; ``pad`` leaves the image in place.
-        flip: bool (N,), whether to mirror left and right after the crop.
-        black: whether the padding is black and not the image's reflection.
-
-    Returns uint8 (N, C, H, W), channels_last in memory.
+    The offsets ``top`` and ``left`` are int64 (N,) in [0, 2 * pad]. Where ``flip``, bool (N,), is set, left and right
+    are mirrored after the crop. Returns channels_last memory.
     """
     n, channels, height, width = images.shape
-    rows = top[:, None] - pad + torch.arange(height, device=images.device)  # (N, H)
-    columns = left[:, None] - pad + torch.arange(width, device=images.device)  # (N, W)
+    padded = pad_image(images, [pad], padding_mode="constant" if black else "reflect")
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H), of the padded image
+    columns = left[:, None] + torch.arange(width, device=images.device)  # (N, W)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    source = _reflect(rows, height)[:, :, None] * width + _reflect(columns, width)[:, None, :]
+    source = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
     source = source.view(n, 1, height * width).expand(-1, channels, -1)
-    moved = images.flatten(2).gather(2, source).view(images.shape)
-    if black:
-        outside = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
-        moved = moved.masked_fill(outside[:, None], 0)
+    moved = padded.flatten(2).gather(2, source).view(images.shape)
     return moved.contiguous(memory_format=torch.channels_last)
 
 
 def augment(
     images: Tensor, flip: bool, sigma: float, rng: Generator, how: str = "crop", n: int = 0, part: slice = WHOLE
 ) -> Tensor:
-    """A random crop and flip of each image, as floats with Gaussian noise.
-
-    With ``how`` "crop" the edges are mirrored; "black": black; "auto": black, and AutoAugment and Cutout follow.
+    """A random crop and flip of each image, as floats with Gaussian noise: float32 (N, C, H, W), channels_last.
 
     Args:
         images: uint8 (N, C, H, W); the ``part`` that is asked for of a batch of ``n`` images, by default all of it.
         flip: whether to mirror each image with probability 1/2.
         sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
-        rng: source of randomness, on the images' device; it is drawn from for the whole batch. AutoAugment draws from
-            PyTorch's global generator.
-
-    Returns float32 (N, C, H, W), channels_last in memory.
+        rng: on the images' device, drawn from for the whole batch. AutoAugment draws from PyTorch's global generator.
+        how: "crop" mirrors the edges; "black": black ones; "auto": black ones, then AutoAugment and Cutout.
     """
     n, (_, channels, height, width) = n or len(images), images.shape
     draw = {"generator": rng, "device": images.device}
@@ -271,21 +256,13 @@ def augment(
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Black squares of half the side in images (N, C, H, W), with centres int64 (N,) (DeVries & Taylor, 2017).
-
-    A square ends at an image's edge.
-    """
+    """Black squares of half the side in images (N, C, H, W), centres (N,), cut at edges (DeVries & Taylor, 2017)."""
     n_rows, n_columns = images.shape[2:]
     half = min(n_rows, n_columns) // 4
     down = torch.arange(n_rows, device=images.device) - row[:, None]
     across = torch.arange(n_columns, device=images.device) - column[:, None]
     hole = ((-half <= down) & (down < half))[:, :, None] & ((-half <= across) & (across < half))[:, None, :]
     return images.masked_fill(hole[:, None], 0)
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices beyond either end of [0, size - 1], mirrored back at that end."""
-    return size - 1 - (size - 1 - index.abs()).abs()
 
 
 def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[str, Any] | None) -> dict[str, Split]:
@@ -306,7 +283,7 @@ def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[
         own = ImageData(**_hold_out(parts, n_valid), class_names=tuple(class_names), flip=False).description
         if own | trained_on == own:
             return parts
-    print(f"data: {root} holds other images than those of the training: all are test images", flush=True)
+    image_folder.note(f"{root} holds other images than those of the training: all are test images")
     return {"test": images}
 
 
@@ -341,6 +318,8 @@ def read_folder(root: Path, image_size: int | None) -> tuple[list[str], dict[str
 def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
     """One of torchvision's data sets, downloaded if it is not there. MNIST's idx files may also lie in ``root``."""
     files = _files(cls)
+    if root.is_file():
+        raise UserError(f"--data_dir {root} is a file: give the folder that holds the data set's files")
     if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
         root = root.parent
     for file, md5 in files.items():  # torchvision would write over damaged ones
@@ -356,7 +335,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
         inside = image_folder.some(sorted(path.name for path in root.glob("*"))) or "no files"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
-        where = f"{cls.__name__} from {root}, which holds {inside}"
+        where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     for other, labels in FIRST_LABELS.items():
         if other is not cls and parts["train"].labels[:10].tolist() == labels:

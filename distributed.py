@@ -40,12 +40,13 @@ def connect() -> None:
     if is_distributed():
         return
     if "RANK" not in os.environ:
-        n = started_together()
+        in_job_script = os.environ.get("ENVIRONMENT") == "BATCH"  # a single process, whatever its job is to have
+        task = "SLURM_PROCID" in os.environ and not in_job_script
+        counts = (*EQUAL_RUNS, "SLURM_NTASKS") if task else EQUAL_RUNS
+        n = int(next((os.environ[name] for name in counts if os.environ.get(name)), 1))
         if n > 1:
-            raise UserError(
-                f"this is one of {n} equal runs that srun (SLURM) or mpirun started: start one run of {n} processes "
-                f"with torchrun --nproc_per_node={n}, or of a single process with srun --ntasks=1"
-            )
+            advice = f"start one run of {n} processes with torchrun --nproc_per_node={n}, or one with srun --ntasks=1"
+            raise UserError(f"this is one of {n} equal runs that srun (SLURM) or mpirun started: {advice}")
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -58,14 +59,6 @@ def connect() -> None:
     elif "TORCHELASTIC_RUN_ID" in os.environ and torchrun_store is None:  # one process, which it may start again
         with suppress(RuntimeError):  # torchrun has gone and left its variables
             torchrun_store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))
-
-
-def started_together() -> int:
-    """How many processes mpirun or srun says it started, this one among them."""
-    in_job_script = os.environ.get("ENVIRONMENT") == "BATCH"  # a single process, whatever its job is to have
-    task = "SLURM_PROCID" in os.environ and not in_job_script
-    counts = (*EQUAL_RUNS, "SLURM_NTASKS") if task else EQUAL_RUNS
-    return int(next((os.environ[name] for name in counts if os.environ.get(name)), 1))
 
 
 def unused_part(whole: dist.Store, rank: int, size: int) -> dist.Store:

@@ -52,18 +52,27 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
     and "test" that exist, or else for "all", the slice of the images; class names. Raises UserError if the folder or a
     file in it is missing, broken or unusable.
     """
-    paths, notes = _list(root, "--data_dir ")
-    folders = _find_parts(root, paths, notes) or {"all": ""}
+    paths = _list(root, "--data_dir ")
+    folders = _find_parts(root, paths) or {"all": ""}
     inside = _folders(paths) | {"": paths}
-    parts = {folder: inside[folder] for folder in folders.values()}
-    class_names = _check_classes(root, parts, notes)
+    first, *_ = folders.values()  # train, if there is one
+    class_names = list(_folders(inside[first]))
     files, labels, ends = [], [], [0]
-    for folder, in_part in parts.items():
-        for label, (name, in_class) in enumerate(_folders(in_part).items()):
+    for folder in folders.values():
+        classes = _folders(inside[folder])
+        if len(classes) < 2:
+            advice = "sort pictures into a folder for each class, or give --data_dir a folder of <class>/* to divide"
+            raise UserError(f"{root / folder} has {len(classes)} class folders, but labels need two or more: {advice}")
+        if odd := sorted(set(classes) ^ set(class_names)):
+            both = f"{first}/ and {folder}/ in {root}"
+            raise UserError(f"only one of {both} has {some(odd)}: give both the same class folders")
+        if loose := _images(inside[folder]):
+            note(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
+        for label, (name, in_class) in enumerate(classes.items()):
             files += [os.path.join(root, folder, name, *path) for path in in_class]
             labels += [label] * len(in_class)
         ends.append(len(files))
-    images, kept = _read_files(root, files, image_size, notes)
+    images, kept = _read_files(root, files, image_size)
     labels, ends = torch.tensor(labels)[kept], np.searchsorted(kept, ends).tolist()
     slices = {part: slice(ends[i], ends[i + 1]) for i, part in enumerate(folders)}
     for part, folder in folders.items():
@@ -74,8 +83,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
 
 def read_unlabelled(root: Path, image_size: int | None, option: str = "") -> Tensor:
     """Every image below ``root``, however laid out: uint8 (N, C, H, W); ``option`` names ``root`` in errors."""
-    paths, notes = _list(root, option)
-    return _read_files(root, [os.path.join(root, *path) for path in paths], image_size, notes)[0]
+    return _read_files(root, [os.path.join(root, *path) for path in _list(root, option)], image_size)[0]
 
 
 def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
@@ -83,11 +91,9 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     channels, height, width = shape
     if height != width:
         raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
-    paths, notes = ([(place.name,)], []) if place.is_file() else _list(place, "--images ")
-    root = place.parent if place.is_file() else place
+    root, paths = (place.parent, [(place.name,)]) if place.is_file() else (place, _list(place, "--images "))
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
-    for line in notes + decoded["notes"]:
-        print("data:", printable(line), flush=True)
+    note(*decoded["notes"])
     images = decoded["images"]
     if images.shape[1] != channels:
         images = functional.rgb_to_grayscale(images, channels)
@@ -96,11 +102,16 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:
     """The images of the test part below ``root``, or all if it has no parts, as ``read_unlabelled`` reads them."""
-    return read_unlabelled(root / _find_parts(root, *_list(root, "")).get("test", ""), image_size)
+    return read_unlabelled(root / _find_parts(root, _list(root, "")).get("test", ""), image_size)
 
 
-def _list(root: Path, option: str) -> tuple[list[Names], list[str]]:
-    """Every file below ``root``, sorted, and lines for the user. Links are followed, but not in circles."""
+def note(*lines: str) -> None:
+    for line in lines:
+        print("data:", printable(line), flush=True)
+
+
+def _list(root: Path, option: str) -> list[Names]:
+    """Every file below ``root``, sorted. Links are followed, but not in circles."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read {option}{error.filename}: {error.strerror}") from error
@@ -113,8 +124,9 @@ def _list(root: Path, option: str) -> tuple[list[Names], list[str]]:
         kept = {name for name in subfolders + names if name[0] != "." and name.lower() not in SYSTEM_FILES}
         subfolders[:] = kept.intersection(subfolders).difference(circles)
         paths += [(*here.relative_to(root).parts, name) for name in kept.intersection(names)]
-    counts = ", ".join(f"{n} {name}" for name, n in sorted(left_out.items()))
-    return sorted(paths), [f"left out, as systems put it there: {counts}"] if left_out else []
+    if left_out:
+        note("left out, as systems put it there: " + ", ".join(f"{n} {name}" for name, n in sorted(left_out.items())))
+    return sorted(paths)
 
 
 def _folders(paths: list[Names]) -> dict[str, list[Names]]:
@@ -131,7 +143,7 @@ def _images(paths: list[Names]) -> list[str]:
     return [path[0] for path in paths if len(path) == 1 and os.path.splitext(path[0])[1].lower() in IMAGE_ENDINGS]
 
 
-def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, str]:
+def _find_parts(root: Path, paths: list[Names]) -> dict[str, str]:
     """The name of each part's folder, such as "Training_Set": train, valid, test; {} if the top folders are classes."""
     inside, parts = _folders(paths), {}
     for part, names in PART_NAMES.items():
@@ -144,7 +156,7 @@ def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, s
     if not any(_folders(inside[name]) for name in chosen) and any(_images(inside[name]) for name in others):
         return {}  # a class may be called train
     if "valid" in parts and "train" in parts and "test" not in parts:
-        notes.append(f"{root} has no test/: {parts['valid']}/ serves as the test part")
+        note(f"{root} has no test/: {parts['valid']}/ serves as the test part")
         parts["test"] = parts.pop("valid")
     subfolders = Counter(tuple(_folders(files)) for files in inside.values())
     alike = [name for name, files in inside.items() if len(_folders(files)) > 1 < subfolders[tuple(_folders(files))]]
@@ -153,25 +165,8 @@ def _find_parts(root: Path, paths: list[Names], notes: list[str]) -> dict[str, s
     if parts and "test" not in parts:
         raise UserError(f"{root} has {'/ and '.join(chosen)}/ but no test/: add it; {EXPECTED}")
     if parts and others:
-        notes.append(f"left out: {some(others)}, because {root} has the folders {some(chosen)}")
+        note(f"left out: {some(others)}, because {root} has the folders {some(chosen)}")
     return parts
-
-
-def _check_classes(root: Path, parts: dict[str, list[Names]], notes: list[str]) -> list[str]:
-    """The names of the class folders, which must be the same in each part; parts: the files in each part's folder."""
-    first, *_ = parts  # train, if there is one
-    class_names = list(_folders(parts[first]))
-    for folder, paths in parts.items():
-        names = list(_folders(paths))
-        if len(names) < 2:
-            advice = "sort pictures into a folder for each class, or give --data_dir a folder of <class>/* to divide"
-            raise UserError(f"{root / folder} has {len(names)} class folders, but labels need two or more: {advice}")
-        if odd := sorted(set(names) ^ set(class_names)):
-            both = f"{first}/ and {folder}/ in {root}"
-            raise UserError(f"only one of {both} has {some(odd)}: give both the same class folders")
-        if loose := _images(paths):
-            notes.append(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
-    return class_names
 
 
 def some(names: list[str], n: int = 5) -> str:
@@ -188,9 +183,8 @@ class Decoded(NamedTuple):
 
 
 def decode_file(file: str, image_size: int | None) -> Decoded:
-    done = []
     try:
-        return Decoded(_decode_file(file, image_size, done), tuple(done))
+        return _decode_file(file, image_size)
     except UserError as error:
         problem = str(error)
     except Image.UnidentifiedImageError:
@@ -200,9 +194,8 @@ def decode_file(file: str, image_size: int | None) -> Decoded:
     return Decoded(problem=f"{file} {problem}")
 
 
-def _decode_file(file: str, image_size: int | None, done: list[str]) -> np.ndarray | None:
-    """RGB (H, W, 3), uint8, or None for what is no image; ``done`` takes what was done to the image."""
-    ending = os.path.splitext(file)[1].lower()
+def _decode_file(file: str, image_size: int | None) -> Decoded:
+    done, ending = (), os.path.splitext(file)[1].lower()
     if ending in UNSUPPORTED:
         raise UserError(f"is of an unsupported format ({ending[1:]}): convert it to PNG or JPEG")
     if not os.path.isfile(file) and os.path.exists(file):  # opening a pipe would wait for its other end
@@ -213,7 +206,7 @@ def _decode_file(file: str, image_size: int | None, done: list[str]) -> np.ndarr
         except Exception:
             if ending in IMAGE_ENDINGS:
                 raise
-            return None
+            return Decoded()
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # an MPO's other pictures are previews
             raise UserError("has several frames or pages: export one frame of it")
         if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
@@ -225,21 +218,21 @@ def _decode_file(file: str, image_size: int | None, done: list[str]) -> np.ndarr
         if image.format == "JPEG" and b"\xff\xd9" not in source.read():  # libjpeg would take zeros for pixels
             raise UserError("is damaged (its end is missing): replace or remove it")
     if turned:
-        done.append("were turned upright by their EXIF orientation")
+        done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded
             image = ImageOps.exif_transpose(image)
     image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
-            done.append("have transparency: composited on white")
+            done += ("have transparency: composited on white",)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if image_size is not None:
         if image.width != image.height:
-            done.append(f"are not square: squeezed to {image_size}x{image_size}, the aspect ratio is not kept")
+            done += (f"are not square: squeezed to {image_size}x{image_size}, the aspect ratio is not kept",)
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return Decoded(np.asarray(image), done)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -256,7 +249,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _read_files(root: Path, files: list[str], image_size: int | None, notes: list[str]) -> tuple[Tensor, list[int]]:
+def _read_files(root: Path, files: list[str], image_size: int | None) -> tuple[Tensor, list[int]]:
     """The images, uint8 (N, C, H, W), decoded or from the cache; and which of the files they are, ascending."""
     digest = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
     for file in files:
@@ -276,8 +269,7 @@ def _read_files(root: Path, files: list[str], image_size: int | None, notes: lis
             torch.save(content, cache)
         except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
             print(printable(f"cannot write {cache}: the next start will decode the images again"), file=sys.stderr)
-    for line in notes + content["notes"]:
-        print("data:", printable(line), flush=True)
+    note(*content["notes"])
     return content["images"], content["kept"]
 
 
@@ -334,7 +326,7 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
     if 2 * gigabytes > memory:
         raise UserError(f"{needed}, and there are {memory:.1f}: use fewer")
     if gigabytes > 0.5:
-        print(f"data: {needed}", flush=True)
+        note(needed)
     return np.empty((n, 3, height, width), np.uint8)
 
 

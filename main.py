@@ -18,7 +18,6 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
 import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
 
 # isort: split
-import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,17 +90,22 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--mode {mode} takes one process: start it without torchrun")
     trained = distributed.broadcast_from_rank0(lambda: open_trained(given))
     note_unused(given, trained.cfg)
-    try:
-        return USES[mode](*trained)
-    except UserError as error:
-        raise with_data_dir(error, given, trained.cfg) from error
+    return USES[mode](*trained)
 
 
 def train(given: dict[str, Any]) -> int:
-    """Start a run, or continue the one that ``--resume`` names."""
-    if not threading.main_thread().is_alive():
-        raise UserError("the Python script that started this thread has ended: let it join() the thread")
-    cfg, device, images, resumed = find_job(given)
+    """Start a run, or continue the one that ``--resume`` names or, with ``auto``, that the options find."""
+    resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
+    cfg = resumed.cfg if resumed else Config(**given)
+    device = utils.pick_device(cfg.gpu)
+    utils.set_speed_options(device)
+    where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
+    images = distributed.rank0_first(lambda: data.load(*where))
+    if distributed.broadcast_from_rank0(lambda: images.description) != images.description:
+        raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
+    if cfg.resume == "auto" and resumed is None:
+        resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
+        cfg = resumed.cfg if resumed else cfg
     note_unused(given, cfg)
     trainer = Trainer(cfg, images, device, distributed.current_world())
     if resumed is None:
@@ -127,41 +131,9 @@ def train(given: dict[str, Any]) -> int:
     return trainer.train(directory, log_position)
 
 
-def find_job(given: dict[str, Any]) -> tuple[Config, torch.device, data.ImageData, resume.Resumed | None]:
-    """The run that the options name, or that they find by ``--resume auto``, or else a new one; with its images."""
-    resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
-    cfg = resumed.cfg if resumed else Config(**given)
-    device = utils.pick_device(cfg.gpu)
-    utils.set_speed_options(device)
-    images = load_images(cfg, device, given)
-    if cfg.resume == "auto" and resumed is None:
-        resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
-    return resumed.cfg if resumed else cfg, device, images, resumed
-
-
-def load_images(cfg: Config, device: torch.device, given: dict[str, Any]) -> data.ImageData:
-    """The data set, which must be the same for all processes."""
-    where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
-    try:
-        images = distributed.rank0_first(lambda: data.load(*where))
-    except UserError as error:
-        raise with_data_dir(error, given, cfg) from error
-    if distributed.broadcast_from_rank0(lambda: images.description) != images.description:
-        raise UserError(f"the images in {cfg.data_dir} are not the same on all machines: copy them from the first")
-    return images
-
-
-def with_data_dir(error: UserError, given: dict[str, Any], cfg: Config) -> UserError:
-    """The error; where it is about a ``--data_dir`` that was not given but comes from a checkpoint, it says so."""
-    if "data_dir" in given or cfg.data_dir not in str(error) or cfg.data_dir == os.path.abspath(Config.data_dir):
-        return error
-    return UserError(f"{error} (--data_dir {cfg.data_dir} comes from the checkpoint; give --data_dir to name another)")
-
-
 def note_unused(given: dict[str, Any], cfg: Config) -> None:
-    names = unused(given, cfg)
-    if names:
-        options = ", ".join(f"--{name}" for name in names)
+    options = ", ".join(f"--{name}" for name in unused(given, cfg))
+    if options:
         print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
     if cfg.recipe == "dat" and cfg.samples and "folder" not in cfg.start_shares:
         print(f"note: without --start_dir, images of other data, chains start from {cfg.start_name}", file=sys.stderr)

@@ -43,7 +43,6 @@ MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and
 LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
-HOST = torch.device("cpu")
 
 
 class StepBatch(NamedTuple):
@@ -61,8 +60,7 @@ class StepBatch(NamedTuple):
 class Trainer:
     """One run: everything that changes from step to step, and the loop that changes it.
 
-    Of several processes, each has a part of every batch and of the replay buffer, and chains of its own. The rest is
-    the same in all of them.
+    Of several processes, each has its part of every batch and of the replay buffer; the rest is the same in all.
     """
 
     def __init__(self, cfg: Config, images: data.ImageData, device: torch.device, world: World = data.ALONE):
@@ -89,9 +87,8 @@ class Trainer:
     def build_batches(self) -> None:
         cfg, images = self.cfg, self.data
         labelled = data.some_of_each_class(images.train, cfg.labels_per_class, self.n_classes)
-        n_images = {"batch_size": len(labelled)}
-        if cfg.separate_p_x:
-            n_images["p_x_batch_size"] = len(images.train)
+        of_p_x = {"p_x_batch_size": len(images.train)} if cfg.separate_p_x else {}
+        n_images = {"batch_size": len(labelled)} | of_p_x
         check_sizes(cfg, n_images, self.n_classes, self.world.size, images.shape)
         flip = images.flip and not cfg.no_flip
         self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, cfg.augment, self.world)
@@ -99,8 +96,8 @@ class Trainer:
         self.real_batches = None
         if cfg.separate_p_x:
             augment = "none" if cfg.p_x_no_augment else "black" if cfg.augment == "auto" else "crop"
-            of_p_x = cfg.n_chains, flip, cfg.sigma, self.rng.p_x, augment, self.world
-            self.real_batches = data.Batches(images.train, *of_p_x)
+            how = flip, cfg.sigma, self.rng.p_x, augment, self.world
+            self.real_batches = data.Batches(images.train, cfg.n_chains, *how)
             if cfg.labels_per_class:  # few labels: an epoch is a pass over all images
                 self.steps_per_epoch = len(images.train) // cfg.n_chains
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
@@ -135,10 +132,7 @@ class Trainer:
         self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
-        """Returns the exit status: 0 at the run's end, 128 + its number when a signal stopped it.
-
-        ``log_position``: where in metrics.jsonl a resumed run goes on, in bytes.
-        """
+        """Run from byte ``log_position`` of metrics.jsonl on; returns the exit status, 128 + the number of a signal."""
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
@@ -151,7 +145,7 @@ class Trainer:
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:
-                self.recovery.keep(tree_to(self.state_dict(), HOST))
+                self.recovery.keep(tree_to(self.state_dict(), "cpu"))
                 if self.step == 0:
                     self.checkpoint("last.pt")
                 status = self.loop(signals)
@@ -166,19 +160,15 @@ class Trainer:
         state = tree_to(self.state_dict())
         batch, _ = self.next_inputs(sgld_steps=1)  # a chain compiles itself
         if self.compiles:
-            self.try_to_compile(batch)
+            try:  # the network's forward and backward pass; or go on without
+                with utils.autocast(self.device, self.dtype):  # not joint_forward, where processes wait for each other
+                    logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
+                sum(part.sum() for part in logits if part is not None).backward()
+            except Exception as error:  # the compiler's exceptions share no public base class
+                self.forward.give_up(type(error).__name__)
         if distributed.is_distributed():
             self.backward(batch)  # DistributedDataParallel's first step adds gradients up in another order than later
         self.load_state_dict(state)
-
-    def try_to_compile(self, batch: StepBatch) -> None:
-        """Compile the network's forward and backward pass, or go on without."""
-        try:
-            with utils.autocast(self.device, self.dtype):  # not in joint_forward, where processes wait for each other
-                logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
-            sum(part.sum() for part in logits if part is not None).backward()
-        except Exception as error:  # the compiler's exceptions share no public base class
-            self.forward.give_up(type(error).__name__)
 
     def loop(self, signals: Signals) -> int:
         """Steps to the end of the run or to a signal, and after each what is due; returns the exit status."""
@@ -206,7 +196,7 @@ class Trainer:
             if evaluate or measure or save:
                 self.recalibrate_ema()
             if self.step % divergence.STATE_EVERY == 0:
-                self.recovery.keep(tree_to(self.state_dict(), HOST))
+                self.recovery.keep(tree_to(self.state_dict(), "cpu"))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
                 shown = torch.cat([samples, self.buffer.images[:SHOWN]])  # of a small batch, from the buffer
                 self.logger.samples(self.step, shown[:SHOWN])
@@ -260,8 +250,7 @@ class Trainer:
         if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
             if self.sampler is not None and x_real is None:
                 x_real = x  # log p(x) learns from the images themselves
-            radius = 2 * cfg.adversarial_eps  # pixels in [-1, 1]
-            attack = radius, cfg.adversarial_norm, cfg.adversarial_steps
+            attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
             step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
             with evaluation_mode(self.model), utils.autocast(self.device, self.dtype):
                 x = adversarial_images(self.model.logits, x, y, *attack, step_size=step_size)
@@ -373,7 +362,7 @@ class Trainer:
         state = self.state_dict()
         if name != "last.pt":  # to measure and to sample from; training is resumed from last.pt
             state = {part: state[part] for part in ("step", "model", "ema") if part in state}
-        state = tree_to(state, HOST)
+        state = tree_to(state, "cpu")
         if name == "last.pt" and self.world.size > 1:
             state = gather_state(state)
         about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs

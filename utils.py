@@ -23,10 +23,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", *EVALUATION_PACKAGES)
 
 
 class UserError(Exception):
-    """Something the user can put right: a bad option, a missing or broken input, a full disk.
-
-    The message is one line that says what to do, with which ``main.py`` ends; nothing has been overwritten.
-    """
+    """What the user can put right: ``main.py`` ends with the message, a line that says how; nothing is overwritten."""
 
 
 class TrainingFailed(Exception):
@@ -34,10 +31,7 @@ class TrainingFailed(Exception):
 
 
 def printable(text: object, encoding: str | None = None) -> str:
-    """The text with everything escaped that is no visible character or that ``encoding`` lacks.
-
-    encoding: None is the terminal's; for what goes into files and pictures it is "utf-8".
-    """
+    """The text with what is invisible or not in ``encoding`` escaped; None is the terminal's, "utf-8" that of files."""
     encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
     visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
     return visible.encode(encoding, "backslashreplace").decode(encoding)
@@ -46,8 +40,7 @@ def printable(text: object, encoding: str | None = None) -> str:
 def pick_device(gpu: str) -> torch.device:
     """The device that ``--gpu`` names: an index or "cpu"; without CUDA, the CPU and a line that says so.
 
-    Each of torchrun's processes on a machine takes a device of its own: of a list, the one in its place, else the one
-    of its local rank.
+    Of several processes on a machine, each takes its own: of a list, the one in its place, else that of its local rank.
     """
     listed, n_gpus = gpu.split(","), torch.cuda.device_count()
     n_local, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -101,13 +94,9 @@ def set_speed_options(device: torch.device) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
     installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    return {
-        "command": " ".join(sys.argv),
-        "git_commit": git_commit(Path(__file__).resolve().parent),
-        "python": platform.python_version(),
-        **{name: installed.get(name, "not installed") for name in PACKAGES},
-        "device": device_name(device),
-    }
+    program = {"command": " ".join(sys.argv), "git_commit": git_commit(Path(__file__).resolve().parent)}
+    versions = {name: installed.get(name, "not installed") for name in PACKAGES}
+    return program | {"python": platform.python_version()} | versions | {"device": device_name(device)}
 
 
 def git_commit(folder: Path) -> str:
@@ -124,9 +113,8 @@ def git_commit(folder: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    on_cpu = device.type == "cpu"
+    return f"CPU, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
 
 
 class Signals:
@@ -170,10 +158,9 @@ def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
 
 
 class Generators:
-    """The random generators of a run, PyTorch's global one among them, from which dropout draws.
+    """A run's random generators: data and p_x, of the two streams of images, are the same in all processes.
 
-    data, p_x: of the two streams of images, the same in all processes; sgld: of chains, another in each process, as the
-    global one is.
+    Another in each process are sgld, of chains, and PyTorch's global one, from which dropout draws.
     """
 
     FAR = 2**18  # between the seeds of two processes; a generator on the CPU uses only the last 32 bits of a seed

@@ -11,15 +11,11 @@ from config.recipes import RECIPES
 from utils import UserError
 
 FORMER = ("counterfactual", "counterfactual_eps")  # options that older checkpoints name and nothing reads
-FRESH_STEPS = 200  # with a training chain's step size, when samples have settled
 
 
 @dataclass(frozen=True, init=False)
 class Config(Options):
-    """One run's options: those given by name, then those of ``recipe``, then the defaults.
-
-    Raises UserError that names everything that is wrong.
-    """
+    """Options given, then those of ``recipe``, then the defaults. Raises UserError that names all that is wrong."""
 
     def __init__(self, **given: Any):
         recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
@@ -65,8 +61,8 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain from a fresh start."""
-        return FRESH_STEPS if self.n_sample_steps is None else self.n_sample_steps
+        """SGLD steps of a sample's chain from a fresh start; after 200 of a training chain's, samples have settled."""
+        return 200 if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:
@@ -75,7 +71,7 @@ class Config(Options):
 
     @property
     def chosen_attacks(self) -> list[str]:
-        """The names in ``--attacks``."""
+        """The names in ``--attacks``, which is None in older checkpoints."""
         return self._names("attacks", ATTACKS)
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
@@ -100,9 +96,7 @@ class Config(Options):
     def start_name(self) -> str:
         """What ``--start`` names, in words."""
         shares = self.start_shares
-        if len(shares) == 1:
-            return STARTS[self.start]
-        return ", ".join(f"{STARTS[name]} ({share:.0%})" for name, share in shares.items())
+        return ", ".join(STARTS[name] + f" ({share:.0%})" * (len(shares) > 1) for name, share in shares.items())
 
     def _shares(self, name: str) -> dict[str, float]:
         found = {}

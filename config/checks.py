@@ -26,9 +26,9 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
     if cfg.mode == "test":
-        if "robustness" not in cfg.metrics and cfg.attacks is not None:
-            yield "--attacks is for --mode test with robustness in --eval"
         chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
+        if chosen and "robustness" not in cfg.metrics:
+            yield "--attacks is for --mode test with robustness in --eval"
         if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
@@ -115,7 +115,5 @@ def check_variance(cfg, shape: tuple[int, int, int], n: int) -> None:
     """Raise UserError where a batch of n images (C, H, W) leaves batch or instance normalisation no variance."""
     pixels = math.prod(math.ceil(side / 2 ** (cfg.stages - 1)) for side in shape[1:])  # in the last layer
     if cfg.norm in ("batch", "instance") and pixels * (n if cfg.norm == "batch" else 1) <= 1:
-        raise UserError(
-            f"--norm {cfg.norm} has one value of each channel in the last layer, which has no variance: give "
-            "--stages 3 in training, larger images or, for batch, larger batches"
-        )
+        advice = "give --stages 3 in training, larger images or, for batch, larger batches"
+        raise UserError(f"--norm {cfg.norm} has one value of each channel in the last layer, no variance: {advice}")

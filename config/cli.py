@@ -15,9 +15,7 @@ PROPERTIES = {  # of an option, where its line in options.py does not say otherw
     "maximum": 2**31 - 1,  # a larger step, size or factor would only overflow somewhere
     "above": -math.inf,  # not allowed itself
     "flags": (),  # short names
-    "is_path": False,  # of a file or folder
-    "keywords": (),  # words that are no paths
-    "nullable": False,  # the word off is None, which takes back what a recipe has set
+    "is_path": False,  # of a file or folder; choices are words that are no paths
     "resumable": False,  # a resumed run may change it: where or how long it goes on, what it writes
     "of_network": False,  # with another value it is another network
     "needs": (),  # it is not used unless one of these options, NAME or NAME=VALUE, is set
@@ -39,7 +37,7 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    if not f.metadata["is_path"] or value in ("", *f.metadata["keywords"]) or "://" in value:
+    if not f.metadata["is_path"] or value in ("", *f.metadata["choices"]) or "://" in value:
         return value
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)
@@ -48,7 +46,7 @@ def absolute_path(f: Field, value: Any) -> Any:
 def check_value(f: Field, value: Any) -> str:
     """What is wrong with a value of option ``f``, or an empty text."""
     meta, name = f.metadata, f"--{f.name}"
-    if meta["choices"] and value not in meta["choices"]:
+    if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
     if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
         return f"{name} {value} is not on this machine: give a folder or file that is"
@@ -64,7 +62,7 @@ def check_value(f: Field, value: Any) -> str:
 
 def read_value(f: Field, text: str) -> Any:
     """The value of option ``f`` that a command line gives as text. Raises UserError if it is none."""
-    kind, nullable = kind_of(f), f.metadata["nullable"]
+    kind, nullable = kind_of(f), f.type in (int | None, float | None)
     if nullable and text == "off":
         return None
     if text == "" and f.metadata["is_path"]:  # a shell variable that is not set
@@ -109,33 +107,33 @@ def build_parser(config: type) -> Parser:
         usage="python main.py --mode MODE [--recipe NAME] [options]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a network as a classifier and as an energy-based model.",
+        description="Train a network as a classifier and as an energy-based model. The value off takes back a "
+        "recipe's number where there is no default.",
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
-    groups = {}
+    titles = dict.fromkeys(f.metadata["group"] for f in fields(config))
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(config):
         meta, default = f.metadata, "off" if f.default is False else f.default
         text = meta["help"] + ("" if default in (None, "") else f" (default: {default})")
-        text += "; the word off takes back a recipe's value" if meta["nullable"] else ""
-        how = {"help": text.replace("%", "%%"), "metavar": "|".join(meta["choices"]) or kind_of(f).__name__.upper()}
+        values = [*meta["choices"], "PATH"] if meta["is_path"] else meta["choices"] or [kind_of(f).__name__.upper()]
+        how = {"help": text.replace("%", "%%"), "metavar": "|".join(values)}
         if f.type is bool:
             how |= {"action": Switch, "nargs": "?", "const": "True"}
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         groups[meta["group"]].add_argument(*option_names(f), *meta["flags"], **how)
     return parser
 
 
 def parse(arguments: list[str], config: type) -> dict[str, Any]:
-    """The options of the dataclass ``config`` that a command line gives, without defaults.
-
-    Raises UserError that names every option that is unknown or has a value of another kind.
-    """
+    """The options that a command line gives. Raises UserError that names all that are unknown or of another kind."""
     namespace, rest = build_parser(config).parse_known_args(arguments)
     unknown = [word.partition("=")[0] for word in rest if re.match("--?[A-Za-z]", word)]
-    problems = [no_such_option(name, config) for name in unknown or rest]
-    given = {}
+    known = [typed for f in fields(config) for typed in option_names(f)]
+    problems, given = [], {}
+    for name in unknown or rest:
+        near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
+        problems.append(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
     for f in fields(config):
         if f.name in namespace:
             try:
@@ -145,9 +143,3 @@ def parse(arguments: list[str], config: type) -> dict[str, Any]:
     if problems:
         raise UserError("; ".join(problems) + "; see python main.py --help")
     return given
-
-
-def no_such_option(name: str, config: type) -> str:
-    known = [typed for f in fields(config) for typed in option_names(f)]
-    near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
-    return f"there is no option {name}" + (f", did you mean {near[0]}?" if near else "")

@@ -1,7 +1,4 @@
-"""Every option of the program, once: default, help text, allowed values, and the modes that read it.
-
-What else an option can be, such as ``resumable`` and ``needs``, is in ``config.cli.PROPERTIES``.
-"""
+"""Every option, once: default, help, allowed values, modes that read it, and properties of config.cli.PROPERTIES."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +26,7 @@ STARTS = {  # images that are no samples, and what reports call them
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
+START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -37,12 +35,13 @@ images = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
 network = partial(option, "model", modes=MODES, of_network=True)
 training_network = partial(option, "model", modes=TRAINING)
-optimisation = partial(option, "optimisation", modes=TRAINING)
+optim = partial(option, "optimisation", modes=TRAINING)
 sgld = partial(option, "SGLD", modes=("energy_train", "test", "sample"))
 training_chains = partial(option, "SGLD", modes=("energy_train",))
 energy = partial(option, "objective", modes=("energy_train",))
 outliers = partial(energy, needs=("outlier_weight",))
 classifier = partial(option, "objective", modes=TRAINING)
+adversarial = partial(classifier, needs=("adversarial_eps",))
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
 test = partial(option, "test", modes=("test",), resumable=True)
@@ -66,10 +65,9 @@ class Options:
     load_ckpt: str = run("", "checkpoint or run directory whose weights and replay buffer to take", is_path=True)
     resume: str = run(
         "",
-        "run or checkpoint to continue where it stopped; auto: the run in --logdir with these options, images and note "
-        "that was saved last, interrupted ones first, or else a new run",
+        "run or checkpoint to continue; auto: the last one in --logdir of these options, images and note, or a new run",
+        ("auto",),
         is_path=True,
-        keywords=("auto",),
         modes=TRAINING,
     )
 
@@ -83,16 +81,13 @@ class Options:
         None,
         "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
         minimum=1,
-        nullable=True,
         needs=("p_y_x_weight", "p_x_y_weight"),
     )
     data_device: str = images(
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")
-    augment: str = training_images(
-        "crop", "edges of crops are mirrored; auto: black, then AutoAugment and Cutout if labelled", ("crop", "auto")
-    )
+    augment: str = training_images("crop", "auto: crops with black edges, AutoAugment and Cutout", ("crop", "auto"))
     sigma: float = training_images(0.03, "standard deviation of noise on real images, [-1, 1] scale", minimum=0)
 
     depth: int = network(28, "layers of the Wide-ResNet, 6n + 4", minimum=10)
@@ -102,8 +97,7 @@ class Options:
     norm: str = network("none", "normalisation layers", tuple(NORMS))
     norm_statistics: str = training_network(
         "batch",
-        "statistics of batch normalisation in chains and for log p(x): those of each batch; running ones, so that log "
-        "p(x) depends on one image alone; frozen: the running ones of --load_ckpt, for labelled images too",
+        "normalisation in chains and for log p(x): by the batch; by running statistics; frozen: those of --load_ckpt",
         ("batch", "running", "frozen"),
         modes=("energy_train", "test", "sample"),
         needs=("norm=batch",),
@@ -113,47 +107,33 @@ class Options:
     separate_energy: bool = network(False, "log p(x) from a linear head of its own, not from the logits' logsumexp")
     activation: str = network("leaky_relu", "nonlinearity", tuple(ACTIVATIONS))
 
-    lr: float = optimisation(1e-4, "peak learning rate", above=0, flags=("-l",))
-    batch_size: int = optimisation(
-        128, "images and chains of a step; in test, sample: chains (as in training)", minimum=1, modes=NETWORK
-    )
-    epochs: int = optimisation(200, "passes over the training images", minimum=1, resumable=True)
-    max_steps: int | None = optimisation(
-        None, "stop after so many steps, if epochs last longer (default: no)", minimum=1, nullable=True, resumable=True
-    )
-    optimizer: str = optimisation(
-        "adam", "sgd: with Nesterov momentum 0.9; momentum: with plain momentum", ("adam", "sgd", "momentum", "rmsprop")
-    )
-    weight_decay: float = optimisation(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
-    warmup_steps: int = optimisation(1000, "steps in which the learning rate first rises linearly", minimum=0)
-    schedule: str = optimisation("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
-    decay_epochs: str = optimisation("", "epochs, with commas, after which the rate falls", needs=("schedule=step",))
-    decay_rate: float = optimisation(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
-    sam_rho: float = optimisation(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
-    sam_adaptive: bool = optimisation(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
-    grad_clip: float | None = optimisation(
-        None, "largest norm of the gradient; a longer one is shortened (default: no limit)", above=0, nullable=True
-    )
-    ema: float = optimisation(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
+    lr: float = optim(1e-4, "peak learning rate", above=0, flags=("-l",))
+    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=NETWORK)
+    epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
+    max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
+    optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum", "rmsprop"))
+    weight_decay: float = optim(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
+    warmup_steps: int = optim(1000, "steps in which the learning rate first rises linearly", minimum=0)
+    schedule: str = optim("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
+    decay_epochs: str = optim("", "epochs, with commas, after which the rate falls", needs=("schedule=step",))
+    decay_rate: float = optim(0.3, "factor by which it then falls", above=0, maximum=1, needs=("schedule=step",))
+    sam_rho: float = optim(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
+    sam_adaptive: bool = optim(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
+    grad_clip: float | None = optim(None, "largest norm of the gradient, else shortened (default: no limit)", above=0)
+    ema: float = optim(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
     sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0, modes=("energy_train", "sample"))
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
-    sgld_grad_clamp: float | None = sgld(
-        None, "largest size of the gradient in a pixel; larger ones are cut (default: no limit)", above=0, nullable=True
-    )
+    sgld_grad_clamp: float | None = sgld(None, "largest gradient in a pixel, else cut (default: no limit)", above=0)
     sgld_clamp: bool = sgld(False, "keep the chains' images in [-1, 1]")
     start: str = sgld(
-        "uniform",
-        "what chains start from, one or several with shares, as gaussian:0.8,uniform:0.2: "
-        + "; ".join(f"{name} ({text})" for name, text in STARTS.items()),
+        "uniform", f"what chains start from, alone or with shares, as gaussian:0.8,uniform:0.2: {START_HELP}"
     )
-    start_dir: str = sgld("", "images of --start or --outlier_images folder", is_path=True, resumable=True)
+    start_dir: str = sgld("", "images for --start folder, which it implies by itself", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
-    sgld_step_max: int | None = training_chains(
-        None, "steps to which chains grow, one by one (default: they do not grow)", minimum=1, nullable=True
-    )
+    sgld_step_max: int | None = training_chains(None, "steps to which chains grow (default: they do not)", minimum=1)
     sgld_step_auroc: float = training_chains(
         0.7, "mean AUROC (real, sampled) above which chains grow", minimum=0, maximum=1, needs=("sgld_step_max",)
     )
@@ -170,24 +150,17 @@ class Options:
     adversarial_eps: float = classifier(
         0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
     )
-    adversarial_norm: str = classifier("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS, needs=("adversarial_eps",))
-    adversarial_steps: int = classifier(10, "steps to an adversarial image", minimum=1, needs=("adversarial_eps",))
-    adversarial_step_size: float | None = classifier(
-        None, "step size, pixels in [0, 1] (default 2.5 eps/steps)", above=0, nullable=True, needs=("adversarial_eps",)
-    )
+    adversarial_norm: str = adversarial("L2", "norm of --adversarial_eps", ADVERSARIAL_NORMS)
+    adversarial_steps: int = adversarial(10, "steps to an adversarial image", minimum=1)
+    adversarial_step_size: float | None = adversarial(None, "step size in [0, 1] (default: 2.5 eps/steps)", above=0)
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
     energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
     mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
     mean_energy_form: str = energy(
-        "means",
-        "both squared means; real_squares: the mean square of real images and the squared mean of samples",
-        ("means", "real_squares"),
-        needs=("mean_energy_l2",),
+        "means", "real_squares: for real images, the mean square", ("means", "real_squares"), needs=("mean_energy_l2",)
     )
-    p_x_batch_size: int | None = energy(
-        None, "chains, and images of log p(x) alone (default: those of --batch_size)", minimum=1, nullable=True
-    )
+    p_x_batch_size: int | None = energy(None, "chains, and images of log p(x) (default: --batch_size)", minimum=1)
     p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
     outlier_weight: float = energy(0.0, "weight of keeping log p(x) of outliers below real images'; 0: off", minimum=0)
     outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
@@ -195,9 +168,7 @@ class Options:
     outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
     outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
     outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
-    diverge_threshold: float = energy(
-        1e4, "gap between the mean log-densities of real and sampled images (nats) that counts as divergence", above=0
-    )
+    diverge_threshold: float = energy(1e4, "gap of real and sampled log p(x), in nats, that is divergence", above=0)
     max_recoveries: int = classifier(10, "returns to an earlier state before giving up", minimum=0, resumable=True)
 
     sample_every: int = sample_dumps(100, "steps between grids of samples (PNG)", minimum=1)
@@ -205,8 +176,7 @@ class Options:
     eval_every: int = dumps(1, "epochs between evaluations on validation and test images", minimum=1)
     quality_every: int = sample_dumps(
         0,
-        "epochs between Fréchet distances of --n_samples chains (2000) from training images, in features of "
-        "--feature_ckpt or Inception; the best weights are best_quality.pt; 0: never",
+        "epochs between Fréchet distances of --n_samples chains, in features of --feature_ckpt or Inception; 0: never",
         minimum=0,
         needs=("p_x_weight", "p_x_y_weight"),
     )
@@ -215,37 +185,25 @@ class Options:
     eval: str = test("all", "what to measure, separated by commas: " + ", ".join(METRICS))
     ood_datasets: str = test(
         "auto",
-        "out-of-distribution sets, separated by commas: data sets (in --data_dir; with --dataset folder in data/), "
-        "folders, and interp, noise, constant, shuffled, patches, blurred, inverted, which need no files; auto: these "
-        "and digits, with cifar10 also svhn and cifar100",
+        "sets of other images, separated by commas: data sets, folders, interp, noise, constant, shuffled, patches, "
+        "blurred, inverted, which need no files; auto: these and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
-    attacks: str | None = test(
-        None,
-        "attacks of --eval robustness, separated by commas: pgd; refined (PGD through --refine_steps); "
-        "refined_straight (the same past them, as JEM's authors); autoattack; "
-        "distal (noise that becomes a class) (default: all)",
-    )
+    attacks: str = test("all", "of --eval robustness, separated by commas: " + ", ".join(ATTACKS))
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
     one_epsilon: bool = test(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
     refine_steps: int = test(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
     ais_chains: int = test(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
-    feature_ckpt: str = test(
-        "", "classifier's run; images are compared in its features", is_path=True, modes=("energy_train", "test")
-    )
-    fid_reference: str = test(
-        "train", "real images for FID, KID, precision, recall: all of training, or test too", ("train", "train+test")
-    )
+    feature_ckpt: str = test("", "classifier's run, for image features", is_path=True, modes=("energy_train", "test"))
+    fid_reference: str = test("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(
-        None, "steps of a sample's chain (default: 200; for --denoise as in training); 0 writes its start", minimum=0
-    )
+    n_sample_steps: int | None = samples(None, "steps of a chain (default: 200; --denoise: as in training)", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",
@@ -254,18 +212,14 @@ class Options:
         needs=("inpaint", "denoise", "mode=score"),
     )
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
-    inpaint: str = sample(
-        "", "part to fill in: left, center, or where a picture is white", is_path=True, keywords=("left", "center")
-    )
+    inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
     export: str = exported(
         "", "new file: NAME.pt, which --export_for's program opens; NAME.safetensors, for --load_ckpt", is_path=True
     )
-    export_for: str = exported(
-        "auto", "of NAME.pt; sada-jem: M-JEM's too; robust: DAT's; auto: by recipe, stages and backbone", EXPORT_FOR
-    )
+    export_for: str = exported("auto", "of NAME.pt; auto: by recipe; sada-jem: M-JEM too; robust: DAT", EXPORT_FOR)
 
     precision: str = speed("auto", "arithmetic; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
     compile: str = speed(

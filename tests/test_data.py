@@ -288,7 +288,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 
 def test_no_files_and_no_network(tmp_path, network):
-    message = refuses(f"from {tmp_path}, which holds no files: put ", "svhn", tmp_path)
+    message = refuses(f"from --data_dir {tmp_path}, which holds no files: put ", "svhn", tmp_path)
     words = ": put train_32x32.mat and test_32x32.mat there, or choose --dataset digits"
     assert words in message and "no network>)" in message and network
 
@@ -328,7 +328,7 @@ def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
     assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
     (tmp_path / "file").write_text("not a folder")
     for name in WRITERS:
-        refuses(f"from {tmp_path / 'file'}, which holds no files: put ", name, tmp_path / "file")
+        refuses(f"--data_dir {tmp_path / 'file'} is a file: give the folder", name, tmp_path / "file")
     (batches / "data_batch_2").unlink()
     refuses("which holds cifar-10-batches-py: put cifar-10-python.tar.gz there", "cifar10", tmp_path / "set")
 
@@ -338,7 +338,7 @@ def test_damaged_idx_is_noticed(damage, tmp_path, network):
     write_idx(tmp_path, [])
     file = tmp_path / "train-labels-idx1-ubyte"
     file.write_bytes({"cut": file.read_bytes()[:-5], "empty": b"", "nonsense": b"x" * 40}[damage])
-    refuses(f"cannot read MNIST from {tmp_path}", "mnist", tmp_path)
+    refuses(f"cannot read MNIST from --data_dir {tmp_path}", "mnist", tmp_path)
     assert not network
 
 

@@ -454,7 +454,7 @@ def test_step_schedule_of_a_run(tmp_path):
         ("--sgld_step 0", "--sgld_step 0 needs --sgld_step_max"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
         ("--sgld_grad_clamp of", "--sgld_grad_clamp takes a number or off, not 'of'"),
-        ("--n_valid off", "--n_valid takes a whole number, not 'off'"),
+        ("--depth off", "--depth takes a whole number, not 'off'"),
         ("--no-sgld-clam", "did you mean --no_sgld_clamp?"),
     ],
 )
