@@ -39,20 +39,19 @@ def trained(n_steps=1, images=None, **changes):
     return run
 
 
-def new_run(given, logdir, *options, status=0):
-    """What the program makes in ``logdir`` with the options ``given`` and others."""
-    before = set(logdir.glob("*"))
-    assert main.main([*given, "--logdir", str(logdir), *options]) == status
-    (run,) = set(logdir.glob("*")) - before
-    return run
-
-
-def start(logdir, *options):
+def start(logdir, *options, given=TINY):
     """A new run; returns the exit status and the run directory."""
     before = set(logdir.glob("*"))
-    status = main.main([*TINY, "--logdir", str(logdir), *options])
+    status = main.main([*given, "--logdir", str(logdir), *options])
     (run,) = set(logdir.glob("*")) - before
     return status, run
+
+
+def new_run(given, logdir, *options, status=0):
+    """The run directory alone."""
+    found, run = start(logdir, *options, given=given)
+    assert found == status
+    return run
 
 
 def refused(output, *arguments):
