@@ -1,5 +1,7 @@
 """Short runs on the digits that tests stop, break and compare."""
 
+import os
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -7,9 +9,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import data
 import main
 import trainer
 from checkpoints.files import load_checkpoint
+from config import Config
 from logger import run_logger
 from logger.metrics_log import read_log
 
@@ -21,12 +25,42 @@ TINY = (  # 13 steps an epoch
 HARSH = "--lr 0.1 --optimizer sgd --sgld_step 1 --ema 0 --dropout_rate 0".split()  # under which training diverges
 
 
-def start(logdir, *options):
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(n_steps=1, images=None, **changes):
+    """A trainer after its first steps."""
+    options = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 3, "buffer_size": 64}
+    options |= {"max_steps": 50, "warmup_steps": 5, "lr": 1e-3, "precision": "fp32", "gpu": "cpu"}
+    run = trainer.Trainer(Config(**(options | changes)), images or data.load("digits"), torch.device("cpu"))
+    for run.step in range(1, n_steps + 1):
+        run.training_step()
+    return run
+
+
+def start(logdir, *options, given=TINY):
     """A new run; returns the exit status and the run directory."""
     before = set(logdir.glob("*"))
-    status = main.main([*TINY, "--logdir", str(logdir), *options])
+    status = main.main([*given, "--logdir", str(logdir), *options])
     (run,) = set(logdir.glob("*")) - before
     return status, run
+
+
+def new_run(given, logdir, *options, status=0):
+    """The run directory alone."""
+    found, run = start(logdir, *options, given=given)
+    assert found == status
+    return run
+
+
+def refused(output, *arguments):
+    """The one line on stderr of a command that ends with status 2; ``output`` is capsys or capfd."""
+    output.readouterr()
+    assert main.main([*map(str, arguments)]) == 2
+    err = output.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
 
 
 def state(run, name="last.pt"):
@@ -99,3 +133,7 @@ def at_step(monkeypatch, step, action):
 
     monkeypatch.setattr(trainer.Trainer, "training_step", patched)
     return done
+
+
+def signal_at_step(monkeypatch, step, number=signal.SIGTERM):
+    return at_step(monkeypatch, step, lambda _: os.kill(os.getpid(), number))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from PIL import Image
+from small_runs import refused, state
 from test_data import write_pngs
 from test_export import DOCS, checkpoint
-from test_sample import TRAIN, pixels, sample, state_of, tiles, train
+from test_sample import TRAIN, pixels, sample, tiles, train
 from torch import nn
 
 import data
@@ -44,7 +45,7 @@ def run_dir(tmp_path_factory):
 def test_numbers_and_images_are_those_of_the_command_line(run_dir, tmp_path):
     run = load_run(run_dir, gpu="cpu", precision="fp32")
     assert (run.shape, run.class_names[3], run.cfg.norm) == ((1, 8, 8), "3", "batch")
-    options = ["--n_sample_steps", "4", "--seed", "5", "--n_samples"]
+    options = "--n_sample_steps 4 --seed 5 --n_samples".split()
     _, drawn = sample(run_dir, tmp_path, *options, "30", "--class_cond")
     result = run.chains(30, range(10), steps=4, seed=5, n_filmed=2)
     np.testing.assert_array_equal(result.x, drawn["x"])
@@ -129,8 +130,7 @@ def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp
     torch.testing.assert_close(run.logits(DIGITS.test.images), ours.logits(DIGITS.test.images), atol=0.02, rtol=0.01)
     low = np.quantile(ours.log_density(DIGITS.train.images).numpy(), 0.05)
     assert run.low_log_density == pytest.approx(low, abs=1e-4)
-    buffer = state_of(run_dir)["buffer"]["images"]
-    theirs = {x.numpy().tobytes() for x in to_uint8(buffer)}
+    theirs = {x.numpy().tobytes() for x in to_uint8(state(run_dir)["buffer"]["images"])}
     _, drawn = sample(shipped, tmp_path, "--from_buffer", "--n_samples", "20", "--n_sample_steps", "0")
     assert all(x.transpose(2, 0, 1).tobytes() in theirs for x in drawn["images"])
     sample(shipped, tmp_path, "--start", "smooth:1,class_gaussian:1", "--n_samples", "2", "--n_sample_steps", "0")
@@ -175,9 +175,8 @@ def test_scores_are_those_of_the_network(run_dir, tmp_path, capsys):
     other = ["--dataset", "folder", "--data_dir", str(mine), "--images", str(next(mine.glob("*.png")))]
     assert main.main([*options, str(run_dir), *other]) == 0
     assert "the column unlikely is empty, because it needs the training images" in capsys.readouterr().out
-    assert main.main([*options, str(run_dir), "--images", str(csv_file)]) == 2
-    assert main.main([*options, str(run_dir)]) == 2
-    assert "needs --images" in capsys.readouterr().err
+    refused(capsys, *options, run_dir, "--images", csv_file)
+    assert "needs --images" in refused(capsys, *options, run_dir)
 
 
 @pytest.mark.parametrize("task", (["--inpaint", "left"], ["--denoise", "0.2"]))
@@ -201,13 +200,13 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, 
     run = train(tmp_path / "runs", *new, *options)
     out = capsys.readouterr().out
     assert out.count("Its classes are others: the last layer") == 1
-    mine, theirs = state_of(run)["model"], state_of(run_dir)["ema"]
+    mine, theirs = state(run)["model"], state(run_dir)["ema"]
     for name, value in theirs.items():
         if name.startswith("class_output"):
             assert mine[name].shape[0] == 3
         elif "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(mine[name], value)
-    assert not torch.equal(state_of(run)["buffer"]["images"][:9], state_of(run_dir)["buffer"]["images"][:9])
+    assert not torch.equal(state(run)["buffer"]["images"][:9], state(run_dir)["buffer"]["images"][:9])
 
 
 class Small(nn.Module):
@@ -223,34 +222,31 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("precision, lacks", [("fp32", "name"), ("fp32", "n_features"), ("bf16", ""), ("fp32", "")])
 def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, capsys, precision, lacks):
-    for name in [lacks] if lacks else []:
-        monkeypatch.delattr(Small, name)
-    if (precision, lacks) == ("fp32", ""):
+    if lacks:
+        monkeypatch.delattr(Small, lacks)
+    elif precision == "fp32":
         monkeypatch.setattr(Small, "n_features", 5)
     monkeypatch.setitem(models.BACKBONES, "jem", Small)
-    assert main.main([*TRAIN, "--logdir", str(tmp_path / "runs"), "--precision", precision]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and (lacks or {"bf16": "bfloat16", "fp32": "(2, 5)"}[precision]) in error
+    error = refused(capsys, *TRAIN, "--logdir", tmp_path / "runs", "--precision", precision)
+    assert (lacks or {"bf16": "bfloat16", "fp32": "(2, 5)"}[precision]) in error
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
     check_backbone(models.JEM(Small(), 3), (1, 8, 8), torch.float32)
 
 
-def python(code, *options, **environment):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, *options, "-c", code] if code else [sys.executable, *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def python(*options, **environment):
+    return subprocess.run([sys.executable, *options], capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_it_works_from_anywhere_or_says_in_a_line_why_not(tmp_path):
-    (tmp_path / "utils.py").write_text("")
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "__init__.py").write_text("")
-    done = python("", str(ROOT / "main.py"), "--mode", "sample", PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path))
+    for name in ("utils.py", "models/__init__.py"):
+        (tmp_path / name).write_text("")
+    done = python(str(ROOT / "main.py"), "--mode", "sample", PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path))
     assert "error: --mode sample needs --load_ckpt" in done.stderr and done.returncode == 2
     for program in ("main", "generation"):
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import utils; sys.path.append({str(ROOT)!r})\n"
-        done = python(f"{code}try: import {program}\nexcept ImportError as error: print(error)", "-P")
+        done = python("-P", "-c", f"{code}try: import {program}\nexcept ImportError as error: print(error)")
         assert done.stdout.count("\n") == 1 and done.returncode == 0
         assert f"{tmp_path / 'models' / '__init__.py'} has the name of a module of this program" in done.stdout
 
@@ -270,7 +266,7 @@ sys.argv, before = ["main.py", *{options!r}], sys.stdout
 try: runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
 except SystemExit as end: print("alive", end.code, sys.stdout is before)
 """
-    assert python(code, PYTHONPATH=str(ROOT)).stdout.endswith("alive 130 True\n")
+    assert python("-c", code, PYTHONPATH=str(ROOT)).stdout.endswith("alive 130 True\n")
 
 
 @pytest.mark.slow
@@ -282,11 +278,9 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     stored = {"mean": torch.zeros(10, 3072), "factor": torch.zeros(10, 2, 2), "noise": torch.ones(10)}
     stored["basis"] = torch.ones(2, 3072)
     weights = content["state"]["model"] | {f"start.class_gaussian.{name}": value for name, value in stored.items()}
-    file = safetensors_file(weights, content, low_log_density=1.5)
-    (tmp_path / "a.safetensors").write_bytes(file)
-    monkeypatch.setenv("TOUR_WEIGHTS", str(tmp_path / "a.safetensors"))
-    monkeypatch.setenv("TOUR_CHAIN_STEPS", "2")
-    monkeypatch.setenv("TOUR_TRAINING_STEPS", "30")
+    (tmp_path / "a.safetensors").write_bytes(safetensors_file(weights, content, low_log_density=1.5))
+    for name, value in {"WEIGHTS": tmp_path / "a.safetensors", "CHAIN_STEPS": 2, "TRAINING_STEPS": 30}.items():
+        monkeypatch.setenv(f"TOUR_{name}", str(value))
     tour = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
     client = NotebookClient(tour, timeout=120, resources={"metadata": {"path": DOCS.parent}})
     for execute in (lambda: None, client.execute):

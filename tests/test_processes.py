@@ -8,9 +8,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import new_run, refused, seeded, state
 from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, train
 
 import data
@@ -87,25 +89,14 @@ class Twins:
         return result
 
     def mean(self, x):
-        exchanged = self.exchanged
-
         class Mean(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return exchanged(x)
-
-            @staticmethod
-            def backward(ctx, gradient):
-                return exchanged(gradient)
+            forward = backward = staticmethod(lambda ctx, x: self.exchanged(x))
 
         return Mean.apply(x)
 
     def train(self, runs, n_steps=3):
-        results = {}
-
         def one(rank, run):
-            self.rank.value = rank
-            backward = run.backward
+            self.rank.value, backward = rank, run.backward
 
             def averaged(*inputs):
                 parts = backward(*inputs)
@@ -114,14 +105,10 @@ class Twins:
                 return parts
 
             run.backward = averaged
-            results[rank] = train(run, n_steps)
+            return train(run, n_steps)
 
-        threads = [threading.Thread(target=one, args=pair) for pair in enumerate(runs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [results[rank] for rank in (0, 1)]
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(one, (0, 1), runs))
 
 
 def joined(both):
@@ -197,8 +184,7 @@ class TestCommandLine:
 
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
-        state = load_checkpoint(run / "ckpt" / "last.pt")["state"]
-        assert state["step"] == 22 and "processes" not in state
+        assert state(run)["step"] == 22 and "processes" not in state(run)
 
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
         test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
@@ -265,9 +251,7 @@ class TestPlace:
 
     def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
         """Those of its recipe that another value replaced, too."""
-        begun = [*SMALL, "--recipe", "sada-jem", "--p_x_batch_size", "20", "--max_steps", "1"]
-        assert main.main([*begun, "--logdir", str(tmp_path)]) == 0
-        (run,) = map(str, tmp_path.iterdir())
+        run = str(new_run(SMALL, tmp_path, *"--recipe sada-jem --p_x_batch_size 20 --max_steps 1".split()))
         monkeypatch.setattr(distributed, "remembered", lambda name: run)
         for given in ({"resume": run}, {"resume": "auto", "batch_size": 20}, {"load_ckpt": run, "sgld_step": 2}):
             cfg = named_run({"recipe": "sada-jem", **given}).cfg
@@ -277,8 +261,7 @@ class TestPlace:
     def test_a_number_that_is_none(self, name, monkeypatch, capsys):
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(variable, "x1" if variable == name else "2")
-        assert main.main([]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = refused(capsys)
         assert line.startswith("error: start several processes with torchrun") and "'x1'" in line
 
     def test_processes_find_each_other_after_others_have_gone(self):
@@ -306,20 +289,19 @@ class TestPlace:
     def test_equal_runs_of_srun_and_mpirun_are_refused(self, variables, n, monkeypatch, capsys):
         for pair in variables.split():
             monkeypatch.setenv(*pair.split("="))
-        assert main.main(["--no_such_option"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: there is no option" if n == 1 else f"error: this is one of {n} equal runs")
+        words = "error: there is no option" if n == 1 else f"error: this is one of {n} equal runs"
+        assert refused(capsys, "--no_such_option").startswith(words)
 
     @pytest.mark.parametrize(
         "changes, words",
         [
-            ({"batch_size": 15}, "--batch_size 15 cannot be divided evenly among 2 processes"),
             ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
             ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
             ({"class_cond": True, "buffer_size": 110}, "among 2 processes and 10 classes"),
         ],
     )
     def test_what_cannot_be_divided(self, changes, words):
+        """Nor --batch_size 15, see ``ranks``."""
         cfg = Config(**({"batch_size": 20, "buffer_size": 100} | changes))
         n_images = {"batch_size": 1000} | ({"p_x_batch_size": 1000} if cfg.separate_p_x else {})
         check_sizes(cfg, n_images, 10, 1, (1, 8, 8))
@@ -341,27 +323,20 @@ class TestPlace:
             utils.pick_device("0")
 
 
-class TestImagesOnTheHost:
-    def test_which_stay_there(self, monkeypatch):
-        class Card:
-            total_memory = 10_000
+def test_images_that_stay_on_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10_000))
+    gpu = torch.device("cuda", 0)
+    assert [data.stays_on_host(n, gpu, "auto") for n in (2000, 2001)] == [False, True]
+    assert [data.stays_on_host(5000, gpu, where) for where in ("cpu", "gpu")] == [True, False]
+    assert not data.stays_on_host(5000, torch.device("cpu"), "auto")
 
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-        gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-        assert [data.stays_on_host(n, gpu, "auto") for n in (2000, 2001)] == [False, True]
-        assert [data.stays_on_host(5000, gpu, where) for where in ("cpu", "gpu")] == [True, False]
-        assert not data.stays_on_host(5000, cpu, "auto")
 
-    def test_batches_go_on_after_a_resume(self, digits):
-        def batches():
-            return data.Batches(digits.train, 200, True, 0.1, torch.Generator().manual_seed(1))
-
-        through, resumed = batches(), batches()
-        for step in range(20):  # 6 batches in a pass
-            if step in (3, 6, 7):
-                state, rng = resumed.state_dict(), resumed.rng.get_state()
-                resumed = batches()
-                resumed.load_state_dict(state)
-                resumed.rng.set_state(rng)
-            for one, other in zip(through.next(), resumed.next(), strict=True):
-                assert torch.equal(one, other)
+def test_batches_go_on_after_a_resume(digits):
+    through, resumed = (data.Batches(digits.train, 200, True, 0.1, seeded(1)) for _ in range(2))
+    for step in range(20):  # 6 batches in a pass
+        if step in (3, 6, 7):
+            old = resumed
+            resumed = data.Batches(digits.train, 200, True, 0.1, seeded(1))
+            resumed.load_state_dict(old.state_dict())
+            resumed.rng.set_state(old.rng.get_state())
+        assert all(map(torch.equal, through.next(), resumed.next()))

@@ -8,9 +8,9 @@ import torch
 import torch_fidelity
 from reference import reference_chain
 from scipy import linalg
+from small_runs import equal, new_run, refused, seeded, state
 
 import trainer
-from checkpoints.files import load_checkpoint
 from checkpoints.resume import continued
 from config import Config
 from data import load, to_float
@@ -23,10 +23,6 @@ from main import main
 from models import build_model
 from sgld import finite_images, uniform_images
 from utils import UserError
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Tiny(torch_fidelity.FeatureExtractorBase):
@@ -52,10 +48,6 @@ def tiny_features(images):
     return Tiny()(images)[0]
 
 
-class Images(list, torch.utils.data.Dataset):
-    """A list of images is all that torch-fidelity needs."""
-
-
 @pytest.fixture
 def images():
     real = torch.randint(256, (300, 3, 4, 4), dtype=torch.uint8, generator=seeded(1))
@@ -75,8 +67,8 @@ def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monke
     real, fake = images
     torch_fidelity.register_feature_extractor("tiny", Tiny)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(fake),
-        input2=Images(real),
+        input1=torch.utils.data.Subset(fake, range(200)),
+        input2=torch.utils.data.Subset(real, range(300)),
         feature_extractor="tiny",
         **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
         **dict.fromkeys(("cuda", "cache", "verbose"), False),
@@ -132,8 +124,7 @@ def test_inception_takes_small_grey_images(monkeypatch):
 
 
 def test_the_most_confident_of_each_class_are_kept():
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(100, 3)
+    logits = 3 * torch.randn(100, 3, generator=seeded())
     p, classes = logits.softmax(1).max(1)
     kept = quality.most_confident(logits, 0.9)
     for k in range(3):
@@ -158,9 +149,7 @@ def test_nearest_is_the_slow_loop():
 def inputs_with(buffer=None, **options):
     torch.manual_seed(0)
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
-    return EvalInputs(
-        cfg, build_model(1, 10, depth=10, width=1).eval(), load("digits"), buffer, None, torch.device("cpu")
-    )
+    return EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), buffer, None, torch.device("cpu"))
 
 
 def rows(images):
@@ -168,14 +157,13 @@ def rows(images):
 
 
 def test_the_reference_is_all_training_images_or_test_images_too():
-    inputs, more = inputs_with(), inputs_with(fid_reference="train+test")
-    data = inputs.data
-    images, what = quality.reference(inputs)
-    assert what == "1437 training and validation images"
-    assert rows(images) == rows(torch.cat([data.train.images, data.valid.images]))
-    images, what = quality.reference(more)
-    assert what == "1797 training, validation and test images"
-    assert rows(images) == rows(torch.cat([data.train.images, data.valid.images, data.test.images]))
+    data = load("digits")
+    for name, parts, expected in (
+        ("train", (data.train, data.valid), "1437 training and validation images"),
+        ("train+test", (data.train, data.valid, data.test), "1797 training, validation and test images"),
+    ):
+        images, what = quality.reference(inputs_with(fid_reference=name))
+        assert what == expected and rows(images) == rows(torch.cat([part.images for part in parts]))
     assert len(quality.reference(inputs_with(max_images=40))[0]) == 40
 
 
@@ -195,13 +183,10 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     assert set(rows(top)) < set(rows(filtered))
 
 
-TINY = "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 40 --max_steps 2 --sgld_step 1".split()
+TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
+TINY += " --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1 --no_log"
+TINY = TINY.split()  # 13 steps an epoch
 TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu --no_log".split()
-
-
-def trained(logdir, *options):
-    assert main([*TINY, "--gpu", "cpu", "--no_log", "--logdir", str(logdir), *options]) == 0
-    return next(logdir.iterdir())
 
 
 def measured(run, *options, features=None):
@@ -214,7 +199,7 @@ def measured(run, *options, features=None):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Results by reference; Inception is a random projection of the images."""
-    run = trained(tmp_path_factory.mktemp("runs"))
+    run = new_run(TINY, tmp_path_factory.mktemp("runs"))
 
     class Projection(torch.nn.Module):
         weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255
@@ -257,22 +242,18 @@ def test_the_test_images_change_only_what_is_measured_against_them(reports):
 
 
 def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
-    run, features = trained(tmp_path / "1", "--p_y_x_weight", "0"), trained(tmp_path / "2")
+    run, features = new_run(TINY, tmp_path / "1", "--p_y_x_weight", "0"), new_run(TINY, tmp_path / "2")
     result = measured(run, features=features)
     reason = "the model was trained without labels"
     assert {result["absent"][name] for name in ("fresh, class-conditional", "buffer, filtered")} == {reason}
     table = result["results"]["in a classifier's features"]
     assert list(table) == ["test images", "chain starts", "fresh", "buffer"] and "same class" not in table["fresh"]
     assert "samples: 1 times 30 chains of 2 SGLD steps" in capsys.readouterr().out
-    assert main([*TEST, "--load_ckpt", str(features), "--feature_ckpt", str(run)]) == 2
-    assert "was trained without labels: name a classifier" in capsys.readouterr().err
+    err = refused(capsys, *TEST, "--load_ckpt", features, "--feature_ckpt", run)
+    assert "was trained without labels: name a classifier" in err
 
 
 # ---------------------------------------------------------------------------------------------- while training
-
-TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
-TINY += " --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1"
-TINY = TINY.split()  # 13 steps an epoch
 
 
 def test_quality_while_training(tmp_path, monkeypatch):
@@ -280,30 +261,23 @@ def test_quality_while_training(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
     monkeypatch.setattr(training_fid, "N_REFERENCE", 500)
 
-    def train(folder, *options):
-        assert main([*TINY, "--logdir", str(tmp_path / folder), *options]) == 0
-        (run,) = (tmp_path / folder).iterdir()
-        return run, load_checkpoint(run / "ckpt" / "last.pt")["state"]
-
-    features, _ = train("features", "--mode", "baseline_train", "--max_steps", "2")
+    features = new_run(TINY, tmp_path / "features", "--mode", "baseline_train", "--max_steps", "2")
     measured = ["--quality_every", "2", "--n_samples", "150", "--n_sample_steps", "3", "--feature_ckpt", str(features)]
-    run, state = train("measured", *measured)
-    _, plain = train("plain")
-    assert all(torch.equal(plain["model"][name], value) for name, value in state["model"].items())
+    run, plain = new_run(TINY, tmp_path / "measured", *measured), new_run(TINY, tmp_path / "plain")
+    weights, scores = state(run)["model"], state(run)["best"]
+    assert equal(weights, state(plain)["model"])
 
     lines = {line["step"]: line for line in read_log(run / "metrics.jsonl") if "quality/buffer" in line}
     assert list(lines) == [26, 39]
-    best = min(lines, key=lambda step: lines[step]["quality/fresh_samples"])
-    assert load_checkpoint(run / "ckpt" / "best_quality.pt")["state"]["step"] == best
+    assert state(run, "best_quality.pt")["step"] == min(lines, key=lambda step: lines[step]["quality/fresh_samples"])
 
-    measured_best = {"best.pt": state["best"]["best.pt"]}
-    assert state["best"].keys() == {"best.pt", "best_quality.pt"}
-    for n, best in ((150, state["best"]), (149, measured_best)):
+    assert scores.keys() == {"best.pt", "best_quality.pt"}
+    for n, best in ((150, scores), (149, {"best.pt": scores["best.pt"]})):
         assert continued({"resume": str(run), "n_samples": n}, str(run)).content["state"]["best"] == best
 
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
-    model.load_state_dict(state["model"])
-    network.load_state_dict(load_checkpoint(features / "ckpt" / "best.pt")["state"]["model"])
+    model.load_state_dict(weights)
+    network.load_state_dict(state(features, "best.pt")["model"])
     rng, starts, fresh = seeded(1 + 39), [], []
     for seed in torch.randint(2**31, (3,), generator=rng).tolist()[:2]:  # of two batches, as large as in training
         rng.manual_seed(seed)
@@ -316,13 +290,11 @@ def test_quality_while_training(tmp_path, monkeypatch):
         assert lines[39][f"quality/{name}"] == pytest.approx(expected, rel=0.02), name
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("--quality_every 1", "--quality_every needs --feature_ckpt, a classifier, or Inception"),
-        ("--quality_every 1 --norm batch --sync_batch_norm", "--sync_batch_norm would mix"),
-    ],
-)
+CANNOT_BE = {"": "--quality_every needs --feature_ckpt, a classifier, or Inception"}
+CANNOT_BE |= {"--norm batch --sync_batch_norm": "--sync_batch_norm would mix"}
+
+
+@pytest.mark.parametrize("options, words", CANNOT_BE.items())
 def test_quality_while_training_that_cannot_be(options, words, tmp_path, capsys):
-    assert main([*TINY, *options.split(), "--logdir", str(tmp_path / "runs")]) == 2
+    assert main([*TINY, "--quality_every", "1", *options.split(), "--logdir", str(tmp_path / "runs")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -5,12 +5,11 @@ import errno
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TINY, assert_same_run, at_step, equal, metrics, start, state
+from small_runs import TINY, assert_same_run, equal, metrics, refused, signal_at_step, start, state
 
 import main
 import utils
@@ -30,8 +29,12 @@ def other_images(images):
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory, undisturbed):
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 17, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        signal_at_step(patch, 17)
         return start(tmp_path_factory.mktemp("stopped"))[1]
+
+
+def auto(logdir, *options):
+    assert main.main([*TINY, "--logdir", str(logdir), "--resume", "auto", *options]) == 0
 
 
 class TestResume:
@@ -47,19 +50,12 @@ class TestResume:
         status, run = start(tmp_path, "--max_steps", "1", "--resume", "auto")
         assert status == 0 and "starting a new one" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("foreign", ["null", "[]", '{"options": [1]}', "torn"])
-    def test_auto_passes_over_what_is_no_run(self, foreign, tmp_path, capsys):
-        (tmp_path / "other" / "ckpt").mkdir(parents=True)
-        (tmp_path / "other" / "ckpt" / "last.pt").write_bytes(b"")
-        (tmp_path / "other" / "config.json").write_text(foreign)
+    def test_auto_passes_over_what_is_no_run(self, tmp_path):
+        for i, foreign in enumerate(["null", "[]", '{"options": [1]}', "torn"]):
+            (tmp_path / f"{i}" / "ckpt").mkdir(parents=True)
+            (tmp_path / f"{i}" / "ckpt" / "last.pt").write_bytes(b"")
+            (tmp_path / f"{i}" / "config.json").write_text(foreign)
         assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
-
-    def test_auto_knows_a_run_that_is_older_than_an_option(self, stopped, tmp_path, undisturbed):
-        content = json.loads((stopped / "config.json").read_text())
-        del content["options"]["no_flip"]
-        (stopped / "config.json").write_text(json.dumps(content))
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
-        assert_same_run(stopped, undisturbed)
 
     def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
         """As in cross-validation: the same options, another fold."""
@@ -70,16 +66,22 @@ class TestResume:
         assert status == 0 and f"Skipping {first}" in capsys.readouterr().out
         status, third = start(tmp_path, "--max_steps", "2", "--resume", "auto", "--note", "mine")
         assert status == 0 and third.name.endswith("_mine")
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "2", "--resume", "auto"]) == 0
+        auto(tmp_path, "--max_steps", "2")
         assert f"{second} is finished" in capsys.readouterr().out
 
     def test_auto_leaves_runs_of_another_length_alone(self, stopped, tmp_path, undisturbed, capsys):
-        """A sweep over --max_steps: the short run is neither made longer nor lost, the long one goes on."""
+        """A sweep over --max_steps: the short run is neither made longer nor lost, the long one goes on.
+
+        Although that one is older than one of the options.
+        """
+        content = json.loads((stopped / "config.json").read_text())
+        del content["options"]["no_flip"]
+        (stopped / "config.json").write_text(json.dumps(content))
         status, short = start(tmp_path, "--max_steps", "3", "--resume", "auto")
         assert status == 0 and "starting a new one" in capsys.readouterr().out
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        auto(tmp_path)
         assert_same_run(stopped, undisturbed)
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--max_steps", "3", "--resume", "auto"]) == 0
+        auto(tmp_path, "--max_steps", "3")
         assert f"{short} is finished after 3 steps" in capsys.readouterr().out and state(short)["step"] == 3
 
     def test_auto_goes_by_when_a_run_was_saved_not_by_its_name(self, stopped, tmp_path, undisturbed, capsys):
@@ -87,37 +89,35 @@ class TestResume:
         content = load_checkpoint(copy / "ckpt" / "last.pt")
         torch.save(content | {"time": content["time"] - 3600}, copy / "ckpt" / "last.pt")
         (tmp_path / "zz_latest").symlink_to(copy, target_is_directory=True)
-        assert main.main([*TINY, "--logdir", str(tmp_path), "--resume", "auto"]) == 0
+        auto(tmp_path)
         assert f"--resume auto takes {stopped}, which was saved last after step 17" in capsys.readouterr().out
         assert_same_run(stopped, undisturbed)
 
     def test_equal_jobs_that_were_stopped_each_find_a_run(self, stopped, tmp_path, undisturbed, capsys):
         """One in use is passed over, a finished one comes after those that are not."""
-        other = shutil.copytree(stopped, tmp_path / "other")
-        command = [*TINY, "--logdir", str(tmp_path), "--resume", "auto"]
-        holder = RunDir.of(str(stopped))
-        assert main.main(command) == 0 and main.main(command) == 0
+        other, holder = shutil.copytree(stopped, tmp_path / "other"), RunDir.of(str(stopped))
+        auto(tmp_path)
+        auto(tmp_path)
         out = capsys.readouterr().out
         assert f"Skipping {stopped}: {stopped} is in use" in out and f"{other} is finished" in out
         holder.lock.release()
-        assert main.main(command) == 0
+        auto(tmp_path)
         for run in (stopped, other):
             assert_same_run(run, undisturbed)
 
     def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
         """One command line for fine-tuning on a machine that may be taken away."""
         options = ["--load_ckpt", str(undisturbed), "--max_steps", "6", "--resume", "auto"]
-        at_step(monkeypatch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        signal_at_step(monkeypatch, 3)
         status, run = start(tmp_path, *options)
         assert status == 143 and "Starting from the averaged weights" in capsys.readouterr().out
-        assert main.main([*TINY, "--logdir", str(tmp_path), *options]) == 0
+        auto(tmp_path, *options)
         assert "continuing after step 3" in " ".join(capsys.readouterr().out.split())
         assert state(run)["step"] == 6
 
     def test_what_came_after_the_checkpoint_is_superseded(self, tmp_path, undisturbed):
         """As after a crash: the log is ahead of the checkpoint, its last line torn."""
-        run = tmp_path / "run"
-        shutil.copytree(undisturbed, run)
+        run = shutil.copytree(undisturbed, tmp_path / "run")
         os.replace(run / "ckpt" / "previous.pt", run / "ckpt" / "last.pt")  # the one of step 26
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 35, "loss/to')
@@ -125,8 +125,7 @@ class TestResume:
         assert_same_run(run, undisturbed)
 
     def test_more_steps_continue_a_finished_run_with_another_cycle(self, tmp_path, undisturbed, capsys):
-        run = tmp_path / "run"
-        shutil.copytree(undisturbed, run)
+        run = shutil.copytree(undisturbed, tmp_path / "run")
         assert main.main(["--resume", str(run), "--max_steps", "45"]) == 0
         assert "from step 34 the learning rate rises to its peak again" in capsys.readouterr().out
         assert state(run)["step"] == 45 and state(run)["cycle_ends"] == [34, 45]
@@ -141,16 +140,14 @@ class TestResume:
     )
     def test_another_run_is_refused(self, option, stopped, capsys):
         before = (stopped / "ckpt" / "last.pt").read_bytes()
-        assert main.main(["--resume", str(stopped), *option.split()]) == 2
-        err = capsys.readouterr().err
-        assert option.split()[0] in err.splitlines()[-1] and "needs a new run" in err
+        err = refused(capsys, "--resume", stopped, *option.split())
+        assert option.split()[0] in err and "needs a new run" in err
         assert (stopped / "ckpt" / "last.pt").read_bytes() == before
 
     def test_other_data_is_refused(self, stopped, monkeypatch, capsys):
         original = main.data.load
         monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
-        assert main.main(["--resume", str(stopped)]) == 2
-        assert "--data_dir" in capsys.readouterr().err
+        assert "--data_dir" in refused(capsys, "--resume", stopped)
 
     def test_dumps_may_change(self, stopped, undisturbed):
         assert main.main(["--resume", str(stopped), "--sample_every", "7", "--gif_every", "9", "--no_log"]) == 0
@@ -168,15 +165,19 @@ class TestResume:
 
     @pytest.mark.parametrize("damage", ["flip", "remove"])
     def test_a_broken_last_checkpoint_costs_the_steps_since_the_one_before(self, damage, stopped, undisturbed, capsys):
-        last = stopped / "ckpt" / "last.pt"
+        last, aside = stopped / "ckpt" / "last.pt", stopped / "ckpt" / "last_set_aside.pt"
         content = bytearray(last.read_bytes())
         last.unlink()
+        aside.write_bytes(b"earlier")
         if damage == "flip":
             content[len(content) // 2] ^= 4
             last.write_bytes(content)
         assert main.main(["--resume", str(stopped)]) == 0
         warning = capsys.readouterr().err
-        assert damage == "remove" or ("last.pt" in warning and "previous.pt instead" in warning)
+        if damage == "flip":
+            assert "last.pt" in warning and "previous.pt instead" in warning
+            assert aside.with_name("last_set_aside-2.pt").read_bytes() == content
+        assert aside.read_bytes() == b"earlier"
         assert_same_run(stopped, undisturbed)
 
     @pytest.mark.parametrize(
@@ -184,32 +185,24 @@ class TestResume:
         [
             (OSError(errno.EIO, "Input/output error"), "cannot read"),
             (RuntimeError("can't allocate memory"), "not enough memory"),
-            (None, "format 99, which this version does not know"),
+            ({"format": 99}, "format 99, which this version does not know"),
         ],
         ids=["disk", "memory", "version"],
     )
     def test_a_checkpoint_that_is_whole_is_not_set_aside(self, error, words, stopped, monkeypatch, capsys):
         last, original = stopped / "ckpt" / "last.pt", torch.load
-        if error is None:
-            torch.save(original(last, weights_only=True) | {"format": 99}, last)
-        whole = last.read_bytes()
 
         def failing(path, **options):
-            if Path(path).name == "last.pt" and error:
+            if Path(path).name != "last.pt":
+                return original(path, **options)
+            if isinstance(error, Exception):
                 raise error
-            return original(path, **options)
+            return original(path, **options) | error
 
+        whole = last.read_bytes()
         monkeypatch.setattr(torch, "load", failing)
-        assert main.main(["--resume", str(stopped)]) == 2
-        assert words in capsys.readouterr().err and last.read_bytes() == whole
-
-    def test_a_broken_last_checkpoint_is_set_aside(self, stopped):
-        (stopped / "ckpt" / "last_set_aside.pt").write_bytes(b"earlier")
-        (stopped / "ckpt" / "last.pt").write_bytes(b"broken")
-        assert main.main(["--resume", str(stopped), "--max_steps", "15"]) == 0
-        assert [state(stopped, name)["step"] for name in ("last.pt", "previous.pt")] == [15, 13]
-        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == b"earlier"
-        assert (stopped / "ckpt" / "last_set_aside-2.pt").read_bytes() == b"broken"
+        assert words in refused(capsys, "--resume", stopped)
+        assert last.read_bytes() == whole
 
     def test_an_earlier_checkpoint_by_name_leaves_the_later_one(self, stopped, undisturbed, monkeypatch):
         later = (stopped / "ckpt" / "last.pt").read_bytes()
@@ -220,8 +213,11 @@ class TestResume:
 
     def test_other_files_are_refused(self, stopped, capsys):
         for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):
-            assert main.main(["--resume", str(place)]) == 2
-            assert "--resume takes a run directory, or its last.pt or previous.pt, not" in capsys.readouterr().err
+            err = refused(capsys, "--resume", place)
+            assert "--resume takes a run directory, or its last.pt or previous.pt, not" in err
+        for name in ("last.pt", "previous.pt"):
+            (stopped / "ckpt" / name).write_bytes(b"broken")
+        assert main.main(["--resume", str(stopped)]) == 2 and "last.pt" in capsys.readouterr().err
 
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
         """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
@@ -248,13 +244,6 @@ class TestResume:
             (run / "ckpt" / name).unlink()
         sample = ["--mode", "sample", "--load_ckpt", str(run), "--n_samples", "2", "--n_sample_steps", "1"]
         assert main.main([*sample, "--gpu", "cpu", "--logdir", str(tmp_path)]) == 0
-        assert main.main(["--resume", str(run)]) == 2
-        assert "best.pt is of an older version or holds only weights" in capsys.readouterr().err
-        assert main.main([*TINY, "--logdir", str(tmp_path / "runs"), "--resume", "auto", "--max_steps", "35"]) == 0
+        assert "best.pt is of an older version or holds only weights" in refused(capsys, "--resume", run)
+        auto(tmp_path / "runs", "--max_steps", "35")
         assert "starting a new one" in capsys.readouterr().out
-
-    def test_both_checkpoints_broken(self, stopped, capsys):
-        for name in ("last.pt", "previous.pt"):
-            (stopped / "ckpt" / name).write_bytes(b"broken")
-        assert main.main(["--resume", str(stopped)]) == 2
-        assert "last.pt" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from reference import reference_chain
+from small_runs import seeded
 
 from config import Config
 from data import load
@@ -16,12 +17,9 @@ from evaluation import robustness
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import (
-    AUTOATTACK_PARTS,
     Attacked,
     Classifier,
     RefinedClassifier,
-    StraightRefinedClassifier,
-    check_autoattack,
     differentiable_chain,
     distal_adversarials,
     pgd_attack,
@@ -31,8 +29,16 @@ from sgld import normal_like, uniform_images
 from utils import UserError
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+class TwoClasses(torch.nn.Module):
+    """By the sign of a score of each image."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score, self.weight = score, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        score = self.weight * self.score(x)
+        return torch.stack([score, -score], 1)
 
 
 def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
@@ -101,36 +107,20 @@ def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
 
 def test_where_autoattack_can_be_run():
     for side in (8, 16, 28, 32):
-        check_autoattack(10, (3, side, side))
+        robustness.check_autoattack(10, (3, side, side))
     with pytest.raises(UserError, match="at least 4 classes, not 3"):
-        check_autoattack(3, (3, 32, 32))
+        robustness.check_autoattack(3, (3, 32, 32))
     for height, width in ((24, 32), (24, 24), (12, 12)):  # more than 5 of its tiles a side
         with pytest.raises(UserError, match=f"images of {height}x{width}"):
-            check_autoattack(10, (3, height, width))
+            robustness.check_autoattack(10, (3, height, width))
 
 
 def test_a_linear_model_falls_exactly_where_its_margin_ends():
-    direction = torch.tensor([1.0, -1.0, 1.0, -1.0])
-
-    class Linear(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(direction)
-
-        def forward(self, x):
-            score = x.flatten(1) @ self.weight
-            return torch.stack([score, -score], 1)
-
-    shifts = torch.tensor([0.02, 0.06, 0.14])
+    direction, shifts = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
-    labels = torch.zeros(3, dtype=torch.int64)
-    alive = masks(Linear(), "Linf", 1, x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
-    assert [kept.tolist() for kept in alive] == [
-        [True, True, True],
-        [False, True, True],
-        [False, False, True],
-        [False, False, False],
-    ]
+    linear, labels = TwoClasses(lambda x: x.flatten(1) @ direction), torch.zeros(3, dtype=torch.int64)
+    alive = masks(linear, "Linf", 1, x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    assert torch.stack(alive).int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
@@ -161,9 +151,9 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
     assert whole.apgd.n_restarts == whole.fab.n_restarts == 1
-    assert tuple(whole.attacks_to_run) == AUTOATTACK_PARTS
+    assert tuple(whole.attacks_to_run) == robustness.AUTOATTACK_PARTS
     kept = torch.ones(8) > 0
-    for part in AUTOATTACK_PARTS:
+    for part in robustness.AUTOATTACK_PARTS:
         alone = shortened(classifier, epsilon, norm, 4, 5, torch.device("cpu"))
         alone.attacks_to_run = [part]
         moved = images.clone()
@@ -175,13 +165,10 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
 @pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
 def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
     """Without a gradient it stays where it started."""
-
-    class Flat(torch.nn.Module):
-        def forward(self, x):
-            return torch.stack([0 * x.sum((1, 2, 3))] * 2, 1)
+    flat = TwoClasses(lambda x: 0 * x.sum((1, 2, 3)))
 
     def start(seed):
-        return pgd_attack(Flat(), 0.1, norm, 3, seeded(seed), images, torch.zeros(8, dtype=torch.int64))
+        return pgd_attack(flat, 0.1, norm, 3, seeded(seed), images, torch.zeros(8, dtype=torch.int64))
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
     distance = torch.linalg.vector_norm((start(1) - images).flatten(1), order, dim=1)
@@ -219,7 +206,7 @@ def test_refinement_averages_the_probabilities_of_its_chains(model, images):
 
 def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model, images):
     """The gradient by finite differences of the classifier alone, at the chains' ends; the logits are averaged."""
-    refined = StraightRefinedClassifier(model, chain_of(model, 2, 1.0, 0.3, seed=7), 3, 0.2, seeded(8))
+    refined = robustness.StraightRefinedClassifier(model, chain_of(model, 2, 1.0, 0.3, seed=7), 3, 0.2, seeded(8))
     x = images.clone().requires_grad_()
     found = refined(x)
     start = (2 * images - 1).repeat(3, 1, 1, 1)
@@ -247,20 +234,13 @@ def test_distal_adversarials_reach_a_confidence_or_run_out_of_steps(model, steps
 def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
     """Two classifiers with the same decisions, one of which shows attacks a gradient of zero, and a constant one."""
 
-    class Brightness(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            score = self.weight * (x.mean((1, 2, 3)) - 0.5)
-            if kind != "open":
-                score = 0 * score + (score.sign() if kind == "hidden" else 1)
-            return torch.stack([-score, score], 1)
+    def darkness(x):
+        score = 0.5 - x.mean((1, 2, 3))
+        return {"open": score, "hidden": 0 * score + score.sign(), "constant": 0 * score - 1}[kind]
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
     section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    target, epsilons = Attacked(Brightness(), x, labels, 8, seeded()), {"0.1": 0.1, "0.45": 0.45}
+    target, epsilons = Attacked(TwoClasses(darkness), x, labels, 8, seeded()), {"0.1": 0.1, "0.45": 0.45}
     robustness.add_pgd(section, "Linf", epsilons, "pgd", target, Figure().subplots())
     column = {row: m["value"] for (_, row, _), m in section.measurements().items()}
     assert column == {"0": unchecked, "0.1": unchecked, "0.45": column["0.45"], "0.5 (check)": checked}
@@ -269,8 +249,7 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
 
 def test_options_reach_the_attacks():
     """The refinement runs the chains of training; --one_epsilon and --attack_images make less of it all."""
-    options = {"attack_images": 30, "one_epsilon": True, "sgld_grad_clamp": 0.5, "sgld_clamp": True}
-    options |= {"sigma_test": 0.2}
+    options = {"attack_images": 30, "one_epsilon": True, "sigma_test": 0.2, "sgld_grad_clamp": 0.5, "sgld_clamp": True}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageSequence
 from reference import reference_chain
 from sklearn.datasets import load_digits
+from small_runs import new_run, refused, seeded, state
 
 import main
 from evaluation import quality
@@ -23,11 +25,7 @@ TRAIN = (
     "--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 4 "
     "--warmup_steps 0 --lr 1e-3 --n_valid 50 --gpu cpu --no_log"
 ).split()
-
-
-def train(logdir: Path, *options: str) -> Path:
-    assert main.main([*TRAIN, "--logdir", str(logdir), *options]) == 0
-    return next(logdir.iterdir())
+train = partial(new_run, TRAIN)
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +33,13 @@ def jem(tmp_path_factory):
     return train(tmp_path_factory.mktemp("jem"))
 
 
-@pytest.fixture(scope="module")
-def baseline(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("baseline"), "--mode", "baseline_train")
-
-
 def sample(checkpoint: Path, logdir: Path, *options: str) -> tuple[Path, dict[str, np.ndarray]]:
     """Run --mode sample; returns its run directory and the content of its archive."""
-    before = set(logdir.glob("*"))
-    command = ["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu", "--logdir", str(logdir), *options]
-    assert main.main([*command, "--precision", "fp32"]) == 0
-    (run,) = set(logdir.glob("*")) - before
+    given = ["--mode", "sample", "--load_ckpt", str(checkpoint), "--gpu", "cpu", "--precision", "fp32"]
+    run = new_run(given, logdir, *options)
     (archive,) = run.glob("*.npz")
     with np.load(archive) as content:
         return run, dict(content)
-
-
-def state_of(run: Path) -> dict:
-    return torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]
 
 
 def network(weights: dict[str, torch.Tensor]):
@@ -88,7 +75,7 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     """Of 12 chains, 8 at a time: the second batch is whole, too, and is then cut."""
     options = ["--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02", "--batch_size", "8", "--seed", "7"]
     run, content = sample(jem, tmp_path, *options)
-    model, rng = network(state_of(jem)["model"]), torch.Generator().manual_seed(7)
+    model, rng = network(state(jem)["model"]), seeded(7)
     seeds, ends = torch.randint(2**31, (3,), generator=rng).tolist(), []
     for seed in seeds[:2]:  # each batch has randomness of its own
         rng.manual_seed(seed)
@@ -111,12 +98,7 @@ def test_the_images_are_those_that_quality_measures(tmp_path, monkeypatch):
     """With batch normalisation they depend on their batch, which is as large as the chains of training."""
     run = train(tmp_path / "train", "--recipe", "sada-jem", "--batch_size", "20", "--p_x_batch_size", "16")
     measured, sample_sets = {}, quality.sample_sets
-
-    def spy(*inputs):
-        measured.update(sample_sets(*inputs))
-        return dict(measured)
-
-    monkeypatch.setattr(quality, "sample_sets", spy)
+    monkeypatch.setattr(quality, "sample_sets", lambda *inputs: measured.update(sample_sets(*inputs)) or dict(measured))
     options = "--n_sample_steps 3 --seed 5".split()
     test = ["--mode", "test", "--eval", "quality", "--load_ckpt", str(run), "--gpu", "cpu", "--precision", "fp32"]
     assert main.main([*test, *options, "--n_samples", "90", "--no_log"]) == 0
@@ -145,7 +127,7 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
     _, start = sample(jem, tmp_path, *conditions, "--n_sample_steps", "0")
     run, end = sample(jem, tmp_path, *conditions, "--n_sample_steps", "30")
     np.testing.assert_array_equal(np.bincount(end["labels"]), np.full(10, 4))
-    before, after = (network(state_of(jem)["model"])(torch.from_numpy(c["x"])) for c in (start, end))
+    before, after = (network(state(jem)["model"])(torch.from_numpy(c["x"])) for c in (start, end))
     own = torch.from_numpy(end["labels"])[:, None]
     gain = after - before
     assert (gain.gather(1, own) > 0).all()
@@ -162,19 +144,24 @@ def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     assert chosen.tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
     with pytest.raises(UserError, match="needs 3 images of the class a, but the model finds only 2 in"):
         by_class(predicted, 9, ("a", "b", "c"), order)
-    options = ["--from_buffer", "--class_cond", "--n_samples", "60", "--n_sample_steps", "0", "--precision", "fp32"]
-    where = ["--mode", "sample", "--load_ckpt", str(jem), "--gpu", "cpu", "--logdir", str(tmp_path)]
-    assert main.main([*where, *options]) == 2  # after four steps of training the classes are far from even
-    assert "give a smaller --n_samples" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    options = "--mode sample --gpu cpu --from_buffer --class_cond --n_samples 60 --n_sample_steps 0".split()
+    err = refused(capsys, *options, "--load_ckpt", jem, "--logdir", tmp_path)
+    assert "give a smaller --n_samples" in err  # after four steps of training the classes are far from even
+    assert not list(tmp_path.iterdir())
 
 
 def test_averaged_weights_are_taken_where_they_are(tmp_path):
     checkpoint = train(tmp_path / "train", "--ema", "0.9", "--lr", "1e-2")
     _, content = sample(checkpoint, tmp_path, "--n_samples", "8", "--n_sample_steps", "2")
-    state, x = state_of(checkpoint), torch.from_numpy(content["x"])
-    expected = network(state["ema"]).log_density(x)
+    x, weights = torch.from_numpy(content["x"]), state(checkpoint)
+    expected = network(weights["ema"]).log_density(x)
     torch.testing.assert_close(torch.from_numpy(content["log_p_x"]), expected)
-    assert (expected - network(state["model"]).log_density(x)).abs().max() > 1e-3
+    assert (expected - network(weights["model"]).log_density(x)).abs().max() > 1e-3
+
+
+def originals_of(content: dict[str, np.ndarray]) -> np.ndarray:
+    """The images that were changed, float (N, 1, 8, 8) in [-1, 1]."""
+    return content["originals"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def true_labels(originals: np.ndarray) -> list[int]:
@@ -201,9 +188,9 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     run, content = sample(jem, tmp_path / "out", *options)
     assert len(true_labels(content["originals"])) == 5
     np.testing.assert_array_equal(content["known"], ~unknown)
-    truth = torch.from_numpy(content["originals"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    truth = originals_of(content)
     for x in (content["start"], content["x"]):
-        np.testing.assert_array_equal(x[..., ~unknown], truth.numpy()[..., ~unknown])
+        np.testing.assert_array_equal(x[..., ~unknown], truth[..., ~unknown])
     assert (content["start"] != content["x"])[..., unknown].all()
     stages = tiles(pixels(run / "inpaint.png"), 5, 7)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
@@ -214,10 +201,9 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
 
 def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     run, content = sample(jem, tmp_path, "--denoise", "0.5", "--n_samples", "100", "--class_cond")
-    noise = content["start"] - (content["originals"].transpose(0, 3, 1, 2) / 127.5 - 1)
+    noise = content["start"] - originals_of(content)
     assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
-    settings = json.loads(str(content["settings"]))
-    assert settings["steps"] == 2  # the checkpoint's sgld_step
+    assert json.loads(str(content["settings"]))["steps"] == 2  # the checkpoint's sgld_step
     np.testing.assert_array_equal(content["labels"], true_labels(content["originals"]))
     stages = tiles(pixels(run / "denoise.png"), 100, 4)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
@@ -230,25 +216,18 @@ def test_no_step_leaves_the_start(jem, tmp_path):
     assert pixels(next(run.glob("*.png"))).std() > 5
 
 
-def test_what_is_transparent_in_a_mask_is_known(tmp_path):
-    white, alpha = np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)
+def test_what_is_transparent_in_a_mask_is_known(tmp_path, monkeypatch):
+    alpha = np.zeros((8, 8), np.uint8)
     alpha[:, :3] = 255
-    masks = {
-        "rgba": Image.merge("RGBA", [Image.fromarray(x) for x in (white, white, white, alpha)]),
-        "grey": Image.merge("LA", [Image.fromarray(white), Image.fromarray(alpha)]),
-    }
-    for name, mask in masks.items():
-        mask.save(tmp_path / f"{name}.png")
-    Image.fromarray(alpha).save(tmp_path / "one level.png", transparency=0)
+    white, alpha_band = Image.new("L", (8, 8), 255), Image.fromarray(alpha)
+    Image.merge("RGBA", [white, white, white, alpha_band]).save(tmp_path / "rgba.png")
+    Image.merge("LA", [white, alpha_band]).save(tmp_path / "grey.png")
+    alpha_band.save(tmp_path / "one level.png", transparency=0)
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
-
-
-def test_a_mask_of_too_many_pixels_is_one_line(tmp_path, monkeypatch):
-    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises
-    with pytest.raises(UserError, match="not .*mask.png: Image size .64 pixels. exceeds limit"):
-        unknown_pixels(str(tmp_path / "mask.png"), 8, 8)
+    with pytest.raises(UserError, match="not .*grey.png: Image size .64 pixels. exceeds limit"):
+        unknown_pixels(str(tmp_path / "grey.png"), 8, 8)
 
 
 def changed_checkpoint(run: Path, path: Path, **options) -> Path:
@@ -277,10 +256,9 @@ def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
-    "no checkpoint": ([], "needs --load_ckpt"),
     "torn": (["torn.pt"], "torn.pt was refused: it is broken, incomplete"),
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
-    "no buffer": (["BASELINE", "--from_buffer"], "has no replay buffer"),
+    "no buffer": (["BEST", "--from_buffer"], "best.pt has no replay buffer"),
     "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "more than the 64 images"),
     "no mask": (["JEM", "--inpaint", "right"], "right: [Errno 2] No such file"),
     "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
@@ -295,29 +273,20 @@ BAD = {  # the checkpoint and other options, and what is said of them
 def test_a_batch_of_one_that_leaves_no_variance_is_refused(tmp_path, capfd):
     run = train(tmp_path / "train", "--norm", "batch", "--stages", "4")
     options = ["--mode", "sample", "--gpu", "cpu", "--load_ckpt", str(run), "--logdir", str(tmp_path / "out")]
-    capfd.readouterr()
-    assert main.main([*options, "--batch_size", "1"]) == 2
-    stderr = capfd.readouterr().err
-    assert "one value of each channel" in stderr and stderr.count("\n") == 1
+    assert "one value of each channel" in refused(capfd, *options, "--batch_size", 1)
     assert not (tmp_path / "out").exists()
-    one = ["--n_samples", "1", "--batch_size", "2", "--n_sample_steps", "1"]  # it has another beside it
-    assert main.main([*options, *one]) == 0
+    sample(run, tmp_path, "--n_samples", "1", "--batch_size", "2", "--n_sample_steps", "1")  # it has another beside it
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(case, jem, baseline, tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line_and_status_2(case, jem, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("torn.pt").write_bytes(b"PK")
     Image.new("L", (9, 8), 255).save("big.png")
     Image.new("L", (8, 8)).save("black.png")
-    options, message = BAD[case]
-    if options:
-        place = {"JEM": str(jem), "BASELINE": str(baseline)}.get(options[0], options[0])
-        if place == "UNLABELLED":
-            place = str(changed_checkpoint(jem, tmp_path / "unlabelled.pt", p_y_x_weight=0.0))
-        options = ["--load_ckpt", place, *options[1:]]
-    capfd.readouterr()
-    assert main.main(["--mode", "sample", "--gpu", "cpu", "--logdir", "out", *options]) == 2
-    stderr = capfd.readouterr().err
-    assert message in stderr and stderr.count("\n") == 1
+    unlabelled = changed_checkpoint(jem, tmp_path / "unlabelled.pt", p_y_x_weight=0.0)
+    (place, *options), message = BAD[case]
+    place = {"JEM": jem, "BEST": jem / "ckpt" / "best.pt", "UNLABELLED": unlabelled}.get(place, place)
+    command = ["--mode", "sample", "--gpu", "cpu", "--logdir", "out", "--load_ckpt", place, *options]
+    assert message in refused(capfd, *command)
     assert not Path("out").exists()

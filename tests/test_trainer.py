@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import reference_chain
+from small_runs import seeded, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -17,7 +18,6 @@ import sgld
 import trainer
 from acceleration import CompiledOrEager
 from chain_init import uniform_init
-from config import Config
 from data import Split
 from distributed import World
 from logger import progress
@@ -26,21 +26,9 @@ from models.wide_resnet import NORMS
 from sgld import ReplayBuffer, Sampler
 
 
-def config(**changes):
-    options = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 3, "buffer_size": 64}
-    options |= {"max_steps": 50, "warmup_steps": 5, "lr": 1e-3, "precision": "fp32", "gpu": "cpu"}
-    return Config(**(options | changes))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on(digits):
-    cfg = config(norm="batch", sync_batch_norm=True, compile="on")
-    alone = trainer.Trainer(cfg, digits, torch.device("cpu"))
-    several = trainer.Trainer(cfg, digits, torch.device("cpu"), World(0, 2))
+def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on():
+    alone = trained(0, norm="batch", sync_batch_norm=True, compile="on")
+    several = trainer.Trainer(alone.cfg, alone.data, alone.device, World(0, 2))
     assert isinstance(alone.forward, CompiledOrEager) and not isinstance(several.forward, CompiledOrEager)
     assert alone.gif_engine.capture and not several.gif_engine.capture
 
@@ -48,7 +36,7 @@ def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on(digits):
 def plain_losses(cfg, images, steps):
     """Losses of a plain loop: the model itself sampled with autograd.grad, a forward pass for each term of the loss."""
     torch.manual_seed(cfg.seed)
-    data_rng, sgld_rng = torch.Generator().manual_seed(2 * cfg.seed), torch.Generator().manual_seed(2 * cfg.seed + 1)
+    data_rng, sgld_rng = seeded(2 * cfg.seed), seeded(2 * cfg.seed + 1)
     model = build_model(1, 10, cfg.depth, cfg.width, norm=cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     start = partial(uniform_init, images.shape)
@@ -75,8 +63,8 @@ def plain_losses(cfg, images, steps):
     return losses
 
 
-def trained_losses(cfg, images, steps):
-    run, losses = trainer.Trainer(cfg, images, torch.device("cpu")), []
+def trained_losses(run, steps):
+    losses = []
     for run.step in range(1, steps + 1):
         run.training_step()
         losses.append(run.meter.sums["loss/total"].item())
@@ -84,25 +72,20 @@ def trained_losses(cfg, images, steps):
     return losses
 
 
-def test_fifty_losses_equal_those_of_a_plain_loop(digits):
-    cfg = config()
-    ours, plain = trained_losses(cfg, digits, 50), plain_losses(cfg, digits, 50)
+def test_fifty_losses_equal_those_of_a_plain_loop_and_bf16_stays_near():
+    run = trained(0)
+    ours, plain = trained_losses(run, 50), plain_losses(run.cfg, run.data, 50)
     assert ours[:10] == pytest.approx(plain[:10], abs=1e-5)
     assert ours == pytest.approx(plain, abs=2e-3)  # rounding grows along the chains
+    half = trained_losses(trained(0, precision="bf16"), 20)
+    assert half == pytest.approx(ours[:20], abs=0.1) and half != ours[:20]
 
 
-def test_bf16_losses_stay_near_fp32_ones(digits):
-    exact, half = (trained_losses(config(precision=p), digits, 20) for p in ("fp32", "bf16"))
-    assert half == pytest.approx(exact, abs=0.1)
-    assert half != exact
-
-
-def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch):
+def test_batch_norm_keeps_real_and_sampled_statistics_apart():
     """Two forward passes with batch normalisation, one without."""
     for norm, sizes in (("batch", [16, 16]), ("group", [32])):
-        run, seen = trainer.Trainer(config(norm=norm), digits, torch.device("cpu")), []
+        run, seen = trained(norm=norm), []
         run.joint_forward.logits = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
-        run.step = 1
         run.training_step()
         assert seen == sizes
 
@@ -114,14 +97,13 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart(digits, monkeypatch)
     + [{"norm": "batch", "norm_statistics": statistics, "load_ckpt": "."} for statistics in ("running", "frozen")],
     ids=lambda options: " ".join(map(str, options.values())),
 )
-def test_sampler_and_loss_see_one_energy(options, precision, digits):
+def test_sampler_and_loss_see_one_energy(options, precision):
     """Of the same images, the network that chains climb and the one that the loss scores say the same log p(x)."""
-    images = digits
+    images = data.load("digits")
     if "backbone" in options:  # it takes colours
-        images = replace(digits, train=Split(digits.train.images.expand(-1, 3, -1, -1), digits.train.labels))
-    run = trainer.Trainer(config(**options, precision=precision), images, torch.device("cpu"))
-    for run.step in range(1, 4):  # the running statistics are no longer those of the start
-        samples = run.training_step()
+        images = replace(images, train=Split(images.train.images.expand(-1, 3, -1, -1), images.train.labels))
+    run = trained(3, images, **options, precision=precision)  # statistics are no longer those of the start
+    samples = run.training_step()
     copy_weights(run.model, run.sampler_model)
     with torch.no_grad():
         climbed = run.sampler_model.log_density(samples)
@@ -132,80 +114,57 @@ def test_sampler_and_loss_see_one_energy(options, precision, digits):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
-def test_running_statistics_are_those_of_real_images(statistics, digits):
+def test_running_statistics_are_those_of_real_images(statistics):
     """The first step's: a tenth of the batch's, as if no samples had been there."""
-    run = trainer.Trainer(config(norm="batch", norm_statistics=statistics), digits, torch.device("cpu"))
-    alone = trainer.Trainer(config(norm="batch", mode="baseline_train"), digits, torch.device("cpu"))
-    for trained in (run, alone):
-        trained.step = 1
-        trained.training_step()
+    run, alone = trained(norm="batch", norm_statistics=statistics), trained(norm="batch", mode="baseline_train")
     assert torch.equal(run.model.f.bn1.running_mean, alone.model.f.bn1.running_mean)
     assert torch.equal(run.model.f.layer2[0].bn2.running_var, alone.model.f.layer2[0].bn2.running_var)
     assert run.model.f.bn1.num_batches_tracked == 1
 
 
-def test_averaged_weights_get_statistics_of_their_own(digits):
-    run = trainer.Trainer(config(norm="batch", ema=0.9, dropout_rate=0.1), digits, torch.device("cpu"))
-    for run.step in range(1, 6):
-        run.training_step()
-    seen, before = {}, torch.get_rng_state()
-    first = run.ema.f.layer1[0]
-    optim.recalibrate_batch_norm(run.ema, digits.train.images[:300])
-    first.bn1.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
-    run.ema(data.to_float(digits.train.images[:300]))
-    torch.testing.assert_close(first.bn1.running_mean, seen["x"].mean((0, 2, 3)))
-    torch.testing.assert_close(first.bn1.running_var, seen["x"].var((0, 2, 3)))
+def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
+    """Each image counts alike: in batches of at most 250 images, the last one of 251 is not half of the mean."""
+    run = trained(5, norm="batch", ema=0.9, dropout_rate=0.1)
+    images, first, seen, before = run.data.train.images[:251], run.ema.f.layer1[0].bn1, {}, torch.get_rng_state()
+    first.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
+    for size, tolerance in ((251, 1e-5), (250, 1e-3)):
+        monkeypatch.setattr(optim, "images_per_batch", lambda *_, size=size: size)
+        optim.recalibrate_batch_norm(run.ema, images)
+        run.ema(data.to_float(images))
+        torch.testing.assert_close(first.running_mean, seen["x"].mean((0, 2, 3)), rtol=0, atol=tolerance)
+        torch.testing.assert_close(first.running_var, seen["x"].var((0, 2, 3)), rtol=0, atol=tolerance)
+    assert first.running_mean.abs().max() > 0.1
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("options", [{}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}], ids=str)
-def test_the_optimizer_of_a_run_written_out(options, digits):
+def test_the_optimizer_of_a_run_written_out(options):
     """Nesterov's momentum of 0.9, weight decay, and SAM's second pass on the same images."""
-    cfg = config(mode="baseline_train", optimizer="sgd", lr=0.05, weight_decay=0.01, **options)
-    run, seen = trainer.Trainer(cfg, digits, torch.device("cpu")), []
-    model, original = copy.deepcopy(run.model), run.next_inputs
+    run, seen = trained(0, mode="baseline_train", optimizer="sgd", lr=0.05, weight_decay=0.01, **options), []
+    cfg, model, original = run.cfg, copy.deepcopy(run.model), run.next_inputs
     run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
-    parameters = list(model.parameters())
-    velocity = [torch.zeros_like(p) for p in parameters]
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def gradient(inputs, _):
-        return torch.autograd.grad(F.cross_entropy(model(inputs.x), inputs.y), parameters)
+    def gradient(at):
+        """By name, with the weights ``at``."""
+        loss = F.cross_entropy(torch.func.functional_call(model, at, seen[-1][0].x), seen[-1][0].y)
+        return dict(zip(at, torch.autograd.grad(loss, at.values()), strict=True))
 
     for run.step in (1, 2, 3):
         run.training_step()
-        g = gradient(*seen[-1])
+        g = gradient(parameters)
         if rho := cfg.sam_rho:
-            scaled = [p.abs() * d if cfg.sam_adaptive else d for p, d in zip(parameters, g, strict=True)]
-            norm = torch.cat([s.flatten() for s in scaled]).norm()
-            move = [
-                rho * (p.abs() * s if cfg.sam_adaptive else s) / norm for p, s in zip(parameters, scaled, strict=True)
-            ]
-            before = [p.detach().clone() for p in parameters]
-            with torch.no_grad():
-                for p, e in zip(parameters, move, strict=True):
-                    p += e
-            g = gradient(*seen[-1])
-            with torch.no_grad():
-                for p, b in zip(parameters, before, strict=True):
-                    p.copy_(b)
+            scale = {name: p.abs() if cfg.sam_adaptive else 1 for name, p in parameters.items()}
+            norm = torch.cat([(scale[name] * d).flatten() for name, d in g.items()]).norm()
+            g = gradient({name: p + rho * scale[name] ** 2 * g[name] / norm for name, p in parameters.items()})
         with torch.no_grad():
-            for p, d, v in zip(parameters, g, velocity, strict=True):
-                d = d + 0.01 * p
-                v.mul_(0.9).add_(d)
-                p -= 0.05 * run.step / 5 * (d + 0.9 * v)
-        for ours, expected in zip(run.model.parameters(), parameters, strict=True):
+            for name, p in parameters.items():
+                d = g[name] + 0.01 * p
+                velocity[name].mul_(0.9).add_(d)
+                p -= 0.05 * run.step / 5 * (d + 0.9 * velocity[name])
+        for ours, expected in zip(run.model.parameters(), parameters.values(), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-6)
-
-
-def test_running_statistics_weigh_each_image_alike(digits, monkeypatch):
-    """In batches of at most 500 images, the last one of 501 is not half of the mean."""
-    run, means = trainer.Trainer(config(norm="batch", ema=0.9), digits, torch.device("cpu")), []
-    for size in (500, 501):
-        monkeypatch.setattr(optim, "images_per_batch", lambda *_, size=size: size)
-        optim.recalibrate_batch_norm(run.ema, digits.train.images[:501])
-        means.append(run.ema.f.layer1[0].bn1.running_mean.clone())
-    torch.testing.assert_close(*means, rtol=0, atol=1e-3)
-    assert means[0].abs().max() > 0.1
 
 
 def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
@@ -225,14 +184,13 @@ def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
     torch.testing.assert_close(found.x, torch.full((2, 1, 4, 4), 0.25))
 
 
-def test_a_plain_classifier_has_no_penalty_on_log_densities(digits):
-    penalties = {"energy_l2": 0.3, "mean_energy_l2": 0.5}
-    run = trainer.Trainer(config(mode="baseline_train", **penalties), digits, torch.device("cpu"))
+def test_a_plain_classifier_has_no_penalty_on_log_densities():
+    run = trained(0, mode="baseline_train", energy_l2=0.3, mean_energy_l2=0.5)
     parts = run.backward(run.next_inputs(0)[0])
     assert parts["loss/total"] == parts["loss/classification"]
 
 
-def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(digits, monkeypatch):
+def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(monkeypatch):
     """The run goes on without it and says so; the trial leaves no trace."""
 
     class Broken(torch.autograd.Function):
@@ -245,27 +203,24 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(di
             raise RuntimeError("no backward compiler")
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args: Broken.apply(f(*args)))
-    run = trainer.Trainer(config(mode="baseline_train", compile="on"), digits, torch.device("cpu"))
+    run = trained(0, mode="baseline_train", compile="on")
     assert progress.compiled(run.forward, run.sampler) == "network"
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
         run.warm_up()
     assert progress.compiled(run.forward, run.sampler) == "nothing"
-    eager = trainer.Trainer(config(mode="baseline_train"), digits, torch.device("cpu"))
-    for trained in (run, eager):
-        trained.step = 1
-        trained.training_step()
-    assert run.meter.sums["loss/total"] == eager.meter.sums["loss/total"]
+    run.step = 1
+    run.training_step()
+    assert run.meter.sums["loss/total"] == trained(mode="baseline_train").meter.sums["loss/total"]
 
 
-def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path):
+def test_gradients_are_added_up_in_the_same_order_in_all_steps(tmp_path):
     """So the first step after a resume has the rounding of a later one. The trial before it leaves no trace."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        run = trainer.Trainer(config(norm="batch"), digits, torch.device("cpu"))
-        orders, names = [], {id(p): name for name, p in run.model.named_parameters()}
+        run, orders = trained(0, norm="batch"), []
 
         def noted(_, bucket):
-            orders.append([names[id(p)] for p in bucket.parameters()])
+            orders.append([*map(id, bucket.parameters())])
             future = torch.futures.Future()
             future.set_result(bucket.buffer())
             return future
@@ -281,11 +236,11 @@ def test_gradients_are_added_up_in_the_same_order_in_all_steps(digits, tmp_path)
     assert len(orders) == 3 and orders[0] != orders[1] == orders[2]
 
 
-def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
-    cfg = config(mode="baseline_train", batch_size=200, buffer_size=200)
+def test_an_epoch_sees_each_image_once_in_a_new_order(monkeypatch):
+    digits, seen = data.load("digits"), []
     numbered = torch.arange(len(digits.train)).remainder(256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
     images = replace(digits, train=Split(numbered, digits.train.labels))
-    run, seen = trainer.Trainer(cfg, images, torch.device("cpu")), []
+    run = trained(0, images, mode="baseline_train", batch_size=200, buffer_size=200)
     monkeypatch.setattr(data, "augment", lambda x, *_: (seen.append(x[:, 0, 0, 0].tolist()), data.to_float(x))[1])
     assert run.steps_per_epoch == len(images.train) // 200 == 6
     orders = []
@@ -299,10 +254,9 @@ def test_an_epoch_sees_each_image_once_in_a_new_order(digits, monkeypatch):
     assert not torch.equal(orders[0], orders[6])
 
 
-def test_average_of_the_weights(digits):
+def test_average_of_the_weights():
     """Decay min(ema, (1 + step) / (10 + step)), so that the untrained start is soon forgotten."""
-    run = trainer.Trainer(config(ema=0.5), digits, torch.device("cpu"))
-    run.model.class_output.bias.data.fill_(0)
+    run = trained(0, ema=0.5)
     run.ema.class_output.bias.fill_(0)
     expected = 0.0
     for run.step in range(1, 21):
@@ -313,25 +267,21 @@ def test_average_of_the_weights(digits):
         assert run.ema.class_output.bias.tolist() == pytest.approx([expected] * 10)
 
 
-def test_learning_rate():
-    peak = 0.1
-    assert [optim.cosine_learning_rate(s, peak, 10, [100]) for s in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
-    assert optim.cosine_learning_rate(55, peak, 10, [100]) == pytest.approx((peak + 1e-6) / 2)
-    assert optim.cosine_learning_rate(100, peak, 10, [100]) == pytest.approx(1e-6)
-    assert optim.cosine_learning_rate(1, peak, 0, [1]) == pytest.approx(1e-6)
-    assert optim.cosine_learning_rate(3, peak, 10, [3]) == pytest.approx(0.03)
-    assert optim.cosine_learning_rate(50, 1e-7, 10, [100]) == pytest.approx(1e-7)  # below the cosine's end: constant
-
-
-def test_a_longer_run_gets_another_cycle():
-    """The first one's rates stay; a short warm-up and another cosine follow."""
-    ends, peak = [100, 140], 0.1
-    assert [optim.cosine_learning_rate(s, peak, 10, ends) for s in range(1, 101)] == [
-        optim.cosine_learning_rate(s, peak, 10, [100]) for s in range(1, 101)
-    ]
-    assert [optim.cosine_learning_rate(s, peak, 10, ends) for s in (101, 104)] == pytest.approx([peak / 4, peak])
-    assert optim.cosine_learning_rate(122, peak, 10, ends) == pytest.approx((peak + 1e-6) / 2)
-    assert optim.cosine_learning_rate(140, peak, 10, ends) == pytest.approx(1e-6)
+@pytest.mark.parametrize(
+    "steps, peak, warmup, ends, rates",
+    [
+        ([1, 5, 10, 55, 100], 0.1, 10, [100], [0.01, 0.05, 0.1, (0.1 + 1e-6) / 2, 1e-6]),
+        ([1], 0.1, 0, [1], [1e-6]),
+        ([3], 0.1, 10, [3], [0.03]),
+        ([50], 1e-7, 10, [100], [1e-7]),  # below the cosine's end: constant
+        ([101, 104, 122, 140], 0.1, 10, [100, 140], [0.025, 0.1, (0.1 + 1e-6) / 2, 1e-6]),  # another, short warm-up
+    ],
+)
+def test_cosine_learning_rate(steps, peak, warmup, ends, rates):
+    """A longer run gets another cycle; the first one's rates stay."""
+    found = [optim.cosine_learning_rate(step, peak, warmup, ends) for step in range(1, ends[-1] + 1)]
+    assert [found[step - 1] for step in steps] == pytest.approx(rates)
+    assert found[: ends[0]] == [optim.cosine_learning_rate(i + 1, peak, warmup, ends[:1]) for i in range(ends[0])]
 
 
 class Waits(TorchDispatchMode):
@@ -370,9 +320,9 @@ def test_waiting_is_noticed():
     ],
     ids=["jem", "baseline", "sada-jem", "class_cond", "outliers"],
 )
-def test_no_step_waits_for_the_device(options, digits):
+def test_no_step_waits_for_the_device(options):
     """Between two lines of the log nothing turns a tensor into a number."""
-    run = trainer.Trainer(config(**options), digits, torch.device("cpu"))
-    for run.step in (1, 2):
-        with Waits():
+    run = trained(0, **options)
+    with Waits():
+        for run.step in (1, 2):
             run.training_step()
