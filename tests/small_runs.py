@@ -29,6 +29,14 @@ def start(logdir, *options):
     return status, run
 
 
+def refused(capsys, *arguments):
+    """Expect exit status 2 of main.py, and one line on stderr; returns the line."""
+    assert main.main(list(arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
 def state(run, name="last.pt"):
     return load_checkpoint(run / "ckpt" / name)["state"]
 
