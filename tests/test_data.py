@@ -2,9 +2,9 @@ import gzip
 import hashlib
 import pickle
 import re
-import shutil
 import struct
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
+from small_runs import refused, start
 from torchvision import datasets
 from torchvision.transforms import functional as F
 
@@ -104,26 +105,19 @@ def test_augment_draws_every_offset_of_the_pad_rule_and_flips_half(side, pad, fl
         assert set((column - middle).tolist()) == set(range(-pad, pad + 1))
 
 
-def test_augment_without_noise_stays_in_range_and_reaches_both_ends():
-    images = torch.from_numpy(random_images(16, 3, 32, 32))
-    x = augment(images)
-    torch.testing.assert_close(data.to_float(torch.arange(256, dtype=torch.uint8)), torch.linspace(-1, 1, 256))
-    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
-    assert x.min() == -1 and x.max() == 1
-
-
-def test_augment_noise_is_gaussian_and_comes_from_the_generator():
+def test_augment_stays_in_range_and_adds_gaussian_noise_of_the_generator():
     images = torch.from_numpy(random_images(128, 3, 32, 32))
-    before = images.clone()
-    noise = augment(images, sigma=0.3) - augment(images, sigma=0.0)
-    n = noise.numel()
+    before, x, noisy = images.clone(), augment(images), augment(images, sigma=0.3)
+    torch.testing.assert_close(data.to_float(torch.arange(256, dtype=torch.uint8)), torch.linspace(-1, 1, 256))
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in (x, noisy))
+    noise, n = noisy - x, x.numel()
     assert torch.equal(images, before)
     assert abs(noise.mean()) < 5 * 0.3 / n**0.5
     assert abs(noise.std() - 0.3) < 5 * 0.3 / (2 * n) ** 0.5
     assert abs((noise.abs() < 0.3).float().mean() - 0.6827) < 5 * 0.47 / n**0.5  # within one standard deviation
-    assert augment(images, sigma=0.3).is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3))
-    assert not torch.equal(augment(images, sigma=0.3), augment(images, sigma=0.3, seed=1))
+    assert torch.equal(noisy, augment(images, sigma=0.3))
+    assert not torch.equal(noisy, augment(images, sigma=0.3, seed=1))
 
 
 # --- digits and splits
@@ -136,9 +130,8 @@ def rows(*splits):
     )
 
 
-def test_digits_are_scikit_learns():
-    digits = data.load("digits")
-    reference = load_digits()
+def test_digits_are_scikit_learns_stratified_whatever_the_users_seed():
+    digits, reference = data.load("digits"), load_digits()
     images = np.rint(reference.images / 16 * 255).astype(np.uint8)
     assert rows(digits.train, digits.valid, digits.test) == sorted(
         (int(y), x.tobytes()) for x, y in zip(images, reference.target, strict=True)
@@ -147,19 +140,14 @@ def test_digits_are_scikit_learns():
     assert digits.train.labels.dtype == torch.int64
     assert digits.class_names == tuple("0123456789") and not digits.flip
     assert (len(digits.train), len(digits.valid), len(digits.test)) == (1294, 143, 360)
-
-
-def test_digits_split_is_stratified_and_independent_of_the_users_seed():
-    torch.manual_seed(1)
-    first = data.load("digits")
+    share = np.bincount(digits.test.labels) / np.bincount(reference.target)
+    assert (abs(share - 0.2) < 0.01).all()
     torch.manual_seed(2)
     np.random.seed(2)
-    second = data.load("digits")
+    again = data.load("digits")
     for part in ("train", "valid", "test"):
-        assert torch.equal(getattr(first, part).images, getattr(second, part).images)
-        assert torch.equal(getattr(first, part).labels, getattr(second, part).labels)
-    share = np.bincount(first.test.labels) / np.bincount(load_digits().target)
-    assert (abs(share - 0.2) < 0.01).all()
+        assert torch.equal(getattr(digits, part).images, getattr(again, part).images)
+        assert torch.equal(getattr(digits, part).labels, getattr(again, part).labels)
 
 
 def test_n_valid_moves_images_out_of_train_only():
@@ -181,34 +169,24 @@ def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def write_cifar(root, monkeypatch, cls, label_key, meta_key, class_names):
+def write_cifar(cls, prefix, n_classes, root, monkeypatch):
     """Small batches in torchvision's layout, whose checksums become the expected ones."""
     folder = root / cls.base_folder
     folder.mkdir(parents=True)
-    images = {}
+    images, class_names = {}, [f"class {i}" for i in range(n_classes)]
     for part in ("train_list", "test_list"):
         sums = []
         for name, _ in getattr(cls, part):
-            images[name] = random_images(4, 3, 32, 32), RNG.integers(0, len(class_names), 4).tolist()
-            batch = {"data": images[name][0].reshape(4, -1), label_key: images[name][1], "batch_label": name}
+            images[name] = random_images(4, 3, 32, 32), RNG.integers(0, n_classes, 4).tolist()
+            batch = {"data": images[name][0].reshape(4, -1), f"{prefix}labels": images[name][1], "batch_label": name}
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
             sums.append([name, md5(folder / name)])
         monkeypatch.setattr(cls, part, sums)
     meta = folder / cls.meta["filename"]
-    meta.write_bytes(pickle.dumps({meta_key: class_names}, protocol=2))
+    meta.write_bytes(pickle.dumps({f"{prefix}label_names": class_names}, protocol=2))
     monkeypatch.setattr(cls, "meta", cls.meta | {"md5": md5(meta)})
     test = images.pop(cls.test_list[0][0])
-    return np.concatenate([x for x, _ in images.values()]), sum((y for _, y in images.values()), []), *test
-
-
-def write_cifar10(root, monkeypatch):
-    names = [f"class {i}" for i in range(10)]
-    return *write_cifar(root, monkeypatch, datasets.CIFAR10, "labels", "label_names", names), names
-
-
-def write_cifar100(root, monkeypatch):
-    names = [f"class {i}" for i in range(100)]
-    return *write_cifar(root, monkeypatch, datasets.CIFAR100, "fine_labels", "fine_label_names", names), names
+    return np.concatenate([x for x, _ in images.values()]), sum((y for _, y in images.values()), []), *test, class_names
 
 
 def write_svhn(root, monkeypatch):
@@ -235,14 +213,6 @@ def write_idx(folder, names, packed=False):
     return *parts, names
 
 
-def write_mnist(root, monkeypatch):
-    return write_idx(root / "MNIST" / "raw", datasets.MNIST.classes)
-
-
-def write_fashion_mnist(root, monkeypatch):
-    return write_idx(root / "FashionMNIST" / "raw", datasets.FashionMNIST.classes)
-
-
 def check_parts(loaded, train_images, train_labels, test_images, test_labels, class_names):
     assert np.array_equal(loaded.test.images, test_images) and loaded.test.images.dtype == torch.uint8
     assert loaded.test.labels.tolist() == list(test_labels) and loaded.test.labels.dtype == torch.int64
@@ -254,8 +224,13 @@ def check_parts(loaded, train_images, train_labels, test_images, test_labels, cl
     assert loaded.train.images.is_contiguous()
 
 
-WRITERS = {"cifar10": write_cifar10, "cifar100": write_cifar100, "svhn": write_svhn, "mnist": write_mnist}
-WRITERS |= {"fashion_mnist": write_fashion_mnist}
+WRITERS = {
+    "cifar10": partial(write_cifar, datasets.CIFAR10, "", 10),
+    "cifar100": partial(write_cifar, datasets.CIFAR100, "fine_", 100),
+    "svhn": write_svhn,
+    "mnist": lambda root, _: write_idx(root / "MNIST" / "raw", datasets.MNIST.classes),
+    "fashion_mnist": lambda root, _: write_idx(root / "FashionMNIST" / "raw", datasets.FashionMNIST.classes),
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -278,7 +253,7 @@ def test_bare_idx_files_are_read_where_they_are(name, cls, packed, tmp_path, net
 
 
 def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypatch, network):
-    expected = write_cifar10(tmp_path / "source", monkeypatch)
+    expected = WRITERS["cifar10"](tmp_path / "source", monkeypatch)
     archive = tmp_path / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "source" / "cifar-10-batches-py", "cifar-10-batches-py")
@@ -320,10 +295,10 @@ def test_mnist_and_fashion_mnist_are_told_apart_by_their_labels(packed, tmp_path
 
 
 def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):
-    write_cifar10(tmp_path / "set", monkeypatch)
+    WRITERS["cifar10"](tmp_path / "set", monkeypatch)
     batches = tmp_path / "set/cifar-10-batches-py"
     assert len(data.load("cifar10", batches).test) == 4  # a folder too deep
-    write_mnist(tmp_path / "mnist", monkeypatch)
+    WRITERS["mnist"](tmp_path / "mnist", monkeypatch)
     assert len(data.load("mnist", tmp_path / "mnist/MNIST").test) == 6
     assert not network and list((tmp_path / "mnist/MNIST").iterdir()) == [tmp_path / "mnist/MNIST/raw"]
     (tmp_path / "file").write_text("not a folder")
@@ -345,40 +320,33 @@ def test_damaged_idx_is_noticed(damage, tmp_path, network):
 # --- data sets of one's own, and sets that are only measured
 
 
-def own(images, labels):
-    """A data set as a user adds it: one function, and one entry in DATASETS."""
-    split = data.Split(images, labels)
-    return data.DataSet(lambda root, image_size: (["apple", "fig"], {"train": split, "test": split}), False)
+def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkeypatch):
+    def add(images, labels):
+        """As a user does it: one function, and one entry in DATASETS."""
+        parts = dict.fromkeys(("train", "test"), data.Split(images, labels))
+        monkeypatch.setitem(data.DATASETS, "mine", data.DataSet(lambda *_: (["apple", "fig"], parts), False))
 
-
-GOOD = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
-
-
-def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "mine", own(*GOOD))
+    images, labels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
+    add(images, labels)
     loaded = data.load("mine")
-    assert torch.equal(loaded.test.images, GOOD[0]) and loaded.class_names == ("apple", "fig")
+    assert torch.equal(loaded.test.images, images) and loaded.class_names == ("apple", "fig")
     assert rows(loaded.train, loaded.valid) == rows(loaded.test) and len(loaded.valid) == 4
+    for one, other, found in (
+        (images / 255, labels, "images torch.float32"),
+        (images, labels.int(), "labels torch.int32"),
+        (images, labels + 1, "labels torch.int64 (36,), 1 to 2"),
+    ):
+        add(one, other)
+        assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")
 
 
-@pytest.mark.parametrize(
-    "images, labels, found",
-    [
-        (GOOD[0] / 255, GOOD[1], "images torch.float32"),
-        (GOOD[0], GOOD[1].int(), "labels torch.int32"),
-        (GOOD[0], GOOD[1] + 1, "labels torch.int64 (36,), 1 to 2"),
-    ],
-)
-def test_images_and_labels_on_another_scale_are_refused(images, labels, found, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "mine", own(images, labels))
-    assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")
-
-
-def write_pngs(root, *folders, n=10, side=8):
+def write_pngs(root, *folders, n=10, side=8, level=None):
+    """Random pictures, or all of one grey level."""
     for folder in folders:
-        (root / folder).mkdir(parents=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            Image.fromarray(random_images(side, side, 3)).save(root / folder / f"{i}.png")
+            pixels = random_images(side, side, 3) if level is None else np.full((side, side), level, np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{i}.png")
     return root
 
 
@@ -407,31 +375,23 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     """
     write_pngs(tmp_path / "own", "a", "b", n=20)
     write_pngs(tmp_path / "other", "a", "b", n=9)
-    options = ["--gpu", "cpu", "--no_log", "--logdir", str(tmp_path / "runs")]
-    small = "--depth 10 --width 1 --batch_size 8 --buffer_size 16 --sgld_step 1 --max_steps 1 --warmup_steps 1".split()
-    assert main.main(["--dataset", "folder", "--data_dir", str(tmp_path / "own"), *options, *small]) == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    measured = ["--mode", "test", "--load_ckpt", str(run), "--data_dir", str(tmp_path / "other"), "--eval"]
-    assert main.main([*measured, "classification,quality", *options]) == 0
+    write_pngs(tmp_path / "three", "a", "b", "c")
+    write_pngs(tmp_path / "large", "a", "b", side=12)
+    for file in write_pngs(tmp_path / "grey", "a", "b", n=5).rglob("*.png"):
+        Image.open(file).convert("L").save(file)
+    images = ["--dataset", "folder", "--data_dir", str(tmp_path / "own"), "--buffer_size", "100", "--n_valid", "0"]
+    _, run = start(tmp_path, *images, "--batch_size", "20", "--max_steps", "1")
+    test = ["--mode", "test", "--gpu", "cpu", "--no_log", "--load_ckpt", str(run), "--eval", "classification"]
+    assert main.main([*test, "--eval", "classification,quality", "--data_dir", str(tmp_path / "other")]) == 0
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
     assert report.count("these data are test images alone") == 2
-    (tmp_path / "grey" / "b").mkdir(parents=True)
-    shutil.copytree(tmp_path / "other" / "a", tmp_path / "grey" / "a")
-    for i, file in enumerate((tmp_path / "grey" / "a").iterdir()):
-        Image.open(file).convert("L").save(file)
-        file.rename(file.parents[1] / "ab"[i % 2] / file.name)
-    test = ["--mode", "test", "--load_ckpt", str(run), "--eval", "classification", *options]
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
     grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
-    assert grey.shape == (3, 8, 8) and len(grey.test) == 9
+    assert grey.shape == (3, 8, 8) and len(grey.test) == 10
     assert torch.equal(grey.test.images[:, :1].expand(-1, 3, -1, -1), grey.test.images)
-    write_pngs(tmp_path / "three", "a", "b", "c")
-    write_pngs(tmp_path / "large", "a", "b", side=12)
-    for folder, advice in (
-        ("three", "choose a set that has as many classes, of that size"),
-        ("large", "give --image_size 8"),
-    ):
-        assert main.main([*test, "--data_dir", str(tmp_path / folder)]) == 2
-        assert f"{advice}\n" in capsys.readouterr().err
+    capsys.readouterr()
+    advice = {"three": "choose a set that has as many classes, of that size\n", "large": "give --image_size 8\n"}
+    for folder, words in advice.items():
+        assert words in refused(capsys, *test, "--data_dir", str(tmp_path / folder))
     assert main.main([*test, "--data_dir", str(tmp_path / "large"), "--image_size", "8"]) == 0

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
+from small_runs import refused, start
+from test_data import write_pngs
 
 import utils
 from config import Config
@@ -96,14 +98,6 @@ def test_the_interval_of_a_calibration_error_holds_the_error():
     drawn = bootstrap(lambda i: calibration_errors(p[i], labels[i])[0], torch.arange(2000), replicates=200)
     assert 0 <= low < error < high < 0.1
     assert drawn[0] > low and drawn[1] - high == pytest.approx(drawn[0] - low, abs=1e-9)
-
-
-def test_a_picture_that_cannot_be_saved_is_not_named(tmp_path):
-    (tmp_path / "file").touch()
-    section = Section("calibration", tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write to"):
-        section.picture("reliability", "bins", Figure())
-    assert section.pictures == {}
 
 
 def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatch, tmp_path):
@@ -231,12 +225,16 @@ def test_noise_is_added_only_when_asked(inputs):
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def test_a_number_that_is_not_finite_is_absent(tmp_path, capsys):
-    section = Section("one", tmp_path)
+def test_a_number_that_is_not_finite_is_absent_and_a_picture_that_cannot_be_saved_not_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    section = Section("one", tmp_path / "file")
     section.add("good", 1.5, 3, "by hand")
     section.add("bad", math.nan, 3, "by hand")
     assert list(section.results) == ["good"] and "bad" in section.absent
     assert "bad: absent" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot write to"):
+        section.picture("reliability", "bins", Figure())
+    assert section.pictures == {}
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +246,17 @@ def run(tmp_path_factory):
     )
     assert main([*options.split(), "--logdir", str(logdir)]) == 0
     return next(logdir.iterdir())
+
+
+SHORT = "--mode test --gpu cpu --max_images 20 --n_sample_steps 1 --no_log".split()
+
+
+def new_report(run, *command, logdir=None):
+    """The numbers and the place of the report that the command leaves in the run, or in ``logdir``."""
+    before = set((logdir or run).rglob("results.json"))
+    assert main([*SHORT, "--load_ckpt", str(run), *command]) == 0
+    (path,) = set((logdir or run).rglob("results.json")) - before
+    return json.loads(path.read_text()), path.parent
 
 
 @pytest.fixture
@@ -263,12 +272,8 @@ def quick(monkeypatch):
 
 def test_the_report_s_numbers_by_a_slow_computation(run):
     """Of noisy images, from the checkpoint's averaged weights."""
-    before = set(run.glob("eval*"))
-    command = "--mode test --eval classification,calibration,ood --sigma_test 0.3 --ood_datasets shuffled --no_log"
-    assert main([*command.split(), "--max_images", "80", "--gpu", "cpu", "--load_ckpt", str(run)]) == 0
-    (report,) = set(run.glob("eval*")) - before
-    found = {name: part.get("results") for name, part in json.loads((report / "results.json").read_text()).items()}
-
+    command = "--eval classification,calibration,ood --sigma_test 0.3 --ood_datasets shuffled --max_images 80"
+    found = {name: part.get("results") for name, part in new_report(run, *command.split())[0].items()}
     model = build_model(1, 10, depth=10, width=1).eval()
     model.load_state_dict(torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]["ema"])
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=80, sigma_test=0.3)
@@ -304,9 +309,8 @@ def test_the_report_s_numbers_by_a_slow_computation(run):
 
 @pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys):
-    command = (
-        "--mode test --gpu cpu --max_images 30 --n_sample_steps 3 --refine_steps 2 --ais_chains 20 --ais_temperatures 3"
-    ).split()
+    command = "--mode test --gpu cpu --max_images 30 --n_samples 35 --n_sample_steps 3 --refine_steps 2".split()
+    command += ["--ais_chains", "20", "--ais_temperatures", "3"]
     command += ["--load_ckpt", str(run), "--feature_ckpt", str(run), "--ood_datasets", f"noise,{tmp_path},shuffled"]
     before = set(run.glob("eval*"))
     assert main(command) == 0
@@ -321,12 +325,17 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["same class"]
     assert same_network["value"] == 1
+    nearest = results["quality"]["results"]["L2 distance to the nearest training image"]
+    assert nearest["fresh"]["mean"]["n"] == 35  # the samples count though --max_images is less
+    (note,) = results["quality"]["notes"]
+    assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     bits = results["likelihood"]["results"]["test bits per dimension"]
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
     log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
     assert log_z["n"] == 20 and ", 3 temperatures" in log_z["protocol"]
 
     text = (report / "report.md").read_text()
+    assert note in text
     for name in ("classification", "calibration", "ood", "robustness", "quality", "likelihood"):
         assert f"## {name}" in text
         for picture in results[name]["pictures"]:
@@ -338,7 +347,7 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
     lone = tmp_path / "model.pt"
     lone.write_bytes((run / "ckpt" / "last.pt").read_bytes())
     before = {path: path.read_bytes() for path in run.rglob("eval/*")}
-    short = "--gpu cpu --eval classification --max_images 20 --no_log --mode test --load_ckpt".split()
+    short = [*SHORT, "--eval", "classification", "--load_ckpt"]
     assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
     assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), "--note", "lone"]) == 0
     assert before == {path: path.read_bytes() for path in before}
@@ -353,7 +362,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(classification, "measure", broken)
-    command = ["--mode", "test", "--load_ckpt", str(run), "--gpu", "cpu", "--max_images", "20", "--no_log", "--eval"]
+    command = [*SHORT, "--load_ckpt", str(run), "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
     assert main([*command, "classification"]) == 2
@@ -365,12 +374,11 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     renamed = {**content["data"], "class_names": list("abcdefghij")}
     (tmp_path / "run").mkdir()
     torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
-    command = "--mode test --gpu cpu --eval classification --max_images 20 --load_ckpt".split()
-    command = ["--logdir", str(tmp_path / "runs"), *command]
+    command = [*SHORT[:-1], "--logdir", str(tmp_path / "runs"), "--eval", "classification", "--load_ckpt"]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
-    assert main([*command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt")]) == 2
-    assert "was trained on other images or classes" in capsys.readouterr().err
+    error = refused(capsys, *command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt"))
+    assert "was trained on other images or classes" in error
 
 
 @pytest.mark.parametrize(
@@ -395,52 +403,32 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
 def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
     before = sorted(run.rglob("*"))
     given = [str(run) if option == "RUN" else option for option in options]
-    assert main(["--mode", "test", "--gpu", "cpu", *given]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    assert message in refused(capsys, "--mode", "test", "--gpu", "cpu", *given)
     assert sorted(run.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------------- packages, places, names
 
 
-SHORT = "--mode test --gpu cpu --max_images 20 --n_sample_steps 1 --no_log".split()
-
-
-def without(monkeypatch, package):
-    """As if it were not installed."""
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-
-
-def new_report(run, *command, logdir=None):
-    """The numbers and the place of the report that the command leaves in the run, or in ``logdir``."""
-    before = set((logdir or run).rglob("results.json"))
-    assert main([*SHORT, "--load_ckpt", str(run), *command]) == 0
-    (path,) = set((logdir or run).rglob("results.json")) - before
-    return json.loads(path.read_text()), path.parent
-
-
-@pytest.mark.parametrize(
-    ("package", "metric", "absent"),
-    [
-        ("torchmetrics", "calibration", "calibration"),
-        ("pyautoattack", "robustness", "AutoAttack"),
-        ("torch_fidelity", "quality", "Fréchet distance in a classifier's features"),
-    ],
-)
-def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(
-    package, metric, absent, run, quick, monkeypatch, capsys
-):
-    without(monkeypatch, package)
-    command = ["--feature_ckpt", str(run), "--eval", f"classification,{metric}"]
-    command += ["--attacks", "distal,autoattack"] if metric == "robustness" else []
-    results, _ = new_report(run, *command)
+def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(run, quick, monkeypatch, capsys):
+    missing = {  # metric: package, and what is absent
+        "calibration": ("torchmetrics", "calibration"),
+        "robustness": ("pyautoattack", "AutoAttack"),
+        "quality": ("torch_fidelity", "Fréchet distance in a classifier's features"),
+    }
+    for package, _ in missing.values():  # as if it were not installed
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+    command = ["--feature_ckpt", str(run), "--eval", ",".join(["classification", *missing])]
+    results, _ = new_report(run, *command, "--attacks", "distal,autoattack")
     out, err = capsys.readouterr()
-    assert f"{absent}: absent, {package} is not installed: pip install -r requirements-eval.txt" in out
-    assert "Traceback" not in err
-    assert absent in results[metric]["absent"] and "accuracy" in results["classification"]["results"]
+    assert "Traceback" not in err and "accuracy" in results["classification"]["results"]
+    for metric, (package, absent) in missing.items():
+        assert f"{absent}: absent, {package} is not installed: pip install -r requirements-eval.txt" in out
+        assert absent in results[metric]["absent"]
+    with pytest.raises(ModuleNotFoundError), utils.evaluation_packages():  # another one is not taken for one of them
+        import nowhere_to_be_found  # noqa: F401
 
 
 def test_each_attack_can_be_measured_alone(run, quick):
@@ -470,12 +458,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
     assert set(section.absent) == {"PGD", "PGD through refinement", "PGD past refinement"}
 
 
-def test_an_unrelated_missing_module_is_not_taken_for_one_of_them():
-    with pytest.raises(ModuleNotFoundError), utils.evaluation_packages():
-        import nowhere_to_be_found  # noqa: F401
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, "another user"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, "another user", errno.ENOSPC])
 def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(code, run, tmp_path, monkeypatch, capsys):
     mkdir = Path.mkdir
 
@@ -490,29 +473,15 @@ def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(code, run, tm
         monkeypatch.setattr(Path, "mkdir", refuse)
     before = sorted(run.rglob("*"))
     options = ["--eval", "classification", "--logdir", str(tmp_path / "mine")]
+    if code == errno.ENOSPC:  # a full disk is no reason for another place
+        error = refused(capsys, *SHORT, "--load_ckpt", str(run), *options)
+        assert f"cannot write to {run}: No space left" in error and not (tmp_path / "mine").exists()
+        return
     results, place = new_report(run, *options, logdir=tmp_path / "mine")
     assert sorted(run.rglob("*")) == before
     assert place.parent.name.endswith("_test") and "accuracy" in results["classification"]["results"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "the report goes to a new run in" in line)
     assert str(run) in line and str(tmp_path / "mine") in line
-
-
-def test_a_full_disk_is_no_reason_for_another_place(run, tmp_path, monkeypatch, capsys):
-    def refuse(path, *args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert main([*SHORT, "--load_ckpt", str(run), "--eval", "classification", "--logdir", str(tmp_path / "mine")]) == 2
-    assert f"cannot write to {run}: No space left" in capsys.readouterr().err
-
-
-def write_images(folder, n, value=None):
-    """``n`` pictures of 12x12, of one grey level or random."""
-    os.makedirs(folder, exist_ok=True)
-    rng = np.random.default_rng(n)
-    for i in range(n):
-        pixels = rng.integers(256, size=(12, 12), dtype=np.uint8) if value is None else np.full((12, 12), value, "u1")
-        Image.fromarray(pixels).save(os.path.join(folder, f"{i:02d}.png"))
 
 
 def levels(images):
@@ -521,13 +490,12 @@ def levels(images):
 
 def test_which_images_of_a_folder_are_taken(inputs, tmp_path):
     test = inputs.data.test.images[:40]
-    write_images(tmp_path / "flat", 7)
-    write_images(tmp_path / "classes" / "a", 5, 10)
-    write_images(tmp_path / "classes" / "b", 6, 200)
-    for part, value in {"train": 10, "test": 200}.items():
-        write_images(tmp_path / "parts" / part / "a", 3, value)
-        write_images(tmp_path / "parts" / part / "b", 3, value)
-        write_images(tmp_path / "unlabelled" / part, 4, value)
+    write_pngs(tmp_path, "flat", n=7, side=12)
+    write_pngs(tmp_path, "classes/a", n=5, level=10)
+    write_pngs(tmp_path, "classes/b", n=6, level=200)
+    for part, level in {"train": 10, "test": 200}.items():
+        write_pngs(tmp_path, f"parts/{part}/a", f"parts/{part}/b", n=3, level=level)
+        write_pngs(tmp_path, f"unlabelled/{part}", n=4, level=level)
     found = {place.name: foreign_images(str(place), test, inputs) for place in sorted(tmp_path.iterdir())}
     sizes = {"flat": 7, "classes": 11, "parts": 6, "unlabelled": 4}
     assert {name: len(images) for name, images in found.items()} == sizes
@@ -538,13 +506,9 @@ def test_which_images_of_a_folder_are_taken(inputs, tmp_path):
 
 def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_images(tmp_path / "cats, dogs", 3)
-    write_images(tmp_path / "cats", 5)
-    names = {
-        f"{tmp_path}/cats, dogs": [f"{tmp_path}/cats, dogs"],
-        "~/cats, dogs": ["~/cats, dogs"],
-        "noise, ~/cats": ["noise", "~/cats"],
-    }
+    write_pngs(tmp_path, "cats", "cats, dogs", n=5)
+    names = {name: [name] for name in (f"{tmp_path}/cats, dogs", "~/cats, dogs")}
+    names["noise, ~/cats"] = ["noise", "~/cats"]
     usual = ["interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted"]
     others = {"digits": [], "cifar10": ["digits", "svhn", "cifar100"], "mnist": ["digits"]}
     for dataset, more in others.items():
@@ -581,17 +545,11 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     """Every place where the name of a class or a folder turns up, from training to the report."""
     names = ["$x$ <b>and $\\frac$", "_hidden", os.fsdecode(b"caf\xe9"), "two\nlines"]
     data_dir = tmp_path / os.fsdecode(b"images\xff")
-    for name in names:
-        write_images(data_dir / name, 24)
-    folder = str(tmp_path / os.fsdecode(b"$o$\xff,"))
-    write_images(folder, 5)
-    options = (
-        "--dataset folder --image_size 8 --depth 10 --width 1 --batch_size 16 --buffer_size 32 --max_steps 2 "
-        "--sgld_step 1 --n_valid 8 --gpu cpu"
-    ).split()
-    options += ["--data_dir", str(data_dir), "--logdir", str(tmp_path / "runs")]
-    assert main(options) == 0
-    (trained,) = (tmp_path / "runs").iterdir()
+    write_pngs(data_dir, *names, n=24)
+    folder = str(write_pngs(tmp_path / os.fsdecode(b"$o$\xff,"), ".", n=5))
+    options = "--dataset folder --batch_size 16 --buffer_size 32 --max_steps 2 --n_valid 8 --data_dir".split()
+    status, trained = start(tmp_path, *options, str(data_dir))
+    assert status == 0
     command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder, "--attacks", "distal"]
     assert main([*command, "--eval", "classification,robustness,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
@@ -610,17 +568,3 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     assert main([*sample, "--load_ckpt", str(trained), "--logdir", str(tmp_path / "samples")]) == 0
     assert len(list((tmp_path / "samples").glob("*/samples.png"))) == 1
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_few_images_make_a_warning_or_no_number(run):
-    """The samples count though --max_images is less."""
-    command = ["--feature_ckpt", str(run), "--eval", "quality", "--n_samples"]
-    results, place = new_report(run, *command, "35")
-    table = results["quality"]["results"]
-    assert table["L2 distance to the nearest training image"]["fresh"]["mean"]["n"] == 35
-    (note,) = results["quality"]["notes"]
-    assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
-    assert note in (place / "report.md").read_text()
-    results, _ = new_report(run, *command, "1")
-    needed = "needs at least 20 samples and real images, not 1"
-    assert results["quality"]["absent"]["in a classifier's features, fresh"] == needed

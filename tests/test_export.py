@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_foreign import authors_logits, robust_logits
+from small_runs import refused
+from test_foreign import blocks, logits_of
 
 from checkpoints.files import CHECKPOINT_FORMAT
 from checkpoints.load import build_for, load_model
@@ -21,28 +22,23 @@ ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm": "
 
 def documented(program, norm, depth, width, channels, classes, stages=3):
     """Names and shapes by the table of the docs, with JEM++'s second names."""
-    robust, found, blocks, before = program == "robust", {}, [], 16
-    for stage in range(1, stages + 1):
-        for i in range((depth - 4) // 6):
-            m = 8 * width * 2**stage
-            short = before != m or (not robust and stage > 1 and i == 0)
-            blocks.append({"s": stage, "i": i, "m": m, "p": before, "short": short})
-            before = m
-    block = "block{s}.layer.{i}" if robust else "f.layer{s}.{i}"
-    norms = [("bn1" if robust else "f.bn1", before)]
-    for b in blocks:
-        norms += [(block.format(**b) + ".bn1", b["p"]), (block.format(**b) + ".bn2", b["m"])]
+    found, robust, places_of, norms = {}, program == "robust", [], []
+    for name, before, m, stride in blocks(stages, (depth - 4) // 6, width, robust):
+        stage, i = re.findall(r"\d", name)
+        places_of.append({"s": stage, "i": i, "m": m, "p": before, "short": before != m or stride == 2})
+        norms += [(f"{name}.bn1", before), (f"{name}.bn2", m)]
+    norms.append(("bn1" if robust else "f.bn1", m))
     table = DOCS.read_text().split("### Names and shapes")[1]
     rows = re.findall(r"^\| `(.+?)` \| ?(.*?) ?\| (.+?) \| (.+?) \|$", table, re.M)
     assert len(rows) == 28
     for name, shape, programs, of_norms in rows:
         if not {program, "all"} & set(programs.split(", ")) or not {norm, "all"} & set(of_norms.split(", ")):
             continue
-        places = [{"name": name, "m": before}]
+        places = [{"name": name, "m": m}]
         if "{norm}" in name:
             places = [{"name": name.replace("{norm}", layer), "b": b} for layer, b in norms]
         elif "{s}" in name:
-            places = [{"name": name.format(**b), **b} for b in blocks if b["short"] or "hortcut" not in name]
+            places = [{"name": name.format(**b), **b} for b in places_of if b["short"] or "hortcut" not in name]
         for place in places:
             sizes = place | {"c": channels, "k": classes}
             found[place["name"]] = tuple(sizes[n] if n in sizes else int(n) for n in shape.split(", ") if n)
@@ -69,9 +65,8 @@ def checkpoint(path, classes=10, shape=(3, 32, 32), buffer=None, **options):
     return model
 
 
-def export(tmp_path, *options):
-    files = ["--load_ckpt", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt")]
-    return main(["--mode", "export", *files, *options])
+def arguments(tmp_path):
+    return ["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt")]
 
 
 FAMILY = list(product(("jem", "jem++", "sada-jem"), ("none", "batch", "layer", "instance", "act")))
@@ -83,7 +78,7 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     options = {"norm": norm} | (ROBUST if program == "robust" else {})
     buffer = torch.rand(20, 3, 32, 32)
     model = checkpoint(tmp_path / "a.pt", classes, depth=depth, buffer=buffer, **options)
-    assert export(tmp_path, "--export_for", program) == 0
+    assert main([*arguments(tmp_path), "--export_for", program]) == 0
     told = capsys.readouterr().out
     assert ("n_classes=7" in told) == (classes == 7) and "32x32" not in told and "channels" not in told
     file = torch.load(tmp_path / "b.pt", weights_only=True)
@@ -95,13 +90,10 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     path, content = open_checkpoint(str(tmp_path / "b.pt"), {"norm": norm})
     back = load_model(Config.from_dict(content["config"], ""), path, content).eval()
     with torch.no_grad():
-        if program == "robust":
-            theirs = robust_logits(weights, x)
-        else:
-            theirs = authors_logits(weights, x, norm)
-            assert list(file) == ["model_state_dict", "replay_buffer"] and torch.equal(file["replay_buffer"], buffer)
-        torch.testing.assert_close(theirs, model(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(weights, x, norm), model(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(back(x), model(x), atol=1e-6, rtol=1e-6)
+    if program != "robust":
+        assert list(file) == ["model_state_dict", "replay_buffer"] and torch.equal(file["replay_buffer"], buffer)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +112,7 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
 )
 def test_the_line_says_which_program_and_what_it_needs(tmp_path, capsys, options, chosen):
     checkpoint(tmp_path / "a.pt", **options)
-    assert export(tmp_path) == 0
+    assert main(arguments(tmp_path)) == 0
     out = capsys.readouterr().out
     assert chosen in out and out.count("\n") == 1 and ("32x32" in out) == ("32x32" in chosen)
     file = torch.load(tmp_path / "b.pt", weights_only=True)
@@ -148,8 +140,6 @@ def test_the_line_says_which_program_and_what_it_needs(tmp_path, capsys, options
 )
 def test_a_network_that_the_program_lacks_is_refused(tmp_path, capsys, options, export_for, lacks):
     checkpoint(tmp_path / "a.pt", **options)
-    assert export(tmp_path, "--export_for", export_for) == 2
-    error = capsys.readouterr().err
-    assert f"has no {lacks}:" in error and error.count("\n") == 1
+    assert f"has no {lacks}:" in refused(capsys, *arguments(tmp_path), "--export_for", export_for)
     assert not (tmp_path / "b.pt").exists()
-    assert export(tmp_path, "--export", str(tmp_path / "b.safetensors")) == 0  # the last of two counts
+    assert main([*arguments(tmp_path), "--export", str(tmp_path / "b.safetensors")]) == 0  # the last of two counts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import random_images, refuses, rows
+from test_data import random_images, refuses, rows, write_pngs
 
 import data
 import image_folder
@@ -209,8 +209,7 @@ def test_image_size_brings_all_images_to_one_size(tmp_path):
 # --- the cache
 
 
-def make_folder(root, n=3):
-    return laid_out(root, "train/a", "train/b", "test/a", "test/b", n=n)
+PARTS = ("train/a", "train/b", "test/a", "test/b")
 
 
 def check_cache(root, decoded, n_decoded, reference, **options):
@@ -224,7 +223,7 @@ def check_cache(root, decoded, n_decoded, reference, **options):
 
 
 def test_cache_saves_decoding(tmp_path, decoded):
-    reference = load_folder(make_folder(tmp_path))
+    reference = load_folder(write_pngs(tmp_path, *PARTS, n=3))
     assert len(decoded) == 12
     check_cache(tmp_path, decoded, 0, reference)
     assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
@@ -236,8 +235,7 @@ def test_cache_saves_decoding(tmp_path, decoded):
 
 
 def test_stale_cache_is_noticed(tmp_path, decoded):
-    make_folder(tmp_path)
-    load_folder(tmp_path)
+    load_folder(write_pngs(tmp_path, *PARTS, n=3))
     file = tmp_path / "train/a/0.png"
     os.utime(file, ns=(0, 1))
     reference = load_folder(tmp_path)
@@ -270,21 +268,19 @@ def flip_a_bit(content):
     return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "other content"])
-def test_damaged_cache_is_rebuilt(damage, tmp_path, decoded):
-    reference = load_folder(make_folder(tmp_path / "images", n=20))
-    cache = tmp_path / "images" / ".jem_cache_native.pt"
+def test_damaged_cache_is_rebuilt(tmp_path, decoded):
+    reference = load_folder(write_pngs(tmp_path / "images", *PARTS, n=20))
+    cache, other = tmp_path / "images" / ".jem_cache_native.pt", io.BytesIO()
     content = cache.read_bytes()
-    if damage == "other content":
-        torch.save([1, 2, 3], cache)
-    else:
-        cache.write_bytes(content[:-100] if damage == "cut" else flip_a_bit(content))
-    check_cache(tmp_path / "images", decoded, 80, reference)
-    check_cache(tmp_path / "images", decoded, 0, reference)
+    torch.save([1, 2, 3], other)
+    for damaged in (content[:-100], flip_a_bit(content), other.getvalue()):
+        cache.write_bytes(damaged)
+        check_cache(tmp_path / "images", decoded, 80, reference)
+        check_cache(tmp_path / "images", decoded, 0, reference)
 
 
 def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
-    write_files(make_folder(tmp_path), {".jem_cache_native.pt/in/the/way": b""})
+    write_files(write_pngs(tmp_path, *PARTS, n=3), {".jem_cache_native.pt/in/the/way": b""})
     reference = load_folder(tmp_path)
     stderr = capfd.readouterr().err
     assert f"cannot write {tmp_path / '.jem_cache_native.pt'}" in stderr and stderr.count("\n") == 1
@@ -318,23 +314,21 @@ UNUSABLE = {  # content, and what is said about it
 }
 
 
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_file_is_named_with_its_reason(kind, tmp_path):
-    content, reason = UNUSABLE[kind]
-    write_files(tmp_path, four(encode(RGB)) | {"train/dog/broken.png": content})
-    assert reason in refuses(f"{tmp_path / 'train/dog/broken.png'} ", "folder", tmp_path)
-
-
-def test_all_unusable_files_are_listed(tmp_path, capfd):
-    files = four(encode(RGB)) | {f"train/dog/{i:02}.jpg": b"x" for i in range(15)}
-    message = refuses("15 of 19 files", "folder", write_files(tmp_path, files))
-    assert str(tmp_path / "train/dog/00.jpg") in message
+def test_unusable_files_are_listed_with_their_reasons(tmp_path, capfd):
+    """And a single one is named."""
+    files = {tmp_path / "train/dog" / f"{i:02}.png": UNUSABLE[kind] for i, kind in enumerate(UNUSABLE)}
+    write_files(tmp_path, four(encode(RGB)) | {file: content for file, (content, _) in files.items()})
+    message = refuses(f"{len(files)} of {len(files) + 4} files", "folder", tmp_path)
+    assert str(tmp_path / "train/dog/00.png") in message
     assert message.endswith(f"all are listed in {tmp_path / 'unusable_images.txt'}")
     listed = (tmp_path / "unusable_images.txt").read_text().splitlines()
-    assert [line.split(" is ")[0] for line in listed] == [str(tmp_path / f"train/dog/{i:02}.jpg") for i in range(15)]
+    for line, (file, (_, reason)) in zip(listed, files.items(), strict=True):
+        assert line.startswith(f"{file} ") and reason in line
     assert capfd.readouterr().err.splitlines()[-10:] == listed[:10]
-    for i in range(15):
-        (tmp_path / f"train/dog/{i:02}.jpg").unlink()
+    for file in list(files)[1:]:
+        file.unlink()
+    assert "is empty, damaged or" in refuses(f"{tmp_path / 'train/dog/00.png'} ", "folder", tmp_path)
+    (tmp_path / "train/dog/00.png").unlink()
     assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
 
 
@@ -453,25 +447,15 @@ def test_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
 # --- layouts
 
 
-def laid_out(root, *folders, n=3):
-    names = [f"{folder}/{i}.png" for folder in folders for i in range(n)]
-    return write_files(root, {name: encode(random_images(8, 8, 3)) for name in names})
-
-
-@pytest.mark.parametrize("train, test", [("Train", "Test"), ("training_set", "testing"), ("TRN-DATA", "Testset")])
-def test_parts_are_recognised_by_their_usual_names(train, test, tmp_path):
-    loaded = load_folder(laid_out(tmp_path, f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"))
-    assert loaded.class_names == ("a", "b")
-    assert (len(loaded.train), len(loaded.test)) == (6, 6)
-
-
-@pytest.mark.parametrize("name", ["Validation", "dev", "val_set"])
-def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
-    laid_out(tmp_path, "train/a", "train/b", "test/a", "test/b", n=2)
-    laid_out(tmp_path, f"{name}/a", f"{name}/b", n=5)
+@pytest.mark.parametrize(
+    "names", ["Train Validation Test", "training_set dev testing", "TRN-DATA val_set Testset", "train dev test"]
+)
+def test_parts_are_recognised_by_their_usual_names(names, tmp_path, capsys):
+    for name, n in zip(names.split(), (2, 5, 3), strict=True):
+        write_pngs(tmp_path / name, "a", "b", n=n)
     loaded = data.load("folder", tmp_path)
-    assert [len(part) for part in (loaded.train, loaded.valid, loaded.test)] == [4, 10, 4]
-    assert capsys.readouterr().out == "data: 2 classes: a, b; 4 training, 10 validation and 4 test images\n"
+    assert [len(part) for part in (loaded.train, loaded.valid, loaded.test)] == [4, 10, 6]
+    assert capsys.readouterr().out == "data: 2 classes: a, b; 4 training, 10 validation and 6 test images\n"
     refuses("--n_valid 3", "folder", tmp_path, n_valid=3)
 
 
@@ -490,20 +474,20 @@ def test_validation_folder_is_the_validation_part(name, tmp_path, capsys):
     ],
 )
 def test_layouts_that_are_not_understood_are_refused(folders, message, tmp_path):
-    assert str(tmp_path) in refuses(message, "folder", laid_out(tmp_path, *folders.split(), n=1))
+    assert str(tmp_path) in refuses(message, "folder", write_pngs(tmp_path, *folders.split(), n=1))
+
+
+def test_validation_folder_without_test_a_class_called_train_and_an_empty_class(tmp_path, capsys):
+    loaded = load_folder(write_pngs(tmp_path / "one", "train/a", "train/b", "val/a", "val/b", n=3))
+    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
+    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
+    assert load_folder(write_pngs(tmp_path / "two", "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
     files = four(encode(RGB)) | {"train/emu/x.txt": b"", "test/emu/x.txt": b""}
     refuses("a class folder in", "folder", write_files(tmp_path / "set", files))
 
 
-def test_validation_folder_without_test_and_a_class_called_train(tmp_path, capsys):
-    loaded = load_folder(laid_out(tmp_path / "one", "train/a", "train/b", "val/a", "val/b"))
-    assert (len(loaded.train), len(loaded.valid), len(loaded.test)) == (6, 0, 6)
-    assert "has no test/: val/ serves as the test part" in capsys.readouterr().out
-    assert load_folder(laid_out(tmp_path / "two", "car", "bus", "train", n=5)).class_names == ("bus", "car", "train")
-
-
 def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
-    laid_out(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
+    write_pngs(tmp_path, "train/a", "test/b", "x/y/z", ".", n=2)
     images = image_folder.read_unlabelled(write_files(tmp_path, {"list.txt": b"text"}), None)
     assert images.shape == (8, 3, 8, 8)
     assert capsys.readouterr().out == "data: left out: files that are no images: 1 (e.g. list.txt)\n"
@@ -517,8 +501,8 @@ def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
-    root = laid_out(tmp_path / "set", "cat", "dog", n=10)
-    laid_out(tmp_path, "elsewhere", n=10)
+    root = write_pngs(tmp_path / "set", "cat", "dog")
+    write_pngs(tmp_path, "elsewhere")
     (root / "cat/more").symlink_to(tmp_path / "elsewhere")
     (root / "cat/again").symlink_to(root / "cat")
     (root / "fox").symlink_to(tmp_path / "elsewhere")
@@ -528,13 +512,8 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert torch.cat([loaded.train.labels, loaded.test.labels]).bincount().tolist() == [20, 10, 10]
 
 
-def test_a_pipe_is_not_opened(tmp_path):
-    os.mkfifo(laid_out(tmp_path, "a", "b") / "a/pipe.png")
-    refuses("pipe.png is a pipe, a socket or a device", "folder", tmp_path)
-
-
-def test_missing_permission_is_said(tmp_path, monkeypatch):
-    laid_out(tmp_path, "a", "b")
+def test_missing_permission_is_said_and_a_pipe_is_not_opened(tmp_path, monkeypatch):
+    write_pngs(tmp_path, "a", "b")
 
     def closed(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
@@ -548,11 +527,14 @@ def test_missing_permission_is_said(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "a/link.png").symlink_to(tmp_path / "nowhere.png")
     refuses(f"{tmp_path / 'a/link.png'} cannot be read: No such file", "folder", tmp_path)
+    (tmp_path / "a/link.png").unlink()
+    os.mkfifo(tmp_path / "a/pipe.png")
+    refuses("pipe.png is a pipe, a socket or a device", "folder", tmp_path)
 
 
 def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
     name = os.fsdecode(b"caf\xe9")
-    laid_out(tmp_path, name, "tea", n=5)
+    write_pngs(tmp_path, name, "tea", n=5)
     assert announced(capsys, tmp_path) == [r"2 classes: caf\udce9, tea; 8 training, 0 validation and 2 test images"]
     write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
     with pytest.raises(UserError):
