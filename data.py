@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pad_image, rgb_to_grayscale
+from torchvision.transforms.v2.functional import pad_image
 
 import image_folder
 from distributed import World
@@ -88,13 +88,6 @@ def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
     if least < n:
         raise UserError(f"--labels_per_class {n} is too many: the smallest class has {least} training images")
     return split[torch.cat(chosen).sort().values]
-
-
-def evenly_spaced(split: Split, n: int, kind: str) -> Split:
-    """``n`` images, evenly spaced in a split, in its order. Raises UserError, which says ``kind``, if it has fewer."""
-    if n > len(split):
-        raise UserError(f"--n_samples {n} is more than the {len(split)} {kind}")
-    return split[torch.arange(n, device=split.labels.device) * len(split) // n]
 
 
 @dataclass(eq=False)
@@ -190,13 +183,6 @@ def load(
     if not stays_on_host(train.images.nbytes, torch.device(device), data_device):
         train = train.to(device)
     return ImageData(train, valid.to(device), test.to(device), tuple(class_names), DATASETS[name].flip)
-
-
-def with_channels(images: ImageData, channels: int) -> ImageData:
-    """The same images in grey, 1 channel, or as RGB, 3."""
-    parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
-    changed = {name: Split(rgb_to_grayscale(part.images, channels), part.labels) for name, part in parts.items()}
-    return replace(images, **changed)
 
 
 def stays_on_host(n_bytes: int, device: torch.device, data_device: str) -> bool:

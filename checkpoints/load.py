@@ -1,11 +1,12 @@
 """What belongs to a checkpoint: its network, and the images that the network can classify."""
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import data
 import distributed
@@ -110,7 +111,9 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
     if {channels, images.shape[0]} == {1, 3}:
         print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")
-        images = data.with_channels(images, channels)
+        parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
+        grey_or_rgb = {name: replace(p, images=rgb_to_grayscale(p.images, channels)) for name, p in parts.items()}
+        images = replace(images, **grey_or_rgb)
     if not fits(content["data"], images):
         resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
         advice = f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size"

@@ -61,7 +61,7 @@ class Options:
     seed: int = settings(1, "seed of every random generator", minimum=0)
     logdir: str = run("runs", "folder in which each run makes its own directory", is_path=True)
     note: str = run("", "words added to the run directory's name")
-    no_log: bool = run(False, "write no TensorBoard events", modes=(*TRAINING, "test"))
+    no_log: bool = run(False, "write no TensorBoard events", modes=TRAINING)
     load_ckpt: str = run("", "checkpoint or run directory whose weights and replay buffer to take", is_path=True)
     resume: str = run(
         "",

@@ -18,9 +18,8 @@ from checkpoints.load import frozen, load_data, load_feature_model
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
-from evaluation.report import ALONE, Report, Section, read_report
+from evaluation.report import Report, Section, read_report
 from logger.files import disk_errors, first_free
-from logger.metrics_log import tensorboard_writer
 from logger.run_dir import RunDir
 from sgld import finite_images
 from utils import UserError, evaluation_packages, printable
@@ -51,8 +50,6 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
         if writes:
             report.write_files()
-    if writes and not cfg.no_log:
-        to_tensorboard(report, state["step"] or 0)
     print(f"Look at {printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.results for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
@@ -100,16 +97,6 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
             chains = "those of their batch, so this log p(x) is not what they climb"
         about["batch normalisation"] = f"running statistics of real images; chains use {chains}"
     return about
-
-
-def to_tensorboard(report: Report, step: int) -> None:
-    """The report's text and numbers as TensorBoard events in its directory."""
-    with disk_errors(report.directory), tensorboard_writer(report.directory) as board:
-        board.add_text("report", (report.directory / "report.md").read_text("utf-8"), step)
-        for name, section in report.sections.items():
-            for (table, row, column), measurement in section.measurements().items():
-                tag = f"{name}/{row}" if table == ALONE else f"{name}/{table}/{row}/{column}"
-                board.add_scalar(tag, measurement["value"], step)
 
 
 def report_directory(cfg: Config, path: Path) -> Path:

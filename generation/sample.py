@@ -84,7 +84,9 @@ def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
             images = load_data(cfg, run.path, run.content, run.device).test.to(run.device)
             kind = f"test images of {cfg.dataset}"
         n = cfg.n_samples or (len(images) if cfg.images else PICTURE_COLUMNS)
-        return restoration_start(cfg, data.evenly_spaced(images, n, kind), rng)
+        if n > len(images):
+            raise UserError(f"--n_samples {n} is more than the {len(images)} {kind}")
+        return restoration_start(cfg, images[torch.arange(n, device=run.device) * len(images) // n], rng)
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
