@@ -30,9 +30,6 @@ class StoredStarts(NamedTuple):
     shape: Shape
     gaussians: dict[str, list[Gaussian]]
 
-    def suffice(self, cfg) -> bool:
-        return cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *self.gaussians}
-
 
 def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, float] | None = None) -> ChainInit:
     """What ``--start`` names, or other ``shares`` of such images, by name."""

@@ -114,7 +114,8 @@ def _list(root: Path, option: str) -> list[Names]:
     """Every file below ``root``, sorted. Links are followed, but not in circles."""
 
     def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {option}{error.filename}: {error.strerror}") from error
+        own = " (a checkpoint's own, where none is given)" if "data_dir" in option else ""
+        raise UserError(f"cannot read {option}{error.filename}: {error.strerror}{own}") from error
 
     paths, left_out = [], Counter()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):

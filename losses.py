@@ -36,11 +36,10 @@ def joint_loss(
         y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run.
         mean: of a tensor over all processes, if there are several.
-        y_real: the classes of the real images of log p(x), int64 (P,). With them and ``y_sampled``, ``sgld/auroc`` is
-            by log p(x, y), which chains of p(x|y) climb; or else by log p(x).
+        y_real: the classes of the P real images. With them and ``y_sampled``, ``sgld/auroc`` is by log p(x, y), which
+            chains of p(x|y) climb; or else by log p(x).
 
-    Returns:
-        The loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
+    Returns the loss, and measurements by name: numbers, 0-dim, and counts of classes, int64 (K,).
     """
     classification = F.cross_entropy(logits.labelled, y)
     loss = cfg.p_y_x_weight * classification

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -103,13 +102,11 @@ def git_commit(folder: Path) -> str:
     """The commit that is checked out, if ``folder`` is the top of a repository; else "unknown"."""
     if not (folder / ".git").exists():  # a copy inside somebody's own repository is not that repository's commit
         return "unknown"
-    git = partial(subprocess.check_output, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace", cwd=folder)
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with local changes"]
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).strip()
-        changed = git(["git", "status", "--porcelain"])
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, encoding="utf-8", cwd=folder).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{commit} with local changes" if changed else commit
 
 
 def device_name(device: torch.device) -> str:

@@ -25,7 +25,7 @@ STARTS = {  # images that are no samples, and what reports call them
 }
 EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
-ATTACKS = ("pgd", "refined", "refined_straight", "autoattack", "distal")
+ATTACKS = ("pgd", "refined", "refined_straight", "autoattack")
 START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 

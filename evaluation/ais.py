@@ -1,14 +1,11 @@
 """log Z of an energy model by annealed importance sampling, forward and in reverse, and bits per dimension.
 
-An energy model gives log p(x) only up to ``Z = integral of exp(log_density(x))``, here over the box [-1, 1]^D.
-Annealed importance sampling (AIS; Neal, "Annealed importance sampling", 2001) walks chains from a base density to the
-model along ``p_beta ~ base^(1 - beta) exp(beta log_density)``; their mean weight is an unbiased estimate of Z, and its
-logarithm a stochastic lower bound, which makes test likelihoods look too good. The same chains run backwards from
-samples of the model give a stochastic upper bound (reverse AIS; Grosse et al. 2015, arXiv:1511.02543).
-
-It is one only if the samples come from ``exp(log_density) / Z``. Those of SGLD follow a much colder density; a burn-in
-moves them towards temperature one. A reverse estimate clearly below the forward one says that they are not the model's.
-The bootstrap interval knows nothing of a mode that no chain has found.
+``Z`` is the integral of ``exp(log_density(x))`` over [-1, 1]^D. Annealed importance sampling (AIS; Neal, 2001) walks
+chains from a base density to the model along ``p_beta ~ base^(1 - beta) exp(beta log_density)``; the mean of their
+weights is an unbiased estimate of Z, and its logarithm a stochastic lower bound. The same chains run backwards from
+samples of the model give a stochastic upper bound (reverse AIS; Grosse et al. 2015, arXiv:1511.02543); SGLD's follow a
+much colder density, so a burn-in moves them towards temperature one first. If the reverse estimate is clearly below the
+forward one, they are not the model's. The bootstrap interval knows nothing of a mode that no chain has found.
 
 ``log_density`` maps (N, ...) to (N,), each row on its own, without randomness, bf16 or TF32.
 """

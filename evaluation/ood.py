@@ -78,17 +78,13 @@ def set_names(cfg: Config) -> list[str]:
     if cfg.ood_datasets == "auto":
         others = {"cifar10": ["digits", "svhn", "cifar100"], "digits": []}
         return [*BUILT_IN, *others.get(cfg.dataset, ["digits"])]
-    if is_folder(cfg.ood_datasets):  # its name may hold a comma
+    if os.path.isdir(os.path.expanduser(cfg.ood_datasets)):  # its name may hold a comma
         return [cfg.ood_datasets]
     names = [name.strip() for name in cfg.ood_datasets.split(",")]
     for name in names:
-        if name not in (*BUILT_IN, *NAMED) and not is_folder(name):
+        if name not in (*BUILT_IN, *NAMED) and not os.path.isdir(os.path.expanduser(name)):
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")
     return names
-
-
-def is_folder(name: str) -> bool:
-    return os.path.isdir(os.path.expanduser(name))
 
 
 def check_not_test_images(name: str, images: Tensor, test: Tensor, section: Section) -> None:

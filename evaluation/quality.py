@@ -1,7 +1,4 @@
-"""How good samples are: distances to real images in a network's features, and nearest training images.
-
-Images are uint8 (N, C, H, W).
-"""
+"""How good samples, uint8 (N, C, H, W), are: distances to real images in features, and nearest training images."""
 
 from typing import NamedTuple
 

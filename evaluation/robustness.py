@@ -1,4 +1,4 @@
-"""Adversarial robustness: accuracy under attack, with JEM's refinement too, and distal adversarials.
+"""Adversarial robustness: accuracy under attack, with JEM's refinement too.
 
 Attacks see images in [0, 1], as their libraries and their epsilons do; the model sees [-1, 1].
 """
@@ -15,18 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import distributed
 from config import Config
 from config.options import ATTACKS
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
-from logger.images import captioned, image_grid, to_uint8
 from models import JEM
 from models.predict import images_per_batch
 from pgd import adversarial_images, random_start
-from sgld import LogDensity, chain_options, langevin_step, normal_like, step_protocol, uniform_images
+from sgld import LogDensity, chain_options, langevin_step, normal_like, step_protocol
 from utils import UserError, evaluation_packages
 
 needs_labels = True
@@ -35,17 +33,14 @@ EPSILONS = {  # on the [0, 1] scale, by the label they have in the report
     "L2": {f"{e:g}": e for e in (0.25, 0.5, 1, 2)},
 }
 AUTOATTACK_EPSILON = {"Linf": "8/255", "L2": "0.5"}
-AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of the standard version, in its order
 ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
-N_DISTAL, DISTAL_STEPS, DISTAL_STEP, DISTAL_CONFIDENCE = 10, 500, 0.05, 0.9  # images of each class
 MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is possible
 TITLES = {
     "pgd": "PGD",
     "refined": "PGD through refinement",
     "refined_straight": "PGD past refinement",
     "autoattack": "AutoAttack",
-    "distal": "distal adversarials",
 }
 
 
@@ -139,7 +134,6 @@ def autoattack(classifier: nn.Module, eps: float, norm: str, n_classes: int, see
 
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # of masked gradients the report says more
     attack = AutoAttack(classifier, norm=norm, eps=eps, seed=seed, device=device)
-    attack.attacks_to_run = list(AUTOATTACK_PARTS)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, n_classes - 1)
     return attack
 
@@ -193,40 +187,12 @@ class Attacked(NamedTuple):
         return robust
 
 
-def distal_adversarials(model: JEM, starts: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """From noise, (n, C, H, W) in [-1, 1], up the gradient of log p(y|x) until p(y|x) is 0.9 (JEM, section 5.4).
-
-    Returns images (n_classes * n, C, H, W), class by class, and the p(y|x) reached after at most ``DISTAL_STEPS``. A
-    step has L2 norm ``DISTAL_STEP`` times the root of the number of values; images that have arrived stand still.
-    """
-    classes_at_once = max(1, images_per_batch(GRADIENT_BATCH, starts.shape[1:]) // len(starts))
-
-    def climb_to(classes: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = starts.repeat(len(classes), 1, 1, 1), classes.repeat_interleave(len(starts))
-        for step in tqdm(range(DISTAL_STEPS + 1), desc="distal adversarials", leave=False):
-            x.requires_grad_()
-            loss = F.cross_entropy(model(x), y, reduction="none")
-            (grad,) = torch.autograd.grad(-loss.sum(), x)
-            going = loss.detach() > -math.log(DISTAL_CONFIDENCE)
-            if step == DISTAL_STEPS or not going.any():
-                break
-            length = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
-            move = DISTAL_STEP * math.sqrt(x[0].numel()) * going / length  # (N,)
-            x = (x.detach() + move[:, None, None, None] * grad).clamp(-1, 1)
-        return x.detach(), (-loss.detach()).exp()
-
-    batches = torch.arange(n_classes, device=starts.device).split(classes_at_once)
-    x, reached = zip(*distributed.sharded_map(batches, climb_to, starts.device), strict=True)
-    return torch.cat(x), torch.cat(reached)
-
-
 # ---------------------------------------------------------------------------------------------- what the report shows
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
-    """Robust accuracies, with and without refinement, and distal adversarials."""
-    chosen = choose(inputs, section)
-    if set(chosen) - {"distal"}:
+    """Robust accuracies, with and without refinement."""
+    if chosen := choose(inputs, section):
         figure = Figure(figsize=(9, 4), layout="constrained")
         for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
             for name in ("pgd", "refined", "refined_straight"):
@@ -238,8 +204,6 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             axes.grid(alpha=0.3)
             axes.legend()
         section.picture("robustness", "Accuracy under attack", figure)
-    if "distal" in chosen:
-        add_distal_adversarials(inputs, section)
 
 
 def choose(inputs: EvalInputs, section: Section) -> list[str]:
@@ -333,17 +297,3 @@ def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) 
     )
     section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES["autoattack"]))
     axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
-
-
-def add_distal_adversarials(inputs: EvalInputs, section: Section) -> None:
-    names, starts = inputs.data.class_names, uniform_images(N_DISTAL, inputs.data.shape, inputs.rng())
-    x, reached = distal_adversarials(inputs.model, starts, len(names))
-    protocol = (
-        f"gradient ascent from uniform noise until 0.9, at most {DISTAL_STEPS} steps of L2 {DISTAL_STEP:g} times the "
-        f"root of the number of values ([-1, 1] scale); {N_DISTAL} of each of {len(names)} classes"
-    )
-    section.add_mean("p(y|x) of distal adversarials", reached, protocol)
-    section.add_proportion("share above 0.9 of distal adversarials", reached >= 0.9, protocol)
-    caption = "Distal adversarials: uniform noise, changed until the model is 90 % sure of a class, or for all steps"
-    grid = image_grid(to_uint8(x[: 20 * N_DISTAL]), N_DISTAL)
-    section.picture("distal", caption, captioned(grid, rows=names[:20]))

@@ -1,6 +1,5 @@
 """``--mode test``: every metric that is asked for, and one report. Every number carries its protocol."""
 
-import errno
 import importlib
 import os
 import time
@@ -92,9 +91,8 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":
-        chains = "them, too, so this log p(x) is what they climb"
-        if cfg.norm_statistics == "batch":
-            chains = "those of their batch, so this log p(x) is not what they climb"
+        own = cfg.norm_statistics == "batch"
+        chains = "those of their batch, so this log p(x) is not what they climb" if own else "them, too"
         about["batch normalisation"] = f"running statistics of real images; chains use {chains}"
     return about
 
@@ -103,15 +101,12 @@ def report_directory(cfg: Config, path: Path) -> Path:
     """A new ``eval`` directory in the checkpoint's run; in a new run of ``--logdir`` if there is none to write into."""
     run = path.parent.parent
     if path.parent.name == "ckpt" and (run / "config.json").is_file():
-        try:
-            if hasattr(os, "geteuid") and run.stat().st_uid != os.geteuid():  # Windows has none
-                raise PermissionError(errno.EACCES, "it belongs to another user")
-            return first_free(run / "eval", Path.mkdir)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise UserError(f"cannot write to {run}: {error.strerror}") from None
-            reason = f"{run} cannot be written ({error.strerror})"
-            print(printable(f"{reason}: the report goes to a new run in {cfg.logdir}"), flush=True)
+        own = not hasattr(os, "geteuid") or run.stat().st_uid == os.geteuid()  # Windows has none
+        if own and os.access(run, os.W_OK):
+            with disk_errors(run):
+                return first_free(run / "eval", Path.mkdir)
+        reason = f"{run} cannot be written or belongs to another user"
+        print(printable(f"{reason}: the report goes to a new run in {cfg.logdir}"), flush=True)
     run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
         return first_free(run / "eval", Path.mkdir)

@@ -79,9 +79,8 @@ class TrainedRun:
     def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
         """Images moved up log p(x, y), at most by L2 ``eps`` on the [0, 1] scale: float32 (N, C, H, W) in [-1, 1].
 
-        The gradient in x is that of log p(x|y), as in DAT (Yin et al., ICLR 2026). RATIO (Augustin et al., ECCV 2020),
-        from which this use of the attack comes, climbs p(y|x); that makes the classifier sure, but asks for nothing
-        that the images of the class have in common.
+        The gradient in x is that of log p(x|y), as in DAT (Yin et al., ICLR 2026); RATIO (Augustin et al., ECCV 2020)
+        climbs p(y|x), which asks for nothing that the images of the class have in common.
         """
 
         def log_p(x: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class TrainedRun:
     def fresh_start(self) -> tuple[str, ChainInit]:
         """What ``--start`` names, in words and for chains: of the file, where it has it, or of training images."""
         cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
-        if not stored.suffice(cfg):
+        if not cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
             return cfg.start, build_chain_init(cfg, load_data(cfg, self.path, self.content, self.device))
         ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
         name = f"{cfg.start} of rank {ranks[0]}, from {self.path.name}" if ranks else cfg.start

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from logger.files import disk_errors
-from utils import UserError, printable
+from utils import UserError
+
+PATIENCE = 100  # steps
+TOLD_APART = 0.95  # AUROC of real images against samples by log p(x); 0.5 is a balance, 0 the opposite error
+BEHIND = "chains do not reach what the loss calls likely; --sgld_step_max, more --sgld_step or --start class_gaussian"
+AHEAD = "chains climb faster than the loss pushes down; a smaller --sgld_lr, or --sgld_grad_clamp with --sgld_clamp"
 
 
 def tensorboard_writer(directory: Path, purge_step: int | None = None):
@@ -84,16 +89,6 @@ class Log:
             image = Summary.Image(height=1, width=1, encoded_image_string=encoded)  # is shown in its own size
             self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
-    def hyperparameters(self, options: dict[str, Any]) -> None:
-        """The options, in TensorBoard's HPARAMS tab."""
-        if self.board:
-            from torch.utils.tensorboard.summary import hparams
-
-            known = {k: v if isinstance(v, bool | int | float) else printable(v, "utf-8") for k, v in options.items()}
-            with disk_errors(self.path):
-                for summary in hparams(known, {"accuracy/valid": 0.0, "accuracy/test": 0.0}):
-                    self.board.file_writer.add_summary(summary)
-
     def flush(self) -> int:
         """Have all of it on disk; returns the length of metrics.jsonl in bytes."""
         with disk_errors(self.path), open(self.path, "ab") as file:
@@ -122,3 +117,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
             lines.append(line)
     return lines
+
+
+class Balance:
+    """Whether chains keep up with the loss, by ``sgld/auroc`` in a run's log; lines before a resume are read again."""
+
+    def __init__(self, lines: list[dict[str, Any]]):
+        self.balanced_at = self.warned_at = 0  # steps
+        self.warning = ""  # the last one
+        for line in lines:
+            self.add(line["step"], line)
+
+    def add(self, step: int, values: dict[str, Any]) -> str:
+        """The warning that is due after a line of the log, or an empty text; one for each time that it gets so far."""
+        auroc = values.get("sgld/auroc")
+        if auroc is None:
+            return ""
+        if 1 - TOLD_APART <= auroc <= TOLD_APART:
+            self.balanced_at = step
+        if step - self.balanced_at < PATIENCE or self.warned_at > self.balanced_at:
+            return ""
+        self.warned_at, why = step, BEHIND if auroc > 0.5 else AHEAD
+        self.warning = f"log p(x) tells samples from real images (AUROC {auroc:.2f}, {PATIENCE} steps): {why} may help"
+        return self.warning

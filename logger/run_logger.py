@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from logger.balance import Balance
 from logger.files import replace_file, warn_on_error
 from logger.images import image_grid, plot_curves, save_gif, save_png, to_uint8
-from logger.metrics_log import Log, read_log
+from logger.metrics_log import Balance, Log, read_log
 from logger.run_dir import RunDir
 
 BAR = "{percentage:3.0f}% {n}/{total} [{remaining} left{postfix}]"  # a terminal of 80 columns shows what matters
@@ -41,8 +39,6 @@ class RunLogger:
         if run is not None:
             self.log = Log(run.path, not cfg.no_log, log_position, step)
             self.balance = Balance(read_log(self.log.path))
-            if step == 0:
-                self.log.hyperparameters(asdict(cfg))
             self.bar = tqdm(total=total_steps, initial=step, bar_format=BAR)
             self.writer, self.jobs = ThreadPoolExecutor(max_workers=1), deque()
 

@@ -46,10 +46,7 @@ def average_running_stats(model: nn.Module) -> None:
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by the statistics of all processes' batches together, which have one size.
-
-    ``torch.nn.SyncBatchNorm`` is the same for GPUs alone; this one runs on CPUs too.
-    """
+    """Batch normalisation by all processes' batches, of one size, together; ``nn.SyncBatchNorm`` is for GPUs alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import data
 import main
@@ -71,12 +70,6 @@ def metrics(run):
     """The lines of the log without the speed, which is no two times the same."""
     lines = read_log(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
-
-
-def hyperparameters(board):
-    """What TensorBoard's HPARAMS tab shows of a run, by an EventAccumulator."""
-    content = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    return HParamsPluginData.FromString(content).session_start_info.hparams
 
 
 def equal(one, two):

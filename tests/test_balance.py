@@ -8,7 +8,7 @@ from small_runs import at_step, metrics, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from logger.balance import Balance
+from logger.metrics_log import Balance
 
 PLAIN = "--batch_size 32 --warmup_steps 10 --ema 0 --dropout_rate 0 --sample_every 1000".split()
 

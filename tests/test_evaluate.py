@@ -264,8 +264,6 @@ def quick(monkeypatch):
     """Shorter attacks and annealing; what they compute is tested elsewhere."""
     for name, value in {"PGD_STEPS": 2, "RESTARTS": 1, "REFINED_PGD_STEPS": 1, "CHAINS": 2}.items():
         monkeypatch.setattr(robustness, name, value)
-    monkeypatch.setattr(robustness, "DISTAL_STEPS", 3)
-    monkeypatch.setattr(robustness, "AUTOATTACK_PARTS", ("apgd-ce",))
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", lambda self, x, y, batch_size: (x, y))
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
 
@@ -393,7 +391,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
         (["--load_ckpt", "RUN", "--n_sample_steps", "0"], "--n_sample_steps 0"),
         (["--load_ckpt", "RUN", "--fid_reference", "test"], "--fid_reference takes one of train, train+test"),
         (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
-        (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, distal, separated by commas, not 'fgsm'"),
+        (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, separated by commas, not 'fgsm'"),
         (["--load_ckpt", "RUN", "--attacks", "all", "--eval", "ood,quality"], "with robustness in --eval"),
         (["--load_ckpt", "RUN", "--attacks", "refined,pgd", "--refine_steps", "0"], "--refine_steps above 0"),
         (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
@@ -421,7 +419,7 @@ def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(run, quick, 
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
     command = ["--feature_ckpt", str(run), "--eval", ",".join(["classification", *missing])]
-    results, _ = new_report(run, *command, "--attacks", "distal,autoattack")
+    results, _ = new_report(run, *command, "--attacks", "autoattack")
     out, err = capsys.readouterr()
     assert "Traceback" not in err and "accuracy" in results["classification"]["results"]
     for metric, (package, absent) in missing.items():
@@ -442,7 +440,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
         return section.measurements(), section
 
     everything, section = measured()
-    assert section.absent == {} and set(section.pictures) == {"robustness", "distal"}
+    assert section.absent == {} and set(section.pictures) == {"robustness"}
     rows = {row for table, row, _ in everything if table == "accuracy under L2 attack"}
     assert rows == {"0", "0.5", "4 (check)"}
     found = {}
@@ -450,30 +448,33 @@ def test_each_attack_can_be_measured_alone(run, quick):
         numbers, section = measured("--attacks", name)
         assert set(section.absent) == set(titles.values()) - {title}
         assert set(section.absent.values()) == {"left out by --attacks"}
-        assert set(section.pictures) == ({"distal"} if name == "distal" else {"robustness"})
+        assert set(section.pictures) == {"robustness"}
         found |= numbers
     assert found == everything
 
-    _, section = measured("--attacks", "distal, autoattack", "--refine_steps", "0")
-    assert set(section.absent) == {"PGD", "PGD through refinement", "PGD past refinement"}
+    _, section = measured("--attacks", "autoattack, pgd", "--refine_steps", "0")
+    assert set(section.absent) == {"PGD through refinement", "PGD past refinement"}
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, "another user", errno.ENOSPC])
-def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(code, run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("reason", ["another user", "read-only", "full disk"])
+def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(reason, run, tmp_path, monkeypatch, capsys):
     mkdir = Path.mkdir
 
     def refuse(path, *args, **kwargs):
         if path.parent == run:
-            raise OSError(code, os.strerror(code))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return mkdir(path, *args, **kwargs)
 
-    if code == "another user":
+    if reason == "another user":
         monkeypatch.setattr("os.geteuid", lambda: run.stat().st_uid + 1)
+    elif reason == "read-only":
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != run and access(path, mode))
     else:
         monkeypatch.setattr(Path, "mkdir", refuse)
     before = sorted(run.rglob("*"))
     options = ["--eval", "classification", "--logdir", str(tmp_path / "mine")]
-    if code == errno.ENOSPC:  # a full disk is no reason for another place
+    if reason == "full disk":  # a full disk is no reason for another place
         error = refused(capsys, *SHORT, "--load_ckpt", str(run), *options)
         assert f"cannot write to {run}: No space left" in error and not (tmp_path / "mine").exists()
         return
@@ -550,15 +551,14 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     options = "--dataset folder --batch_size 16 --buffer_size 32 --max_steps 2 --n_valid 8 --data_dir".split()
     status, trained = start(tmp_path, *options, str(data_dir))
     assert status == 0
-    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder, "--attacks", "distal"]
-    assert main([*command, "--eval", "classification,robustness,ood"]) == 0
+    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder]
+    assert main([*command, "--eval", "classification,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)
     assert "\\udc" not in text.replace("\\\\udc", "")  # no lone surrogate, which strict readers refuse
     printed = ["$x$ <b>and $\\frac$", "_hidden", "caf\\udce9", "two\\nlines"]
     assert sorted(results["classification"]["results"]["accuracy of each class"]) == sorted(printed)
     assert all(results[metric]["absent"] == {} for metric in ("classification", "ood"))
-    assert "distal" in results["robustness"]["pictures"]
     assert any("$o$\\udcff," in name for name in results["ood"]["results"]["AUROC"])
     report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))
     assert all(f"| {name} |" in unescape(report) and f">{name}<" in unescape(page) for name in printed)

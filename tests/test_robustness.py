@@ -21,11 +21,10 @@ from evaluation.robustness import (
     Classifier,
     RefinedClassifier,
     differentiable_chain,
-    distal_adversarials,
     pgd_attack,
 )
 from models import build_model
-from sgld import normal_like, uniform_images
+from sgld import normal_like
 from utils import UserError
 
 
@@ -151,9 +150,9 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)
     assert whole.apgd.n_restarts == whole.fab.n_restarts == 1
-    assert tuple(whole.attacks_to_run) == robustness.AUTOATTACK_PARTS
+    assert tuple(whole.attacks_to_run) == ("apgd-ce", "apgd-t", "fab-t", "square")
     kept = torch.ones(8) > 0
-    for part in robustness.AUTOATTACK_PARTS:
+    for part in whole.attacks_to_run:
         alone = shortened(classifier, epsilon, norm, 4, 5, torch.device("cpu"))
         alone.attacks_to_run = [part]
         moved = images.clone()
@@ -218,16 +217,6 @@ def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model
     above, below = (model(ends + s * h * direction.repeat(3, 1, 1, 1))[:, 1].unflatten(0, (3, -1)) for s in (2, -2))
     slope = (above - below).mean(0) / (2 * h)  # a step of h in [0, 1] is one of 2 h in [-1, 1]
     torch.testing.assert_close((grad * direction).sum((1, 2, 3)), slope, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(500, 100), (3, 100), (1, 1)])
-def test_distal_adversarials_reach_a_confidence_or_run_out_of_steps(model, steps, batch, monkeypatch):
-    monkeypatch.setattr(robustness, "images_per_batch", lambda *_: batch)
-    monkeypatch.setattr(robustness, "DISTAL_STEPS", steps)
-    monkeypatch.setattr(robustness, "DISTAL_CONFIDENCE", 0.9 if steps == 500 else 0.999)
-    x, reached = distal_adversarials(model, uniform_images(2, (3, 8, 8), seeded()), 4)
-    assert x.abs().max() <= 1 and (steps < 500 or (reached > 0.9).all())
-    torch.testing.assert_close(model(x).softmax(1)[torch.arange(8), torch.arange(4).repeat_interleave(2)], reached)
 
 
 @pytest.mark.parametrize(("kind", "unchecked", "checked"), [("open", 1, 0), ("hidden", 1, 1), ("constant", 0.5, 0.5)])
