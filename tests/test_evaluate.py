@@ -203,15 +203,13 @@ def test_conversion_to_another_shape():
     assert torch.equal(converted(flat, (1, 8, 8)), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8))
 
 
-def test_some_images_are_the_same_every_time_and_random(inputs):
+def test_some_images_are_random_the_same_every_time_and_noisy_only_when_asked(inputs):
     split = Split(torch.arange(200), torch.arange(200))
     chosen = inputs.subset(split).images
     assert len(chosen) == 40 and torch.equal(chosen, inputs.subset(split).images)
     assert not torch.equal(chosen, torch.arange(40)) and len(chosen.unique()) == 40
     assert len(inputs.subset(split, 7)) == 7
 
-
-def test_noise_is_added_only_when_asked(inputs):
     images = inputs.data.test.images
     assert torch.equal(inputs.with_noise(images), images)
     noisy = replace(inputs, cfg=replace(inputs.cfg, sigma_test=0.5))

@@ -192,10 +192,13 @@ def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
     )
 
 
-def test_image_size_brings_all_images_to_one_size(tmp_path):
+def test_different_sizes_need_image_size_which_brings_all_images_to_one_size(tmp_path):
     flat, large, square = np.full((9, 5, 3), 77, np.uint8), random_images(32, 48, 3), random_images(8, 8, 3)
     files = four(encode(flat)) | {"test/dog/large.png": encode(large), "test/dog/thin.png": encode(large[:, :4])}
     write_files(tmp_path / "square", four(encode(square)))
+    write_files(tmp_path / "two", four(encode(square)) | {"test/cat/other.png": encode(square[:4])})
+    message = refuses("--image_size", "folder", tmp_path / "two")
+    assert f"{tmp_path / 'two/train/cat/image.png'} and {tmp_path / 'two/test/cat/other.png'} differ in size" in message
     loaded = load_folder(write_files(tmp_path / "set", files), image_size=8)
     assert loaded.shape == (3, 8, 8)
     assert (loaded.train.images == 77).all()
@@ -253,11 +256,6 @@ def test_stale_cache_is_noticed(tmp_path, decoded):
 
     (tmp_path / "train/b/0.png").unlink()
     assert len(load_folder(tmp_path).train) == 5
-
-
-def test_memory_is_announced(tmp_path, capsys):
-    image_folder._room_for(tmp_path, 50, 2048, 2048)
-    assert capsys.readouterr().out == "data: 50 images of 2048x2048 need 0.6 GB of memory, twice that now\n"
 
 
 def flip_a_bit(content):
@@ -330,13 +328,6 @@ def test_unusable_files_are_listed_with_their_reasons(tmp_path, capfd):
     assert "is empty, damaged or" in refuses(f"{tmp_path / 'train/dog/00.png'} ", "folder", tmp_path)
     (tmp_path / "train/dog/00.png").unlink()
     assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
-
-
-def test_different_sizes_need_image_size(tmp_path):
-    files = four(encode(RGB)) | {"test/cat/other.png": encode(RGB[:4])}
-    message = refuses("--image_size", "folder", write_files(tmp_path, files))
-    assert f"{tmp_path / 'train/cat/image.png'} and {tmp_path / 'test/cat/other.png'} differ in size" in message
-    assert load_folder(tmp_path, image_size=8).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((4, 4), 8), ((1, 1), 8)])
@@ -436,7 +427,9 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert squeezed in announced(capsys, tmp_path, image_size=8)
 
 
-def test_dark_and_12_bit_sets_are_warned_of(tmp_path, capsys):
+def test_dark_and_12_bit_sets_and_large_ones_are_announced(tmp_path, capsys):
+    image_folder._room_for(tmp_path, 50, 2048, 2048)
+    assert capsys.readouterr().out == "data: 50 images of 2048x2048 need 0.6 GB of memory, twice that now\n"
     sets = {"dark": encode(GREY // 5), "deep": tiff(GREY.astype(np.uint16) * 16, 16)}  # 12 bits in 16
     for name, content in sets.items():
         lines = announced(capsys, write_files(tmp_path / name, four(content)))
