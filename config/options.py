@@ -128,9 +128,7 @@ class Options:
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
     sgld_grad_clamp: float | None = sgld(None, "largest gradient in a pixel, else cut (default: no limit)", above=0)
     sgld_clamp: bool = sgld(False, "keep the chains' images in [-1, 1]")
-    start: str = sgld(
-        "uniform", f"what chains start from, alone or with shares, as gaussian:0.8,uniform:0.2: {START_HELP}"
-    )
+    start: str = sgld("uniform", f"what chains start from, or with shares, as gaussian:0.8,uniform:0.2: {START_HELP}")
     start_dir: str = sgld("", "images for --start folder, which it implies by itself", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
     sgld_step_max: int | None = training_chains(None, "steps to which chains grow (default: they do not)", minimum=1)
