@@ -399,7 +399,11 @@ def test_step_schedule(tmp_path):
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),
         ("--sgld_grad_clamp of", "--sgld_grad_clamp takes a number or off, not 'of'"),
         ("--depth off", "--depth takes a whole number, not 'off'"),
-        ("--no-sgld-clam", "did you mean --no_sgld_clamp?"),
+        ("--no-sgld-clam", "there is no option --no-sgld-clam, did you mean --no_sgld_clamp?"),
+        ("--batch-size 3", "there is no option --batch-size, did you mean --batch_size?"),
+        ("--sgld_stpe 3", "there is no option --sgld_stpe, did you mean --sgld_step?"),
+        ("-Lr 3", "there is no option -Lr, did you mean --lr?"),
+        ("--xyzzy 3", "there is no option --xyzzy; see"),
     ],
 )
 def test_contradictions_are_one_line(options, words, tmp_path, capsys):

@@ -62,7 +62,3 @@ def test_train_and_measure(tmp_path, monkeypatch, capsys):
     status, _, _ = run("--test", "--eval", "classification", "--max_images", "50")
     assert status == 0 and (folder / "eval" / "results.json").is_file()
     assert run("--lr", "x")[0] == 2
-
-
-def test_the_program_is_main():
-    assert Path(reproduce.MAIN) == Path(main.__file__).resolve()

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import HARSH, TINY, assert_same_run, at_step, equal, metrics, start, state
+from small_runs import HARSH, TINY, assert_same_run, at_step, equal, metrics, refused, signal_at_step, start, state
 
 import divergence
 import main
@@ -53,7 +53,7 @@ class TestSignals:
         [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 17), (signal.SIGINT, 130, 26)],
     )
     def test_stop_and_resume_is_bit_for_bit(self, number, status, step, tmp_path, monkeypatch, undisturbed):
-        at_step(monkeypatch, step, lambda _: os.kill(os.getpid(), number))
+        signal_at_step(monkeypatch, step, number)
         before = signal.getsignal(number)
         stopped, run = start(tmp_path)
         assert stopped == status and state(run)["step"] == step
@@ -63,7 +63,7 @@ class TestSignals:
 
     def test_sigusr1_saves_and_goes_on(self, tmp_path, monkeypatch, undisturbed):
         saved = recorded_checkpoints(monkeypatch)
-        at_step(monkeypatch, 8, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+        signal_at_step(monkeypatch, 8, signal.SIGUSR1)
         status, run = start(tmp_path)
         assert status == 0 and ("last.pt", 8) in saved and ("last.pt", 7) not in saved
         assert_same_run(run, undisturbed)
@@ -120,22 +120,19 @@ class TestFullDisk:
     @pytest.mark.parametrize("room, tensorboard", [(1000, False), (20_000, True)])
     def test_while_logging(self, room, tensorboard, tmp_path):
         """Files may grow to ``room`` bytes; neither metrics.jsonl nor TensorBoard ends in a traceback."""
-        program = (
-            "import resource, pathlib\nfrom logger.metrics_log import Log\n"
-            "from utils import UserError\n"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-            f"log = Log(pathlib.Path({str(tmp_path)!r}), {tensorboard})\n"
-            "try:\n"
-            "    for step in range(10**5):\n"
-            "        log.values(step, {'loss': 1.0})\n"
-            "        if step % 100 == 0: log.flush()\n"
-            "except UserError as error:\n"
-            "    print(error)\n"
-            "try:\n"
-            "    log.close()\n"
-            "except UserError:\n"
-            "    pass\n"
-        )
+        program = f"""
+import contextlib, pathlib, resource
+from logger.metrics_log import Log
+from utils import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+log = Log(pathlib.Path({str(tmp_path)!r}), {tensorboard})
+try:
+    for step in range(10**5):
+        log.values(step, {{"loss": 1.0}})
+        if step % 100 == 0: log.flush()
+except UserError as error: print(error)
+with contextlib.suppress(UserError): log.close()
+"""
         here = Path(main.__file__).parent
         done = subprocess.run([sys.executable, "-B", "-c", program], cwd=here, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == ""
@@ -145,10 +142,10 @@ class TestFullDisk:
         """A run does not start where three of its checkpoints have no room, nor without memory for four states."""
         needed = 3 * (undisturbed / "ckpt" / "last.pt").stat().st_size
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0.8 * needed))
-        assert main.main([*TINY, "--logdir", str(tmp_path / "runs")]) == 2
-        assert f"checkpoints need {needed / 1e6:.0f} MB and" in capsys.readouterr().err
-        assert main.main([*TINY, "--logdir", str(tmp_path / "runs"), "--buffer_size", "2000000000"]) == 2
-        (found,) = re.findall(r"the run needs ([\d,]+) MB of memory", capsys.readouterr().err)
+        command = [*TINY, "--logdir", tmp_path / "runs"]
+        assert f"checkpoints need {needed / 1e6:.0f} MB and" in refused(capsys, *command)
+        err = refused(capsys, *command, "--buffer_size", 2 * 10**9)
+        (found,) = re.findall(r"the run needs ([\d,]+) MB of memory", err)
         assert float(found.replace(",", "")) == pytest.approx(4 * 4 * 64 * 2000, rel=1e-3)
         assert not (tmp_path / "runs").exists()
 
@@ -166,35 +163,29 @@ def run_logger(run):
     return RunLogger(run, Config(no_log=True), step=0, total_steps=10, log_position=0)
 
 
-def test_what_the_second_thread_could_not_write_is_raised_here(tmp_path):
+@pytest.mark.parametrize("more", [False, True])
+def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
     def fail(*_):
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"), run_logger(RunDir.create(str(tmp_path), "energy_train", "")) as record:
         record.checkpoint(fail, "last.pt", {})
-        wait(record.jobs)
-        record.checkpoint(lambda *_: pytest.fail("written after one that failed"), "last.pt", {})
-    with pytest.raises(OSError, match="full"), run_logger(RunDir.create(str(tmp_path), "energy_train", "")) as record:
-        record.checkpoint(fail, "last.pt", {})
+        if more:
+            wait(record.jobs)
+            record.checkpoint(lambda *_: pytest.fail("written after one that failed"), "last.pt", {})
 
 
-def test_a_process_that_does_not_write_has_the_same_methods(tmp_path, capsys):
+def test_a_process_that_does_not_write_has_the_same_methods(capsys):
+    """Those of training are called in test_processes.py, too."""
     with run_logger(None) as record:
-        for _ in range(3):
-            record.advance()
-        record.start_clock(1)
         assert math.isnan(record.speed(10))
-        record.values(10, {"loss/total": 1.0})
         record.samples(1, torch.zeros(2, 3, 8, 8))
         record.gif(1, torch.zeros(2, 3, 3, 8, 8), 10)
-        record.curves()
         record.checkpoint(pytest.fail, "last.pt", {})
         record.recovery(10, 5, "new randomness")
-        record.evaluated(10, 1.0, {"accuracy/test": 0.5})
-        record.end(10, 0)
         with pytest.raises(AttributeError):
             record.value(10, {})
-    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow
@@ -209,11 +200,8 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     n_steps = 30 * (KILLS + 1)
     options = [*TINY, *settings, *dumps, "--max_steps", str(n_steps)]
     monkeypatch.setattr(divergence, "STATE_EVERY", 10)
-    frequent = (
-        "import sys, main, divergence, trainer; divergence.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
-        "sys.exit(main.main(sys.argv[1:]))"
-    )
-    program = [sys.executable, "-c", frequent]
+    frequent = "import sys, main, divergence, trainer; divergence.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
+    program = [sys.executable, "-c", frequent + "sys.exit(main.main(sys.argv[1:]))"]
     status, whole = start(tmp_path / "whole", *options)
     assert status == 0 and (state(whole)["recovery"]["recoveries"] > 0) == (settings is HARSH)
 
@@ -224,14 +212,10 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
         with suppress(FileNotFoundError):  # renamed between the look and the stat
             return max((path.stat().st_mtime_ns for path in killed.glob("*/ckpt/last.pt")), default=0)
 
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": Path(main.__file__).parent}
     while True:
         before = newest_save()
-        process = subprocess.Popen(
-            [*program, *options, "--logdir", str(killed), "--resume", "auto"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd=Path(main.__file__).parent,
-        )
+        process = subprocess.Popen([*program, *options, "--logdir", str(killed), "--resume", "auto"], **pipes)
         if kills < KILLS:
             while process.poll() is None and newest_save() in (before, None):  # until it has imported torch and trains
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Terminals that break, signals at any moment, options with typing errors: real processes."""
+"""Terminals that break, signals at any moment: real processes."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from small_runs import new_run, refused, state
+from test_data import write_pngs
 
 import main
-from checkpoints.files import load_checkpoint
 
 HERE = Path(main.__file__).parent
 TINY = (
@@ -30,7 +30,7 @@ def command(logdir, *options):
 
 def finished(logdir):
     (run,) = logdir.iterdir()
-    return load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == 5
+    return state(run)["step"] == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="redirects to /dev/full")
@@ -116,9 +116,8 @@ TENTH_STEP = "steps will take about"
 class TestSignals:
     def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, begin, tmp_path):
         """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""
-        process = begin(
-            [sys.executable, "-c", SLOW, *command(tmp_path / "runs", "--max_steps", "100000")[2:]], TENTH_STEP
-        )
+        _, _, *options = command(tmp_path / "runs", "--max_steps", "100000")
+        process = begin([sys.executable, "-c", SLOW, *options], TENTH_STEP)
         process.send_signal(signal.SIGINT)
         wait_for(process, "writing")
         time.sleep(0.2)
@@ -129,7 +128,7 @@ class TestSignals:
         assert "Traceback" not in err and "terminate" not in err
         (run,) = (tmp_path / "runs").iterdir()
         assert not list(run.rglob("*.tmp"))
-        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] == 0
+        assert state(run)["step"] == 0
         assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
 
     @pytest.mark.parametrize("name, status", [("SIGHUP", 129), ("SIGTERM", 143)])
@@ -138,8 +137,7 @@ class TestSignals:
         process.send_signal(getattr(signal, name))
         process.communicate(timeout=60)
         (run,) = (tmp_path / "runs").iterdir()
-        assert process.returncode == status
-        assert load_checkpoint(run / "ckpt" / "last.pt")["state"]["step"] >= 10
+        assert process.returncode == status and state(run)["step"] >= 10
 
     def test_sighup_stays_ignored_under_nohup(self, begin, tmp_path):
         process = begin(["nohup", *command(tmp_path / "runs", "--max_steps", "100000")], TENTH_STEP)
@@ -169,24 +167,12 @@ class TestSignals:
         assert status == [0] and finished(tmp_path / "runs")
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path):
-        assert main.main([*TINY, "--logdir", str(tmp_path)]) == 0
-        (run,) = tmp_path.iterdir()
+        run = new_run(TINY, tmp_path)
         (run / "ckpt" / "last.pt.tmp").write_bytes(b"half")
         (run / "eval").mkdir()
         (run / "eval" / "report.html.tmp").write_bytes(b"of a measurement that goes on")
         assert main.main(["--resume", str(run), "--max_steps", "6"]) == 0
         assert [path.name for path in run.rglob("*.tmp")] == ["report.html.tmp"]
-
-
-@pytest.mark.parametrize(
-    "typed, meant",
-    [("--batch-size", "--batch_size"), ("--sgld_stpe", "--sgld_step"), ("-Lr", "--lr"), ("--xyzzy", None)],
-)
-def test_did_you_mean(typed, meant, capsys):
-    assert main.main([typed, "3"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"there is no option {typed}" in err
-    assert (f"did you mean {meant}?" in err) if meant else ("did you mean" not in err)
 
 
 class TestPaths:
@@ -198,29 +184,23 @@ class TestPaths:
         (run,) = (tmp_path / "runs").iterdir()
         options = json.loads((run / "config.json").read_text())["options"]
         assert options["data_dir"] == str(tmp_path / "pictures") and options["logdir"] == str(tmp_path / "runs")
-        tail = Path("~/runs") / run.name
-        assert main.main([*TINY, "--logdir", "other", "--load_ckpt", str(tail)]) == 0
-        assert main.main(["--resume", str(tail), "--max_steps", "6"]) == 0
-        sampling = ["--mode", "sample", "--gpu", "cpu", "--load_ckpt", str(tail), "--n_sample_steps", "1"]
-        assert main.main([*sampling, "--logdir", "~/samples"]) == 0
+        tail = f"~/runs/{run.name}"
+        assert main.main([*TINY, "--logdir", "other", "--load_ckpt", tail]) == 0
+        assert main.main(["--resume", tail, "--max_steps", "6"]) == 0
+        sampling = "--mode sample --gpu cpu --n_sample_steps 1 --logdir ~/samples --load_ckpt"
+        assert main.main([*sampling.split(), tail]) == 0
         assert not (tmp_path / "~").exists() and len(list((tmp_path / "samples").iterdir())) == 1
-        assert main.main([*TINY, "--logdir", "~nobody_of_this_name/runs"]) == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: --logdir ~nobody_of_this_name/runs")
-        assert main.main([*TINY, "--logdir", "gs://bucket/runs"]) == 2
-        assert "error: --logdir gs://bucket/runs is not on this machine" in capsys.readouterr().err
-        assert not (tmp_path / "gs:").exists()
+        err = refused(capsys, *TINY, "--logdir", "~nobody_of_this_name/runs")
+        assert err.startswith("error: --logdir ~nobody_of_this_name/runs")
+        err = refused(capsys, *TINY, "--logdir", "gs://bucket/runs")
+        assert "error: --logdir gs://bucket/runs is not on this machine" in err and not (tmp_path / "gs:").exists()
 
     def test_an_error_says_that_a_path_comes_from_the_checkpoint(self, tmp_path, monkeypatch, capsys):
-        for i in range(40):
-            path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8), 6 * i).save(path)
+        write_pngs(tmp_path / "pictures", "a", "b", n=20)
         monkeypatch.chdir(tmp_path)
-        folder = ["--dataset", "folder", "--data_dir", "pictures"]
-        assert main.main([*TINY, *folder, "--logdir", "runs", "--n_valid", "4"]) == 0
-        (run,) = (tmp_path / "runs").iterdir()
+        run = new_run(TINY, tmp_path / "runs", *"--dataset folder --data_dir pictures --n_valid 4".split())
         (tmp_path / "pictures").rename(tmp_path / "moved")
-        for arguments in (["--resume", str(run), "--max_steps", "9"], ["--mode", "test", "--load_ckpt", str(run)]):
-            assert main.main([*arguments, "--gpu", "cpu"]) == 2
-            assert "No such file or directory (a checkpoint's own, where none is given)" in capsys.readouterr().err
-        assert main.main(["--resume", str(run), "--max_steps", "9", "--data_dir", str(tmp_path / "moved")]) == 0
+        more = ["--resume", str(run), "--max_steps", "9"]
+        for arguments in (more, ["--mode", "test", "--load_ckpt", run, "--gpu", "cpu"]):
+            assert "No such file or directory (a checkpoint's own, where none is given)" in refused(capsys, *arguments)
+        assert main.main([*more, "--data_dir", str(tmp_path / "moved")]) == 0
