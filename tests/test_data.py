@@ -381,7 +381,7 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
         Image.open(file).convert("L").save(file)
     images = ["--dataset", "folder", "--data_dir", str(tmp_path / "own"), "--buffer_size", "100", "--n_valid", "0"]
     _, run = start(tmp_path, *images, "--batch_size", "20", "--max_steps", "1")
-    test = ["--mode", "test", "--gpu", "cpu", "--no_log", "--load_ckpt", str(run), "--eval", "classification"]
+    test = ["--mode", "test", "--gpu", "cpu", "--load_ckpt", str(run), "--eval", "classification"]
     assert main.main([*test, "--eval", "classification,quality", "--data_dir", str(tmp_path / "other")]) == 0
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report

@@ -246,7 +246,7 @@ def run(tmp_path_factory):
     return next(logdir.iterdir())
 
 
-SHORT = "--mode test --gpu cpu --max_images 20 --n_sample_steps 1 --no_log".split()
+SHORT = "--mode test --gpu cpu --max_images 20 --n_sample_steps 1".split()
 
 
 def new_report(run, *command, logdir=None):
@@ -370,7 +370,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     renamed = {**content["data"], "class_names": list("abcdefghij")}
     (tmp_path / "run").mkdir()
     torch.save({**content, "data": renamed}, tmp_path / "run" / "letters.pt")
-    command = [*SHORT[:-1], "--logdir", str(tmp_path / "runs"), "--eval", "classification", "--load_ckpt"]
+    command = [*SHORT, "--logdir", str(tmp_path / "runs"), "--eval", "classification", "--load_ckpt"]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
     error = refused(capsys, *command, str(run), "--feature_ckpt", str(tmp_path / "run" / "letters.pt"))
@@ -549,7 +549,7 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     options = "--dataset folder --batch_size 16 --buffer_size 32 --max_steps 2 --n_valid 8 --data_dir".split()
     status, trained = start(tmp_path, *options, str(data_dir))
     assert status == 0
-    command = [*SHORT[:-1], "--load_ckpt", str(trained), "--ood_datasets", folder]
+    command = [*SHORT, "--load_ckpt", str(trained), "--ood_datasets", folder]
     assert main([*command, "--eval", "classification,ood"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)

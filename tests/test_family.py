@@ -224,7 +224,7 @@ def test_few_labels():
 def test_an_unconditional_model_reports_no_classes(tmp_path, capsys):
     run = start(tmp_path, "--p_y_x_weight", "0")
     assert not any("accuracy/test" in line for line in read_log(run / "metrics.jsonl"))
-    options = "--mode test --gpu cpu --eval classification,ood --ood_datasets noise --max_images 30 --no_log".split()
+    options = "--mode test --gpu cpu --eval classification,ood --ood_datasets noise --max_images 30".split()
     assert main.main([*options, "--load_ckpt", str(run)]) == 0
     report = (run / "eval" / "report.md").read_text()
     assert "the model was trained without labels" in report and "AUROC" in report
@@ -303,7 +303,7 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
         trainer.SGLD, "__call__", lambda self, x, steps, *a: (made.append(steps), original(self, x, steps, *a))[1]
     )
     for told_apart in (0.7, 0.5, 0.9, 0.9, 0.9):
-        run.meter.reset()
+        run.meter.__init__()
         run.training_step()
         run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
         seen.append(run.measurements()["sgld/steps"])

@@ -55,7 +55,7 @@ def test_numbers_and_images_are_those_of_the_command_line(run_dir, tmp_path):
     np.testing.assert_array_equal(run.sample(7, steps=4, seed=5), drawn["x"].clip(-1, 1))
     assert (run.chains(3, 8, steps=1).labels == 8).all()
     test = DIGITS.test
-    assert main.main([*"--mode test --eval classification --gpu cpu --no_log --load_ckpt".split(), str(run_dir)]) == 0
+    assert main.main([*"--mode test --eval classification --gpu cpu --load_ckpt".split(), str(run_dir)]) == 0
     results = json.loads((run_dir / "eval" / "results.json").read_text())["classification"]["results"]
     right = (run.logits(test.images).argmax(1) == test.labels).float().mean().item()
     assert json.dumps(results).count(f"{right:.6f}"[:7])

@@ -186,7 +186,7 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
 TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
 TINY += " --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1 --no_log"
 TINY = TINY.split()  # 13 steps an epoch
-TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu --no_log".split()
+TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu".split()
 
 
 def measured(run, *options, features=None):

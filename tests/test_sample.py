@@ -101,7 +101,7 @@ def test_the_images_are_those_that_quality_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "sample_sets", lambda *inputs: measured.update(sample_sets(*inputs)) or dict(measured))
     options = "--n_sample_steps 3 --seed 5".split()
     test = ["--mode", "test", "--eval", "quality", "--load_ckpt", str(run), "--gpu", "cpu", "--precision", "fp32"]
-    assert main.main([*test, *options, "--n_samples", "90", "--no_log"]) == 0
+    assert main.main([*test, *options, "--n_samples", "90"]) == 0
     for name, asked in {"fresh": [], "fresh, class-conditional": ["--class_cond"]}.items():
         for n in (90, 30):  # the first ones are the same, however many there are
             _, content = sample(run, tmp_path / "samples", *options, *asked, "--n_samples", str(n))

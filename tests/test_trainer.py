@@ -67,8 +67,7 @@ def trained_losses(run, steps):
     losses = []
     for run.step in range(1, steps + 1):
         run.training_step()
-        losses.append(run.meter.sums["loss/total"].item())
-        run.meter.reset()
+        losses.append(run.meter.read()["loss/total"])
     return losses
 
 
