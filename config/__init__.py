@@ -71,7 +71,7 @@ class Config(Options):
 
     @property
     def chosen_attacks(self) -> list[str]:
-        """The names in ``--attacks``, which is None in older checkpoints."""
+        """The names in ``--attacks``."""
         return self._names("attacks", ATTACKS)
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:

@@ -26,9 +26,9 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
     if cfg.mode == "test":
-        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
-        if chosen and "robustness" not in cfg.metrics:
+        if "robustness" not in cfg.metrics and cfg.attacks is not None:
             yield "--attacks is for --mode test with robustness in --eval"
+        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
         if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:

@@ -187,7 +187,7 @@ class Options:
         "blurred, inverted, which need no files; auto: these and digits, with cifar10 also svhn and cifar100",
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
-    attacks: str = test("all", "of --eval robustness, separated by commas: " + ", ".join(ATTACKS))
+    attacks: str | None = test(None, "of --eval robustness, with commas (default: all): " + ", ".join(ATTACKS))
     attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
     one_epsilon: bool = test(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
     refine_steps: int = test(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
