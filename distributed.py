@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
-from torch.distributed.nn.functional import all_reduce  # differentiable
 from tqdm import tqdm
 
 from utils import UserError, tree_to
@@ -114,9 +113,21 @@ def lost_connection(error: Exception) -> bool:
     return is_distributed() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
+class AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return AllReduceSum.forward(ctx, gradient)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, on the device. Its gradient is that of the sum of all processes' losses."""
-    return all_reduce(x) if is_distributed() else x
+    return AllReduceSum.apply(x) if is_distributed() else x
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:

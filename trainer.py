@@ -25,7 +25,7 @@ from config import Config
 from config.checks import check_sizes
 from distributed import World
 from divergence import Recovery
-from evaluation.training_fid import SampleQuality
+from evaluation.fid import SampleQuality
 from logger.meter import Meter
 from logger.progress import announce, check_memory, compiled
 from logger.run_dir import RunDir, read_config

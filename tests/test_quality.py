@@ -14,7 +14,7 @@ import trainer
 from checkpoints.resume import continued
 from config import Config
 from data import load, to_float
-from evaluation import fid, quality, training_fid
+from evaluation import fid, quality
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from logger.images import to_uint8
@@ -259,7 +259,7 @@ def test_a_model_without_labels_leaves_out_what_needs_classes(tmp_path, capsys):
 def test_quality_while_training(tmp_path, monkeypatch):
     """The distances are those of a slow computation, the best step's weights are kept, training is as without."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
-    monkeypatch.setattr(training_fid, "N_REFERENCE", 500)
+    monkeypatch.setattr(fid, "N_REFERENCE", 500)
 
     features = new_run(TINY, tmp_path / "features", "--mode", "baseline_train", "--max_steps", "2")
     measured = ["--quality_every", "2", "--n_samples", "150", "--n_sample_steps", "3", "--feature_ckpt", str(features)]
