@@ -43,8 +43,7 @@ TRAIN = {  # name: the options that train it
     "cifar10_gpu": "--recipe sada-jem --schedule cosine --warmup_steps 200 --max_steps 3510 --ema 0.999 --eval_every 2",
     "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
     "--mean_energy_form means --buffer_size 5000",
-    "cifar10_cpu_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 "
-    "--max_steps 560",
+    "cifar10_cpu_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",

@@ -45,7 +45,8 @@ def options_of(run):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains(recipe, tmp_path, capsys):
     grey = ["--backbone", "jem", "--p_x_batch_size", "20"] if recipe == "dat" else []
-    run = start(tmp_path, "--recipe", recipe, *grey)
+    first = start(tmp_path / "first", "--norm", "batch", "--max_steps", "1") if recipe == "oe-jem" else None
+    run = start(tmp_path / "run", "--recipe", recipe, *grey, *(["--load_ckpt", str(first)] if first else []))
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert ["without --start_dir" in note for note in notes] == [True] * (recipe == "dat")
     (line,) = [line for line in read_log(run / "metrics.jsonl") if line["step"] == 12]

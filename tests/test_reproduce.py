@@ -18,7 +18,7 @@ def options(name, *further):
 
 @pytest.mark.parametrize("name", reproduce.TRAIN)
 def test_every_run_has_valid_options(name):
-    cfg = Config(**options(name, "--seed", "7"))
+    cfg = Config(**options(name, "--seed", "7", "--load_ckpt", "first"))
     assert (cfg.note, cfg.seed, Path(cfg.logdir).name) == (name, 7, "there")
     assert (cfg.mode == "baseline_train") == name.endswith("_baseline")
 
