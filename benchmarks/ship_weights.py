@@ -62,7 +62,9 @@ def small(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def shipped_options(options: dict, named: str) -> dict:
     """A run's options without the paths of the machine that it ran on, for the data set ``named``."""
     paths = {f.name: f.default for f in fields(Config) if f.metadata["is_path"]}
-    return options | paths | {"note": "", "dataset": named}
+    first_phase = Path(options["load_ckpt"]).name  # the name alone: frozen statistics need one
+    known = {f.name: options[f.name] for f in fields(Config) if f.name in options}  # by this version
+    return known | paths | {"load_ckpt": first_phase, "note": "", "dataset": named}
 
 
 def main() -> None:
