@@ -50,8 +50,8 @@ RECIPES = {
     ),
     "oe-jem": Recipe(
         "this program's own; outlier exposure: Liu et al., NeurIPS 2020, arXiv 2010.03759",
-        "a short second phase after m-jem or sada-jem, with --load_ckpt: batch normalisation stays as it is, and noise, "
-        "shapes and mixed images fall below images in log p(x)",
+        "a short second phase after m-jem or sada-jem, with --load_ckpt: batch normalisation stays as it is, and log "
+        "p(x) of noise, shapes and mixed images falls below that of images",
         dict(CHAINS | CLEAN, optimizer="sgd", lr=0.003, weight_decay=5e-4, warmup_steps=50, ema=0.995, grad_clip=5.0)
         | {"schedule": "step", "decay_epochs": "1", "decay_rate": 0.3, "epochs": 2, "norm_statistics": "frozen"}
         | {"sgld_step": 5, "start": "class_gaussian", "reinit_freq": 0.1, "p_x_batch_size": 32, "mean_energy_l2": 0.1}

@@ -115,7 +115,7 @@ def test_what_a_recipe_switches_on_can_be_switched_off():
 @pytest.mark.parametrize(
     "options",
     [
-        "--recipe sada-jem --dropout_rate 0.1 --ema 0.9",
+        "--recipe sada-jem --dropout_rate 0.1 --ema 0.9 --augment auto",
         "--recipe m-jem --class_cond --p_x_y_weight 0.5 --reinit_freq 0.5 --labels_per_class 9",
         "--norm batch --norm_statistics running --start mixed,shapes --reinit_freq 0.5 --outlier_weight 1 --lr 1e-3",
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from logger.images import CAPTION_HEIGHT, NAME_WIDTH, captioned, image_grid, plot_curves, save_gif, save_png
+from logger.images import CAPTION_HEIGHT, NAME_WIDTH, captioned, image_grid, plot_curves, save_gif
 from utils import printable
 
 RNG = np.random.default_rng(0)
@@ -20,13 +20,6 @@ def frames(path):
     return np.stack([pixels for pixels, _ in shown]), [duration for _, duration in shown]
 
 
-def test_a_png_keeps_every_pixel(tmp_path):
-    picture = RNG.integers(256, size=(20, 30, 3), dtype=np.uint8)
-    content = save_png(tmp_path / "a.png", picture)
-    assert (tmp_path / "a.png").read_bytes() == content
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
-
-
 def test_a_film_of_grey_images_keeps_every_pixel(tmp_path):
     images = torch.from_numpy(RNG.integers(256, size=(5, 16, 1, 8, 8), dtype=np.uint8))
     pictures = [image_grid(batch, 4) for batch in images]
@@ -37,15 +30,6 @@ def test_a_film_of_grey_images_keeps_every_pixel(tmp_path):
     assert durations == [1000, 100, 100, 100, 1000]
     strip = film[:, -CAPTION_HEIGHT:]
     assert strip.max() == 255 and strip.min() < 64 and (strip[0] != strip[1]).any()
-
-
-def test_a_film_of_colours_stays_near_them(tmp_path):
-    smooth = RNG.integers(256, size=(3, 16, 3, 2, 2), dtype=np.uint8).repeat(4, 3).repeat(4, 4)
-    images = torch.from_numpy((smooth + RNG.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8))
-    pictures = [image_grid(batch, 4) for batch in images]
-    save_gif(tmp_path / "a.gif", pictures, ["a", "b", "c"])
-    film, _ = frames(tmp_path / "a.gif")
-    assert np.abs(film[:, :-CAPTION_HEIGHT] - np.stack(pictures).astype(int)).mean() < 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 12])
@@ -90,16 +74,7 @@ def test_curves_are_drawn_without_a_global_backend(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["missing", "full disk"])
-def test_curves_that_cannot_be_drawn_are_one_warning(damage, tmp_path, monkeypatch, capsys):
-    if damage != "missing":
-        (tmp_path / "metrics.jsonl").write_text(LINES)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    if damage == "full disk":
-        monkeypatch.setattr("logger.images.replace_file", full)
-    plot_curves(tmp_path)
+def test_curves_that_cannot_be_drawn_are_one_warning(tmp_path, capsys):
+    plot_curves(tmp_path)  # without a log
     err = capsys.readouterr().err
     assert err.startswith(f"Warning: the curves in {tmp_path} could not be drawn: ") and err.count("\n") == 1

@@ -64,11 +64,3 @@ def test_training_and_sampling_need_no_evaluation_package_and_no_pyplot(tmp_path
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.splitlines()[-1].split()) & {"matplotlib.pyplot", "pytest", "hypothesis"}
-
-
-def test_each_package_is_listed_once():
-    train, test, dev = (listed(f"requirements{part}.txt") for part in ("", "-eval", "-dev"))
-    assert {"torch", "torchvision", "pillow", "opencv-python-headless", "imageio", "tensorboard"} <= train
-    assert {"torchmetrics", "torch-fidelity", "pyautoattack"} == test
-    assert {"pytest", "ruff"} <= dev and not train & test and not (train | test) & dev
-    assert (ROOT / "requirements-dev.txt").read_text().count("-r requirements") == 2

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from small_runs import seeded as generator
 
 import chain_init
 import data
 from chain_init import GaussianInit, build_chain_init, fit
 from config import Config
 from utils import UserError
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def grey_images(n, side=4, seed=0):
