@@ -39,9 +39,9 @@ RECIPES = {
         dict(SGD | EPOCHS, backbone="robust", activation="relu", depth=34, norm="batch", norm_statistics="running")
         | {"batch_size": 128, "p_x_batch_size": 128, "augment": "auto", "sigma": 0.0, "class_cond": True}
         | {"sgld_normalize": True, "sgld_lr": 0.2, "sgld_std": 0.0, "sgld_clamp": True, "reinit_freq": 1.0}
-        | {"sgld_step": 0, "sgld_step_max": 50, "sgld_step_auroc": 0.8, "start": "patches", "generative": "logistic"}
+        | {"sgld_step": 0, "sgld_step_max": 50, "sgld_step_auroc": 0.8, "start": "class_gaussian"}
         | {"adversarial_eps": 0.5, "adversarial_norm": "L2", "adversarial_steps": 10, "adversarial_step_size": 0.1}
-        | {"ema": 0.999},
+        | {"generative": "logistic", "ema": 0.999},
     ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
