@@ -117,8 +117,8 @@ def device_name(device: torch.device) -> str:
 class Signals:
     """Inside, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are noted instead of obeyed; a second Ctrl-C stops at once.
 
-    ``status``: the exit status that a signal has asked for, 0 for none (SIGUSR1 asks for a checkpoint only). What was
-    ignored before, as SIGHUP under nohup, stays ignored, except SIGUSR1.
+    ``status``: the exit status that a signal has asked for, 0 for none (SIGUSR1 asks for a checkpoint only). SIGHUP
+    stays ignored under nohup; SIGINT does not, which a script's background jobs ignore at first.
     """
 
     def __enter__(self):
@@ -126,7 +126,7 @@ class Signals:
         in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if in_main_thread else ():
             number = getattr(signal, name, None)  # Windows lacks the last two
-            if number and (name == "SIGUSR1" or signal.getsignal(number) != signal.SIG_IGN):
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self._note)
         return self
 

@@ -84,15 +84,15 @@ terminal.leave(main.main(sys.argv[1:]))
 def begin():
     """Start a command in a process group of its own, which is killed at the end of the test, whatever happens.
 
-    It obeys SIGHUP also where the tests run under nohup.
+    SIGHUP is obeyed at first, also under nohup; SIGINT is ignored, as it is by a script's background jobs.
     """
     started = []
 
     def begin(command, until=None):
         """The process, if ``until`` is given once it has printed that."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        obey = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-        process = subprocess.Popen(command, **pipes, cwd=HERE, start_new_session=True, preexec_fn=obey)
+        first = partial(map, signal.signal, (signal.SIGHUP, signal.SIGINT), (signal.SIG_DFL, signal.SIG_IGN))
+        process = subprocess.Popen(command, **pipes, cwd=HERE, start_new_session=True, preexec_fn=lambda: [*first()])
         started.append(process)
         wait_for(process, until)
         return process
