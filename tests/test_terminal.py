@@ -157,7 +157,7 @@ class TestSignals:
             time.sleep(0.05)
         assert process.returncode == 0, process.stderr.read()
 
-    def test_in_a_thread_that_is_not_the_main_one(self, tmp_path):
+    def test_in_a_thread_that_is_not_the_main_one(self, tmp_path, monkeypatch, capsys):
         """As in a notebook: there Python has no signals."""
         status = []
         arguments = [*TINY, "--logdir", str(tmp_path / "runs")]
@@ -165,6 +165,8 @@ class TestSignals:
         thread.start()
         thread.join()
         assert status == [0] and finished(tmp_path / "runs")
+        monkeypatch.setattr(threading, "main_thread", lambda: thread)  # which has ended
+        assert "let it join() the thread" in refused(capsys, *arguments)
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path):
         run = new_run(TINY, tmp_path)
