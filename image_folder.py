@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from utils import UserError, printable
 
-CACHE_FORMAT = 4  # raise it whenever the same files would decode to other pixels
+CACHE_FORMAT = 5  # raise it whenever the same files would decode to other pixels
 UNUSABLE_LIST = "unusable_images.txt"  # written beside the images
 SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; hidden files are left out, too
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
@@ -216,8 +216,11 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
         pixel_data = source.tell()
         image.load()
         source.seek(pixel_data)
-        if image.format == "JPEG" and b"\xff\xd9" not in source.read():  # libjpeg would take zeros for pixels
+        encoded = source.read() if image.format == "JPEG" else b"\xff\xd9"
+        if b"\xff\xd9" not in encoded:  # libjpeg would take zeros for pixels
             raise UserError("is damaged (its end is missing): replace or remove it")
+        if bytes(64) in encoded:  # a flat image may have them, too
+            done += ("hold 64 zero bytes in a row, as JPEGs that lost a part do: look at them",)
     if turned:
         done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded
