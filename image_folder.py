@@ -216,11 +216,12 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
         pixel_data = source.tell()
         image.load()
         source.seek(pixel_data)
-        encoded = source.read() if image.format == "JPEG" else b"\xff\xd9"
-        if b"\xff\xd9" not in encoded:  # libjpeg would take zeros for pixels
-            raise UserError("is damaged (its end is missing): replace or remove it")
-        if bytes(64) in encoded:  # a flat image may have them, too
-            done += ("hold 64 zero bytes in a row, as JPEGs that lost a part do: look at them",)
+        if image.format == "JPEG":
+            encoded = source.read()
+            if b"\xff\xd9" not in encoded:  # libjpeg would take zeros for pixels
+                raise UserError("is damaged (its end is missing): replace or remove it")
+            if bytes(64) in encoded:  # a flat image may have them, too
+                done += ("hold 64 zero bytes in a row, as JPEGs that lost a part do: look at them",)
     if turned:
         done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded

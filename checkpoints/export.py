@@ -19,7 +19,6 @@ from utils import UserError, printable
 
 FRESH = 1000  # images of a replay buffer, where the checkpoint has none
 
-
 # What each program of --export_for is called, and the values that options of its network can have.
 FAMILY = {
     "backbone": ("jem",),

@@ -30,8 +30,6 @@ SMALL = (
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 2 --max_steps 12 "
     "--warmup_steps 2 --precision fp32 --sample_every 100 --no_log"
 ).split()
-
-
 start = partial(new_run, SMALL)
 
 

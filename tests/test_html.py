@@ -205,8 +205,6 @@ def test_a_report_read_back_is_the_report(evaluated):
 NUMBER = {"value": "one", "interval": None, "n": 2, "protocol": "p"}
 SECTION = {"results": {"a": NUMBER}, "notes": [], "absent": {}, "pictures": {}}
 WRONG_NUMBER = {"about": {}, "options": {}, "environment": {}, "classification": SECTION}
-
-
 BROKEN = {"torn": "{", "deep": "[" * 100_000, "list": "[]", "number": json.dumps(WRONG_NUMBER)}
 
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,11 +87,14 @@ def begin():
     """
     started = []
 
+    def first_signals():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def begin(command, until=None):
         """The process, if ``until`` is given once it has printed that."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        first = partial(map, signal.signal, (signal.SIGHUP, signal.SIGINT), (signal.SIG_DFL, signal.SIG_IGN))
-        process = subprocess.Popen(command, **pipes, cwd=HERE, start_new_session=True, preexec_fn=lambda: [*first()])
+        process = subprocess.Popen(command, **pipes, cwd=HERE, start_new_session=True, preexec_fn=first_signals)
         started.append(process)
         wait_for(process, until)
         return process
