@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from utils import UserError, printable
 
-CACHE_FORMAT = 5  # raise it whenever the same files would decode to other pixels
+CACHE_FORMAT = 6  # raise it whenever the same files would decode to other pixels
 UNUSABLE_LIST = "unusable_images.txt"  # written beside the images
 SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; hidden files are left out, too
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
@@ -213,15 +214,10 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
         if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
             raise UserError("has one transparent colour but not 8 bits, which Pillow mixes up: convert it to 8 bits")
         turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-        pixel_data = source.tell()
         image.load()
-        source.seek(pixel_data)
-        if image.format == "JPEG":
-            encoded = source.read()
-            if b"\xff\xd9" not in encoded:  # libjpeg would take zeros for pixels
-                raise UserError("is damaged (its end is missing): replace or remove it")
-            if bytes(64) in encoded:  # a flat image may have them, too
-                done += ("hold 64 zero bytes in a row, as JPEGs that lost a part do: look at them",)
+        if image.format in ("JPEG", "MPO"):
+            source.seek(0)
+            done += _jpeg_damage(source.read(), image.mode)
     if turned:
         done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded
@@ -238,6 +234,18 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
             done += (f"are not square: squeezed to {image_size}x{image_size}, the aspect ratio is not kept",)
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return Decoded(np.asarray(image), done)
+
+
+def _jpeg_damage(encoded: bytes, mode: str) -> tuple[str, ...]:
+    """What libjpeg says about pixels that it had to guess, and Pillow keeps to itself."""
+    try:
+        simplejpeg.decode_jpeg(encoded, {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB"), strict=True)
+    except ValueError as error:
+        if str(error).startswith("Premature end"):
+            raise UserError("is damaged (its end is missing): replace or remove it") from error
+        if str(error).startswith(("Corrupt", "Inconsistent")):  # not: a kind of JPEG that only Pillow reads
+            return ("are damaged JPEGs, some of whose pixels are guesses: look at them",)
+    return ()
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -280,7 +288,7 @@ def _read_files(root: Path, files: list[str], image_size: int | None) -> tuple[T
 
 def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[str, Any]:
     """Decode files on all cores: "images", uint8 (N, C, H, W), "kept", which of the files they are, "notes", lines."""
-    pixels, kept, problems, ignored, done = None, [], [], [], Counter()
+    pixels, kept, problems, ignored, done = None, [], [], [], defaultdict(list)
     pool = ThreadPool()
     try:
         # In chunks: a small image is decoded in less time than a thread pool needs to hand out one task.
@@ -301,7 +309,8 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
                         raise UserError(f"{both} differ in size: give --image_size to make all images equal")
                     pixels[len(kept)] = image
                     kept.append(i)
-                    done.update(result.done)
+                    for text in result.done:
+                        done[text].append(files[i])
     finally:
         pool.terminate()
         pool.join()  # a thread that still decodes while Python exits would abort the process
@@ -312,7 +321,7 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     pixels = pixels[: len(kept)]
     if (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1].copy()  # grey
-    notes = [f"{n} of {len(kept)} images {text}" for text, n in sorted(done.items())]
+    notes = [f"{len(of)} of {len(kept)} images {text} ({some(of, 3)})" for text, of in sorted(done.items())]
     if ignored:
         notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
     if pixels.max() < 64:

@@ -25,8 +25,7 @@ class Chain(NamedTuple):
 def uniform_images(n: int, shape: tuple[int, int, int], generator: Generator) -> Tensor:
     """Fresh chain starts: uniform in [-1, 1], float32 (n, C, H, W) in channels_last memory."""
     c, h, w = shape
-    x = torch.rand(n, h, w, c, generator=generator, device=generator.device)
-    return x.mul_(2).sub_(1).permute(0, 3, 1, 2)
+    return torch.rand(n, h, w, c, generator=generator, device=generator.device).mul_(2).sub_(1).permute(0, 3, 1, 2)
 
 
 def normal_like(x: Tensor, generator: Generator) -> Tensor:

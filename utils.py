@@ -110,8 +110,7 @@ def git_commit(folder: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    on_cpu = device.type == "cpu"
-    return f"CPU, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 class Signals:

@@ -56,8 +56,7 @@ SAME_NAMES = ("layer", "instance", "group")  # norms whose weights have the same
 def open_checkpoint(place: str, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint, of this program or another, that a user names; ``given`` as for ``convert``."""
     path, content = find_checkpoint(place)
-    ours = isinstance(content, dict) and "format" in content
-    return path, content if ours else convert(path, content, given)
+    return path, content if isinstance(content, dict) and "format" in content else convert(path, content, given)
 
 
 def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:

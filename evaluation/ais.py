@@ -132,11 +132,6 @@ def sigmoid_schedule(n_temperatures: int) -> list[float]:
     return ((t - t[0]) / (t[-1] - t[0])).tolist()
 
 
-def geometric_schedule(n_temperatures: int, first: float) -> list[float]:
-    """``n_temperatures + 1`` values of beta from 0 to 1, evenly spaced up to ``first`` and in logarithm from there."""
-    return (first * torch.linspace(0, math.log1p(1 / first), n_temperatures + 1, dtype=torch.float64).expm1()).tolist()
-
-
 def tune_step_sizes(path: GeometricPath, n_chains: int, n_knots: int, generator: Generator) -> Tensor:
     """HMC step sizes, (T,), at which about ``ACCEPTED`` of the proposals are accepted, but none above 2.
 

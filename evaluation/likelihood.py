@@ -99,9 +99,10 @@ def sandwich(
 def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int, rng: Generator) -> Curves:
     """Both bounds, of images whose mean log p(x) is given, at every 1/T that chains to exp(HIGHEST log p(x)) pass."""
     dim, n_temperatures = math.prod(inputs.data.shape), max(2, inputs.cfg.ais_temperatures // 2)
-    shares = ais.geometric_schedule(n_temperatures, LOWEST / HIGHEST)
-    b, bits = torch.tensor(shares[1:], dtype=torch.float64), {}
-    for name, run in sandwich(inputs, HIGHEST, shares, 40, rng).items():
+    first, bits = LOWEST / HIGHEST, {}  # beta goes from 0 to 1, evenly up to here, and in logarithm from here on
+    shares = first * torch.linspace(0, math.log1p(1 / first), n_temperatures + 1, dtype=torch.float64).expm1()
+    b = shares[1:]
+    for name, run in sandwich(inputs, HIGHEST, shares.tolist(), 40, rng).items():
         log_z = run.log_z() + (1 - b) * dim * math.log(2)  # the path has base^(1 - b) as a factor, which is constant
         bits[name] = ais.bits_per_dim(b * HIGHEST * mean_log_density - log_z, dim, levels).numpy()
     return Curves((b * HIGHEST).numpy(), bits)

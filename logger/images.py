@@ -38,8 +38,7 @@ def image_grid(images: Tensor, columns: int = 8, tile: int = 64, padding: int = 
     """
     factor = max(1, round(tile / images.shape[-1]))
     large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(large, nrow=columns, padding=padding, pad_value=128)
-    return grid.permute(1, 2, 0).contiguous().numpy()
+    return make_grid(large, nrow=columns, padding=padding, pad_value=128).permute(1, 2, 0).contiguous().numpy()
 
 
 def text_width(text: str) -> int:

@@ -57,8 +57,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.dropout(self.conv1(self.activation(self.bn1(x))))
-        h = self.conv2(self.activation(self.bn2(h)))
-        return h + self.shortcut(x)
+        return self.conv2(self.activation(self.bn2(h))) + self.shortcut(x)
 
 
 class RobustBlock(Block):

@@ -68,8 +68,16 @@ def state(run, name="last.pt"):
 
 def metrics(run):
     """The lines of the log without the speed, which is no two times the same."""
-    lines = read_log(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+    return [{k: v for k, v in x.items() if not k.startswith("speed/")} for x in read_log(run / "metrics.jsonl")]
+
+
+def broken_compiler(function, **_):
+    """In the place of torch.compile: the first call fails."""
+
+    def call(*_):
+        raise OSError("no compiler")
+
+    return call
 
 
 def equal(one, two):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_runs import broken_compiler
 from torch.utils._pytree import tree_flatten
 
 import acceleration
@@ -92,14 +93,7 @@ def test_a_trainer_is_freed_when_nobody_has_it(digits):
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     """An error of the function itself is not hidden."""
-
-    def broken(function, **_):
-        def call(*_):
-            raise OSError("no compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken_compiler)
     plus_one, integer = CompiledOrEager(lambda x: x + 1), CompiledOrEager(int)
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here .OSError."):
         assert plus_one(1) == 2 and not plus_one.works

@@ -38,8 +38,7 @@ DIGITS = data.load("digits", n_valid=50)
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """Batch normalisation, so that a chain depends on its batch, and Gaussians of each class."""
-    options = ["--recipe", "sada-jem", "--max_steps", "30", "--ema", "0.5"]
-    return train(tmp_path_factory.mktemp("sada"), *options)
+    return train(tmp_path_factory.mktemp("sada"), "--recipe", "sada-jem", "--max_steps", "30", "--ema", "0.5")
 
 
 def test_numbers_and_images_are_those_of_the_command_line(run_dir, tmp_path):

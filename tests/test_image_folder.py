@@ -72,8 +72,7 @@ def tiff(pixels, bits=8, photometric=1, sample_format=1, compression=1, width=No
             after += struct.pack("<3H", *value)
         else:
             directory += struct.pack("<HHII", tag, 4, 1, value)
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory
-    return head.ljust(150, b"\0") + content + after
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory).ljust(150, b"\0") + content + after
 
 
 def write_files(root, files):
@@ -390,6 +389,14 @@ def test_formats_that_lose_a_little(kind, tmp_path):
     assert pixels.shape == (8, 12, 3) and abs(pixels.astype(int) - expected).max() <= 12
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_damage_inside_a_jpeg_is_announced_where_its_decoder_notices(mode, options, tmp_path):
+    whole = encode(Image.fromarray(NOISE).convert(mode), "JPEG", **options)
+    damaged = [decode(tmp_path, whole[:-i] + b"other" + whole[5 - i :]) for i in range(100, 1000, 50)]
+    assert sum(bool(found.done or found.problem) for found in damaged) >= 3 and decode(tmp_path, whole).done == ()
+
+
 def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 47)
     assert "cannot be read: Image size (96 pixels) exceeds limit of 94" in decode(tmp_path, encode(RGB)).problem
@@ -411,14 +418,16 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     files |= {"train/dog/turned.webp": encode(NOISE[:12, :8], "WEBP", exif=upright(8))}
     files |= {"train/cat/cat_boxes.txt": b"0 0 9 9", "test/dog/.hidden": b"", "train/dog/notes.db": b"\1\0\xff"}
     files |= {"train/dog/table.csv": b"BMI\n1\n", "test/cat/c.log": b"P1", "train/loose.png": b"", "extra/x.png": b""}
-    files["train/cat/0.jpg"] = files["train/cat/0.jpg"][:-82] + bytes(80) + b"\xff\xd9"
+    files["train/cat/0.jpg"] = files["train/cat/0.jpg"][:-82] + b"any other bytes" * 4 + files["train/cat/0.jpg"][-22:]
     lines = announced(capsys, write_files(tmp_path, files))
     assert lines == [
         f"left out: extra, because {tmp_path} has the folders train, test",
         f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}",
-        "4 of 15 images have transparency: composited on white",
-        "1 of 15 images hold 64 zero bytes in a row, as JPEGs that lost a part do: look at them",
-        "1 of 15 images were turned upright by their EXIF orientation",
+        "1 of 15 images are damaged JPEGs, some of whose pixels are guesses: look at them "
+        f"({tmp_path}/train/cat/0.jpg)",
+        "4 of 15 images have transparency: composited on white "
+        f"({tmp_path}/train/cat/image.png, {tmp_path}/train/dog/image.png, {tmp_path}/test/cat/image.png and 1 more)",
+        f"1 of 15 images were turned upright by their EXIF orientation ({tmp_path}/train/dog/turned.webp)",
         "left out: files that are no images: 4 (e.g. cat_boxes.txt)",
         "2 classes: cat, dog; 13 training, 0 validation and 2 test images",
     ]

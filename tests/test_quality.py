@@ -51,8 +51,7 @@ def tiny_features(images):
 @pytest.fixture
 def images():
     real = torch.randint(256, (300, 3, 4, 4), dtype=torch.uint8, generator=seeded(1))
-    fake = torch.randint(100, 256, (200, 3, 4, 4), dtype=torch.uint8, generator=seeded(2))
-    return real, fake
+    return real, torch.randint(100, 256, (200, 3, 4, 4), dtype=torch.uint8, generator=seeded(2))
 
 
 def closed_form(a: np.ndarray, b: np.ndarray) -> float:

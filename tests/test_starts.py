@@ -14,8 +14,7 @@ from utils import UserError
 def grey_images(n, side=4, seed=0):
     """uint8 (n, 1, side, side) near the middle of the range, so that clamping changes nothing; neighbours agree."""
     rough = torch.randn(n, 1, side, side, generator=generator(seed))
-    smooth = (rough + rough.roll(1, 3) + rough.roll(1, 2)) * 12
-    return (smooth + 120).clamp(0, 255).to(torch.uint8)
+    return ((rough + rough.roll(1, 3) + rough.roll(1, 2)) * 12 + 120).clamp(0, 255).to(torch.uint8)
 
 
 def assert_same_statistics(samples, images, noise=0.01):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import reference_chain
-from small_runs import seeded, trained
+from small_runs import broken_compiler, seeded, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -168,14 +168,7 @@ def test_the_optimizer_of_a_run_written_out(options):
 
 def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
     """Not the form for the compiler, which takes longer and needs more memory when it runs by itself."""
-
-    def broken(function, **_):
-        def call(*args):
-            raise RuntimeError("no compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken_compiler)
     monkeypatch.setattr(torch.func, "grad", None)
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here"):
         chain = sgld.SGLD(lambda x: -x.square().flatten(1).sum(1), compile=True)
