@@ -310,7 +310,7 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
                     pixels[len(kept)] = image
                     kept.append(i)
                     for text in result.done:
-                        done[text].append(files[i])
+                        done[text].append(files[i].removeprefix(f"{root}{os.sep}"))
     finally:
         pool.terminate()
         pool.join()  # a thread that still decodes while Python exits would abort the process

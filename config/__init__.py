@@ -61,8 +61,9 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain from a fresh start; after 200 of a training chain's, samples have settled."""
-        return 200 if self.n_sample_steps is None else self.n_sample_steps
+        """SGLD steps of a sample's chain from a fresh start; the default is about the best length, as measured."""
+        default = max(10 * self.sgld_step, self.sgld_step_max or 0)
+        return default if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:

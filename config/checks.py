@@ -74,8 +74,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread |= {"feature_ckpt", "n_samples", "n_sample_steps"}
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
-    if cfg.mode == "sample" and (not cfg.denoise or cfg.n_sample_steps is not None):
-        unread.add("sgld_step")
+    if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
+        unread |= {"sgld_step", "sgld_step_max"}
     if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise or cfg.from_buffer):
         unread |= {"start", "start_dir"}
     return [name for name in given if name in unread]

@@ -123,7 +123,7 @@ class Options:
     ema: float = optim(0.0, "decay of evaluated, averaged weights, as 0.999; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
-    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0, modes=("energy_train", "sample"))
+    sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0)
     sgld_lr: float = sgld(1.0, "step size: the factor of the gradient of log p(x)", minimum=1e-12)
     sgld_std: float = sgld(0.01, "standard deviation of the noise of one step, [-1, 1] scale", minimum=0)
     sgld_grad_clamp: float | None = sgld(None, "largest gradient in a pixel, else cut (default: no limit)", above=0)
@@ -131,7 +131,7 @@ class Options:
     start: str = sgld("uniform", f"what chains start from, or with shares, as gaussian:0.8,uniform:0.2: {START_HELP}")
     start_dir: str = sgld("", "images for --start folder, which it implies by itself", is_path=True, resumable=True)
     sgld_normalize: bool = sgld(False, "bring each image's gradient to length 1: --sgld_lr is how far a step goes")
-    sgld_step_max: int | None = training_chains(None, "steps to which chains grow (default: they do not)", minimum=1)
+    sgld_step_max: int | None = sgld(None, "steps to which chains grow (default: they do not)", minimum=1)
     sgld_step_auroc: float = training_chains(
         0.7, "mean AUROC (real, sampled) above which chains grow", minimum=0, maximum=1, needs=("sgld_step_max",)
     )
@@ -201,7 +201,7 @@ class Options:
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(None, "steps of a chain (default: 200; --denoise: as in training)", minimum=0)
+    n_sample_steps: int | None = samples(None, "steps of a chain (default: 10 of training's; --denoise: 1)", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",

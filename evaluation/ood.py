@@ -76,8 +76,7 @@ def set_names(cfg: Config) -> list[str]:
     Raises UserError for the first name that means nothing.
     """
     if cfg.ood_datasets == "auto":
-        others = {"cifar10": ["digits", "svhn", "cifar100"], "digits": []}
-        return [*BUILT_IN, *others.get(cfg.dataset, ["digits"])]
+        return [*BUILT_IN, *{"cifar10": ["digits", "svhn", "cifar100"], "digits": []}.get(cfg.dataset, ["digits"])]
     if os.path.isdir(os.path.expanduser(cfg.ood_datasets)):  # its name may hold a comma
         return [cfg.ood_datasets]
     names = [name.strip() for name in cfg.ood_datasets.split(",")]

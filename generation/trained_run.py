@@ -64,8 +64,8 @@ class TrainedRun:
     ) -> ChainResult:
         """n SGLD chains; they start where those of ``--mode sample`` do, and with the same seed are the same.
 
-        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default 200. n_filmed: how
-        many chains are in ``frames`` of the result. Raises UserError if they need training images that are not there.
+        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of ten
+        training chains. n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
         """
         classes = [y] if isinstance(y, int) else range(len(self.class_names)) if y is None else [int(k) for k in y]
         if not all(0 <= k < len(self.class_names) for k in classes):

@@ -423,11 +423,10 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert lines == [
         f"left out: extra, because {tmp_path} has the folders train, test",
         f"left out: images that belong to no class: 1 directly in {tmp_path / 'train'}",
-        "1 of 15 images are damaged JPEGs, some of whose pixels are guesses: look at them "
-        f"({tmp_path}/train/cat/0.jpg)",
+        "1 of 15 images are damaged JPEGs, some of whose pixels are guesses: look at them (train/cat/0.jpg)",
         "4 of 15 images have transparency: composited on white "
-        f"({tmp_path}/train/cat/image.png, {tmp_path}/train/dog/image.png, {tmp_path}/test/cat/image.png and 1 more)",
-        f"1 of 15 images were turned upright by their EXIF orientation ({tmp_path}/train/dog/turned.webp)",
+        "(train/cat/image.png, train/dog/image.png, test/cat/image.png and 1 more)",
+        "1 of 15 images were turned upright by their EXIF orientation (train/dog/turned.webp)",
         "left out: files that are no images: 4 (e.g. cat_boxes.txt)",
         "2 classes: cat, dog; 13 training, 0 validation and 2 test images",
     ]

@@ -337,6 +337,7 @@ def test_a_recipe_from_python_is_the_recipe():
     cfg = Config(recipe="sada-jem", batch_size=64)
     assert (cfg.norm, cfg.optimizer, cfg.sam_rho, cfg.batch_size) == ("batch", "sgd", 2.0, 64)
     assert replace(cfg, norm="none").sam_rho == 2.0 and replace(cfg, optimizer="adam").optimizer == "adam"
+    assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat")] == [200, 50, 50]
     plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3}, "a checkpoint")  # of its options as they are
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
     with pytest.raises(TypeError, match="teapot"):
@@ -347,7 +348,8 @@ def test_a_recipe_from_python_is_the_recipe():
     "given, expected",
     [
         ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood"}, ["lr", "epochs"]),
-        ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["sgld_step", "resume"]),
+        ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),
+        ({"mode": "test", "sgld_step": 3, "sgld_step_max": 7, "n_sample_steps": 2}, ["sgld_step", "sgld_step_max"]),
         ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "start": "uniform"}, ["start"]),
         ({"mode": "baseline_train", "sgld_step": 3, "lr": 1.0, "denoise": 0.1}, ["sgld_step", "denoise"]),
         ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
