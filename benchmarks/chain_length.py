@@ -1,7 +1,9 @@
 """How near fresh samples come to training images after more and more SGLD steps, with and without noise.
 
     python benchmarks/chain_length.py --feature_ckpt runs/<classifier> --out figure.png runs/<run> "other=runs/<run>"
+    python benchmarks/chain_length.py --feature_ckpt ... --out figure.png --against p_x_weight runs/<run> runs/<run> ...
 
+The second draws test accuracy and distances against an option in which the runs differ.
 Fréchet distances in a classifier's features to 10,000 training images, of the same number of fresh chains at each
 length, of images of the replay buffer and of what the chains start from. The data set must be where it was in training,
 or in --data_dir.
@@ -9,7 +11,9 @@ or in --data_dir.
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,7 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     model = frozen_sampler_model(frozen(cfg, path, content, device), dtype, cfg.norm_statistics)
     distance = Distance(args.feature_ckpt, cfg.dataset, images, device)
     start, sgld = build_chain_init(cfg, images), SGLD(model.log_density, **chain_options(cfg))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"options": content["config"], "accuracy": test_accuracy(path.parent.parent)}
     if "buffer" in content["state"]:
         buffer = finite_images(content["state"]["buffer"]["images"])
         order = torch.randperm(len(buffer), generator=Generator().manual_seed(0))[: args.n]
@@ -76,11 +80,43 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     return found
 
 
+def test_accuracy(run: Path) -> float | None:
+    """The last one in a run's log; None if there is none."""
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    return next((line["accuracy/test"] for line in reversed(lines) if "accuracy/test" in line), None)
+
+
+def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Sequence[int] = (25, 50, 100)) -> Figure:
+    """A column for each option, with results of runs that differ in it: accuracy above, distances below."""
+    result = Figure(figsize=(4 * len(columns), 6), layout="constrained")
+    rows = result.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
+    for (above, below), (option, found) in zip(rows.T, columns.items(), strict=True):
+        runs = sorted(found.values(), key=lambda run: run["options"][option])
+        values = [run["options"][option] for run in runs]
+        above.plot(values, [100 * run["accuracy"] for run in runs], "o-", color="black")
+        below.plot(values, [run["buffer"] for run in runs], "s:", label="replay buffer")
+        for n in lengths:
+            distances = [{int(k): v for k, v in run["noise 0"].items()}.get(n, math.nan) for run in runs]
+            below.plot(values, distances, "o-", label=f"fresh chains of {n} steps")
+        below.set(xlabel=f"--{option}", xscale="log", yscale="log")
+        below.set_xticks(values, [f"{value:g}" for value in values])
+        below.minorticks_off()
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+    rows[0, 0].set_ylabel("test accuracy, %")
+    rows[1, 0].set_ylabel("Fréchet distance")
+    rows[1, 0].legend(fontsize=8)
+    return result
+
+
 def figure(found: dict[str, dict[str, Any]]) -> Figure:
     result = Figure(figsize=(7, 4.5), layout="constrained")
     axes = result.subplots()
     for i, (name, of_run) in enumerate(found.items()):
         for line, values in of_run.items():
+            if line in ("options", "accuracy"):
+                continue
             if line == "buffer":
                 axes.axhline(values, color=f"C{i}", linestyle=":", label=f"{name}, replay buffer")
             else:
@@ -99,6 +135,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="a run's directory, or NAME=directory")
     parser.add_argument("--feature_ckpt", required=True)
     parser.add_argument("--out", required=True, help="picture; the numbers are beside it, as .json")
+    parser.add_argument("--against", metavar="OPTION", help="draw accuracy and distances against it")
     parser.add_argument("--data_dir")
     parser.add_argument("--n", type=int, default=1000, help="samples of each length (default: 1000)")
     parser.add_argument("--steps", type=int, default=400, help="longest chain (default: 400)")
@@ -109,7 +146,8 @@ def main() -> None:
     for run in args.runs:
         name, _, place = run.rpartition("=")
         found[name or Path(place).name] = measure(place, args, device)
-    figure(found).savefig(args.out, dpi=110)
+    drawn = figure_against({args.against: found}) if args.against else figure(found)
+    drawn.savefig(args.out, dpi=110)
     Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(json.dumps(found, indent=1))
 

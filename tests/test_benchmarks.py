@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import gpu, throughput, time_to_quality
+from benchmarks import chain_length, gpu, throughput, time_to_quality
 from main import main
 from models import build_model
 
@@ -116,11 +116,8 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu, "call", call)
     monkeypatch.setattr(gpu, "recipe_step", lambda *_: {"seconds": 0.05, "images_per_second": 20.0})
-    for minutes, expected in (
-        ("4", []),
-        ("25", ["-m", *2 * ["benchmarks/throughput.py"], *2 * ["main.py"]]),
-        ("25", []),
-    ):
+    whole = ["-m", *2 * ["benchmarks/throughput.py"], *2 * ["main.py"]]
+    for minutes, expected in (("4", []), ("25", whole), ("25", [])):
         monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--device", "cpu", "--minutes", minutes])
         asked.clear()
         gpu.main()
@@ -132,11 +129,9 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
 
 def test_log_density_and_chain_length(tmp_path):
     """Both read a run; with noise and without, chains have the same starts."""
-    options = (
-        "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 50 --sgld_step 2 --buffer_size 100 --lr 1e-3"
-    )
-    options += f" --max_steps 5 --warmup_steps 1 --logdir {tmp_path} --no_log"
-    assert main([*options.split(), "--p_x_batch_size", "20"]) == 0
+    options = f"--dataset digits --gpu cpu --depth 10 --width 1 --sgld_step 2 --buffer_size 100 --logdir {tmp_path}"
+    options += " --batch_size 50 --lr 1e-3 --max_steps 5 --warmup_steps 1 --p_x_batch_size 20 --no_log"
+    assert main(options.split()) == 0
     (run_directory,) = tmp_path.iterdir()
     for script, further in (
         ("log_density.py", ["--n", 40, "--json", tmp_path / "a.json", run_directory]),
@@ -149,6 +144,10 @@ def test_log_density_and_chain_length(tmp_path):
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found) >= 13 and all(0 <= row["worst"] <= row["auroc"] <= 1 for row in list(found.values())[3:])
     lengths = json.loads((tmp_path / "b.json").read_text())["plain"]
-    assert lengths.keys() == {"buffer", "noise 0", "noise 0.01"} and (tmp_path / "b.png").stat().st_size > 5000
-    assert lengths["noise 0"]["0"] == lengths["noise 0.01"]["0"] > 0
+    assert lengths.keys() == {"options", "accuracy", "buffer", "noise 0", "noise 0.01"}
+    assert lengths["noise 0"]["0"] == lengths["noise 0.01"]["0"] > 0 < (tmp_path / "b.png").stat().st_size
     assert lengths["noise 0"]["5"] != lengths["noise 0.01"]["5"]
+    other = lengths | {"options": {"reinit_freq": 0.5}, "accuracy": 0.2}
+    above, below = chain_length.figure_against({"reinit_freq": {"b": other, "a": lengths}}, [5]).axes
+    assert above.lines[0].get_xydata().tolist() == [[0.05, 100 * lengths["accuracy"]], [0.5, 20.0]]
+    assert [line.get_ydata()[0] for line in below.lines] == [lengths["buffer"], lengths["noise 0"]["5"]]
