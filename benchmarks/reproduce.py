@@ -29,6 +29,7 @@ CIFAR = (
     "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 16 --width 2 --schedule cosine "
     "--warmup_steps 400 --max_steps 8500 --ema 0.999"
 )
+CIFAR_CHAINS = "--start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 --mean_energy_form means"
 CIFAR_JEM = (
     "--gpu cpu --dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 "
     "--ema 0.999"
@@ -41,8 +42,10 @@ TRAIN = {  # name: the options that train it
     "fashion_mnist": f"--mode energy_train {FASHION} --buffer_size 5000",
     "fashion_mnist_baseline": f"--mode baseline_train {FASHION}",
     "cifar10_gpu": "--recipe sada-jem --schedule cosine --warmup_steps 200 --max_steps 3510 --ema 0.999 --eval_every 2",
-    "cifar10_cpu": f"--mode energy_train {CIFAR} --start class_gaussian --p_x_batch_size 32 --mean_energy_l2 0.1 "
-    "--mean_energy_form means --buffer_size 5000",
+    "cifar10_cpu": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --p_x_weight 0.2 --buffer_size 5000",
+    "cifar10_cpu_weight_1": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --buffer_size 5000",
+    "cifar10_cpu_short": "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 10 --width 2 --ema "
+    f"0.99 {CIFAR_CHAINS} --schedule cosine --warmup_steps 100 --max_steps 1700 --buffer_size 5000 --eval_every 3",
     "cifar10_cpu_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
