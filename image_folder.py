@@ -214,10 +214,11 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
         if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
             raise UserError("has one transparent colour but not 8 bits, which Pillow mixes up: convert it to 8 bits")
         turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        pixel_data = source.tell()
         image.load()
         if image.format in ("JPEG", "MPO"):
             source.seek(0)
-            done += _jpeg_damage(source.read(), image.mode)
+            done += _jpeg_damage(source.read(), pixel_data, image.mode)
     if turned:
         done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded
@@ -236,15 +237,15 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
     return Decoded(np.asarray(image), done)
 
 
-def _jpeg_damage(encoded: bytes, mode: str) -> tuple[str, ...]:
-    """What libjpeg says about pixels that it had to guess, and Pillow keeps to itself."""
+def _jpeg_damage(encoded: bytes, pixel_data: int, mode: str) -> tuple[str, ...]:
+    """Whether libjpeg has a warning, which Pillow keeps to itself; ``pixel_data``: where the header may end."""
+    if b"\xff\xd9" not in encoded[pixel_data:]:  # libjpeg would take zeros for pixels
+        raise UserError("is damaged (its end is missing): replace or remove it")
+    encoded = re.sub(rb"JFIF\0..", b"JFIF\0\1\1", encoded, count=1, flags=re.DOTALL)  # a wrong version hides the rest
     try:
         simplejpeg.decode_jpeg(encoded, {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB"), strict=True)
-    except ValueError as error:
-        if str(error).startswith("Premature end"):
-            raise UserError("is damaged (its end is missing): replace or remove it") from error
-        if str(error).startswith(("Corrupt", "Inconsistent")):  # not: a kind of JPEG that only Pillow reads
-            return ("are damaged JPEGs, some of whose pixels are guesses: look at them",)
+    except ValueError:
+        return ("are JPEGs that do not decode cleanly: look at them, pixels may be guesses",)
     return ()
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils  # noqa: E402
 from chain_init import build_chain_init  # noqa: E402
 from checkpoints.load import frozen, load_data, load_feature_model, open_trained  # noqa: E402
+from config import Config  # noqa: E402
 from data import ImageData  # noqa: E402
 from evaluation.fid import ClassifierSpace, feature_statistics, frechet_distance  # noqa: E402
 from logger.images import to_uint8  # noqa: E402
+from logger.metrics_log import read_log  # noqa: E402
 from models import frozen_sampler_model  # noqa: E402
 from sgld import SGLD, chain_options, finite_images  # noqa: E402
 
@@ -62,7 +65,8 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     model = frozen_sampler_model(frozen(cfg, path, content, device), dtype, cfg.norm_statistics)
     distance = Distance(args.feature_ckpt, cfg.dataset, images, device)
     start, sgld = build_chain_init(cfg, images), SGLD(model.log_density, **chain_options(cfg))
-    found: dict[str, Any] = {"options": content["config"], "accuracy": test_accuracy(path.parent.parent)}
+    accuracy = test_accuracy(path.parent.parent, content["state"]["step"])
+    found: dict[str, Any] = {"options": asdict(Config.from_dict(content["config"], str(path))), "accuracy": accuracy}
     if "buffer" in content["state"]:
         buffer = finite_images(content["state"]["buffer"]["images"])
         order = torch.randperm(len(buffer), generator=Generator().manual_seed(0))[: args.n]
@@ -80,11 +84,10 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     return found
 
 
-def test_accuracy(run: Path) -> float | None:
-    """The last one in a run's log; None if there is none."""
-    log = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    return next((line["accuracy/test"] for line in reversed(lines) if "accuracy/test" in line), None)
+def test_accuracy(run: Path, step: int) -> float:
+    """The last one in a run's log up to a step; NaN if there is none."""
+    lines = read_log(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    return next((x["accuracy/test"] for x in reversed(lines) if "accuracy/test" in x and x["step"] <= step), math.nan)
 
 
 def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Sequence[int] = (25, 50, 100)) -> Figure:
@@ -95,7 +98,7 @@ def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Seque
         runs = sorted(found.values(), key=lambda run: run["options"][option])
         values = [run["options"][option] for run in runs]
         above.plot(values, [100 * run["accuracy"] for run in runs], "o-", color="black")
-        below.plot(values, [run["buffer"] for run in runs], "s:", label="replay buffer")
+        below.plot(values, [run.get("buffer", math.nan) for run in runs], "s:", label="replay buffer")
         for n in lengths:
             distances = [{int(k): v for k, v in run["noise 0"].items()}.get(n, math.nan) for run in runs]
             below.plot(values, distances, "o-", label=f"fresh chains of {n} steps")
@@ -135,20 +138,23 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="a run's directory, or NAME=directory")
     parser.add_argument("--feature_ckpt", required=True)
     parser.add_argument("--out", required=True, help="picture; the numbers are beside it, as .json")
-    parser.add_argument("--against", metavar="OPTION", help="draw accuracy and distances against it")
+    numbers = [f.name for f in fields(Config) if f.type in (int, float)]
+    parser.add_argument("--against", choices=numbers, metavar="OPTION", help="draw accuracy and distances against it")
     parser.add_argument("--data_dir")
     parser.add_argument("--n", type=int, default=1000, help="samples of each length (default: 1000)")
     parser.add_argument("--steps", type=int, default=400, help="longest chain (default: 400)")
     args = parser.parse_args()
+    names = [name or Path(place).name for name, _, place in (run.rpartition("=") for run in args.runs)]
+    if len(set(names)) < len(names):
+        parser.error("two runs have the same name: give NAME=directory")
     device = torch.device("cpu")
     utils.set_speed_options(device)
     found = {}
-    for run in args.runs:
-        name, _, place = run.rpartition("=")
-        found[name or Path(place).name] = measure(place, args, device)
+    for name, run in zip(names, args.runs, strict=True):
+        found[name] = measure(run.rpartition("=")[2], args, device)
+    Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     drawn = figure_against({args.against: found}) if args.against else figure(found)
     drawn.savefig(args.out, dpi=110)
-    Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 

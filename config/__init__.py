@@ -61,7 +61,7 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain from a fresh start; the default is about the best length, as measured."""
+        """SGLD steps of a sample's chain; ten training chains are about the best length (docs/results.md)."""
         default = max(10 * self.sgld_step, self.sgld_step_max or 0)
         return default if self.n_sample_steps is None else self.n_sample_steps
 

@@ -33,7 +33,7 @@ def contradictions(cfg) -> Iterator[str]:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
         yield "--inpaint, --denoise and --from_buffer start from different images: give one of them"
-    if cfg.mode == "test" and cfg.n_sample_steps == 0:
+    if cfg.mode == "test" and cfg.fresh_steps == 0:
         yield "--n_sample_steps 0 leaves nothing to measure: give at least 1"
     if cfg.mode == "score" and not cfg.images:
         yield "--mode score needs --images, a picture or a folder of pictures"
@@ -57,7 +57,7 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
     if cfg.samples and cfg.class_cond and not cfg.classifies:
         yield "--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight"
-    if cfg.quality_every and (cfg.n_sample_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
+    if cfg.quality_every and (cfg.fresh_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
         yield f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more"
     if cfg.quality_every and cfg.sync_batch_norm:
         yield "--quality_every draws other samples in each process, which --sync_batch_norm would mix"

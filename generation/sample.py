@@ -40,7 +40,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     trained, state = TrainedRun(Trained(cfg, path, content)), content["state"]
     model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)
     start = start_images(trained, model, rng)
-    training_steps = cfg.sgld_step or cfg.sgld_step_max or 0
+    training_steps = max(cfg.sgld_step, cfg.sgld_step_max or 0)
     steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         "checkpoint": str(path),

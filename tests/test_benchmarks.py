@@ -145,7 +145,7 @@ def test_log_density_and_chain_length(tmp_path):
     assert len(found) >= 13 and all(0 <= row["worst"] <= row["auroc"] <= 1 for row in list(found.values())[3:])
     lengths = json.loads((tmp_path / "b.json").read_text())["plain"]
     assert lengths.keys() == {"options", "accuracy", "buffer", "noise 0", "noise 0.01"}
-    assert lengths["noise 0"]["0"] == lengths["noise 0.01"]["0"] > 0 < (tmp_path / "b.png").stat().st_size
+    assert lengths["noise 0"]["0"] == lengths["noise 0.01"]["0"] > 0 and (tmp_path / "b.png").stat().st_size > 5000
     assert lengths["noise 0"]["5"] != lengths["noise 0.01"]["5"]
     other = lengths | {"options": {"reinit_freq": 0.5}, "accuracy": 0.2}
     above, below = chain_length.figure_against({"reinit_freq": {"b": other, "a": lengths}}, [5]).axes
