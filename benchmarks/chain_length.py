@@ -102,7 +102,8 @@ def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Seque
         for n in lengths:
             distances = [{int(k): v for k, v in run["noise 0"].items()}.get(n, math.nan) for run in runs]
             below.plot(values, distances, "o-", label=f"fresh chains of {n} steps")
-        below.set(xlabel=f"--{option}", xscale="log", yscale="log")
+        below.set(xlabel=f"--{option}", xscale="log")
+        below.set_ylim(bottom=0)
         below.set_xticks(values, [f"{value:g}" for value in values])
         below.minorticks_off()
         for axes in (above, below):
