@@ -35,7 +35,7 @@ RECIPES = {
     "dat": Recipe(
         "DAT, ICLR 2026, arXiv 2510.13872",
         "adversarial images for the classifier; longer and longer chains of log p(x|y), of steps of fixed length, from "
-        "other images; a logistic loss; running statistics",
+        "other images (--start_dir) or a Gaussian of each class; a logistic loss; running statistics",
         dict(SGD | EPOCHS, backbone="robust", activation="relu", depth=34, norm="batch", norm_statistics="running")
         | {"batch_size": 128, "p_x_batch_size": 128, "augment": "auto", "sigma": 0.0, "class_cond": True}
         | {"sgld_normalize": True, "sgld_lr": 0.2, "sgld_std": 0.0, "sgld_clamp": True, "reinit_freq": 1.0}
