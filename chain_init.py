@@ -40,9 +40,9 @@ def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, fl
 
 def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     """A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
-    random_images = {"uniform": uniform_init, "smooth": smooth_noise_init, "shapes": shapes_init}
+    random_images = {"uniform": uniform_images, "smooth": smooth_images, "shapes": shape_images}
     if name in random_images:
-        return partial(random_images[name], images.shape)
+        return lambda classes, rng: random_images[name](len(classes), images.shape, rng)
     if isinstance(images, StoredStarts):
         return GaussianInit(images.gaussians[name], images.shape)
     if name in ("patches", "mixed"):
@@ -64,11 +64,6 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
             raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
         gaussians.append(fit(train.images[train.labels == k], device))
     return GaussianInit(gaussians, images.shape)
-
-
-def uniform_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
-    """Uniform noise in [-1, 1], whatever the class (JEM)."""
-    return uniform_images(len(classes), shape, rng)
 
 
 def mixture_init(inits: Sequence[ChainInit], shares: Sequence[float], classes: Sequence[int], rng: Generator) -> Tensor:
@@ -97,10 +92,9 @@ def smooth_noise(n: int, shape: Shape, rng: Generator, white: float) -> Tensor:
     return x / (x.std((1, 2, 3), keepdim=True) + 1e-6)
 
 
-def smooth_noise_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
+def smooth_images(n: int, shape: Shape, rng: Generator) -> Tensor:
     """Noise of random smoothness, colour and contrast, down to one colour; a third of it is white."""
-    n, c = len(classes), shape[0]
-    draw = partial(torch.rand, generator=rng, device=rng.device)
+    c, draw = shape[0], partial(torch.rand, generator=rng, device=rng.device)
     x = smooth_noise(n, shape, rng, white=1 / 3)
     grey, contrast = draw(n, 1, 1, 1), draw(n, 1, 1, 1).square()  # how far the channels are alike
     x = grey * x.mean(1, keepdim=True) * c**0.5 + (1 - grey) * x
@@ -108,10 +102,9 @@ def smooth_noise_init(shape: Shape, classes: Sequence[int], rng: Generator) -> T
     return (colour + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
-def shapes_init(shape: Shape, classes: Sequence[int], rng: Generator) -> Tensor:
+def shape_images(n: int, shape: Shape, rng: Generator) -> Tensor:
     """Areas and strokes of one colour on another, half of them black and white, with edges of random softness."""
-    n, (c, h, w) = len(classes), shape
-    draw = partial(torch.rand, generator=rng, device=rng.device)
+    (c, h, w), draw = shape, partial(torch.rand, generator=rng, device=rng.device)
     height = smooth_noise(n, (1, h, w), rng, white=0.0)
     areas = height - 1.5 * (2 * draw(n, 1, 1, 1) - 1)  # above a random level
     strokes = 0.3 - height.abs()  # near level 0

@@ -259,6 +259,7 @@ class Trainer:
         if self.one_process_forward.norm_statistics == "running":
             with torch.no_grad(), utils.autocast(self.device, self.dtype):
                 self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
+            average_running_stats(self.model)  # and in all processes
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
@@ -267,12 +268,11 @@ class Trainer:
     def draw_outliers(self) -> Tensor:
         """Images (Q, C, H, W) far from the data, moved to where the model finds them most likely nearby."""
         cfg = self.cfg
-        n = cfg.outlier_batch_size // self.world.size
-        x = self.outlier_init([i % self.n_classes for i in range(n)], self.rng.p_x)
+        x = self.outlier_init([i % self.n_classes for i in range(cfg.outlier_batch_size)], self.rng.p_x)
+        x = x.chunk(self.world.size)[self.world.rank]  # this process's part, as of the real images
         if not cfg.outlier_eps:
             return x
-        radius = 2 * cfg.outlier_eps  # pixels in [-1, 1]
-        x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, radius, "L2", cfg.outlier_steps)
+        x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, 2 * cfg.outlier_eps, "L2", cfg.outlier_steps)
         return x.contiguous(memory_format=torch.channels_last)
 
     def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
@@ -283,8 +283,7 @@ class Trainer:
         loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, batch.y_real)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.world.size > 1:  # before SAM's next pass, where DistributedDataParallel spreads those of rank 0
-            average_running_stats(self.model)
+        average_running_stats(self.model)  # before SAM's next pass, in which processes would get those of rank 0
         parameters = list(self.model.parameters())
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.cfg.grad_clip:
@@ -301,7 +300,7 @@ class Trainer:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
-        if self.ema is not None and self.cfg.norm_statistics != "frozen":
+        if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
             recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)  # before they are used or saved
 
     def state_dict(self) -> dict[str, Any]:
@@ -391,6 +390,7 @@ class Trainer:
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
+        self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
         x = self.start([i % self.n_classes for i in range(16)], rng)
         frames = annealed_chain(self.gif_engine, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)

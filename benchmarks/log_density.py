@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import utils  # noqa: E402
-from chain_init import shapes_init, shuffled_patches, smooth_noise_init  # noqa: E402
+from chain_init import shape_images, shuffled_patches, smooth_images  # noqa: E402
 from checkpoints.load import frozen, load_data, open_trained  # noqa: E402
 from losses import auroc  # noqa: E402
 from models import JEM, log_density  # noqa: E402
@@ -47,8 +47,8 @@ def other_images(test: Tensor, rng: Generator) -> dict[str, Tensor]:
         "blurred": functional.gaussian_blur(x, 9, 2.0),
         "inverted": -x,
         "digits": data.load("digits").test.images[:n],
-        "smooth noise (*)": smooth_noise_init((c, h, w), [0] * n, rng),
-        "shapes (*)": shapes_init((c, h, w), [0] * n, rng),
+        "smooth noise (*)": smooth_images(n, (c, h, w), rng),
+        "shapes (*)": shape_images(n, (c, h, w), rng),
     }
     if Path(FASHION).is_dir():
         sets["Fashion-MNIST"] = data.load("fashion_mnist", FASHION).test.images[:n]

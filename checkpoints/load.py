@@ -40,11 +40,14 @@ def open_trained(given: dict[str, Any]) -> Trained:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
     own |= {"recipe": trained.recipe, "batch_size": trained.n_chains}
+    if "start_dir" in given:
+        del own["start"]  # it implies another one
     own["class_cond"] = False  # as samples are of log p(x) unless it is given
     if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images
         del own["image_size"], own["n_valid"]
         if "folder" in (given["dataset"], trained.dataset):
             del own["data_dir"]
+    given = given | {"p_x_batch_size": None}  # a recipe's would stand above --batch_size
     return Trained(Config(**own | given), path, content)
 
 

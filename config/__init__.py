@@ -61,7 +61,7 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain; ten training chains are about the best length (docs/results.md)."""
+        """SGLD steps of a sample's chain: as many as in ten training chains (why: docs/results.md)."""
         default = max(10 * self.sgld_step, self.sgld_step_max or 0)
         return default if self.n_sample_steps is None else self.n_sample_steps
 
@@ -102,14 +102,15 @@ class Config(Options):
     def _shares(self, name: str) -> dict[str, float]:
         found = {}
         for word in getattr(self, name).split(","):
-            start, colon, share = word.strip().partition(":")
+            start, colon, text = word.strip().partition(":")
             try:
-                found[start] = float(share if colon else 1)
+                share = float(text if colon else 1)
             except ValueError:
-                found[start] = 0.0
-            if start not in STARTS or not 0 < found[start] < 1e6:
-                several = "several with shares above 0, as gaussian:0.8,uniform:0.2"
+                share = 0.0
+            if start not in STARTS or start in found or not 0 < share < 1e6:
+                several = "several, each once, with shares above 0, as gaussian:0.8,uniform:0.2"
                 raise UserError(f"--{name} takes one of {', '.join(STARTS)}, or {several}, not {word.strip()!r}")
+            found[start] = share
         total = sum(found.values())
         return {start: share / total for start, share in found.items()}
 

@@ -33,8 +33,8 @@ def contradictions(cfg) -> Iterator[str]:
             yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
         yield "--inpaint, --denoise and --from_buffer start from different images: give one of them"
-    if cfg.mode == "test" and cfg.fresh_steps == 0:
-        yield "--n_sample_steps 0 leaves nothing to measure: give at least 1"
+    if cfg.mode == "test" and "quality" in cfg.metrics and cfg.fresh_steps == 0:
+        yield "--eval quality measures chains: give --n_sample_steps of at least 1"
     if cfg.mode == "score" and not cfg.images:
         yield "--mode score needs --images, a picture or a folder of pictures"
     if cfg.mode == "export" and Path(cfg.export).suffix not in (".pt", ".safetensors"):
@@ -51,12 +51,12 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
-    if cfg.p_x_y_weight and cfg.adversarial_eps:
-        yield "--p_x_y_weight needs the labelled images as they are: give it with --adversarial_eps 0"
+    if cfg.p_x_y_weight and (cfg.adversarial_eps or cfg.norm == "batch" and cfg.norm_statistics == "running"):
+        yield "--p_x_y_weight goes neither with --adversarial_eps nor with --norm_statistics running"
     if cfg.p_x_y_weight and not cfg.class_cond:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
-    if cfg.samples and cfg.class_cond and not cfg.classifies:
-        yield "--class_cond without labels to learn from: give --p_y_x_weight or --p_x_y_weight"
+    if (cfg.samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
+        yield "--class_cond and --labels_per_class need labels to learn from: give --p_y_x_weight or --p_x_y_weight"
     if cfg.quality_every and (cfg.fresh_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
         yield f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more"
     if cfg.quality_every and cfg.sync_batch_norm:
@@ -70,8 +70,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
     if "folder" not in cfg.start_shares | cfg.outlier_shares:
         unread.add("start_dir")
-    if cfg.mode in TRAINING and not cfg.quality_every:
-        unread |= {"feature_ckpt", "n_samples", "n_sample_steps"}
+    if cfg.mode in TRAINING and not cfg.samples:
+        unread |= {"norm_statistics"} | {f.name for f in fields(cfg) if f.metadata["group"] == "SGLD"}
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
     if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
@@ -84,7 +84,7 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
 def is_on(option: str, cfg) -> bool:
     """Whether an option, NAME or NAME=VALUE, is not off, or has that value."""
     name, _, value = option.partition("=")
-    return getattr(cfg, name) == value if value else getattr(cfg, name) not in (None, False, 0, "")
+    return getattr(cfg, name) == value if value else bool(getattr(cfg, name))
 
 
 def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:

@@ -37,7 +37,9 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    if not f.metadata["is_path"] or value in ("", *f.metadata["choices"]) or "://" in value:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    is_path = f.metadata["is_path"] and isinstance(value, str)
+    if not is_path or value in ("", *f.metadata["choices"]) or "://" in value:
         return value
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)
@@ -45,12 +47,15 @@ def absolute_path(f: Field, value: Any) -> Any:
 
 def check_value(f: Field, value: Any) -> str:
     """What is wrong with a value of option ``f``, or an empty text."""
-    meta, name = f.metadata, f"--{f.name}"
+    meta, name, kind = f.metadata, f"--{f.name}", kind_of(f)
+    fits = isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits and (value is not None or f.type is kind):
+        return f"{name} takes {KINDS[kind]}, not {value!r}"
     if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
     if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
         return f"{name} {value} is not on this machine: give a folder or file that is"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if kind not in (int, float) or value is None:
         return ""
     if value > meta["maximum"]:
         return f"{name} must be at most {meta['maximum']:.10g}, not {value}"

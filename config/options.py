@@ -39,14 +39,16 @@ optim = partial(option, "optimisation", modes=TRAINING)
 sgld = partial(option, "SGLD", modes=("energy_train", "test", "sample"))
 training_chains = partial(option, "SGLD", modes=("energy_train",))
 energy = partial(option, "objective", modes=("energy_train",))
-outliers = partial(energy, needs=("outlier_weight",))
+of_samples = partial(energy, needs=("samples",))
+outliers = partial(energy, needs=("outlier_shares",))
 classifier = partial(option, "objective", modes=TRAINING)
 adversarial = partial(classifier, needs=("adversarial_eps",))
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
-sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True)
+sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True, needs=("samples",))
 test = partial(option, "test", modes=("test",), resumable=True)
 sample = partial(option, "sample", modes=("sample",), resumable=True)
-samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True)
+QUALITY = ("quality_every", "mode=test", "mode=sample")
+samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
 exported = partial(option, "export", modes=("export",), resumable=True)
 speed = partial(option, "speed", modes=NETWORK)
 
@@ -78,10 +80,7 @@ class Options:
     )
     n_valid: int | None = images(None, "images held out for validation (default: 5000 or, if less, a tenth)", minimum=0)
     labels_per_class: int | None = training_images(
-        None,
-        "training images of each class whose label is used; the others serve log p(x) alone (default: all)",
-        minimum=1,
-        needs=("p_y_x_weight", "p_x_y_weight"),
+        None, "images of each class whose label is used; the others serve log p(x) alone (default: all)", minimum=1
     )
     data_device: str = images(
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
@@ -158,25 +157,22 @@ class Options:
     mean_energy_form: str = energy(
         "means", "real_squares: for real images, the mean square", ("means", "real_squares"), needs=("mean_energy_l2",)
     )
-    p_x_batch_size: int | None = energy(None, "chains, and images of log p(x) (default: --batch_size)", minimum=1)
-    p_x_no_augment: bool = energy(False, "log p(x) has real images of its own, without crop, flip and noise")
-    outlier_weight: float = energy(0.0, "weight of keeping log p(x) of outliers below real images'; 0: off", minimum=0)
+    p_x_batch_size: int | None = of_samples(None, "chains, and images of log p(x) (default: --batch_size)", minimum=1)
+    p_x_no_augment: bool = of_samples(False, "log p(x) has real images of its own, without crop, flip and noise")
+    outlier_weight: float = of_samples(0.0, "weight: log p(x) of outliers stays below real images'; 0: off", minimum=0)
     outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
     outlier_batch_size: int = outliers(16, "outliers of a step", minimum=1)
     outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
     outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
     outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
-    diverge_threshold: float = energy(1e4, "gap of real and sampled log p(x), in nats, that is divergence", above=0)
+    diverge_threshold: float = of_samples(1e4, "gap of real and sampled log p(x), in nats, that is divergence", above=0)
     max_recoveries: int = classifier(10, "returns to an earlier state before giving up", minimum=0, resumable=True)
 
     sample_every: int = sample_dumps(100, "steps between grids of samples (PNG)", minimum=1)
     gif_every: int = sample_dumps(500, "steps between films of a long SGLD chain (GIF)", minimum=1)
     eval_every: int = dumps(1, "epochs between evaluations on validation and test images", minimum=1)
     quality_every: int = sample_dumps(
-        0,
-        "epochs between Fréchet distances of --n_samples chains, in features of --feature_ckpt or Inception; 0: never",
-        minimum=0,
-        needs=("p_x_weight", "p_x_y_weight"),
+        0, "epochs between Fréchet distances of --n_samples chains, by --feature_ckpt or Inception; 0: off", minimum=0
     )
     ckpt_every: int = dumps(1000, "steps between checkpoints, besides those of epochs of 50 steps or more", minimum=1)
 
@@ -194,7 +190,7 @@ class Options:
     ais_chains: int = test(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
-    feature_ckpt: str = test("", "classifier's run, for image features", is_path=True, modes=("energy_train", "test"))
+    feature_ckpt: str = samples("", "classifier's run, for features", is_path=True, modes=("energy_train", "test"))
     fid_reference: str = test("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 

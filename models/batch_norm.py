@@ -40,7 +40,7 @@ def running_stats_only(model: nn.Module) -> AbstractContextManager:
 def average_running_stats(model: nn.Module) -> None:
     """Give every process the mean of all processes' running statistics."""
     kept = [buffer for layer in batch_norms(model) for buffer in (layer.running_mean, layer.running_var)]
-    if kept:
+    if kept and distributed.current_world().size > 1:
         together = distributed.all_reduce_mean(torch.cat(kept))
         torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
 

@@ -17,11 +17,6 @@ from trainer import Trainer
 from utils import tree_to
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
 class Graph:
     """In place of a CUDAGraphStep: it writes into the same tensors each time, with the remedies of its capture."""
 
@@ -54,13 +49,13 @@ class Graph:
     ],
     ids=["batch norm and SAM", "SAM", "baseline", "adversarial"],
 )
-def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, monkeypatch):
+def test_captured_gradients_train_as_the_loss_does(options, n_graphs, monkeypatch):
     """Warm-up leaves no trace, each pass of SAM has a graph of its own, and a remedy has new ones."""
     base = {"dataset": "digits", "depth": 10, "width": 1, "batch_size": 16, "sgld_step": 2, "buffer_size": 100}
     base |= {"max_steps": 20, "warmup_steps": 5}
 
     def trained(captured):
-        run = Trainer(Config(**base | options), digits, torch.device("cpu"))
+        run = Trainer(Config(**base | options), data.load("digits"), torch.device("cpu"))
         monkeypatch.setattr(acceleration, "CUDAGraphStep", partial(Graph, run))
         if captured:
             run.cuda_graphs = CUDAGraphBackward(run.model)
@@ -78,12 +73,12 @@ def test_captured_gradients_train_as_the_loss_does(options, n_graphs, digits, mo
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_a_trainer_is_freed_when_nobody_has_it(digits):
+def test_a_trainer_is_freed_when_nobody_has_it():
     gc.collect()
     gc.disable()
     try:
         cfg = Config(dataset="digits", depth=10, width=1, batch_size=16, buffer_size=100, max_steps=5, warmup_steps=1)
-        run = Trainer(cfg, digits, torch.device("cpu"))
+        run = Trainer(cfg, data.load("digits"), torch.device("cpu"))
         model = weakref.ref(run.model)
         del run
         assert model() is None

@@ -53,3 +53,13 @@ def test_the_examples_train_and_measure(extended, tmp_path):
 def test_the_table_names_what_is_there():
     for name, file in re.findall(r"`(\w+)` in `([\w/.]+)`", PAGE):
         assert re.search(rf"^(def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE), (name, file)
+
+
+def test_links_of_all_pages_lead_somewhere():
+    pages = {page: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    titles = {page: re.findall("^#+ (.*)", text.lower(), re.MULTILINE) for page, text in pages.items()}
+    anchors = {page: [re.sub(r"[^\w -]", "", x).replace(" ", "-") for x in found] for page, found in titles.items()}
+    for page, text in pages.items():
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists() and (not anchor or anchor in anchors[target]), f"{page.name}: {file}#{anchor}"

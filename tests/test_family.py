@@ -151,7 +151,7 @@ def test_outliers_fall_below_real_images(tmp_path):
         run = start(tmp_path, *options, "--outlier_weight", weight, "--outlier_images", "smooth:0.5,shapes:0.5")
         cfg, path, content = open_trained({"mode": "test", "load_ckpt": str(run)})
         model, digits = load_model(cfg, path, content).eval(), data.load("digits")
-        noise = chain_init.smooth_noise_init(digits.shape, [0] * 300, seeded(5))
+        noise = chain_init.smooth_images(300, digits.shape, seeded(5))
         with torch.no_grad():
             values = [model.log_density(x) for x in (data.to_float(digits.test.images[:300]), noise)]
         found[weight] = auroc(*values).item()

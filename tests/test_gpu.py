@@ -18,10 +18,7 @@ from config import Config
 from models import build_model, copy_weights, frozen_sampler_model
 from sgld import SGLD, uniform_images
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPE = (3, 16, 16)
 SMALL = (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from small_runs import seeded
 from torch import nn
 
 from evaluation import ais, likelihood
@@ -62,10 +63,6 @@ D = 64
 MEAN = torch.linspace(-0.5, 0.5, D)
 STD = torch.linspace(0.3, 1.2, D)
 LOG_Z = 3 + STD.log().sum().item() + D / 2 * math.log(2 * math.pi)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian_density(x):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from small_runs import at_step, equal, metrics, refused, state
+from small_runs import at_step, equal, metrics, new_run, refused, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import write_pngs
 
@@ -35,14 +36,7 @@ TINY = (
 SCALARS = "loss/total loss/classification loss/generative log_density/real log_density/sampled accuracy/train lr"
 SCALARS = [*SCALARS.split(), "speed/images_per_second"]
 CPU = torch.device("cpu")
-
-
-def train(logdir, *options):
-    """Run main.py; returns the run directory."""
-    before = set(logdir.glob("*"))
-    assert main.main([*TINY, "--logdir", str(logdir), *options]) == 0
-    (run,) = set(logdir.glob("*")) - before
-    return run
+train = partial(new_run, TINY)
 
 
 def trainer_of(images, *options):
@@ -342,6 +336,10 @@ def test_a_recipe_from_python_is_the_recipe():
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
     with pytest.raises(TypeError, match="teapot"):
         Config(teapot=1)
+    assert Config(lr=1, data_dir=Path("a")).data_dir == str(Path("a").absolute())
+    for wrong in ({"gpu": 0}, {"lr": "0.1"}, {"batch_size": 2.5}, {"epochs": None}, {"width": True}, {"data_dir": 3}):
+        with pytest.raises(utils.UserError, match=f"--{next(iter(wrong))} takes a"):
+            Config(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +353,9 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
         ({"sgld_step_auroc": 0.8, "adversarial_steps": 3}, ["sgld_step_auroc", "adversarial_steps"]),
-        ({"p_y_x_weight": 0.0, "labels_per_class": 9, "adversarial_eps": 0.5}, ["labels_per_class", "adversarial_eps"]),
+        ({"p_y_x_weight": 0.0, "adversarial_eps": 0.5}, ["adversarial_eps"]),
+        ({"p_x_weight": 0.0, "sgld_step": 3, "gif_every": 9, "energy_l2": 1.0}, ["sgld_step", "gif_every"]),
+        ({"p_x_weight": 0.0, "outlier_weight": 1.0, "outlier_eps": 0.1}, ["outlier_weight", "outlier_eps"]),
     ],
 )
 def test_options_that_are_not_used(given, expected):
@@ -372,11 +372,14 @@ def test_a_command_line_of_which_only_the_mode_was_changed(jem, tmp_path, capsys
 
 
 def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_size(jem, tmp_path):
-    path = str(edited(jem, tmp_path / "a.pt", p_x_batch_size=8, class_cond=True))
+    path = str(edited(jem, tmp_path / "a.pt", recipe="sada-jem", p_x_batch_size=8, class_cond=True))
     for mode in ("test", "sample"):
         cfg = open_trained({"mode": mode, "load_ckpt": path}).cfg
-        assert (cfg.batch_size, cfg.depth, cfg.sgld_step, cfg.class_cond, cfg.seed) == (8, 10, 2, False, 1)
-        assert open_trained({"mode": mode, "load_ckpt": path, "batch_size": 5}).cfg.batch_size == 5
+        assert (cfg.n_chains, cfg.depth, cfg.sgld_step, cfg.start) == (8, 10, 2, "uniform")
+        assert (cfg.class_cond, cfg.seed) == (False, 1)
+        given = {"mode": mode, "load_ckpt": path, "batch_size": 5, "p_x_batch_size": 9, "start_dir": "a"}
+        cfg = open_trained(given).cfg
+        assert (cfg.n_chains, cfg.start, cfg.start_dir) == (5, "folder", str(Path("a").absolute()))
     path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
     assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
     cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
@@ -403,6 +406,9 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--load_ckpt=", "--load_ckpt is empty"),
         ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
+        ("--labels_per_class 5 --p_y_x_weight 0", "--labels_per_class need labels"),
+        ("--norm batch --norm_statistics running --class_cond --p_x_y_weight 1", "--norm_statistics running"),
+        ("--start gaussian:0.5,gaussian:0.5", "each once"),
         ("--note a/b", "--note"),
         ("--data_dir ~nosuchuser/x", "--data_dir ~nosuchuser/x is not"),
         (f"--resume auto --logdir {'x' * 300}", "File name too long"),

@@ -16,13 +16,7 @@ from data import load
 from evaluation import robustness
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import (
-    Attacked,
-    Classifier,
-    RefinedClassifier,
-    differentiable_chain,
-    pgd_attack,
-)
+from evaluation.robustness import Attacked, Classifier, RefinedClassifier, differentiable_chain, pgd_attack
 from models import build_model
 from sgld import normal_like
 from utils import UserError

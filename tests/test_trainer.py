@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import replace
-from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,13 +17,12 @@ import optim
 import sgld
 import trainer
 from acceleration import CompiledOrEager
-from chain_init import uniform_init
 from data import Split
 from distributed import World
 from logger import progress
 from models import build_model, copy_weights
 from models.wide_resnet import NORMS
-from sgld import ReplayBuffer, Sampler
+from sgld import ReplayBuffer, Sampler, uniform_images
 
 
 def test_synchronised_batch_norm_in_one_process_leaves_the_fast_path_on():
@@ -39,7 +38,7 @@ def plain_losses(cfg, images, steps):
     data_rng, sgld_rng = seeded(2 * cfg.seed), seeded(2 * cfg.seed + 1)
     model = build_model(1, 10, cfg.depth, cfg.width, norm=cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-    start = partial(uniform_init, images.shape)
+    start = lambda classes, rng: uniform_images(len(classes), images.shape, rng)  # noqa: E731
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
     sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
     per_epoch, losses = len(images.train) // cfg.batch_size, []
@@ -134,6 +133,17 @@ def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
         torch.testing.assert_close(first.running_var, seen["x"].var((0, 2, 3)), rtol=0, atol=tolerance)
     assert first.running_mean.abs().max() > 0.1
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_averaged_weights_have_them_where_they_are_used():
+    """Where no samples are drawn, so that nothing is frozen; and in films between two evaluations."""
+    for mode, statistics in (("baseline_train", "frozen"), ("energy_train", "running")):
+        run = trained(3, norm="batch", ema=0.9, mode=mode, norm_statistics=statistics)
+        run.logger = Mock()
+        run.recalibrate_ema() if run.sampler is None else run.dump_gif()
+        used = run.ema.f.bn1.running_mean.clone()
+        optim.recalibrate_batch_norm(run.ema, run.data.train.images, run.dtype)
+        assert used.any() and torch.equal(run.ema.f.bn1.running_mean, used)
 
 
 @pytest.mark.parametrize("options", [{}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}], ids=str)
