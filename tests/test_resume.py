@@ -107,10 +107,11 @@ class TestResume:
 
     def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
         """One command line for fine-tuning on a machine that may be taken away."""
-        options = ["--load_ckpt", str(undisturbed), "--max_steps", "6", "--resume", "auto"]
+        options = ["--load_ckpt", str(undisturbed), *"--max_steps 6 --warmup_steps 6 --resume auto".split()]
         signal_at_step(monkeypatch, 3)
         status, run = start(tmp_path, *options)
-        assert status == 143 and "Starting from the averaged weights" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert status == 143 and "Starting from the averaged weights" in out and "all steps are warm-up" in out
         auto(tmp_path, *options)
         assert "continuing after step 3" in " ".join(capsys.readouterr().out.split())
         assert state(run)["step"] == 6
