@@ -12,8 +12,7 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here; none is needed
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; a log file wants fewer states of a bar
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
 
 import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
 

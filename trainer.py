@@ -245,9 +245,8 @@ class Trainer:
         cfg = self.cfg
         x, y = self.batches.next()
         x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
-        if cfg.labels_per_class:
-            y_real = None  # others serve log p(x) alone
-        if cfg.adversarial_eps:  # in evaluation mode: neither dropout nor the batch hides a direction
+        y_real = None if cfg.labels_per_class else y_real  # others serve log p(x) alone
+        if cfg.adversarial_eps and cfg.p_y_x_weight:  # in evaluation mode: dropout, the batch hide no direction
             if self.sampler is not None and x_real is None:
                 x_real = x  # log p(x) learns from the images themselves
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
@@ -270,9 +269,8 @@ class Trainer:
         cfg = self.cfg
         x = self.outlier_init([i % self.n_classes for i in range(cfg.outlier_batch_size)], self.rng.p_x)
         x = x.chunk(self.world.size)[self.world.rank]  # this process's part, as of the real images
-        if not cfg.outlier_eps:
-            return x
-        x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, 2 * cfg.outlier_eps, "L2", cfg.outlier_steps)
+        if cfg.outlier_eps:
+            x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, 2 * cfg.outlier_eps, "L2", cfg.outlier_steps)
         return x.contiguous(memory_format=torch.channels_last)
 
     def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
@@ -390,7 +388,8 @@ class Trainer:
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
-        self.recalibrate_ema()
+        if self.one_process_forward.norm_statistics == "running":
+            self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
         x = self.start([i % self.n_classes for i in range(16)], rng)
         frames = annealed_chain(self.gif_engine, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)

@@ -123,9 +123,8 @@ class Signals:
     def __enter__(self):
         self.received, self.status, self.before = False, 0, {}
         in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if in_main_thread else ():
-            number = getattr(signal, name, None)  # Windows lacks the last two
-            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) if in_main_thread else ():
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._note)
         return self
 
@@ -137,7 +136,7 @@ class Signals:
         return True, self.status
 
     def _note(self, number, frame):
-        if number != getattr(signal, "SIGUSR1", None):
+        if number != signal.SIGUSR1:
             self.status = 128 + number
         self.received = True  # last: ``take`` reads the status when this is True
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats the terminal's

@@ -18,6 +18,7 @@ from utils import UserError
 
 # The options that make other weights, or weights of another network.
 NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])
+OF_TRAINING = ("data", "model", "optimisation", "SGLD", "objective")  # groups of options that a checkpoint brings along
 
 
 class Trained(NamedTuple):
@@ -38,17 +39,15 @@ def open_trained(given: dict[str, Any]) -> Trained:
     trained = Config.from_dict(content["config"], str(path))
     if given.get("recipe", trained.recipe) != trained.recipe:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
-    own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in ("data", "model", "SGLD")}
-    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains}
-    if "start_dir" in given:
-        del own["start"]  # it implies another one
-    own["class_cond"] = False  # as samples are of log p(x) unless it is given
+    own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
+    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains, "class_cond": False}  # samples are of log p(x)
+    if "start_dir" in given and "folder" not in trained.start_shares:
+        own["start"] = "folder"
     if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images
         del own["image_size"], own["n_valid"]
         if "folder" in (given["dataset"], trained.dataset):
             del own["data_dir"]
-    given = given | {"p_x_batch_size": None}  # a recipe's would stand above --batch_size
-    return Trained(Config(**own | given), path, content)
+    return Trained(Config(**own | given | {"p_x_batch_size": None}), path, content)  # it would replace the batch size
 
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:

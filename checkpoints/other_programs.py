@@ -94,7 +94,8 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     print(f"{path}: {'; '.join(told)}.", file=sys.stderr)
     class_names = CIFAR10 if (options["dataset"], n_classes) == ("cifar10", 10) else [str(i) for i in range(n_classes)]
     about = {"shape": [channels, side, side], "class_names": class_names, "assumed": True}
-    return {"format": CHECKPOINT_FORMAT, "config": asdict(Config(**options)), "data": about, "state": state}
+    config = asdict(Config(**options, load_ckpt=str(path)))
+    return {"format": CHECKPOINT_FORMAT, "config": config, "data": about, "state": state}
 
 
 def find_weights(raw: Any) -> tuple[StateDict, dict[str, Any]] | None:

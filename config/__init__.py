@@ -33,11 +33,12 @@ class Config(Options):
     def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
         """A Config of a checkpoint's options as they are, without a recipe's; ``source`` names it in errors."""
         options = {name: value for name, value in options.items() if name not in FORMER}
-        unknown = options.keys() - {f.name for f in fields(cls)}
-        if unknown:
+        if unknown := options.keys() - {f.name for f in fields(cls)}:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
         try:
-            return cls(**asdict(Options()) | options)
+            found = cls(**asdict(Options()) | options | {"mode": "sample"})  # --resume checks what training forbids
+            object.__setattr__(found, "mode", options.get("mode", Options.mode))
+            return found
         except UserError as error:
             raise UserError(f"{source} has an option this version refuses: {error}") from None
 
@@ -62,13 +63,12 @@ class Config(Options):
     @property
     def fresh_steps(self) -> int:
         """SGLD steps of a sample's chain: as many as in ten training chains (why: docs/results.md)."""
-        default = max(10 * self.sgld_step, self.sgld_step_max or 0)
-        return default if self.n_sample_steps is None else self.n_sample_steps
+        return max(10 * self.sgld_step, self.sgld_step_max or 0) if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:
-        """The names in ``--eval``."""
-        return self._names("eval", METRICS)
+        """The names in ``--eval``; none where nothing is measured."""
+        return self._names("eval", METRICS) if self.mode == "test" else []
 
     @property
     def chosen_attacks(self) -> list[str]:

@@ -25,15 +25,12 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
-    if cfg.mode == "test":
-        if "robustness" not in cfg.metrics and cfg.attacks is not None:
-            yield "--attacks is for --mode test with robustness in --eval"
-        chosen = [] if cfg.attacks in ("all", None) else cfg.chosen_attacks
-        if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
-            yield "--attacks refined needs --refine_steps above 0: leave out one of them"
+    chosen = [] if cfg.mode != "test" or cfg.attacks in ("all", None) else cfg.chosen_attacks
+    if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
+        yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
         yield "--inpaint, --denoise and --from_buffer start from different images: give one of them"
-    if cfg.mode == "test" and "quality" in cfg.metrics and cfg.fresh_steps == 0:
+    if "quality" in cfg.metrics and cfg.fresh_steps == 0:
         yield "--eval quality measures chains: give --n_sample_steps of at least 1"
     if cfg.mode == "score" and not cfg.images:
         yield "--mode score needs --images, a picture or a folder of pictures"
@@ -43,16 +40,16 @@ def contradictions(cfg) -> Iterator[str]:
         return
     if cfg.samples and cfg.buffer_size < cfg.n_chains:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
-    if cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
+    if cfg.samples and cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
     if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
-    if cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
+    if cfg.samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
-    if cfg.outlier_weight and cfg.norm == "batch" and cfg.norm_statistics == "batch":
+    if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     if cfg.p_x_y_weight and (cfg.adversarial_eps or cfg.norm == "batch" and cfg.norm_statistics == "running"):
-        yield "--p_x_y_weight goes neither with --adversarial_eps nor with --norm_statistics running"
+        yield "--p_x_y_weight needs --adversarial_eps 0, and --norm_statistics batch or frozen"
     if cfg.p_x_y_weight and not cfg.class_cond:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
     if (cfg.samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
@@ -72,6 +69,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread.add("start_dir")
     if cfg.mode in TRAINING and not cfg.samples:
         unread |= {"norm_statistics"} | {f.name for f in fields(cfg) if f.metadata["group"] == "SGLD"}
+    if cfg.samples and cfg.norm_statistics == "frozen":
+        unread.add("sync_batch_norm")  # no layer uses a batch's statistics
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
     if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
@@ -82,9 +81,10 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
 
 
 def is_on(option: str, cfg) -> bool:
-    """Whether an option, NAME or NAME=VALUE, is not off, or has that value."""
+    """Whether an option, NAME or NAME=VALUE, is not off, or has that value, or a list with it."""
     name, _, value = option.partition("=")
-    return getattr(cfg, name) == value if value else bool(getattr(cfg, name))
+    found = getattr(cfg, name)
+    return value in found if isinstance(found, list) else found == value if value else bool(found)
 
 
 def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:

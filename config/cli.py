@@ -37,7 +37,7 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value.item() if hasattr(value, "item") else value
     is_path = f.metadata["is_path"] and isinstance(value, str)
     if not is_path or value in ("", *f.metadata["choices"]) or "://" in value:
         return value

@@ -46,8 +46,11 @@ adversarial = partial(classifier, needs=("adversarial_eps",))
 dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True, needs=("samples",))
 test = partial(option, "test", modes=("test",), resumable=True)
+attack = partial(test, needs=("metrics=robustness",))
+quality = partial(test, needs=("metrics=quality",))
+likelihood = partial(test, needs=("metrics=likelihood",))
 sample = partial(option, "sample", modes=("sample",), resumable=True)
-QUALITY = ("quality_every", "mode=test", "mode=sample")
+QUALITY = ("quality_every", "metrics=quality", "mode=sample")
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
 exported = partial(option, "export", modes=("export",), resumable=True)
 speed = partial(option, "speed", modes=NETWORK)
@@ -181,17 +184,18 @@ class Options:
         "auto",
         "sets of other images, separated by commas: data sets, folders, interp, noise, constant, shuffled, patches, "
         "blurred, inverted, which need no files; auto: these and digits, with cifar10 also svhn and cifar100",
+        needs=("metrics=ood",),
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
-    attacks: str | None = test(None, "of --eval robustness, with commas (default: all): " + ", ".join(ATTACKS))
-    attack_images: int | None = test(None, "most test images that are attacked (default: --max_images)", minimum=20)
-    one_epsilon: bool = test(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
-    refine_steps: int = test(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
-    ais_chains: int = test(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
-    ais_temperatures: int = test(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
+    attacks: str | None = attack(None, "of --eval robustness, with commas (default: all): " + ", ".join(ATTACKS))
+    attack_images: int | None = attack(None, "most test images that are attacked (default: --max_images)", minimum=20)
+    one_epsilon: bool = attack(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
+    refine_steps: int = attack(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
+    ais_chains: int = likelihood(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
+    ais_temperatures: int = likelihood(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
     feature_ckpt: str = samples("", "classifier's run, for features", is_path=True, modes=("energy_train", "test"))
-    fid_reference: str = test("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
+    fid_reference: str = quality("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(

@@ -93,7 +93,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     if cfg.norm == "batch":
         own = cfg.norm_statistics == "batch"
         chains = "those of their batch, so this log p(x) is not what they climb" if own else "them, too"
-        about["batch normalisation"] = f"running statistics of real images; chains use {chains}"
+        about["batch normalisation"] = f"running statistics of real images; chains that draw samples use {chains}"
     return about
 
 
@@ -101,8 +101,7 @@ def report_directory(cfg: Config, path: Path) -> Path:
     """A new ``eval`` directory in the checkpoint's run; in a new run of ``--logdir`` if there is none to write into."""
     run = path.parent.parent
     if path.parent.name == "ckpt" and (run / "config.json").is_file():
-        own = not hasattr(os, "geteuid") or run.stat().st_uid == os.geteuid()  # Windows has none
-        if own and os.access(run, os.W_OK):
+        if run.stat().st_uid == os.geteuid() and os.access(run, os.W_OK):
             with disk_errors(run):
                 return first_free(run / "eval", Path.mkdir)
         reason = f"{run} cannot be written or belongs to another user"

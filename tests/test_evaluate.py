@@ -378,7 +378,6 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
         (["--load_ckpt", "RUN", "--fid_reference", "test"], "--fid_reference takes one of train, train+test"),
         (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
         (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, separated by commas, not 'fgsm'"),
-        (["--load_ckpt", "RUN", "--attacks", "all", "--eval", "ood,quality"], "with robustness in --eval"),
         (["--load_ckpt", "RUN", "--attacks", "refined,pgd", "--refine_steps", "0"], "--refine_steps above 0"),
         (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         ([], "needs --load_ckpt"),

@@ -336,7 +336,7 @@ def test_a_recipe_from_python_is_the_recipe():
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
     with pytest.raises(TypeError, match="teapot"):
         Config(teapot=1)
-    assert Config(lr=1, data_dir=Path("a")).data_dir == str(Path("a").absolute())
+    assert Config(lr=1, seed=np.int64(3), data_dir=Path("a")).data_dir == str(Path("a").absolute())
     for wrong in ({"gpu": 0}, {"lr": "0.1"}, {"batch_size": 2.5}, {"epochs": None}, {"width": True}, {"data_dir": 3}):
         with pytest.raises(utils.UserError, match=f"--{next(iter(wrong))} takes a"):
             Config(**wrong)
@@ -345,7 +345,9 @@ def test_a_recipe_from_python_is_the_recipe():
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood"}, ["lr", "epochs"]),
+        ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood,quality"}, ["lr", "epochs"]),
+        ({"mode": "test", "n_samples": 9, "ais_chains": 5, "eval": "ood"}, ["n_samples", "ais_chains"]),
+        ({"recipe": "oe-jem", "load_ckpt": ".", "sync_batch_norm": True}, ["sync_batch_norm"]),
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),
         ({"mode": "test", "sgld_step": 3, "sgld_step_max": 7, "n_sample_steps": 2}, ["sgld_step", "sgld_step_max"]),
         ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "start": "uniform"}, ["start"]),
@@ -354,8 +356,7 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
         ({"sgld_step_auroc": 0.8, "adversarial_steps": 3}, ["sgld_step_auroc", "adversarial_steps"]),
         ({"p_y_x_weight": 0.0, "adversarial_eps": 0.5}, ["adversarial_eps"]),
-        ({"p_x_weight": 0.0, "sgld_step": 3, "gif_every": 9, "energy_l2": 1.0}, ["sgld_step", "gif_every"]),
-        ({"p_x_weight": 0.0, "outlier_weight": 1.0, "outlier_eps": 0.1}, ["outlier_weight", "outlier_eps"]),
+        ({"p_x_weight": 0.0, "sgld_step": 3, "outlier_weight": 1.0, "energy_l2": 1.0}, ["sgld_step", "outlier_weight"]),
     ],
 )
 def test_options_that_are_not_used(given, expected):
@@ -372,14 +373,15 @@ def test_a_command_line_of_which_only_the_mode_was_changed(jem, tmp_path, capsys
 
 
 def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_size(jem, tmp_path):
-    path = str(edited(jem, tmp_path / "a.pt", recipe="sada-jem", p_x_batch_size=8, class_cond=True))
+    path = str(edited(jem, tmp_path / "a.pt", recipe="sada-jem", p_x_batch_size=8, class_cond=True, p_y_x_weight=0.0))
     for mode in ("test", "sample"):
         cfg = open_trained({"mode": mode, "load_ckpt": path}).cfg
-        assert (cfg.n_chains, cfg.depth, cfg.sgld_step, cfg.start) == (8, 10, 2, "uniform")
-        assert (cfg.class_cond, cfg.seed) == (False, 1)
+        assert (cfg.n_chains, cfg.sgld_step, cfg.start, cfg.lr, cfg.class_cond) == (8, 2, "uniform", 1e-4, False)
         given = {"mode": mode, "load_ckpt": path, "batch_size": 5, "p_x_batch_size": 9, "start_dir": "a"}
         cfg = open_trained(given).cfg
         assert (cfg.n_chains, cfg.start, cfg.start_dir) == (5, "folder", str(Path("a").absolute()))
+        mixture = str(edited(jem, tmp_path / "b.pt", start="gaussian:0.8,folder:0.2", start_dir="b"))
+        assert open_trained(given | {"load_ckpt": mixture}).cfg.start == "gaussian:0.8,folder:0.2"
     path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
     assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
     cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
@@ -407,7 +409,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
         ("--labels_per_class 5 --p_y_x_weight 0", "--labels_per_class need labels"),
-        ("--norm batch --norm_statistics running --class_cond --p_x_y_weight 1", "--norm_statistics running"),
+        ("--norm batch --norm_statistics running --class_cond --p_x_y_weight 1", "--norm_statistics batch or frozen"),
         ("--start gaussian:0.5,gaussian:0.5", "each once"),
         ("--note a/b", "--note"),
         ("--data_dir ~nosuchuser/x", "--data_dir ~nosuchuser/x is not"),
