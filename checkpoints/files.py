@@ -43,7 +43,7 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
                 torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
             except RuntimeError as error:  # how torch reports the disk's own error
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        with suppress(OSError):  # have the new names on disk; Windows and some file systems sync as they like
+        with suppress(OSError):  # have the new names on disk; some file systems sync as they like
             handle = os.open(directory, os.O_RDONLY)
             try:
                 os.fsync(handle)

@@ -40,14 +40,15 @@ def open_trained(given: dict[str, Any]) -> Trained:
     if given.get("recipe", trained.recipe) != trained.recipe:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
-    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains, "class_cond": False}  # samples are of log p(x)
+    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains, "p_x_batch_size": None, "class_cond": False}
     if "start_dir" in given and "folder" not in trained.start_shares:
         own["start"] = "folder"
     if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images
         del own["image_size"], own["n_valid"]
         if "folder" in (given["dataset"], trained.dataset):
             del own["data_dir"]
-    return Trained(Config(**own | given | {"p_x_batch_size": None}), path, content)  # it would replace the batch size
+    unread = {f.name for f in fields(Config) if given["mode"] not in f.metadata["modes"]}
+    return Trained(Config(**own | {k: v for k, v in given.items() if k not in unread}), path, content)
 
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:

@@ -31,12 +31,12 @@ class Config(Options):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], source: str) -> "Config":
-        """A Config of a checkpoint's options as they are, without a recipe's; ``source`` names it in errors."""
+        """A Config of a checkpoint's options as they are, fit for training or not; ``source`` names it in errors."""
         options = {name: value for name, value in options.items() if name not in FORMER}
         if unknown := options.keys() - {f.name for f in fields(cls)}:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
         try:
-            found = cls(**asdict(Options()) | options | {"mode": "sample"})  # --resume checks what training forbids
+            found = cls(**asdict(Options()) | options | {"mode": "sample", "denoise": None, "from_buffer": False})
             object.__setattr__(found, "mode", options.get("mode", Options.mode))
             return found
         except UserError as error:

@@ -25,7 +25,7 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
-    chosen = [] if cfg.mode != "test" or cfg.attacks in ("all", None) else cfg.chosen_attacks
+    chosen = [] if "robustness" not in cfg.metrics or cfg.attacks in ("all", None) else cfg.chosen_attacks
     if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
         yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
@@ -69,8 +69,6 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread.add("start_dir")
     if cfg.mode in TRAINING and not cfg.samples:
         unread |= {"norm_statistics"} | {f.name for f in fields(cfg) if f.metadata["group"] == "SGLD"}
-    if cfg.samples and cfg.norm_statistics == "frozen":
-        unread.add("sync_batch_norm")  # no layer uses a batch's statistics
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
     if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:

@@ -37,9 +37,9 @@ def kind_of(f: Field) -> type:
 
 def absolute_path(f: Field, value: Any) -> Any:
     """The value of an option; a path with ~ expanded and from the root, so that it means the same everywhere."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value.item() if hasattr(value, "item") else value
-    is_path = f.metadata["is_path"] and isinstance(value, str)
-    if not is_path or value in ("", *f.metadata["choices"]) or "://" in value:
+    value = value.item() if getattr(value, "ndim", 1) == 0 else value  # NumPy's
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not (f.metadata["is_path"] and type(value) is str) or value in ("", *f.metadata["choices"]) or "://" in value:
         return value
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)

@@ -4,7 +4,7 @@ import importlib
 import os
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,27 +27,28 @@ from utils import UserError, evaluation_packages, printable
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
     other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
-    ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
+    if "ood" in cfg.metrics:
+        ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
     device, state = utils.pick_device(cfg.gpu), content["state"]
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
     images = load_data(cfg, path, content, device)
     images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
-    feature_model = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
+    features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     trained = Config.from_dict(content["config"], str(path))
-    inputs = EvalInputs(cfg, model, images, buffer, feature_model, device, trained.classifies)
+    inputs = EvalInputs(cfg, model, images, buffer, features, device, trained.classifies)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
-    writes = distributed.current_world().rank == 0
     about, environment = facts(inputs, trained, path, state), utils.environment(device)
-    report = Report(directory, {"about": about, "options": vars(cfg), "environment": environment}, other)
+    options = vars(trained) | {f.name: getattr(cfg, f.name) for f in fields(cfg) if "test" in f.metadata["modes"]}
+    report = Report(directory, {"about": about, "options": options, "environment": environment}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()
         measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
         print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
-        if writes:
+        if distributed.current_world().rank == 0:
             report.write_files()
     print(f"Look at {printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.results for section in report.sections.values()):

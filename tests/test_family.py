@@ -380,7 +380,7 @@ def test_step_schedule(tmp_path):
         ("--p_x_y_weight 1", "--class_cond"),
         ("--schedule step", "--decay_epochs"),
         ("--schedule step --decay_epochs 3,x", "epochs, separated by commas"),
-        ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "give it with --adversarial_eps 0"),
+        ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "needs --adversarial_eps 0"),
         ("--stages 4 --norm instance", "--norm instance has one value of each channel"),
         ("--stages 4 --norm batch --p_x_batch_size 1", "or, for batch, larger batches"),
         ("--start class_gaussian --n_valid 1430 --batch_size 5", "has no training images: lower --n_valid"),

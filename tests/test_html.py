@@ -218,7 +218,7 @@ def test_no_results_or_broken_ones_are_one_line_before_anything_is_measured(plac
         Path(place, "results.json").write_text(BROKEN[place])
         message = f"--compare {tmp_path / place / 'results.json'} is broken"
     before = sorted(run.rglob("*"))
-    assert main([*SHORT, "--load_ckpt", str(run), "--eval", "classification", "--compare", place]) == 2
+    assert main([*SHORT[:-2], "--load_ckpt", str(run), "--eval", "classification", "--compare", place]) == 2
     out, err = capsys.readouterr()
     assert message in err and len(err.strip().splitlines()) == 1 and "classification ..." not in out
     assert sorted(run.rglob("*")) == before
