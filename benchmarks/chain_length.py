@@ -110,7 +110,8 @@ def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Seque
             axes.grid(alpha=0.3)
     rows[0, 0].set_ylabel("test accuracy, %")
     rows[1, 0].set_ylabel("Fréchet distance")
-    rows[1, 0].legend(fontsize=8)
+    lines = rows[1, 0].get_legend_handles_labels()
+    result.legend(*lines, loc="outside lower center", ncols=2 if len(columns) == 1 else 4, fontsize=8)
     return result
 
 
