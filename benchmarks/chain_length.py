@@ -103,11 +103,11 @@ def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Seque
             distances = [{int(k): v for k, v in run["noise 0"].items()}.get(n, math.nan) for run in runs]
             below.plot(values, distances, "o-", label=f"fresh chains of {n} steps")
         below.set(xlabel=f"--{option}", xscale="log")
-        below.set_ylim(bottom=0)
         below.set_xticks(values, [f"{value:g}" for value in values])
         below.minorticks_off()
         for axes in (above, below):
             axes.grid(alpha=0.3)
+    rows[1, 0].set_ylim(bottom=0)  # of all columns, when all lines are there
     rows[0, 0].set_ylabel("test accuracy, %")
     rows[1, 0].set_ylabel("Fréchet distance")
     lines = rows[1, 0].get_legend_handles_labels()
