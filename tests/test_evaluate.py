@@ -143,11 +143,12 @@ def test_the_slope_is_that_of_finite_differences_and_leaves_the_model_alone(mode
 def test_the_four_scores(model):
     x = torch.rand(5, 1, 8, 8, generator=seeded(8)) * 2 - 1
     scores = ood.scores(model, x)
-    with torch.no_grad():
-        logits = model(x)
+    logits = model(x).detach()
     torch.testing.assert_close(scores["log p(x)"], logits.exp().sum(1).log())
     torch.testing.assert_close(scores["max softmax"], logits.softmax(1).max(1).values)
     torch.testing.assert_close(scores["max logit"], logits.max(1).values)
+    slope = torch.autograd.grad(model.log_density(x.requires_grad_()).sum(), x)[0].flatten(1).norm(dim=1)
+    torch.testing.assert_close(scores["-|grad log p(x)|"], -slope)
 
 
 def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkeypatch):
