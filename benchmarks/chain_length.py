@@ -75,8 +75,9 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     n_batches = -(-args.n // cfg.n_chains)
     for noise in sorted({cfg.sgld_std, 0.0, NOISE}):
         rng, first, shown = Generator(device).manual_seed(1), Generator(device).manual_seed(2), {n: [] for n in lengths}
-        for _ in tqdm(range(n_batches), desc=f"{place}, noise {noise:g}"):
-            x = start([i % len(images.class_names) for i in range(cfg.n_chains)], first)
+        for batch in tqdm(range(n_batches), desc=f"{place}, noise {noise:g}"):
+            numbers = range(batch * cfg.n_chains, (batch + 1) * cfg.n_chains)
+            x = start([i % len(images.class_names) for i in numbers], first)
             for before, after in zip([0, *lengths], lengths, strict=False):
                 x = sgld(x, after - before, cfg.sgld_lr, noise, rng).x if after > before else x
                 shown[after].append(to_uint8(x))
