@@ -131,6 +131,7 @@ def figure(found: dict[str, dict[str, Any]]) -> Figure:
     axes.set(xlabel="SGLD steps of a fresh chain", ylabel="Fréchet distance", yscale="log")
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+    axes.set_xlim(left=-0.5)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return result

@@ -62,8 +62,9 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain: as many as in ten training chains (why: docs/results.md)."""
-        return max(10 * self.sgld_step, self.sgld_step_max or 0) if self.n_sample_steps is None else self.n_sample_steps
+        """SGLD steps of a sample's chain, if not given those of twenty training chains (why: docs/results.md)."""
+        default = max(min(20 * self.sgld_step, 200), self.sgld_step, self.sgld_step_max or 0)
+        return default if self.n_sample_steps is None else self.n_sample_steps
 
     @property
     def metrics(self) -> list[str]:

@@ -201,7 +201,7 @@ class Options:
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(None, "steps (default: 10 x --sgld_step; dat: 50; --denoise: 1 x)", minimum=0)
+    n_sample_steps: int | None = samples(None, "steps (20 x --sgld_step, to 200; dat: 50; --denoise: 1 x)", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",

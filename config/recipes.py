@@ -45,7 +45,7 @@ RECIPES = {
     ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
-        "as m-jem with a Gaussian of each class and adaptive sharpness-aware minimisation",
+        "as m-jem without its head, with a Gaussian of each class and adaptive sharpness-aware minimisation",
         dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="class_gaussian", sam_rho=2.0, sam_adaptive=True),
     ),
     "oe-jem": Recipe(

@@ -331,7 +331,7 @@ def test_a_recipe_from_python_is_the_recipe():
     cfg = Config(recipe="sada-jem", batch_size=64)
     assert (cfg.norm, cfg.optimizer, cfg.sam_rho, cfg.batch_size) == ("batch", "sgd", 2.0, 64)
     assert replace(cfg, norm="none").sam_rho == 2.0 and replace(cfg, optimizer="adam").optimizer == "adam"
-    assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat")] == [200, 50, 50]
+    assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat")] == [200, 100, 50]
     plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3}, "a checkpoint")  # of its options as they are
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
     with pytest.raises(TypeError, match="teapot"):
