@@ -1,5 +1,6 @@
 """JEM: a classifier read as an energy-based model (Grathwohl et al., ICLR 2020)."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_norm import batch_norms, running_stats_only, running_stats_update
-from utils import UserError
+from utils import UserError, autocast
 
 
 class JEM(nn.Module):
@@ -32,6 +33,7 @@ class JEM(nn.Module):
         self.class_output = nn.Linear(backbone.n_features, n_classes)
         self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
         self.in_channels, self.n_classes, self.name = backbone.in_channels, n_classes, backbone.name
+        self.dtype: torch.dtype | None = None  # in which the backbone computes; None: as the surrounding autocast says
 
     def logits(self, x: Tensor) -> Tensor:
         """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image.
@@ -40,7 +42,8 @@ class JEM(nn.Module):
         """
         if not x.is_floating_point():
             raise UserError(f"the network takes float images in [-1, 1], not {x.dtype}: data.to_float makes them")
-        features = self.f(x)
+        with contextlib.nullcontext() if self.dtype is None else autocast(x.device, self.dtype):
+            features = self.f(x)
         # In bf16 a log-density of 100 has a resolution of half a nat, so the head stays in float32.
         with torch.autocast(x.device.type, enabled=False):
             features = features.float()
@@ -136,9 +139,11 @@ def frozen_sampler_model(model: JEM, dtype: torch.dtype, norm_statistics: str = 
     once a training step instead of once an SGLD step, and has them at addresses that never change.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    frozen.f.to(dtype)
+    frozen.dtype = dtype
+    for layer in frozen.f.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # what autocast casts; all else stays as it is in the loss
+            layer.to(dtype)
     for layer in batch_norms(frozen):
-        layer.float()  # its statistics need more than bf16's 8 bits; the layer takes bf16 images all the same
         layer.train(norm_statistics == "batch")
         layer.track_running_stats = False
     return frozen

@@ -23,7 +23,7 @@ class Affine(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * (x + self.loc)
+        return (self.scale * (x + self.loc)).to(x.dtype)
 
 
 ACTIVATIONS = {"leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "relu": nn.ReLU}
@@ -119,7 +119,7 @@ class WideResNet(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(x.to(self.conv1.weight.dtype))  # (N, 16, H, W)
+        h = self.conv1(x)  # (N, 16, H, W)
         h = self.layer1(h)  # (N, 16w, H, W)
         h = self.layer2(h)  # (N, 32w, H/2, W/2)
         h = self.layer3(h)  # (N, 64w, H/4, W/4)
