@@ -55,7 +55,7 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
         others = distributed.rank0_first(read)
         if others.shape[1] != channels:
             others = functional.rgb_to_grayscale(others, num_output_channels=channels)
-        return partial(folder_init, others.to(device), images.flip)
+        return partial(folder_init, others.to(device), images.flip and not cfg.no_flip)
     if name == "gaussian":
         return GaussianInit([fit(images.train.images, device)], images.shape)
     train, gaussians = some_of_each_class(images.train, cfg.labels_per_class, len(images.class_names)), []

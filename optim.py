@@ -46,10 +46,11 @@ class SAM:
         self.optimizer.load_state_dict(state)
         self.param_groups = self.optimizer.param_groups  # it makes new ones
 
-    def step(self, closure: Callable[..., Any]) -> Any:
-        """One update; returns the result of the first ``closure(update_statistics=...)``, which leaves gradients.
+    def step(self, closure: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One update; returns what the first ``closure(update_statistics=...)`` measured, which leaves gradients.
 
-        Running statistics are to follow the first pass alone: nobody evaluates the network at w + e.
+        But ``gradient_norm`` is the second's, with whose gradients the optimizer steps. Running statistics are to
+        follow the first pass alone: nobody evaluates the network at w + e.
         """
         result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -60,11 +61,11 @@ class SAM:
             if self.adaptive:
                 torch._foreach_mul_(ascent, torch._foreach_abs(before))
             torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-12)))
-        closure(update_statistics=False)
+        applied = closure(update_statistics=False)
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)
         self.optimizer.step()
-        return result
+        return result | {"gradient_norm": applied["gradient_norm"]}
 
 
 def learning_rate(cfg: Any, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:

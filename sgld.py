@@ -19,7 +19,7 @@ ChainInit = Callable[[Sequence[int], Generator], Tensor]  # fresh images of give
 
 class Chain(NamedTuple):
     x: Tensor  # the chains' end, float32 (N, C, H, W)
-    grad: Tensor  # d log_density / dx at the last step's start, same shape, with the limits of a step
+    grad: Tensor  # d log_density / dx at the last step's start, same shape
 
 
 def uniform_images(n: int, shape: tuple[int, int, int], generator: Generator) -> Tensor:
@@ -46,20 +46,16 @@ def langevin_step(
 ) -> Tensor:
     """The Langevin step of all chains: x + step_size * grad + noise_std * noise (JEM, equation 2).
 
-    x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). ``clamp`` keeps images in
-    [-1, 1] (JEM++, section 4.1); for grad_clamp and normalize see ``limited``.
+    x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). With ``normalize`` the
+    gradient of each image gets L2 norm 1 (DAT), with ``grad_clamp`` it is clamped in each pixel; ``clamp`` keeps images
+    in [-1, 1] (both JEM++, section 4.1).
     """
-    x = x + step_size * limited(grad, grad_clamp, normalize) + noise_std * noise
-    return x.clamp(-1, 1) if clamp else x
-
-
-def limited(grad: Tensor, grad_clamp: float | None, normalize: bool) -> Tensor:
-    """The gradient (N, C, H, W) with L2 norm 1 for each image (DAT), then clamped in each pixel (JEM++)."""
     if normalize:
         grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
     if grad_clamp is not None:
         grad = grad.clamp(-grad_clamp, grad_clamp)
-    return grad
+    x = x + step_size * grad + noise_std * noise
+    return x.clamp(-1, 1) if clamp else x
 
 
 def input_gradient(log_density: LogDensity, x: Tensor, y: Tensor | None) -> Tensor:
@@ -97,8 +93,8 @@ class SGLD:
         self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     def one_step(self, x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        grad = limited(input_gradient(self.log_density, x, y), self.grad_clamp, self.normalize)
-        return langevin_step(x, grad, noise, size, std, clamp=self.clamp), grad
+        grad = input_gradient(self.log_density, x, y)
+        return langevin_step(x, grad, noise, size, std, self.grad_clamp, self.clamp, self.normalize), grad
 
     @torch.no_grad()
     def __call__(

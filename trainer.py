@@ -350,10 +350,12 @@ class Trainer:
             print("Its classes are others: the last layer and the replay buffer start anew.")
         elif self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
-            if stored["images"].shape == self.buffer.images.shape:
+            by_class = content["config"].get("class_cond", False) or not self.cfg.class_cond
+            if by_class and stored["images"].shape == self.buffer.images.shape:
                 self.buffer.load_state_dict(stored)
             else:
-                print("The checkpoint's replay buffer has another size: starting with a fresh one.")
+                found = "has another size" if by_class else "is not divided by class"
+                print(f"The checkpoint's replay buffer {found}: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
         state = self.state_dict()

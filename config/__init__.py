@@ -53,7 +53,8 @@ class Config(Options):
     @property
     def separate_p_x(self) -> bool:
         """Whether log p(x) has real images of its own."""
-        return self.samples and bool(self.p_x_batch_size or self.p_x_no_augment or self.labels_per_class)
+        own = self.p_x_batch_size or self.p_x_no_augment or self.labels_per_class or self.augment == "auto"
+        return self.samples and bool(own)
 
     @property
     def n_chains(self) -> int:

@@ -51,14 +51,15 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
 def room(trainer) -> dict[str, int]:
     """Bytes that a run takes of the host's memory and of the disk.
 
-    memory: two states to go back to, the one that is written, on a CPU the present one. disk: three full checkpoints:
-    the newest, the one before, and the next while it is written.
+    memory: two states to go back to, the one that is written, on a CPU the present one. disk: three full checkpoints of
+    all processes: the newest, the one before, and the next while it is written.
     """
-    cfg, n_processes = trainer.cfg, trainer.world.size
+    cfg = trainer.cfg
     copies = 2 + (cfg.optimizer == "adam") + bool(cfg.ema)  # the weights, their moments in the optimizer, their average
-    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) // n_processes if cfg.samples else 0
-    state = copies * sum(p.nbytes for p in trainer.model.parameters()) + buffer
-    return {"memory": (3 + (trainer.device.type == "cpu")) * state, "disk": 3 * n_processes * state}
+    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) if cfg.samples else 0
+    weights = copies * sum(p.nbytes for p in trainer.model.parameters())
+    in_memory = (3 + (trainer.device.type == "cpu")) * (weights + buffer // trainer.world.size)
+    return {"memory": in_memory, "disk": 3 * (weights + buffer)}
 
 
 def check_memory(trainer) -> None:

@@ -24,11 +24,10 @@ def reference_chain(
         x = x.detach().requires_grad_()
         density = log_density(x) if y is None else log_density(x, y)
         (grad,) = torch.autograd.grad(density.sum(), x)
-        if normalize:
-            grad = grad / (grad.square().sum((1, 2, 3), keepdim=True).sqrt() + 1e-12)
+        limited = grad / (grad.square().sum((1, 2, 3), keepdim=True).sqrt() + 1e-12) if normalize else grad
         if grad_clamp is not None:
-            grad = grad.clamp(-grad_clamp, grad_clamp)
-        x = x.detach() + step_size * grad + noise_std * normal_like(x, generator)
+            limited = limited.clamp(-grad_clamp, grad_clamp)
+        x = x.detach() + step_size * limited + noise_std * normal_like(x, generator)
         if clamp:
             x = x.clamp(-1, 1)
     return Chain(x.detach(), grad)

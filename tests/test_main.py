@@ -255,10 +255,11 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
     run = train(tmp_path / "runs", *options, "--data_dir", str(tmp_path / "images"))
     assert load_checkpoint(run / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
     images = data.load("folder", tmp_path / "images", 12, 4)
-    assert trainer_of(images).batches.flip and not trainer_of(images, "--no_flip").batches.flip
+    straight = trainer_of(images, "--no_flip", "--start_dir", str(tmp_path / "images"))
+    assert trainer_of(images).batches.flip and not straight.batches.flip and not straight.start.args[1]
 
 
-def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
+def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
     options = "--max_steps 1 --lr 1e-12 --warmup_steps 0 --reinit_freq 0".split()
     run = train(tmp_path, "--load_ckpt", str(jem), *options)
     mine, theirs = state(run), state(jem)
@@ -266,6 +267,8 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem):
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
     assert unchanged == 64 - 16
     assert mine["step"] == 1
+    train(tmp_path / "by_class", "--load_ckpt", str(jem), *options, "--class_cond")
+    assert "replay buffer is not divided by class: starting with a fresh one" in capsys.readouterr().out
 
 
 def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
@@ -332,6 +335,7 @@ def test_a_recipe_from_python_is_the_recipe():
     assert (cfg.norm, cfg.optimizer, cfg.sam_rho, cfg.batch_size) == ("batch", "sgd", 2.0, 64)
     assert replace(cfg, norm="none").sam_rho == 2.0 and replace(cfg, optimizer="adam").optimizer == "adam"
     assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat")] == [200, 100, 50]
+    assert not Config().separate_p_x and Config(augment="auto").separate_p_x  # log p(x) is not of such images
     plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3}, "a checkpoint")  # of its options as they are
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
     with pytest.raises(TypeError, match="teapot"):

@@ -51,8 +51,6 @@ def test_engine_equals_reference_in_fp32(options, given, labels):
     torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=atol)
     torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-4, atol=atol)
     assert not limits or (free.x - fast.x).abs().max() > 0.02
-    assert fast.grad.abs().max() <= limits.get("grad_clamp", torch.inf)
-    assert list(limits) != ["normalize"] or (fast.grad.flatten(1).norm(dim=1) - 1).abs().max() < 1e-4
     assert "clamp" not in limits or fast.x.abs().max() <= 1
 
 

@@ -88,6 +88,12 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart():
         assert seen == sizes
 
 
+def test_checkpoints_of_several_processes_hold_the_weights_once():
+    run = trained(0)
+    alone, run.world = progress.room(run)["disk"], World(0, 4)
+    assert progress.room(run)["disk"] == alone
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options",
@@ -165,6 +171,8 @@ def test_the_optimizer_of_a_run_written_out(options):
             scale = {name: p.abs() if cfg.sam_adaptive else 1 for name, p in parameters.items()}
             norm = torch.cat([(scale[name] * d).flatten() for name, d in g.items()]).norm()
             g = gradient({name: p + rho * scale[name] ** 2 * g[name] / norm for name, p in parameters.items()})
+        norm = torch.stack([d.norm() for d in g.values()]).norm()
+        assert run.meter.read()["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
         with torch.no_grad():
             for name, p in parameters.items():
                 d = g[name] + 0.01 * p
