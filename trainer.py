@@ -365,8 +365,8 @@ class Trainer:
         if name == "last.pt" and self.world.size > 1:
             state = gather_state(state)
         about = {"time": time.time(), "total_steps": self.total_steps}  # by which --resume auto chooses among runs
-        content = {"config": asdict(self.cfg), "data": self.data.description, "state": state} | about
-        self.logger.checkpoint(save_checkpoint, name, content)
+        about |= {"processes": self.world.size, "config": asdict(self.cfg), "data": self.data.description}
+        self.logger.checkpoint(save_checkpoint, name, about | {"state": state})
 
     def recover(self) -> None:
         """Training diverged: go back to the last proven state with new randomness and, perhaps, gentler settings."""

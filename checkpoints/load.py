@@ -30,8 +30,8 @@ class Trained(NamedTuple):
 def open_trained(given: dict[str, Any]) -> Trained:
     """The checkpoint of ``--load_ckpt``. Where options were not given, its own data, network and chains stand.
 
-    So does its number of chains as the batch size: with batch normalisation an image depends on its batch. Raises
-    UserError if it cannot be used with the options that were given.
+    So does the number of chains of one process as the batch size: with batch normalisation an image depends on its
+    batch. Raises UserError if it cannot be used with the options that were given.
     """
     if not given.get("load_ckpt"):
         raise UserError(f"--mode {given['mode']} needs --load_ckpt, a checkpoint or a run directory")
@@ -40,7 +40,8 @@ def open_trained(given: dict[str, Any]) -> Trained:
     if given.get("recipe", trained.recipe) != trained.recipe:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
-    own |= {"recipe": trained.recipe, "batch_size": trained.n_chains, "p_x_batch_size": None, "class_cond": False}
+    n_chains = trained.n_chains // (1 if trained.sync_batch_norm else content.get("processes", 1))
+    own |= {"recipe": trained.recipe, "batch_size": n_chains, "p_x_batch_size": None, "class_cond": False}
     if "start_dir" in given and "folder" not in trained.start_shares:
         own["start"] = "folder"
     if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images

@@ -4,6 +4,7 @@ Images are uint8 (N, C, H, W), features float32 (N, D).
 """
 
 import math
+from dataclasses import replace
 from pickle import UnpicklingError
 
 import numpy as np
@@ -126,7 +127,8 @@ class SampleQuality:
     """
 
     def __init__(self, cfg: Config, images: ImageData, chain_init: ChainInit, device: torch.device):
-        self.cfg, self.device, classes = cfg, device, range(len(images.class_names))
+        own = cfg.n_chains // distributed.current_world().size  # chains of a process, as in training
+        self.cfg, self.device, classes = replace(cfg, p_x_batch_size=own), device, range(len(images.class_names))
         self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes)
         classifier = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
         with evaluation_packages():

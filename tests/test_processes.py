@@ -21,6 +21,7 @@ import main
 import trainer
 import utils
 from checkpoints.files import load_checkpoint
+from checkpoints.load import open_trained
 from checkpoints.resume import named_run, shard_state
 from config import Config
 from config.checks import check_sizes
@@ -182,6 +183,7 @@ class TestCommandLine:
             assert torch.equal(twin["buffer"], found["state"]["buffer"]["images"][rank::2])
             assert torch.equal(runs[rank].rng.sgld.get_state(), own["rng"]["sgld"])
 
+        assert open_trained({"mode": "sample", "load_ckpt": str(run)}).cfg.n_chains == 32  # half of 64: of one process
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(run)["step"] == 22 and "processes" not in state(run)
