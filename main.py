@@ -113,7 +113,7 @@ def train(given: dict[str, Any]) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        check_backbone(trainer.model, images.shape, trainer.dtype)
+        check_backbone(trainer.model, images.shape)
         check_room(trainer, Path(cfg.logdir))
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from data import to_float
 from models.predict import images_per_batch
-from utils import autocast
 
 FINAL_LR = 1e-6
 REFIT_IMAGES = 5000  # enough for means and variances of channels
@@ -103,7 +102,7 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def recalibrate_batch_norm(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def recalibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
     A no-op without batch normalisation. Neither the model's mode nor any random generator changes.
@@ -111,8 +110,7 @@ def recalibrate_batch_norm(model: nn.Module, images: Tensor, dtype: torch.dtype 
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # dropout's
-        with autocast(device, dtype):
-            images = images[:REFIT_IMAGES].to(device)
-            n_batches = math.ceil(len(images) / images_per_batch(500, images.shape[1:]))
-            batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average
-            torch.optim.swa_utils.update_bn(map(to_float, batches), model)
+        images = images[:REFIT_IMAGES].to(device)
+        n_batches = math.ceil(len(images) / images_per_batch(500, images.shape[1:]))
+        batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average
+        torch.optim.swa_utils.update_bn(map(to_float, batches), model)

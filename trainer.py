@@ -108,6 +108,7 @@ class Trainer:
         self.synced = cfg.sync_batch_norm and self.world.size > 1  # processes exchange numbers within the network
         self.compiles = compiles(cfg.compile, self.device, self.total_steps) and not self.synced
         self.model = build_for(cfg, self.data.shape[0], self.n_classes).to(self.device)
+        self.model.dtype = self.dtype
         if self.synced:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
@@ -161,8 +162,8 @@ class Trainer:
         batch, _ = self.next_inputs(sgld_steps=1)  # a chain compiles itself
         if self.compiles:
             try:  # the network's forward and backward pass; or go on without
-                with utils.autocast(self.device, self.dtype):  # not joint_forward, where processes wait for each other
-                    logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
+                # Not joint_forward, where processes wait for each other.
+                logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
                 sum(part.sum() for part in logits if part is not None).backward()
             except Exception as error:  # the compiler's exceptions share no public base class
                 self.forward.give_up(type(error).__name__)
@@ -251,12 +252,12 @@ class Trainer:
                 x_real = x  # log p(x) learns from the images themselves
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
             step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
-            with evaluation_mode(self.model), utils.autocast(self.device, self.dtype):
+            with evaluation_mode(self.model):
                 x = adversarial_images(self.model.logits, x, y, *attack, step_size=step_size)
         if self.sampler is None:
             return StepBatch(x, y, x_real, None), {}
         if self.one_process_forward.norm_statistics == "running":
-            with torch.no_grad(), utils.autocast(self.device, self.dtype):
+            with torch.no_grad():
                 self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
             average_running_stats(self.model)  # and in all processes
         copy_weights(self.model, self.sampler_model)
@@ -275,8 +276,7 @@ class Trainer:
 
     def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
-        with utils.autocast(self.device, self.dtype):
-            logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
+        logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
         loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, batch.y_real)
         self.optimizer.zero_grad(set_to_none=True)
@@ -299,7 +299,7 @@ class Trainer:
 
     def recalibrate_ema(self) -> None:
         if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
-            recalibrate_batch_norm(self.ema, self.data.train.images, self.dtype)  # before they are used or saved
+            recalibrate_batch_norm(self.ema, self.data.train.images)  # before they are used or saved
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
@@ -400,7 +400,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy; best.pt is chosen by the first, never by the second."""
         splits = {"accuracy/valid": self.data.valid, "accuracy/test": self.data.test} if self.cfg.classifies else {}
-        found = {name: accuracy(self.eval_model, split, self.dtype) for name, split in splits.items() if len(split)}
+        found = {name: accuracy(self.eval_model, split) for name, split in splits.items() if len(split)}
         if "accuracy/valid" in found:
             self.keep_if_best("best.pt", found["accuracy/valid"])
         return found

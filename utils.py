@@ -73,11 +73,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context in which networks compute in ``dtype``, on ``device``."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def set_speed_options(device: torch.device) -> None:
     """Process-wide settings for speed; on CUDA, only algorithms that give the same result each time."""
     torch.backends.cudnn.deterministic = True

@@ -58,11 +58,10 @@ def other_images(test: Tensor, rng: Generator) -> dict[str, Tensor]:
     return sets
 
 
-def moved_up(model: JEM, x: Tensor, dtype: torch.dtype) -> Tensor:
+def moved_up(model: JEM, x: Tensor) -> Tensor:
     """Images that look likelier to the model, at most L2 1 away in [0, 1]."""
-    with utils.autocast(x.device, dtype):
-        parts = [part.contiguous(memory_format=torch.channels_last) for part in x[:MOVED].split(125)]
-        return torch.cat([pgd(lambda z: model.log_density(z).sum(), part, 2.0, "L2", 20) for part in parts])
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in x[:MOVED].split(125)]
+    return torch.cat([pgd(lambda z: model.log_density(z).sum(), part, 2.0, "L2", 20) for part in parts])
 
 
 def main() -> None:
@@ -77,20 +76,20 @@ def main() -> None:
     given = {"mode": "test", "gpu": "cpu", "load_ckpt": args.load_ckpt}
     cfg, path, content = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
     model, images = frozen(cfg, path, content, device), load_data(cfg, path, content, device)
-    dtype = utils.pick_dtype("auto", device)
+    model.dtype = utils.pick_dtype("auto", device)
     order = torch.randperm(len(images.test), generator=Generator().manual_seed(0))
     test = images.test[order]
 
     def values(x: Tensor) -> Tensor:
-        return log_density(predict(model, x, dtype))
+        return log_density(predict(model, x))
 
     classified = test[:ACCURACY_IMAGES]
-    right = predict(model, classified.images, dtype).argmax(1) == classified.labels
+    right = predict(model, classified.images).argmax(1) == classified.labels
     inside = values(test.images[: args.n])
     result = {"accuracy": right.float().mean().item(), "mean": inside.mean().item(), "sd": inside.std().item()}
     print("accuracy {accuracy:.4f}; log p(x) of test images {mean:.2f} +- {sd:.2f} nats".format(**result))
     for name, x in other_images(test.images[: args.n], Generator().manual_seed(1)).items():
-        outside, worst = values(x), values(moved_up(model, x, dtype))
+        outside, worst = values(x), values(moved_up(model, x))
         row = {"auroc": auroc(inside, outside).item(), "worst": auroc(inside, worst).item()}
         result[name] = row | {"mean": outside.mean().item()}
         print(f"{name:26}AUROC {row['auroc']:.3f}, worst case {row['worst']:.3f}", flush=True)

@@ -1,6 +1,5 @@
 """JEM: a classifier read as an energy-based model (Grathwohl et al., ICLR 2020)."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_norm import batch_norms, running_stats_only, running_stats_update
-from utils import UserError, autocast
+from utils import UserError
 
 
 class JEM(nn.Module):
@@ -19,9 +18,9 @@ class JEM(nn.Module):
     linear head of its own (M-JEM): the same number is added to all logits of an image, so that their logsumexp is the
     output of that head. This leaves p(y|x) as it is, so that log p(x, y) = log p(y|x) + log p(x) holds as without.
 
-    The backbone ``f`` maps float32 images to features (N, n_features) and casts them to the type of its weights. It has
-    the attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for.
-    A function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
+    The backbone ``f`` maps float32 images to features (N, n_features), in float32 or under autocast. It has the
+    attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for. A
+    function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
@@ -33,7 +32,7 @@ class JEM(nn.Module):
         self.class_output = nn.Linear(backbone.n_features, n_classes)
         self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
         self.in_channels, self.n_classes, self.name = backbone.in_channels, n_classes, backbone.name
-        self.dtype: torch.dtype | None = None  # in which the backbone computes; None: as the surrounding autocast says
+        self.dtype = torch.float32  # in which the backbone computes (torch.autocast)
 
     def logits(self, x: Tensor) -> Tensor:
         """f(x), float32 (N, K): log p(x, y) up to one constant, and log p(y|x) up to one for each image.
@@ -42,31 +41,32 @@ class JEM(nn.Module):
         """
         if not x.is_floating_point():
             raise UserError(f"the network takes float images in [-1, 1], not {x.dtype}: data.to_float makes them")
-        with contextlib.nullcontext() if self.dtype is None else autocast(x.device, self.dtype):
-            features = self.f(x)
-        # In bf16 a log-density of 100 has a resolution of half a nat, so the head stays in float32.
-        with torch.autocast(x.device.type, enabled=False):
-            features = features.float()
-            logits = self.class_output(features)
-            if self.energy_output is None:
-                return logits
-            return logits + self.energy_output(features) - logits.logsumexp(1, keepdim=True)
+        features = self.features(x).float()  # in bf16 a log-density of 100 has a resolution of half a nat
+        logits = self.class_output(features)
+        if self.energy_output is None:
+            return logits
+        return logits + self.energy_output(features) - logits.logsumexp(1, keepdim=True)
 
     forward = logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the backbone makes of float images, (N, n_features), in ``dtype``."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.f(x)
 
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Unnormalised log p(x) = logsumexp_y f(x)[y], or with labels log p(x, y) = f(x)[y]; (N,), in nats."""
         return log_density(self.logits(x), y)
 
 
-def check_backbone(model: JEM, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features in ``dtype``."""
+def check_backbone(model: JEM, shape: tuple[int, int, int]) -> None:
+    """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features."""
     x, expected = torch.zeros(2, *shape, device=next(model.parameters()).device), (2, model.f.n_features)
     try:
-        found = tuple(frozen_sampler_model(model, dtype).f(x).shape)
+        found = tuple(frozen_sampler_model(model, model.dtype).features(x).shape)
         problem = "" if found == expected else f"gives features {found}, not {expected}"
     except (RuntimeError, TypeError, ValueError) as error:
-        problem = f"fails in {dtype}: {' '.join(str(error).split())}"
+        problem = f"fails in {model.dtype}: {' '.join(str(error).split())}"
     if problem:
         raise UserError(f"the network {model.name}, given images {tuple(x.shape)}, {problem}; see models/jem.py")
 

@@ -11,7 +11,6 @@ import distributed
 from data import Split, to_float
 from models.batch_norm import attribute_set
 from models.jem import JEM
-from utils import autocast
 
 
 def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
@@ -25,17 +24,17 @@ def evaluation_mode(network: Callable) -> AbstractContextManager:
 
 
 @torch.no_grad()
-def predict(network: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def predict(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Outputs (N, ...) of images (N, C, H, W), uint8 or float in [-1, 1]; of a JEM, its logits float32 (N, K).
 
-    A module is in evaluation mode meanwhile and computes in ``dtype`` (autocast). All processes must predict together.
+    A module is in evaluation mode meanwhile. All processes must predict together.
     """
-    with evaluation_mode(network), autocast(images.device, dtype):
+    with evaluation_mode(network):
         batches = images.split(images_per_batch(500, images.shape[1:]))
         outputs = distributed.sharded_map(batches, lambda batch: network(to_float(batch)), images.device)
     return torch.cat(outputs)
 
 
-def accuracy(model: JEM, split: Split, dtype: torch.dtype = torch.float32) -> float:
+def accuracy(model: JEM, split: Split) -> float:
     """Share of a split's images whose most likely class is their label."""
-    return (predict(model, split.images, dtype).argmax(1) == split.labels).float().mean().item()
+    return (predict(model, split.images).argmax(1) == split.labels).float().mean().item()

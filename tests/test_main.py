@@ -281,6 +281,8 @@ def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
     assert "float32, compiled: network and chains" in capfd.readouterr().out
     mine, theirs = state(run)["model"], state(plain)["model"]
     assert all(torch.allclose(mine[k], theirs[k], atol=1e-4) for k in theirs)
+    rounded = state(train(tmp_path / "2", "--max_steps", "12", "--precision", "bf16"))["model"]["f.conv1.weight"]
+    assert "bfloat16, compiled" in capfd.readouterr().out and not torch.equal(rounded, theirs["f.conv1.weight"])
 
 
 def test_gpu_that_is_not_there(monkeypatch, capsys):

@@ -146,7 +146,7 @@ def test_averaged_weights_have_them_where_they_are_used():
         run.logger = Mock()
         run.recalibrate_ema() if run.sampler is None else run.dump_gif()
         used = run.ema.f.bn1.running_mean.clone()
-        optim.recalibrate_batch_norm(run.ema, run.data.train.images, run.dtype)
+        optim.recalibrate_batch_norm(run.ema, run.data.train.images)
         assert used.any() and torch.equal(run.ema.f.bn1.running_mean, used)
 
 
