@@ -1,7 +1,6 @@
 """Folders of images: decoded once, on all cores, and cached; what cannot be read rightly is refused."""
 
 import hashlib
-import math
 import os
 import re
 import sys
@@ -96,8 +95,7 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
     images = decoded["images"]
-    if images.shape[1] != channels:
-        images = functional.rgb_to_grayscale(images, channels)
+    images = images if images.shape[1] == channels else functional.rgb_to_grayscale(images, channels)
     return [os.path.join(*paths[i]) for i in decoded["kept"]], images
 
 
@@ -337,7 +335,7 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     gigabytes = n * 3 * height * width / 1e9
     needed = f"{n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else math.inf
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if 2 * gigabytes > memory:
         raise UserError(f"{needed}, and there are {memory:.1f}: use fewer")
     if gigabytes > 0.5:

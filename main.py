@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         if distributed.lost_connection(error):
             reason = str(error).strip().partition("\n")[0]
             return complain(1, "failed", f"a process of this run has ended or cannot be reached ({reason})")
-        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        if isinstance(error, MemoryError) or any(words in f"{error} {error.__context__}" for words in OUT_OF_MEMORY):
             return complain(2, "error", NOT_ENOUGH_MEMORY)
         raise
     except KeyboardInterrupt:

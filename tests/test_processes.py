@@ -168,11 +168,12 @@ class TestCommandLine:
 
         One process then goes on from the checkpoint of two, and two measure as one does.
         """
-        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split()]
-        status, _, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, str(tmp_path / "runs"), restarts=1))
+        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split(), str(tmp_path / "runs")]
+        status, out, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, restarts=1))
         assert status == 0 and "a process of this run has ended" in err, err
         (run,) = (tmp_path / "runs").iterdir()
-        found = load_checkpoint(run / "ckpt" / "last.pt")
+        found, size = load_checkpoint(run / "ckpt" / "last.pt"), (run / "ckpt" / "last.pt").stat().st_size
+        assert f"{3 * size / 1e6:.0f} MB for checkpoints" in out
         assert found["state"]["step"] == 20 and len(read_log(run / "metrics.jsonl")) == 2
         with monkeypatch.context() as patches:
             cfg = Config.from_dict(found["config"], "")

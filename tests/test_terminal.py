@@ -43,7 +43,6 @@ def test_broken_streams_end_nothing(redirection, tmp_path):
     assert finished(tmp_path / "runs")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="arguments are no bytes there")
 @pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("utf-8", "caf\udce9")])
 def test_any_encoding(encoding, note, tmp_path):
     """And any Matplotlib backend: a notebook's, which its shell commands inherit, may not be installed here."""
@@ -114,7 +113,6 @@ def wait_for(process, text):
 TENTH_STEP = "steps will take about"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 class TestSignals:
     def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, begin, tmp_path):
         """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""

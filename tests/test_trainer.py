@@ -88,12 +88,6 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart():
         assert seen == sizes
 
 
-def test_checkpoints_of_several_processes_hold_the_weights_once():
-    run = trained(0)
-    alone, run.world = progress.room(run)["disk"], World(0, 4)
-    assert progress.room(run)["disk"] == alone
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options",
