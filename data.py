@@ -22,6 +22,7 @@ from utils import UserError
 
 SPLIT_SEED = 0  # not the run's seed: all runs train and report on the same images
 ALONE, WHOLE = World(), slice(None)
+Parts = dict[str, "Split"]  # train, valid, test
 AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 FIRST_LABELS = {datasets.MNIST: [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], datasets.FashionMNIST: [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
@@ -163,19 +164,20 @@ def load(
         image_size: side in pixels to which ``folder`` resizes its images; the aspect ratio is not kept.
         n_valid: images held out of train for validation; by default a tenth, but 5,000 at most.
         data_device: where the training images are: "cpu", "gpu" (on ``device``), or "auto"; see ``stays_on_host``.
-        trained_on: for a set to measure, the ``description`` of the images that the model was trained on. Then a test
-            part alone will do, and a folder of <class>/* that holds other images is not divided.
+        trained_on: for a set to measure, the ``description`` of the images that the model was trained on. Of other
+            images there is only the test part then, or, of a folder of <class>/*, all as test images.
 
     Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
     """
     root = Path(data_dir).expanduser()
     class_names, parts = DATASETS[name].read(root, image_size)
-    if "all" in parts:
-        parts = _divide(parts.pop("all"), class_names, root, trained_on)
-    if "train" in parts:
-        parts = _hold_out(parts, n_valid)
-    elif trained_on is None:
-        raise UserError(f"{root} has no train/: add it; {image_folder.EXPECTED}")
+    undivided = parts.pop("all", None)
+    if undivided is not None:
+        parts = _divide(undivided, root, trained_on is None)
+    if trained_on is not None:
+        parts = _as_in_training(parts, undivided, class_names, trained_on, root)
+    else:
+        parts = _hold_out(parts, n_valid, root)
     train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
@@ -251,31 +253,41 @@ def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return images.masked_fill(hole[:, None], 0)
 
 
-def _divide(images: Split, class_names: list[str], root: Path, trained_on: dict[str, Any] | None) -> dict[str, Split]:
-    """80 % of each class for training and 20 % for testing; all for testing if a model was trained on others."""
+def _divide(images: Split, root: Path, needed: bool) -> Parts:
+    """80 % of each class for training and 20 % for testing; if there are too few and no need, all for testing."""
     from sklearn.model_selection import train_test_split  # slow to import, and most data sets do without
 
-    train, test = torch.arange(0), torch.arange(len(images))
     try:
-        train, test = train_test_split(test, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
+        every = torch.arange(len(images))
+        train, test = train_test_split(every, test_size=0.2, stratify=images.labels, random_state=SPLIT_SEED)
     except ValueError as error:
-        if trained_on is None:
+        if needed:
             raise UserError(f"{root} has too few images to hold out a fifth of each class: add some") from error
-    parts = {"train": images[train], "test": images[test]}
-    if trained_on is None:
-        return parts
-    n_valid = trained_on.get("images", [0, 0, 0])[1]  # --n_valid may be another now; other programs do not say
-    if n_valid < len(train):
-        own = ImageData(**_hold_out(parts, n_valid), class_names=tuple(class_names), flip=False).description
-        if own | trained_on == own:
-            return parts
-    image_folder.note(f"{root} holds other images than those of the training: all are test images")
-    return {"test": images}
+        return {"test": images}
+    return {"train": images[train], "test": images[test]}
 
 
-def _hold_out(parts: dict[str, Split], n_valid: int | None) -> dict[str, Split]:
+def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], trained_on: dict, root: Path) -> Parts:
+    """The parts that a model was trained on, or the test images alone where they are of other images.
+
+    Another program may have trained on all training images, so that none are left for validation.
+    """
+    n_valid = None if "valid" in parts else trained_on.get("images", [0, 0])[1]
+    if "train" in parts and (n_valid or 0) < len(parts["train"]):
+        own = _hold_out(parts, n_valid, root)
+        known = ImageData(**own, class_names=tuple(names), flip=False).description
+        if known | trained_on == known or (trained_on.get("assumed") and undivided is None):
+            return own
+        if known["images"] == trained_on.get("images"):
+            undivided = None  # in the same places may be the same images, decoded in another way
+    image_folder.note(f"{root} holds other images than those of the training: only test images are used")
+    return {"test": parts["test"] if undivided is None else undivided}
+
+
+def _hold_out(parts: Parts, n_valid: int | None, root: Path) -> Parts:
     """The training images in a random order, and the first ``n_valid`` for validation if they have no such part."""
-    train = parts["train"]
+    if (train := parts.get("train")) is None:
+        raise UserError(f"{root} has no train/: add it; {image_folder.EXPECTED}")
     if n_valid is None:
         n_valid = 0 if "valid" in parts else min(5000, len(train) // 10)
     elif "valid" in parts:

@@ -64,8 +64,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
             advice = "sort pictures into a folder for each class, or give --data_dir a folder of <class>/* to divide"
             raise UserError(f"{root / folder} has {len(classes)} class folders, but labels need two or more: {advice}")
         if odd := sorted(set(classes) ^ set(class_names)):
-            both = f"{first}/ and {folder}/ in {root}"
-            raise UserError(f"only one of {both} has {some(odd)}: give both the same class folders")
+            raise UserError(f"only one of {first}/ and {folder}/ in {root} has {some(odd)}: give both the same classes")
         if loose := _images(inside[folder]):
             note(f"left out: images that belong to no class: {len(loose)} directly in {root / folder}")
         for label, (name, in_class) in enumerate(classes.items()):
@@ -221,7 +220,7 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
         done += ("were turned upright by their EXIF orientation",)
         if image.format != "TIFF":  # which Pillow has turned as it was loaded
             image = ImageOps.exif_transpose(image)
-    image = _to_8_bits(image)
+    image = to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
@@ -247,7 +246,7 @@ def _jpeg_damage(encoded: bytes, pixel_data: int, mode: str) -> tuple[str, ...]:
     return ()
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def to_8_bits(image: Image.Image) -> Image.Image:
     """The image with 16 bits scaled to 8 by the format's own white level; others as they are."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         tags = image.tag_v2 if image.format == "TIFF" else {}
@@ -304,11 +303,10 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
                     if pixels is None:
                         pixels = _room_for(root, len(files), *image.shape[1:])
                     if pixels.shape[1:] != image.shape:
-                        both = f"{files[kept[0]]} and {files[i]}"
-                        raise UserError(f"{both} differ in size: give --image_size to make all images equal")
+                        raise UserError(f"{files[kept[0]]} and {files[i]} differ in size: give --image_size")
                     pixels[len(kept)] = image
                     kept.append(i)
-                    for text in result.done:
+                    for text in result.done + (("are of one brightness",) if image.min() == image.max() else ()):
                         done[text].append(files[i].removeprefix(f"{root}{os.sep}"))
     finally:
         pool.terminate()
@@ -323,8 +321,9 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     notes = [f"{len(of)} of {len(kept)} images {text} ({some(of, 3)})" for text, of in sorted(done.items())]
     if ignored:
         notes.append(f"left out: files that are no images: {len(ignored)} (e.g. {ignored[0]})")
-    if pixels.max() < 64:
-        notes.append(f"warning: no pixel is above {pixels.max()} of 255: are the images scaled wrongly?")
+    darkest, brightest = int(pixels.min()), int(pixels.max())
+    if brightest - darkest < 96:
+        notes.append(f"warning: all pixels are from {darkest} to {brightest} of 255: are the images scaled wrongly?")
     return {"images": torch.from_numpy(pixels), "kept": kept, "notes": notes}
 
 
@@ -334,12 +333,10 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
         advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     gigabytes = n * 3 * height * width / 1e9
-    needed = f"{n} images of {width}x{height} need {gigabytes:.1f} GB of memory, twice that now"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if 2 * gigabytes > memory:
+        needed = f"{n} images of {width}x{height} need {2 * gigabytes:.1f} GB of memory"
         raise UserError(f"{needed}, and there are {memory:.1f}: use fewer")
-    if gigabytes > 0.5:
-        note(needed)
     return np.empty((n, 3, height, width), np.uint8)
 
 

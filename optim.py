@@ -48,8 +48,7 @@ class SAM:
     def step(self, closure: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         """One update; returns what the first ``closure(update_statistics=...)`` measured, which leaves gradients.
 
-        But ``gradient_norm`` is the second's, with whose gradients the optimizer steps. Running statistics are to
-        follow the first pass alone: nobody evaluates the network at w + e.
+        But ``gradient_norm`` is the second's. Running statistics follow the first pass alone: w + e is never evaluated.
         """
         result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -40,6 +40,7 @@ def pgd(
             (gradient,) = torch.autograd.grad(function(x + change), change)
         change = change.detach()
         if norm == "L2":
+            gradient = gradient / gradient.abs().amax((1, 2, 3), True).clamp(min=1e-38)  # squares of a tiny one are 0
             change = change + step_size * gradient / l2_norms(gradient)
             change = change * (radius / l2_norms(change)).clamp(max=1)
         else:

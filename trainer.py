@@ -354,8 +354,7 @@ class Trainer:
             if by_class and stored["images"].shape == self.buffer.images.shape:
                 self.buffer.load_state_dict(stored)
             else:
-                found = "has another size" if by_class else "is not divided by class"
-                print(f"The checkpoint's replay buffer {found}: starting with a fresh one.")
+                print("The checkpoint's replay buffer has another size, or no classes: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
         state = self.state_dict()

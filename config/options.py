@@ -81,7 +81,7 @@ class Options:
     image_size: int | None = images(
         None, "side in pixels to squeeze a folder's images to", minimum=8, maximum=2048, needs=("dataset=folder",)
     )
-    n_valid: int | None = images(None, "images held out for validation (default: 5000 or, if less, a tenth)", minimum=0)
+    n_valid: int | None = training_images(None, "images held out for validation (default: a tenth, <= 5000)", minimum=0)
     labels_per_class: int | None = training_images(
         None, "images of each class whose label is used; the others serve log p(x) alone (default: all)", minimum=1
     )

@@ -30,11 +30,11 @@ class EvalInputs:
         return Generator(self.device).manual_seed(self.cfg.seed)
 
     def subset(self, split: Split, limit: int | None = None) -> Split:
-        """At most ``limit`` and ``--max_images`` images of a split, the same random ones in the same random order.
+        """At most ``limit`` images of a split, or else ``--max_images``: the same random ones in the same random order.
 
         So the first of them are a random choice, too, where the split lies class by class.
         """
-        n = min(limit or len(split), self.cfg.max_images or len(split))
+        n = min(limit or self.cfg.max_images or len(split), len(split))
         order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
         return split[order.to(split.labels.device)].to(self.device)
 

@@ -32,6 +32,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     """Each score against each set of ``--ood_datasets``, and their histograms."""
     test = inputs.subset(inputs.data.test)
     inside = scores(inputs.model, inputs.with_noise(test.images))
+    if not inputs.classifies:
+        del inside["max softmax"], inside["max logit"]
     drawn = {score: {"test images": values} for score, values in inside.items()}
     for name in set_names(inputs.cfg):
         shown = printable(name, "utf-8")
@@ -42,9 +44,10 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         except UserError as error:
             section.add_absent(shown, str(error))
             continue
-        for score, outside in scores(inputs.model, inputs.with_noise(images)).items():
-            add_detection(section, (shown, score), inside[score], outside, inputs.noise_protocol)
-            drawn[score][shown] = outside
+        outside = scores(inputs.model, inputs.with_noise(images))
+        for score in inside:
+            add_detection(section, (shown, score), inside[score], outside[score], inputs.noise_protocol)
+            drawn[score][shown] = outside[score]
         moved = moved_towards_data(inputs.model, images[:MOVED])
         area = auroc(inside["log p(x)"], log_density(predict(inputs.model, moved)))
         protocol = (

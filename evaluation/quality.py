@@ -19,10 +19,8 @@ from models.predict import predict
 from sgld import step_protocol
 from utils import UserError, evaluation_packages, pick_dtype
 
-FILTERED = {  # share of the buffer, and whose protocol it is
-    "buffer, filtered": (0.9, "the protocol of SADA-JEM's FID"),
-    "buffer, most confident": (0.1, "the protocol of SADA-JEM's IS"),
-}
+# Share of the buffer, and whose protocol it is.
+FILTERED = {"buffer, filtered": (0.9, "SADA-JEM's FID"), "buffer, most confident": (0.1, "SADA-JEM's IS")}
 
 
 class ImageSet(NamedTuple):
@@ -77,8 +75,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
 
 def reference(inputs: EvalInputs) -> ImageSet:
     """The real images of ``--fid_reference``."""
-    data, what = inputs.data, "training and validation"
-    parts = [data.train, data.valid]
+    data, parts, what = inputs.data, [inputs.data.train, inputs.data.valid], "training and validation"
     if inputs.cfg.fid_reference == "train+test":
         parts, what = [*parts, data.test], "training, validation and test"
     where = data.train.images.device  # perhaps the host: only what is chosen goes to the device
@@ -105,7 +102,7 @@ def sample_sets(inputs: EvalInputs, section: Section, n: int) -> dict[str, Image
     for name, (share, used_for) in FILTERED.items() if inputs.classifies else ():
         kept = most_confident(predict(inputs.model, held), share).sort().values
         protocol = f"replay buffer, the {share:.0%} most confident of each predicted class"
-        sets[name] = ImageSet(held[kept], f"{protocol} ({used_for}; not comparable with unfiltered numbers)")
+        sets[name] = ImageSet(held[kept], f"{protocol} (the protocol of {used_for}; not comparable with unfiltered)")
     return sets
 
 
@@ -157,10 +154,8 @@ def add_distances(
         if n < real_features.shape[1]:
             few.append(name)
     if few:
-        section.note(
-            f"**{space.frechet_name} means little here** ({', '.join(few)}): there are fewer images than the "
-            f"{real_features.shape[1]} features. Compare it only between equal numbers of images."
-        )
+        advice = f"fewer images than the {real_features.shape[1]} features. Compare it only between as many images"
+        section.note(f"**{space.frechet_name} means little here** ({', '.join(few)}): there are {advice}.")
 
 
 def add_nearest(section: Section, sets: dict[str, ImageSet], train: Tensor, backbone: nn.Module) -> None:

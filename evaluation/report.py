@@ -1,6 +1,7 @@
 """The report of ``--mode test``: results.json, also read back for --compare; report.md, report.html and pictures."""
 
 import base64
+import glob
 import io
 import json
 import math
@@ -97,19 +98,12 @@ class Section:
         return found
 
 
-def bootstrap(
-    statistic: Callable[..., Any], *groups: Tensor, replicates: int = 1000, centre: float | None = None
-) -> Interval:
-    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own.
-
-    ``centre``: where the mean of those statistics is moved to, for one of 0 or more that drawing again makes larger.
-    """
+def bootstrap(statistic: Callable[..., Any], *groups: Tensor, replicates: int = 1000) -> Interval:
+    """95 % interval of ``statistic(*groups)`` when each group (N_i,) is drawn again, with replacement, on its own."""
     rng, groups, drawn = torch.Generator().manual_seed(0), [group.cpu() for group in groups], []
     for _ in range(replicates):
         drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    if centre is not None:
-        low, high = (max(0.0, bound - (np.mean(drawn) - centre)) for bound in (low, high))
     return float(low), float(high)
 
 
@@ -145,21 +139,22 @@ class Report:
 
 
 def read_report(place: str) -> Report:
-    """The report in an eval folder, or in the folder ``eval`` of a run directory.
+    """The report in an eval folder, or the newest of a run directory, in ``eval``, ``eval-2``, ...
 
     Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is left out.
     """
-    folder = next((f for f in (Path(place), Path(place, "eval")) if os.path.isfile(f / "results.json")), None)
-    if folder is None:
+    names = ["", *(glob.glob("eval*", root_dir=place) if os.path.isdir(place) else ())]
+    found = [path for path in (Path(place, name, "results.json") for name in names) if os.path.isfile(path)]
+    if not found:
         raise UserError(f"--compare {place}: no results.json there or in its folder eval; --mode test writes one")
-    path = folder / "results.json"
+    path = max(found, key=os.path.getmtime)
     try:
         content = json.loads(path.read_text("utf-8"))
-        report = Report(folder, {name: content[name] for name in ("about", "options", "environment")})
+        report = Report(path.parent, {name: content[name] for name in ("about", "options", "environment")})
         for name in filter(content.get, METRICS):
-            section = report.sections[name] = Section(name, folder, **content[name])
+            section = report.sections[name] = Section(name, path.parent, **content[name])
             shown = section.pictures.items()
-            section.pictures = {p: text for p, text in shown if os.access(folder / f"{p}.png", os.R_OK)}
+            section.pictures = {p: text for p, text in shown if os.access(path.with_name(f"{p}.png"), os.R_OK)}
         render(report, "report.html")  # here what cannot be shown is one line
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--compare {path} is broken, or not from --mode test: measure that run again") from None

@@ -79,13 +79,14 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]) -> dict[str, str]:
     """What is measured, for the top of the report."""
     cfg, (_, height, width) = inputs.cfg, inputs.data.shape
+    others = "" if len(inputs.data.train) else "; other images than those of the training"
     chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
     about = {
         "checkpoint": f"{path}{chosen}",
         "training steps": "not in the file" if state["step"] is None else str(state["step"]),
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
-        "data set": f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset,
+        "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
         "network": inputs.model.name,
         "seed": str(cfg.seed),
     }

@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
 import data
 import distributed
 from config import Config
 from generation.chains import StartImages
+from image_folder import to_8_bits
 from logger.images import captioned, image_grid
 from sgld import normal_like, uniform_images
 from utils import UserError
@@ -39,14 +40,14 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     else:
         try:
             with Image.open(name) as mask:
-                if mask.size != (width, height):
-                    found = f"the mask {name} has {mask.width}x{mask.height} pixels"
-                    raise UserError(f"{found}, but the images have {width}x{height}: resize it")
+                mask = to_8_bits(ImageOps.exif_transpose(mask))
                 if mask.has_transparency_data:
                     mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
                 unknown = torch.from_numpy(np.array(mask.convert("L")) >= 128)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError) as error:
             raise UserError(f"--inpaint takes left, center or a picture, not {name}: {error}") from None
+        if mask.size != (width, height):
+            raise UserError(f"the mask {name} has {mask.width}x{mask.height} pixels, and the images {width}x{height}")
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown

@@ -72,7 +72,8 @@ def table(names: list[str], classes: Sequence[str], logits: Tensor, low: float |
     p, y = logits.softmax(1).max(1)
     for name, k, p_y, log_p in zip(names, y.tolist(), p.tolist(), log_density(logits).tolist(), strict=True):
         unlikely = "" if low is None else "yes" if log_p < low else "no"
-        writer.writerow([printable(name, "utf-8"), classes[k], f"{p_y:.6f}", f"{log_p:.4f}", unlikely])
+        sure = f"{p_y:.6f}" if classes[k] else ""
+        writer.writerow([printable(name, "utf-8"), classes[k], sure, f"{log_p:.4f}", unlikely])
     return text.getvalue()
 
 

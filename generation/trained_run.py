@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -53,7 +54,7 @@ class TrainedRun:
 
     def log_density(self, images: Tensor, y: Tensor | None = None) -> Tensor:
         """Unnormalised log p(x), or with classes y, int64 (N,), log p(x, y); float32 (N,), in nats."""
-        return log_density(self.logits(images), y)
+        return log_density(self.logits(images), None if y is None else torch.tensor(self.classes(y)))
 
     def sample(self, n: int, y: Classes = None, **options: Any) -> Tensor:
         """The images of ``chains``, float32 (n, C, H, W), cut to [-1, 1]."""
@@ -64,12 +65,10 @@ class TrainedRun:
     ) -> ChainResult:
         """n SGLD chains; they start where those of ``--mode sample`` do, and with the same seed are the same.
 
-        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of ten
+        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of twenty
         training chains. n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
         """
-        classes = [y] if isinstance(y, int) else range(len(self.class_names)) if y is None else [int(k) for k in y]
-        if not all(0 <= k < len(self.class_names) for k in classes):
-            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
+        classes = self.classes(range(len(self.class_names)) if y is None else y)
         name, chain_init = self.fresh_start
         start = StartImages(name, n, chain_init, classes, class_cond=y is not None)
         cfg = self.cfg if steps is None else replace(self.cfg, n_sample_steps=steps)
@@ -86,8 +85,15 @@ class TrainedRun:
         def log_p(x: Tensor) -> Tensor:
             return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
 
-        batches = self.checked(images).split(self.cfg.batch_size)
+        (y,), batches = self.classes(y), self.checked(images).split(self.cfg.batch_size)
         return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
+
+    def classes(self, y: Classes) -> list[int]:
+        """One class, or several, as a list. Raises UserError for what is none, and for an empty list."""
+        found = [int(k) for k in np.atleast_1d(np.asarray(y))]
+        if not found or not set(found) <= set(range(len(self.class_names))):
+            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
+        return found
 
     def sampler_model(self) -> JEM:
         """The network as chains climb it. Raises UserError where a batch of them leaves its norm no variance."""

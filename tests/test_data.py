@@ -353,17 +353,22 @@ def write_pngs(root, *folders, n=10, side=8, level=None):
 def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     trained_on = data.load("folder", write_pngs(tmp_path / "own", "a", "b"), n_valid=3).description
     same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
-    assert [len(part) for part in (same.train, same.valid, same.test)] == [11, 5, 4]
-    assert "all are test images" not in capsys.readouterr().out
+    assert [len(part) for part in (same.train, same.valid, same.test)] == [13, 3, 4]  # --n_valid of the training
+    assert "other images than those" not in capsys.readouterr().out
     write_pngs(tmp_path / "few", "a", "b", n=1)
     assert len(data.load("folder", tmp_path / "few", trained_on=trained_on).test) == 2
-    write_pngs(tmp_path / "other", "a", "b")
+    write_pngs(tmp_path / "other", "a", "b", n=11)
     for description in (trained_on, {"shape": [3, 8, 8], "class_names": ["a", "b"], "assumed": True}):
         other = data.load("folder", tmp_path / "other", trained_on=description)
-        assert [len(part) for part in (other.train, other.valid, other.test)] == [0, 0, 20]
+        assert [len(part) for part in (other.train, other.valid, other.test)] == [0, 0, 22]
         assert other.shape == (3, 8, 8)
         assert f"{tmp_path / 'other'} holds other images than those of the training" in capsys.readouterr().out
-    assert len(data.load("folder", tmp_path / "other").train) == 15
+    assert len(data.load("folder", tmp_path / "other").train) == 16
+    parts = data.load("folder", write_pngs(tmp_path / "parts", "train/a", "train/b", "test/a", "test/b"), n_valid=4)
+    known, shape = parts.description, {"shape": [3, 8, 8], "class_names": ["a", "b"], "assumed": True}
+    for description, sizes in ((known, [16, 4, 20]), (trained_on, [0, 0, 20]), (shape, [20, 0, 20])):
+        found = data.load("folder", tmp_path / "parts", trained_on=description)
+        assert [len(part) for part in (found.train, found.valid, found.test)] == sizes
     write_pngs(tmp_path / "alone", "test/a", "test/b")
     assert len(data.load("folder", tmp_path / "alone", trained_on={}).test) == 20
 
@@ -385,7 +390,9 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert main.main([*test, "--eval", "classification,quality", "--data_dir", str(tmp_path / "other")]) == 0
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
-    assert report.count("these data are test images alone") == 2
+    assert report.count("these data are test images alone") == 2 and "; other images than those of the train" in report
+    write_pngs(tmp_path / "own", "a", n=21)
+    assert "has changed since the training" in refused(capsys, *test)
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
     grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
     assert grey.shape == (3, 8, 8) and len(grey.test) == 10

@@ -24,7 +24,7 @@ import utils
 from config import Config
 from data import Split, load
 from evaluation import classification, likelihood, ood, robustness
-from evaluation.calibration import calibration_errors, ece_interval, fit_temperature
+from evaluation.calibration import calibration_errors, fit_temperature
 from evaluation.inputs import EvalInputs
 from evaluation.ood import converted, foreign_images
 from evaluation.report import Section, bootstrap, read_report, wilson
@@ -82,18 +82,6 @@ def test_calibration_errors_by_hand():
     p = torch.tensor([1.0] * 10 + [0.96] * 10)  # full confidence belongs to the last bin
     errors = calibration_errors(torch.stack([p, 1 - p], 1), torch.tensor([0] * 5 + [1] * 5 + [0] * 10))
     assert errors == pytest.approx((0.98 - 0.75, 0.98 - 0.75), abs=1e-6)
-
-
-def test_the_interval_of_a_calibration_error_holds_the_error():
-    """Of a perfectly calibrated model: an interval of the drawn samples' errors would lie above the error."""
-    p = torch.rand(2000, generator=seeded(8)) * 0.5 + 0.5
-    labels = (torch.rand(2000, generator=seeded(9)) > p).long()
-    p = torch.stack([p, 1 - p], 1)
-    error = calibration_errors(p, labels)[0]
-    low, high = ece_interval(p, labels, error)
-    drawn = bootstrap(lambda i: calibration_errors(p[i], labels[i])[0], torch.arange(2000), replicates=200)
-    assert 0 <= low < error < high < 0.1
-    assert drawn[0] > low and drawn[1] - high == pytest.approx(drawn[0] - low, abs=1e-9)
 
 
 def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatch, tmp_path):

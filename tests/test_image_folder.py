@@ -437,13 +437,12 @@ def test_announcements_are_made_again_from_the_cache(tmp_path, capsys, decoded):
     assert "15 of 15 images are not square: squeezed to 8x8" in "".join(announced(capsys, tmp_path, image_size=8))
 
 
-def test_dark_and_12_bit_sets_and_large_ones_are_announced(tmp_path, capsys):
-    image_folder._room_for(tmp_path, 50, 2048, 2048)
-    assert capsys.readouterr().out == "data: 50 images of 2048x2048 need 0.6 GB of memory, twice that now\n"
+def test_dark_and_12_bit_sets_and_images_of_one_colour_are_announced(tmp_path, capsys):
     sets = {"dark": encode(GREY // 5), "deep": tiff(GREY.astype(np.uint16) * 16, 16)}  # 12 bits in 16
-    for name, content in sets.items():
+    for name, content in (sets | {"flat": encode(0 * GREY + 255), "pale": encode(GREY // 4 + 100)}).items():
         lines = announced(capsys, write_files(tmp_path / name, four(content)))
-        assert lines[0].startswith("warning: no pixel is above")
+        assert any(line.startswith("warning: all pixels are from ") for line in lines)
+        assert any(line.startswith("4 of 4 images are of one brightness") for line in lines) == (name == "flat")
     assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
 
 
@@ -472,7 +471,7 @@ def test_parts_are_recognised_by_their_usual_names(names, tmp_path, capsys):
         ("fold1/a fold1/b fold2/a fold2/b", "fold1, fold2 in"),
         ("Train/a Train/b Probe/a Probe/b", "Probe, Train in"),
         ("train/a train/b test", "test has 0 class folders, but labels need two or more"),
-        ("train/a train/b test/a test/b test/bird", "has bird: give both the same class folders"),
+        ("train/a train/b test/a test/b test/bird", "has bird: give both the same classes"),
         (" ".join(f"train/{c} " for c in "abcdefgh") + "test/a test/b", "has c, d, e, f, g and 1 more: give"),
     ],
 )

@@ -268,7 +268,7 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
     assert unchanged == 64 - 16
     assert mine["step"] == 1
     train(tmp_path / "by_class", "--load_ckpt", str(jem), *options, "--class_cond")
-    assert "replay buffer is not divided by class: starting with a fresh one" in capsys.readouterr().out
+    assert "replay buffer has another size, or no classes: starting with a fresh one" in capsys.readouterr().out
 
 
 def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
@@ -490,6 +490,6 @@ def test_another_network(option, own, other, tmp_path, capsys):
 
 
 def test_images_of_another_size(jem, tmp_path, capsys):
-    options = ["--n_valid", "2", "--dataset", "folder", "--data_dir", str(write_pngs(tmp_path, "a", "b"))]
+    options = ["--dataset", "folder", "--data_dir", str(write_pngs(tmp_path, "a", "b"))]
     err = refused(capsys, "--mode", "test", "--gpu", "cpu", "--load_ckpt", str(jem), *options)
     assert "was trained on images of 1x8x8 in 10 classes, and those of folder are of 1x8x8 in 2: choose" in err
