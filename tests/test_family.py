@@ -24,7 +24,7 @@ from config.cli import parse
 from config.recipes import RECIPES
 from logger.metrics_log import read_log
 from losses import auroc
-from pgd import adversarial_images
+from pgd import adversarial_images, pgd
 
 SMALL = (
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 2 --max_steps 12 "
@@ -250,6 +250,7 @@ def test_adversarial_images_of_a_linear_classifier(norm):
     away = (w[1] - w[0]) * torch.where(y == 0, 1.0, -1.0)[:, None]
     best = 0.2 * away / away.norm(dim=1, keepdim=True) if norm == "L2" else 0.2 * away.sign()
     torch.testing.assert_close(found, x + best.view_as(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pgd(lambda z: 1e-30 * (z.flatten(1) * away).sum(), x, 0.2, norm, 10), found)
     inside = adversarial_images(lambda x: x.flatten(1) @ w.T, torch.ones(1, 3, 4, 4), y[:1], 0.2, norm, 10)
     assert inside.abs().max() <= 1
 

@@ -109,6 +109,8 @@ def test_other_images_are_refused(run_dir):
         run.logits(DIGITS.test.images / 255)
     with pytest.raises(UserError, match="numbers from 0 to 9, not 10"):
         run.sample(2, 10)
+    with pytest.raises(UserError, match="numbers from 0 to 9, not 99"):
+        run.counterfactual(DIGITS.test.images[:1], 99)
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,8 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
     changed(evaluated, tmp_path)
     report = read_report(str(evaluated))
     report.other = read_report(str(tmp_path / "eval"))
+    newer = shutil.copytree(tmp_path / "eval", tmp_path / "eval-2", copy_function=shutil.copyfile)
+    assert read_report(str(tmp_path)).directory == newer
     report.directory = tmp_path
     report.other.header["about"]["data set"] = "mnist"
     text = files_of(report)[1]

@@ -232,7 +232,8 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
 
 def test_options_reach_the_attacks():
     """The refinement runs the chains of training; --one_epsilon and --attack_images make less of it all."""
-    options = {"attack_images": 30, "one_epsilon": True, "sigma_test": 0.2, "sgld_grad_clamp": 0.5, "sgld_clamp": True}
+    options = {"attack_images": 30, "max_images": 20, "one_epsilon": True, "sigma_test": 0.2}
+    options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))

@@ -183,7 +183,7 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     unknown, name = MASKS[mask], mask
     if mask == "picture":
         name = str(tmp_path / "mask.png")
-        Image.fromarray(unknown * np.uint8(255)).save(name)
+        Image.fromarray(np.where(unknown, np.uint16(65535), np.uint16(300))).save(name)  # 16 bit
     options = ["--inpaint", name, "--n_samples", "5", "--n_sample_steps", "9"]
     run, content = sample(jem, tmp_path / "out", *options)
     assert len(true_labels(content["originals"])) == 5
