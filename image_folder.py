@@ -210,8 +210,7 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
             raise UserError("has several frames or pages: export one frame of it")
         if "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
             raise UserError("has one transparent colour but not 8 bits, which Pillow mixes up: convert it to 8 bits")
-        turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-        pixel_data = source.tell()
+        turned, pixel_data = image.getexif().get(ORIENTATION, 1) in range(2, 9), source.tell()
         image.load()
         if image.format in ("JPEG", "MPO"):
             source.seek(0)
@@ -332,11 +331,10 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
     if height % 4 or width % 4 or min(height, width) < 8:
         advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
-    gigabytes = n * 3 * height * width / 1e9
+    needed = 2 * n * 3 * height * width / 1e9  # GB, while they are read
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if 2 * gigabytes > memory:
-        needed = f"{n} images of {width}x{height} need {2 * gigabytes:.1f} GB of memory"
-        raise UserError(f"{needed}, and there are {memory:.1f}: use fewer")
+    if needed > memory:
+        raise UserError(f"{n} images of {width}x{height} need {needed:.1f} GB of memory of {memory:.1f}: use fewer")
     return np.empty((n, 3, height, width), np.uint8)
 
 
