@@ -1,7 +1,7 @@
 """Initialization of chains: uniform noise, Gaussians fitted to the training images, or other images.
 
 Called with the wanted images' classes, a list on the host, and a generator, it returns float32 (n, C, H, W) in [-1, 1],
-channels_last, on the generator's device, and never waits for the device.
+channels_last, on the generator's device. Only training images that are kept on the host make it wait for the device.
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ from utils import TrainingFailed, UserError
 
 # What uses a trained network.
 USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in messages of torch
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in messages of torch
 NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 
 

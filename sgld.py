@@ -87,14 +87,14 @@ class SGLD:
         compile: bool = False,
         capture: bool = True,
     ):
-        self.log_density, self.capture = log_density, capture
-        self.grad_clamp, self.clamp, self.normalize = grad_clamp, clamp, normalize
-        self.step = CompiledOrEager(self.one_step) if compile else self.one_step
-        self.graphs: dict[tuple, CUDAGraphStep] = {}
+        self.capture = capture
 
-    def one_step(self, x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        grad = input_gradient(self.log_density, x, y)
-        return langevin_step(x, grad, noise, size, std, self.grad_clamp, self.clamp, self.normalize), grad
+        def step(x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+            grad = input_gradient(log_density, x, y)  # no self: graphs and their memory go when the engine goes
+            return langevin_step(x, grad, noise, size, std, grad_clamp, clamp, normalize), grad
+
+        self.step = CompiledOrEager(step) if compile else step
+        self.graphs: dict[tuple, CUDAGraphStep] = {}
 
     @torch.no_grad()
     def __call__(

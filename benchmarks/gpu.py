@@ -4,14 +4,16 @@
     python benchmarks/gpu.py --out gpu --dataset folder --data_dir PATH       # further options go to the training run
 
 Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop,
-without and with torch.compile; a training step of each recipe; a training run for the time that is left, and its
-report. What is done stands in OUT/gpu.json and is not repeated by the next start; OUT/gpu.md has the same as tables, in
-the form of docs/speed.md. What the compiler makes is kept in OUT/compiled.
+without and with torch.compile; a training step of each recipe; a training run for the time that is left; its reports.
+What is done stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; OUT/gpu.md has the
+same as tables, in the form of docs/speed.md. What the compiler makes is kept in OUT/compiled. The tests need
+requirements-dev.txt, the reports requirements-eval.txt.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,22 +26,33 @@ import torch
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
+import data  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.reproduce import TRAIN  # noqa: E402
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
+from config.cli import parse  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 SIZES = {"cuda": {"WRN-16-2": (16, 2, 64), "WRN-28-10": (28, 10, 128)}, "cpu": {"WRN-10-1": (10, 1, 8)}}
 RUN = "cifar10_gpu"  # of reproduce.py
-REPORT = 240  # seconds that the report at the end may take
+REPORTS = {
+    "report": "--eval classification,calibration,ood",
+    "report of samples": "--eval quality --n_samples 5000",
+    "report of attacks": "--eval robustness --attacks pgd,autoattack --one_epsilon --attack_images 200",
+}
+REPORT = 300  # seconds that the reports at the end may take
 START_UP = 60  # seconds that the training run needs besides its steps
+SHORTEST = 180  # seconds of steps that are worth a run
 DUMPS = 1.1  # how much longer steps take with log, pictures, evaluation and checkpoints
 
 
 class Results:
-    """What has been measured so far, by the name of the part: OUT/gpu.json and OUT/gpu.md, written after each part."""
+    """What has been measured so far, by the name of the part: OUT/gpu.json and OUT/gpu.md, written after each part.
+
+    Each part notes the commit of the program that measured it.
+    """
 
     def __init__(self, out: Path, device: torch.device):
         out.mkdir(parents=True, exist_ok=True)
@@ -48,13 +61,22 @@ class Results:
         before = self.parts["environment"]
         if (before["device"], before["torch"]) != (here["device"], here["torch"]):
             sys.exit(f"error: {self.path} is of {before['device']}, torch {before['torch']}: give another --out")
+        self.commit = here["git_commit"]
 
     def add(self, name: str, content: dict[str, Any]) -> None:
-        self.parts[name] = content
+        self.parts[name] = content | {"commit": self.commit}
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.parts, indent=2) + "\n")
         os.replace(unfinished, self.path)
         self.path.with_suffix(".md").write_text(tables(self.parts))
+
+    def add_done(self, name: str, done: dict[str, Any], content: dict[str, Any] | None = None) -> None:
+        """Add what a ``call`` did, or what it wrote; if it failed, the next start asks again."""
+        if done["status"] == 0:
+            self.add(name, content or done)
+        else:
+            reason = "was stopped" if done["status"] is None else f"failed with exit status {done['status']}"
+            print(f"{name} {reason}; the next start asks again. Its last words:\n{done['output'][-1000:]}", flush=True)
 
 
 def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
@@ -70,13 +92,17 @@ def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> d
             child.terminate()  # training writes a checkpoint first
             output, _ = child.communicate()
             status = None
+        except BaseException:  # SIGTERM or Ctrl-C: nothing is left running on the GPU
+            child.terminate()
+            raise
     return {"status": status, "output": output[-4000:]}
 
 
 def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of a training step of a recipe as it stands, on random images, and its labelled images a second."""
     gpu = str(device.index or 0) if device.type == "cuda" else "cpu"
-    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu, compile="off")
+    needs_weights = RECIPES[recipe].options.get("norm_statistics") == "frozen"  # random ones take the same time
+    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu, compile="off", load_ckpt="." * needs_weights)
     run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
     for run.step in (1, 2):  # the first captures graphs
         run.training_step()
@@ -86,19 +112,30 @@ def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repea
 
 def training_run(out: Path, further: list[str], seconds: float, step_seconds: float, environment) -> dict[str, Any]:
     """The run ``RUN``, as long as fits into ``seconds``, or what is left of it if it was stopped before."""
-    options = ["main.py", "--logdir", out / "runs", "--resume", "auto"]
     planned = out / "steps.txt"
     if not planned.exists():
-        planned.write_text(str(max(1, int((seconds - START_UP) / (DUMPS * step_seconds)))))
+        if seconds < START_UP + SHORTEST:
+            return {"status": None, "output": "too little time is left for it"}
+        planned.write_text(str(int((seconds - START_UP) / (DUMPS * step_seconds))))
     steps = planned.read_text()
-    options += [*TRAIN[RUN].split(), "--note", RUN, "--gif_every", 100_000, *further, "--max_steps", steps]
+    options = ["main.py", "--logdir", out / "runs", "--resume", "auto", *run_options(further), "--max_steps", steps]
     return call(options, seconds, environment) | {"steps": int(steps)}
+
+
+def run_options(further: list[str]) -> list[str]:
+    return [*TRAIN[RUN].split(), "--note", RUN, "--gif_every", "100000", *further]
+
+
+def trained_run(out: Path) -> Path:
+    """The newest directory of the run ``RUN`` that has a checkpoint."""
+    return max((out / "runs").glob(f"*{RUN}/ckpt/last.pt"), key=lambda path: path.stat().st_mtime).parent.parent
 
 
 def tables(parts: dict[str, Any]) -> str:
     """The parts as Markdown, in the form of docs/speed.md."""
     here = parts["environment"]
-    lines = [f"{here['device']}, torch {here['torch']}, commit {here['git_commit']}", ""]
+    commits = ", ".join(sorted({part["commit"] for part in parts.values() if "commit" in part}))
+    lines = [f"{here['device']}, torch {here['torch']}, commit {commits}", ""]
     if "tests" in parts:
         lines += [f"Tests marked gpu: {parts['tests']['output'].strip().splitlines()[-1]}", ""]
     compared = {name: part for name, part in parts.items() if name.startswith("throughput")}
@@ -109,7 +146,8 @@ def tables(parts: dict[str, Any]) -> str:
         for row in (row for row in part.get("rows", []) if "speedup" in row):
             plain, share = seconds[f"{row['what']}, plain"], 100 * row["share_of_ceiling"]
             times = f"{1e3 * plain:.1f} ms | {1e3 * row['seconds']:.1f} ms | {row['speedup']:.1f} x | {share:.0f} %"
-            lines.append(f"| {name.removeprefix('throughput ')}: {row['what']} | {times} |")
+            what = f"{name.removeprefix('throughput ')} (compiled: {part['compiled']}): {row['what']}"
+            lines.append(f"| {what} | {times} |")
     recipes = {name: part for name, part in parts.items() if name.startswith("recipe")}
     if recipes:
         lines += ["", "| recipe | a step | images a second |", "|---|---|---|"]
@@ -119,7 +157,7 @@ def tables(parts: dict[str, Any]) -> str:
     if "run" in parts:
         lines += ["", f"Training run: {parts['run']['steps']} steps, exit status {parts['run']['status']}."]
     if "accuracy" in parts.get("report", {}):
-        lines.append(f"Its test accuracy: {100 * parts['report']['accuracy']:.1f} %; the rest is in its report.html.")
+        lines.append(f"Its test accuracy: {100 * parts['report']['accuracy']:.1f} %; the rest is in its eval folders.")
     return "\n".join(lines) + "\n"
 
 
@@ -131,6 +169,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args, further = parser.parse_known_args()
     end, device = time.monotonic() + 60 * args.minutes, torch.device(args.device)
+    try:  # what the run at the end needs should be there now, and a data set may have to be downloaded
+        cfg = Config(**parse(run_options(further), Config))
+        data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
+    except utils.UserError as error:
+        sys.exit(f"error: {error}")
     utils.set_speed_options(device)
     out = args.out.absolute()
     results, sizes = Results(out, device), SIZES[device.type]
@@ -147,7 +190,11 @@ def main() -> None:
         return end - time.monotonic()
 
     if todo("tests"):
-        results.add("tests", call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], left(), environment))
+        done = call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], left(), environment)
+        if done["status"] == 1 and " failed" in done["output"]:  # they ran: that some fail is an answer, too
+            results.add("tests", done)
+        else:
+            results.add_done("tests", done)
     for compile in ("off", "on"):
         for network, (depth, width, batch_size) in sizes.items():
             name, file = f"throughput {network}, compile {compile}", out / f"throughput_{network}_{compile}.json"
@@ -155,7 +202,7 @@ def main() -> None:
             options += ["--device", args.device, "--repeats", args.repeats, "--parts", "sampler,step", "--json", file]
             if todo(name):
                 done = call(["benchmarks/throughput.py", "--images", 5000, *options], left(), environment)
-                results.add(name, json.loads(file.read_text()) if done["status"] == 0 else done)
+                results.add_done(name, done, json.loads(file.read_text()) if done["status"] == 0 else None)
     for network, (depth, width, _) in sizes.items():
         for recipe in RECIPES:
             if todo(f"recipe {recipe}, {network}"):
@@ -163,23 +210,21 @@ def main() -> None:
                 results.add(f"recipe {recipe}, {network}", step)
     slowest = [part["seconds"] for name, part in results.parts.items() if name.startswith("recipe sada-jem")]
     if slowest and todo("run"):
-        done = training_run(out, further, left() - REPORT, slowest[-1], environment)
-        if done["status"] == 0:
-            results.add("run", done)
-        else:
-            print(f"The training run is not finished; start this again.\n{done['output'][-1000:]}")
-    if "run" in results.parts and "report" not in results.parts:
-        print("report ...", flush=True)
-        (run,) = (out / "runs").glob(f"*{RUN}")
-        options = ["--mode", "test", "--load_ckpt", run, "--attack_images", 500, "--n_samples", 5000]
-        options += ["--eval", "classification,calibration,ood,robustness,quality", "--gpu", "0"]
-        done = call(["main.py", *options], max(left(), 60), environment)
-        for file in run.glob("eval*/results.json"):
-            measured = json.loads(file.read_text())["classification"]["results"]
-            done["accuracy"] = measured["accuracy"]["value"]
-        results.add("report", done)
+        results.add_done("run", training_run(out, further, left() - REPORT, slowest[-1], environment))
+    for name, options in REPORTS.items():
+        if "run" in results.parts and name not in results.parts and left() > 0:
+            print(f"{name} ...", flush=True)
+            run = trained_run(out)
+            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", cfg.gpu]
+            done = call(arguments, left(), environment)
+            for file in run.glob("eval*/results.json"):
+                measured = json.loads(file.read_text())
+                if "classification" in measured:
+                    done["accuracy"] = measured["classification"]["results"]["accuracy"]["value"]
+            results.add_done(name, done)
     print(f"Look at {out / 'gpu.md'}.")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -79,9 +79,9 @@ def test_a_trainer_is_freed_when_nobody_has_it():
     try:
         cfg = Config(dataset="digits", depth=10, width=1, batch_size=16, buffer_size=100, max_steps=5, warmup_steps=1)
         run = Trainer(cfg, data.load("digits"), torch.device("cpu"))
-        model = weakref.ref(run.model)
+        parts = [weakref.ref(part) for part in (run.model, run.sampler_model, run.sampler.engine)]
         del run
-        assert model() is None
+        assert [part() for part in parts] == [None, None, None]
     finally:
         gc.enable()
 
