@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, and the moving average of the weights; ``cfg`` is a run's Config."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,29 +66,16 @@ class SAM:
         return result | {"gradient_norm": applied["gradient_norm"]}
 
 
-def learning_rate(cfg: Any, step: int, steps_per_epoch: int, cycle_ends: Sequence[int]) -> float:
-    """By ``--schedule``, of a step that counts from 1; ``cycle_ends`` as for ``cosine_learning_rate``."""
-    if cfg.schedule == "cosine":
-        return cosine_learning_rate(step, cfg.lr, cfg.warmup_steps, cycle_ends)
-    n_passed = sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
-    return cfg.lr * min(1, step / max(1, cfg.warmup_steps)) * cfg.decay_rate**n_passed
-
-
-def cosine_learning_rate(step: int, peak: float, warmup_steps: int, cycle_ends: Sequence[int]) -> float:
-    """Linear warm-up, then a cosine to 1e-6 (or a lower ``peak``); ``step`` counts from 1.
-
-    ``cycle_ends``, ascending: a run has one cycle that ends with its last step. Each time that a run is made longer,
-    another cycle follows (Loshchilov & Hutter, ICLR 2017), whose warm-up takes at most a tenth of it.
-    """
-    start = max((end for end in cycle_ends if end < step), default=0)
-    step, length = step - start, min(end for end in cycle_ends if end >= step) - start  # of the cycle
-    if start > 0:
-        warmup_steps = min(warmup_steps, length // 10)
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    done = (step - warmup_steps) / max(1, length - warmup_steps)  # from 0 to 1
-    final = min(FINAL_LR, peak)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Of a step that counts from 1: linear warm-up, then by ``--schedule`` steps, or a cosine to 1e-6 at the last."""
+    if cfg.schedule == "step":
+        n_passed = sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
+        return cfg.lr * min(1, step / max(1, cfg.warmup_steps)) * cfg.decay_rate**n_passed
+    if step <= cfg.warmup_steps:
+        return cfg.lr * step / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # from 0 to 1
+    final = min(FINAL_LR, cfg.lr)
+    return final + (cfg.lr - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @torch.no_grad()

@@ -101,7 +101,6 @@ class Trainer:
             if cfg.labels_per_class:  # few labels: an epoch is a pass over all images
                 self.steps_per_epoch = len(images.train) // cfg.n_chains
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
-        self.cycle_ends = [self.total_steps]  # see optim.cosine_learning_rate
 
     def build_model(self) -> None:
         cfg = self.cfg
@@ -290,7 +289,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        rate = learning_rate(self.cfg, self.step, self.steps_per_epoch, self.cycle_ends)
+        rate = learning_rate(self.cfg, self.step, self.steps_per_epoch, self.total_steps)
         return rate * self.recovery.remedies["lr_factor"]
 
     @property
@@ -303,13 +302,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
-        state = {"step": self.step, "best": self.best, "cycle_ends": self.cycle_ends, "sgld_step": self.sgld_step}
+        state = {"step": self.step, "best": self.best, "sgld_step": self.sgld_step}
         return state | {name: part.state_dict() for name, part in self.parts.items()} | {"rng": self.rng.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
-        self.step, self.best, self.cycle_ends = state["step"], dict(state["best"]), list(state["cycle_ends"])
-        self.sgld_step = state["sgld_step"]
+        self.step, self.best, self.sgld_step = state["step"], dict(state["best"]), state["sgld_step"]
         for name, part in self.parts.items():
             part.load_state_dict(tree_to(state[name], self.device))  # some of them keep the tensors they get
         try:
@@ -327,14 +325,12 @@ class Trainer:
             self.sampler.reseed()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state. A run that was made longer gets another cycle of its learning rate."""
+        """Take up a checkpoint's state."""
         n_before = len(state.get("processes", [None]))
         self.load_state_dict(shard_state(state, self.world))
         if n_before != self.world.size:
             print(f"The run had {n_before} processes and goes on with {self.world.size}: it has new randomness.")
             self.reseed(self.cfg.seed + self.step)
-        if self.total_steps > self.cycle_ends[-1]:
-            self.cycle_ends.append(self.total_steps)
 
     def load_weights(self, path: Path, content: dict[str, Any]) -> None:
         """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer.

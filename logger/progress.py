@@ -39,11 +39,8 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
     }
     if before.get("precision", ran["precision"]) != ran["precision"]:
         lines["note"] = f"the run computed in {before['precision']} before: it goes on with other rounding errors"
-    if cfg.warmup_steps >= trainer.total_steps and len(trainer.cycle_ends) == 1:
+    if cfg.warmup_steps >= trainer.total_steps:
         lines["rate"] = f"all steps are warm-up, --warmup_steps {cfg.warmup_steps}: a smaller number is better"
-    if len(trainer.cycle_ends) > 1 and cfg.schedule == "cosine":
-        start = trainer.cycle_ends[-2]
-        lines["rate"] = f"the run was made longer: from step {start} the learning rate rises to its peak again"
     for name, text in lines.items():
         print(f"{name:8} {text}", flush=True)
 

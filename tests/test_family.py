@@ -97,8 +97,8 @@ def test_the_commands_of_the_papers_to_the_letter():
     modes = (first.mode, dat.mode, dat.norm_statistics, dat.start)
     assert modes == ("baseline_train", "energy_train", "frozen", "folder")
     assert dat.load_ckpt and all((cfg.depth, cfg.width, cfg.augment) == (34, 10, "auto") for cfg in (first, dat))
-    assert {optim.learning_rate(dat, step, 390, [39000]) for step in (1, 390 * 70, 390 * 199)} == {1e-3}
-    rates = [optim.learning_rate(first, 390 * epoch, 390, [390 * first.epochs]) for epoch in (0.01, 150, 300)]
+    assert {optim.learning_rate(dat, step, 390, 39000) for step in (1, 390 * 70, 390 * 199)} == {1e-3}
+    rates = [optim.learning_rate(first, 390 * epoch, 390, 390 * first.epochs) for epoch in (0.01, 150, 300)]
     assert first.epochs == 300 and rates == pytest.approx([0.1, 0.05, 0], abs=2e-6)
     assert (dat.adversarial_steps, dat.adversarial_step_size, dat.sgld_lr, dat.sgld_step_auroc) == (10, 0.1, 0.2, 0.8)
 
@@ -363,7 +363,7 @@ def test_a_long_gradient_is_shortened():
 
 def test_step_schedule(tmp_path):
     cfg = Config(schedule="step", lr=0.1, warmup_steps=4, decay_epochs="1,2", decay_rate=0.2)
-    rates = [optim.learning_rate(cfg, step, 10, [30]) for step in (1, 4, 10, 11, 20, 21)]
+    rates = [optim.learning_rate(cfg, step, 10, 30) for step in (1, 4, 10, 11, 20, 21)]
     assert rates == pytest.approx([0.025, 0.1, 0.1, 0.02, 0.02, 0.004])
     options = "--mode baseline_train --batch_size 300 --n_valid 237 --schedule step --decay_epochs 3,6 --decay_rate 0.5"
     run = start(tmp_path, *options.split(), "--lr", "0.01", "--max_steps", "30")  # 4 steps an epoch
