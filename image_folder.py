@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -25,10 +24,9 @@ from tqdm import tqdm
 from utils import UserError, printable
 
 CACHE_FORMAT = 6  # raise it whenever the same files would decode to other pixels
-UNUSABLE_LIST = "unusable_images.txt"  # written beside the images
 SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; hidden files are left out, too
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
-    *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", UNUSABLE_LIST),
+    *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
     "train": "train|training|trn",
@@ -339,12 +337,8 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
 
 
 def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:
-    """The error to raise, after some problems are printed and all are written to a file."""
+    """The error to raise, after all problems are printed."""
     if len(problems) == 1:
         return UserError(problems[0])
-    print(*problems[:10], sep="\n", file=sys.stderr, flush=True)
-    listed = (root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())) / UNUSABLE_LIST
-    with suppress(OSError):
-        listed.write_text("\n".join(problems) + "\n", encoding="utf-8")
-    first = f"{len(problems)} of {n_files} files in {root} are unusable, the first: {problems[0]}"
-    return UserError(f"{first}; all are listed in {listed}")
+    print(*problems, sep="\n", file=sys.stderr, flush=True)
+    return UserError(f"{len(problems)} of {n_files} files in {root} are unusable, the first: {problems[0]}")

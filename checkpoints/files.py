@@ -21,6 +21,7 @@ from utils import UserError
 
 CHECKPOINT_FORMAT = 4
 READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
+PARTS = {"config": set(), "data": {"shape", "class_names"}, "state": {"step", "model"}}
 # Plain values that other programs keep beside their weights, and that torch does not take by itself.
 SCALAR = np._core.multiarray.scalar
 PLAIN = [Namespace, np.dtype, np.ndarray, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
@@ -34,7 +35,7 @@ class Damaged(UserError):
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
     """Write ``directory/name`` so that a power cut leaves the old file or the new one, never half of one.
 
-    The file that last.pt replaces is kept as previous.pt. Each record of the archive carries its CRC-32.
+    The file that last.pt replaces is kept as previous.pt, first of all. Each record of the archive carries its CRC-32.
     """
     keep = directory / "previous.pt" if name == "last.pt" else None
     with disk_errors(directory):
@@ -60,14 +61,23 @@ def set_aside(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """Read one file of tensors and plain values, never code, to the CPU; another program's has no "format" in it.
+    """Read one file of tensors and plain values, never code, to the CPU, of this program (``is_ours``) or another.
 
     Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
-    if isinstance(content, dict) and content.get("format", CHECKPOINT_FORMAT) not in READABLE:
+    if not is_ours(content):
+        return content
+    if content["format"] not in READABLE:
         raise UserError(f"{path} has format {content['format']}, which this version does not know: update this program")
+    for name, keys in PARTS.items():
+        if not isinstance(content.get(name), dict) or not keys <= content[name].keys():
+            raise Damaged(f"{path} lacks {name}, or a part of it, that every checkpoint has; use another checkpoint")
     return content
+
+
+def is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("format"), int)
 
 
 def _read(path: Path) -> Any:
@@ -101,11 +111,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        if not {"config", "data", "step"} <= about.keys():
+            return tensors
+        about = {name: json.loads(value) for name, value in about.items()}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is missing, incomplete or not a safetensors file: {error}") from None
-    if not {"config", "data", "step"} <= about.keys():
-        return tensors
-    about = {name: json.loads(value) for name, value in about.items()}
     starts = {}
     for kind in ("gaussian", "class_gaussian"):
         if f"start.{kind}.mean" in tensors:

@@ -41,7 +41,8 @@ def open_trained(given: dict[str, Any]) -> Trained:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
     n_chains = trained.n_chains // (1 if trained.sync_batch_norm else content.get("processes", 1))
-    own |= {"recipe": trained.recipe, "batch_size": n_chains, "p_x_batch_size": None, "class_cond": False}
+    own |= {"recipe": trained.recipe, "precision": trained.precision}
+    own |= {"batch_size": n_chains, "p_x_batch_size": None, "class_cond": False}
     if "start_dir" in given and "folder" not in trained.start_shares:
         own["start"] = "folder"
     if given.get("dataset", trained.dataset) != trained.dataset:  # these belong to the checkpoint's images
@@ -82,6 +83,8 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     if model.in_channels != channels:
         found = f"{path} is for images of {channels} channels, and these have {model.in_channels}"
         raise UserError(f"{found}: choose another --dataset or --data_dir")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path} holds weights that are not finite (NaN): use an earlier checkpoint")
     if new_head:
         weights = weights | {f"class_output.{name}": v for name, v in model.class_output.state_dict().items()}
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
+from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint, is_ours
 from config import Config
 from models import build_model
 from utils import UserError
@@ -56,7 +56,7 @@ SAME_NAMES = ("layer", "instance", "group")  # norms whose weights have the same
 def open_checkpoint(place: str, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint, of this program or another, that a user names; ``given`` as for ``convert``."""
     path, content = find_checkpoint(place)
-    return path, content if isinstance(content, dict) and "format" in content else convert(path, content, given)
+    return path, content if is_ours(content) else convert(path, content, given)
 
 
 def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     sides = {"mnist": 28, "fashion_mnist": 28}
     side = given.get("image_size") or sides.get(options["dataset"], 32 if options["stages"] == 3 else 64)
     buffer = raw.get("replay_buffer")
-    if isinstance(buffer, Tensor):
+    if isinstance(buffer, Tensor) and buffer.ndim == 4 and buffer.shape[1] == channels:
         state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
         side = buffer.shape[-1]
     told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
@@ -138,7 +138,7 @@ def renamed(weights: StateDict, rules: Rules) -> StateDict:
 def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The network's options, read off names and shapes; recipe and data set, if not given, as they mostly are."""
     stem, head, conv = (weights[f"{name}.weight"] for name in ("f.conv1", "class_output", "f.layer1.0.conv2"))
-    if stem.ndim != 4 or conv.shape[0] % 16:
+    if (stem.ndim, head.ndim, conv.ndim) != (4, 2, 4) or conv.shape[0] % 16:
         raise UserError(f"{path} has the names of a Wide-ResNet, but not the shapes")
     places = re.findall(r"f\.layer(\d+)\.(\d+)\.", " ".join(weights))
     stages, last_block = max(int(stage) for stage, _ in places), max(int(block) for _, block in places)

@@ -52,9 +52,13 @@ class TrainedRun:
         """f(x), float32 (N, K): their softmax is p(y|x)."""
         return predict(self.model, self.checked(images)).cpu()
 
-    def log_density(self, images: Tensor, y: Tensor | None = None) -> Tensor:
-        """Unnormalised log p(x), or with classes y, int64 (N,), log p(x, y); float32 (N,), in nats."""
-        return log_density(self.logits(images), None if y is None else torch.tensor(self.classes(y)))
+    def log_density(self, images: Tensor, y: Classes | Tensor = None) -> Tensor:
+        """Unnormalised log p(x), or log p(x, y) with a class y, or one for each image; float32 (N,), in nats."""
+        logits = self.logits(images)
+        classes = None if y is None else torch.tensor(self.classes([y] * len(logits) if np.ndim(y) == 0 else y))
+        if classes is not None and len(classes) != len(logits):
+            raise UserError(f"y has {len(classes)} classes for {len(logits)} images")
+        return log_density(logits, classes)
 
     def sample(self, n: int, y: Classes = None, **options: Any) -> Tensor:
         """The images of ``chains``, float32 (n, C, H, W), cut to [-1, 1]."""
@@ -68,6 +72,8 @@ class TrainedRun:
         y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of twenty
         training chains. n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
         """
+        if not isinstance(n, int) or n < 1:
+            raise UserError(f"n, how many chains, is a whole number of at least 1, not {n!r}")
         classes = self.classes(range(len(self.class_names)) if y is None else y)
         name, chain_init = self.fresh_start
         start = StartImages(name, n, chain_init, classes, class_cond=y is not None)
@@ -90,10 +96,10 @@ class TrainedRun:
 
     def classes(self, y: Classes) -> list[int]:
         """One class, or several, as a list. Raises UserError for what is none, and for an empty list."""
-        found = [int(k) for k in np.atleast_1d(np.asarray(y))]
-        if not found or not set(found) <= set(range(len(self.class_names))):
+        found = np.atleast_1d(np.asarray(y))
+        if found.ndim > 1 or found.dtype.kind not in "iu" or not set(found) <= set(range(len(self.class_names))):
             raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
-        return found
+        return found.tolist()
 
     def sampler_model(self) -> JEM:
         """The network as chains climb it. Raises UserError where a batch of them leaves its norm no variance."""

@@ -36,7 +36,7 @@ def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
     Its folder is made. The file that it replaces is renamed to ``keep``.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # nobody's own file has such a name
     path.parent.mkdir(exist_ok=True)
     try:
         with open(temporary, "wb") as file:

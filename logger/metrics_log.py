@@ -74,11 +74,9 @@ class Log:
     def recovery(self, step: int, back_to: int, message: str) -> None:
         """Training diverged at ``step``; the measurements after ``back_to`` no longer count (see ``read_log``)."""
         if self.board:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-            start = SessionLog(status=SessionLog.START)  # TensorBoard's word for: forget what was at later steps
             with disk_errors(self.path):
-                self.board.file_writer.add_event(Event(session_log=start), back_to + 1)
+                self.board.close()
+                self.board = tensorboard_writer(self.path.parent, back_to + 1)
         self.event(step, "recovery", message, back_to=back_to)
 
     def image(self, step: int, name: str, encoded: bytes) -> None:
@@ -111,11 +109,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     lines = []
     for text in path.read_text(errors="replace").splitlines(keepends=True):
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             line = json.loads(text if text.endswith("\n") else "")
+            step = line["step"]
             if "back_to" in line:
                 lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
-            lines.append(line)
+            lines += [line] if isinstance(step, int) else []
     return lines
 
 

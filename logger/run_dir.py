@@ -53,7 +53,7 @@ class RunDir:
         """Let go, and delete what processes that were stopped had begun to write, but no file of a measurement."""
         with suppress(OSError):
             for folder in ("", "ckpt", "samples", "sgld"):
-                for unfinished in (self.path / folder).glob("*.tmp"):
+                for unfinished in (self.path / folder).glob(".*.tmp"):
                     unfinished.unlink()
         self.lock.release()
 

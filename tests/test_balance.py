@@ -49,9 +49,3 @@ def test_a_run_out_of_balance_says_so_also_when_it_is_resumed(tmp_path, monkeypa
     board.Reload()
     (text,) = board.Tensors("event/warning/text_summary")
     assert text.step == event["step"] and text.tensor_proto.string_val[0].decode() == event["message"]
-
-
-def test_a_run_in_balance_says_nothing(tmp_path, capsys):
-    status, run = start(tmp_path, *PLAIN, "--recipe", "sada-jem", "--max_steps", "110")
-    assert status == 0 and "Warning" not in capsys.readouterr().out
-    assert not [line for line in metrics(run) if "event" in line]

@@ -107,10 +107,18 @@ def test_other_images_are_refused(run_dir):
         run.model(DIGITS.test.images)
     with pytest.warns(UserWarning, match=r"in \[0, 1\]"):
         run.logits(DIGITS.test.images / 255)
-    with pytest.raises(UserError, match="numbers from 0 to 9, not 10"):
-        run.sample(2, 10)
+    images = DIGITS.test.images[:2]
+    for y in (10, 1.7, "3", True, [], [[1]]):
+        with pytest.raises(UserError, match="numbers from 0 to 9, not "):
+            run.sample(2, y)
     with pytest.raises(UserError, match="numbers from 0 to 9, not 99"):
-        run.counterfactual(DIGITS.test.images[:1], 99)
+        run.counterfactual(images, 99)
+    with pytest.raises(UserError, match="y has 1 classes for 2 images"):
+        run.log_density(images, [3])
+    assert torch.equal(run.log_density(images, 3), run.log_density(images, torch.tensor([3, 3])))
+    for n in (0, 2.5):
+        with pytest.raises(UserError, match="n, how many chains"):
+            run.sample(n)
 
 
 @pytest.fixture(scope="module")

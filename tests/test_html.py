@@ -196,14 +196,6 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
     assert text.count("≠") == 1 + sum(map(len, pairs)) and "| data set | digits | mnist |" in text
 
 
-def test_a_report_read_back_is_the_report(evaluated):
-    """Also the check that nothing of it is lost on the way through results.json."""
-    report = read_report(str(evaluated))
-    before = {name: (evaluated / name).read_bytes() for name in ("results.json", "report.md", "report.html")}
-    report.write_files()
-    assert before == {name: (evaluated / name).read_bytes() for name in before}
-
-
 NUMBER = {"value": "one", "interval": None, "n": 2, "protocol": "p"}
 SECTION = {"results": {"a": NUMBER}, "notes": [], "absent": {}, "pictures": {}}
 WRONG_NUMBER = {"about": {}, "options": {}, "environment": {}, "classification": SECTION}

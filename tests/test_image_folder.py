@@ -316,18 +316,13 @@ def test_unusable_files_are_listed_with_their_reasons(tmp_path, capfd):
     """And a single one is named."""
     files = {tmp_path / "train/dog" / f"{i:02}.png": UNUSABLE[kind] for i, kind in enumerate(UNUSABLE)}
     write_files(tmp_path, four(encode(RGB)) | {file: content for file, (content, _) in files.items()})
-    message = refuses(f"{len(files)} of {len(files) + 4} files", "folder", tmp_path)
-    assert str(tmp_path / "train/dog/00.png") in message
-    assert message.endswith(f"all are listed in {tmp_path / 'unusable_images.txt'}")
-    listed = (tmp_path / "unusable_images.txt").read_text().splitlines()
+    refuses(f"{len(files)} of {len(files) + 4} files in {tmp_path} are unusable", "folder", tmp_path)
+    listed = capfd.readouterr().err.splitlines()[-len(files) :]
     for line, (file, (_, reason)) in zip(listed, files.items(), strict=True):
         assert line.startswith(f"{file} ") and reason in line
-    assert capfd.readouterr().err.splitlines()[-10:] == listed[:10]
     for file in list(files)[1:]:
         file.unlink()
     assert "is empty, damaged or" in refuses(f"{tmp_path / 'train/dog/00.png'} ", "folder", tmp_path)
-    (tmp_path / "train/dog/00.png").unlink()
-    assert len(image_folder.read_unlabelled(tmp_path, None)) == 4  # the list is no image, and not counted as a file
 
 
 @pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((4, 4), 8), ((1, 1), 8)])
@@ -541,4 +536,4 @@ def test_names_that_are_no_utf8_are_printed_escaped(tmp_path, capsys):
     write_files(tmp_path, {f"{name}/{i}.png": b"x" for i in "xy"})
     with pytest.raises(UserError):
         load_folder(tmp_path)
-    assert r"caf\udce9/x.png is empty, damaged or" in (tmp_path / "unusable_images.txt").read_text()
+    assert r"caf\udce9/x.png is empty, damaged or" in capsys.readouterr().err

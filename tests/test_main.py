@@ -458,6 +458,7 @@ def edited(run, path, **options):
 def test_broken_checkpoints_and_those_of_another_program_version_or_format(jem, tmp_path, capsys):
     path, last = tmp_path / "broken.pt", load_checkpoint(jem / "ckpt" / "last.pt")
     whole = (jem / "ckpt" / "last.pt").read_bytes()
+    not_finite = {name: torch.full_like(value, torch.nan) for name, value in last["state"]["model"].items()}
     for content, words in (
         (b"", "broken.pt"),
         (b"PK\x03\x04 torn", "broken.pt"),
@@ -465,6 +466,9 @@ def test_broken_checkpoints_and_those_of_another_program_version_or_format(jem, 
         (whole[:90000] + bytes([whole[90000] ^ 1]) + whole[90001:], "broken.pt is corrupted"),
         ({"weights": torch.zeros(3)}, "not a checkpoint of this program"),
         (last | {"format": 99}, "format 99"),
+        ({"format": 4}, "lacks config"),
+        (last | {"data": {}}, "lacks data"),
+        (last | {"state": last["state"] | {"model": not_finite}}, "weights that are not finite"),
         (last | {"config": last["config"] | {"teapot": True}}, "options this version does not know: teapot"),
         (last | {"config": last["config"] | {"sgld_lr": 0.0}}, "has an option this version refuses: --sgld_lr"),
     ):

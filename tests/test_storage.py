@@ -24,8 +24,10 @@ def test_directories_that_cannot_be_synced(tmp_path, monkeypatch):
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", refusing)
-    files.save_checkpoint(tmp_path / "ckpt", "last.pt", {"state": {}})
-    assert files.load_checkpoint(tmp_path / "ckpt" / "last.pt")["state"] == {}
+    (tmp_path / "last.pt.tmp").write_text("somebody's own")
+    files.save_checkpoint(tmp_path, "last.pt", {"weights": 0})
+    assert torch.load(tmp_path / "last.pt") == {"format": files.CHECKPOINT_FORMAT, "weights": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "last.pt.tmp"]
 
 
 def test_a_checkpoint_without_room_names_the_cause(tmp_path):

@@ -170,11 +170,11 @@ class TestSignals:
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path):
         run = new_run(TINY, tmp_path)
-        (run / "ckpt" / "last.pt.tmp").write_bytes(b"half")
+        (run / "ckpt" / ".last.pt.1.tmp").write_bytes(b"half")
         (run / "eval").mkdir()
-        (run / "eval" / "report.html.tmp").write_bytes(b"of a measurement that goes on")
+        (run / "eval" / ".report.html.1.tmp").write_bytes(b"of a measurement that goes on")
         assert main.main(["--resume", str(run), "--max_steps", "6"]) == 0
-        assert [path.name for path in run.rglob("*.tmp")] == ["report.html.tmp"]
+        assert [path.name for path in run.rglob("*.tmp")] == [".report.html.1.tmp"]
 
 
 class TestPaths:

@@ -93,7 +93,8 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart():
 @pytest.mark.parametrize(
     "options",
     [*({"norm": norm} for norm in NORMS), {"norm": "batch", "backbone": "robust"}, {"separate_energy": True}]
-    + [{"norm": "batch", "norm_statistics": statistics, "load_ckpt": "."} for statistics in ("running", "frozen")],
+    + [{"norm": "batch", "norm_statistics": statistics, "load_ckpt": "."} for statistics in ("running", "frozen")]
+    + [{"dropout_rate": 0.5, "norm": "none"}, {"dropout_rate": 0.5, "norm": "batch"}],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_sampler_and_loss_see_one_energy(options, precision):
@@ -105,7 +106,8 @@ def test_sampler_and_loss_see_one_energy(options, precision):
     samples = run.training_step()
     with torch.no_grad():  # --mode sample and --mode test copy a network once
         climbed = frozen_sampler_model(run.model, run.dtype, run.cfg.norm_statistics).log_density(samples)
-    scored = run.backward(trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), None, samples, None))
+    x_real = samples if "dropout_rate" in options else None
+    scored = run.backward(trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), x_real, samples, None))
     for name in ("log_density/real", "log_density/sampled"):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=1e-5)
 
