@@ -34,8 +34,8 @@ class Recovery:
         Raises TrainingFailed if the run has used up its recoveries.
         """
         if self.recoveries >= self.cfg.max_recoveries:
-            advice = "try more --sgld_step, a lower --lr, or --energy_l2 0.1"
-            raise TrainingFailed(f"training diverged at step {step}, after {self.recoveries} recoveries: {advice}")
+            advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.samples else "a lower --lr"
+            raise TrainingFailed(f"training diverged at step {step} (recoveries: {self.recoveries}): try {advice}")
         soon = step <= self.failed_at + 5 * STATE_EVERY
         self.close_failures = self.close_failures + 1 if soon else 1
         self.recoveries, self.failed_at, self.latest = self.recoveries + 1, step, self.proven

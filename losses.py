@@ -19,14 +19,14 @@ def joint_loss(
     mean: Callable[[Tensor], Tensor] = lambda x: x,
     y_real: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of JEM (section 3, equation 6) and its family, and its parts.
+    """The loss of JEM (section 4: log p(x) + log p(y|x)) and its family, and its parts.
 
     Minimising ``loss/generative`` raises log p(x) of real images against samples, ``loss/joint`` log p(x, y), and so
     does ``loss/logistic``, the binary cross-entropy of telling them apart by the sigmoid of log p(x) (DAT). The
-    penalties keep log-densities small: ``energy_l2`` the mean square of all of them (Du & Mordatch, NeurIPS 2019),
+    penalties keep log-densities small: ``energy_l2`` the mean square, real and sampled (Du & Mordatch, NeurIPS 2019),
     ``mean_energy_l2`` the squares of the two means, over all processes' images (M-JEM, section 3), or with
     ``mean_energy_form`` "real_squares" the mean square of real images (M-JEM's code). ``loss/outliers`` keeps log p(x)
-    of outliers below that of real images by a margin: the mean of softplus(outlier - real + margin) over all pairs
+    of outliers below real images' by ``outlier_margin``: the mean of softplus(outlier - real + margin) over all pairs
     (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
 
     Args:

@@ -1,7 +1,7 @@
 """Stochastic gradient Langevin dynamics and its replay buffer.
 
 All it knows of a network is a function ``log_density(x)`` or ``log_density(x, y)`` that returns (N,). Images are
-float32 (N, C, H, W); chains start in [-1, 1] and may leave it.
+float32 (N, C, H, W); fresh chains start in [-1, 1] and may leave it.
 """
 
 import random
@@ -44,7 +44,7 @@ def langevin_step(
     clamp: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """The Langevin step of all chains: x + step_size * grad + noise_std * noise (JEM, equation 2).
+    """The Langevin step of all chains: x + step_size * grad + noise_std * noise (JEM, equation 3).
 
     x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). With ``normalize`` the
     gradient of each image gets L2 norm 1 (DAT), with ``grad_clamp`` it is clamped in each pixel; ``clamp`` keeps images

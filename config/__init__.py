@@ -79,7 +79,7 @@ class Config(Options):
 
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
         text = getattr(self, name)
-        words = list(known) if text in ("all", None) else [word.strip() for word in text.split(",")]
+        words = list(known if text in ("all", None) else dict.fromkeys(word.strip() for word in text.split(",")))
         for word in words:
             if word not in known:
                 raise UserError(f"--{name} takes all, or some of {', '.join(known)}, separated by commas, not {word!r}")

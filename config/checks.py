@@ -19,8 +19,8 @@ def contradictions(cfg) -> Iterator[str]:
     for name, shares in (("start", cfg.start_shares), ("outlier_images", cfg.outlier_shares)):
         if "folder" in shares and not cfg.start_dir:
             yield f"--{name} folder needs --start_dir, a folder of images"
-    if any(c in "/\\" or not c.isprintable() for c in cfg.note):
-        yield "--note becomes part of a directory's name and takes no slashes or unprintable characters"
+    if any(c in "/\\" or not c.isprintable() for c in cfg.note) or len(cfg.note.encode()) > 200:
+        yield "--note becomes part of a directory's name: no slashes or unprintable characters, and at most 200 bytes"
     if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:

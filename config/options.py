@@ -173,7 +173,7 @@ class Options:
 
     sample_every: int = sample_dumps(100, "steps between grids of samples (PNG)", minimum=1)
     gif_every: int = sample_dumps(500, "steps between films of a long SGLD chain (GIF)", minimum=1)
-    eval_every: int = dumps(1, "epochs between evaluations on validation and test images", minimum=1)
+    eval_every: int = dumps(1, "epochs, at least 50 steps, between evaluations (validation and test)", minimum=1)
     quality_every: int = sample_dumps(
         0, "epochs between Fréchet distances of --n_samples chains, by --feature_ckpt or Inception; 0: off", minimum=0
     )

@@ -111,10 +111,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").splitlines(keepends=True):
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             line = json.loads(text if text.endswith("\n") else "")
-            step = line["step"]
+            if not isinstance(line["step"], int):
+                continue
             if "back_to" in line:
                 lines = [before for before in lines if "event" in before or before["step"] <= line["back_to"]]
-            lines += [line] if isinstance(step, int) else []
+            lines.append(line)
     return lines
 
 

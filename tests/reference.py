@@ -18,7 +18,7 @@ def reference_chain(
     clamp: bool = False,
     normalize: bool = False,
 ) -> Chain:
-    """SGLD (JEM, equation 2), step by step, with the random numbers that ``SGLD`` draws from the same generator."""
+    """SGLD (JEM, equation 3), step by step, with the random numbers that ``SGLD`` draws from the same generator."""
     grad = torch.zeros_like(x)
     for _ in range(steps):
         x = x.detach().requires_grad_()

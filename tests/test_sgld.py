@@ -73,9 +73,7 @@ def test_chain_leaves_its_start_alone_and_follows_its_generator():
     x = uniform_images(4, SHAPE, seeded())
     before, sgld = x.clone(), SGLD(gaussian(0.0, 1.0))
     first, second, other = (sgld(x, 3, 0.1, 0.01, seeded(seed)).x for seed in (1, 1, 2))
-    assert torch.equal(x, before)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
+    assert torch.equal(x, before) and torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_no_parameter_gradient_is_made():

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import files
 from logger.files import first_free
-from logger.metrics_log import Log
+from logger.metrics_log import Log, read_log
 from logger.run_dir import RunDir
 from utils import UserError
 
@@ -28,6 +28,11 @@ def test_directories_that_cannot_be_synced(tmp_path, monkeypatch):
     files.save_checkpoint(tmp_path, "last.pt", {"weights": 0})
     assert torch.load(tmp_path / "last.pt") == {"format": files.CHECKPOINT_FORMAT, "weights": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "last.pt.tmp"]
+
+
+def test_lines_that_are_no_measurements_do_not_count(tmp_path):
+    (tmp_path / "log").write_text('[1]\n{"event": "x"}\n{"step": 1}\n{"back_to": 0, "step": {}}\n{"step": 3')
+    assert read_log(tmp_path / "log") == [{"step": 1}]
 
 
 def test_a_checkpoint_without_room_names_the_cause(tmp_path):
