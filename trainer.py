@@ -246,9 +246,10 @@ class Trainer:
         x, y = self.batches.next()
         x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
         y_real = None if cfg.labels_per_class else y_real  # others serve log p(x) alone
-        if self.sampler is not None and x_real is None and (cfg.adversarial_eps or cfg.dropout_rate):
+        adversarial = cfg.adversarial_eps and cfg.p_y_x_weight
+        if self.sampler is not None and x_real is None and (adversarial or cfg.dropout_rate):
             x_real = x  # log p(x) learns from the images themselves, without dropout
-        if cfg.adversarial_eps and cfg.p_y_x_weight:  # in evaluation mode: dropout, the batch hide no direction
+        if adversarial:  # in evaluation mode: dropout, the batch hide no direction
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
             step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
             with evaluation_mode(self.model):

@@ -131,6 +131,15 @@ def trained_run(out: Path) -> Path:
     return max((out / "runs").glob(f"*{RUN}/ckpt/last.pt"), key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def test_accuracy(run: Path) -> dict[str, float]:
+    """The accuracy in the reports of a run, if one of them has it."""
+    for file in run.glob("eval*/results.json"):
+        measured = json.loads(file.read_text())
+        if "classification" in measured:
+            return {"accuracy": measured["classification"]["results"]["accuracy"]["value"]}
+    return {}
+
+
 def tables(parts: dict[str, Any]) -> str:
     """The parts as Markdown, in the form of docs/speed.md."""
     here = parts["environment"]
@@ -173,7 +182,7 @@ def main() -> None:
         cfg = Config(**parse(run_options(further), Config))
         data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
     utils.set_speed_options(device)
     out = args.out.absolute()
     results, sizes = Results(out, device), SIZES[device.type]
@@ -216,12 +225,7 @@ def main() -> None:
             print(f"{name} ...", flush=True)
             run = trained_run(out)
             arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", cfg.gpu]
-            done = call(arguments, left(), environment)
-            for file in run.glob("eval*/results.json"):
-                measured = json.loads(file.read_text())
-                if "classification" in measured:
-                    done["accuracy"] = measured["classification"]["results"]["accuracy"]["value"]
-            results.add_done(name, done)
+            results.add_done(name, call(arguments, left(), environment) | test_accuracy(run))
     print(f"Look at {out / 'gpu.md'}.")
 
 

@@ -21,7 +21,7 @@ from utils import UserError
 
 CHECKPOINT_FORMAT = 4
 READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
-PARTS = {"config": set(), "data": {"shape", "class_names"}, "state": {"step", "model"}}
+PARTS = {"config": set(), "data": {"shape", "class_names"}, "state": {"step", "model"}}  # and what each must hold
 # Plain values that other programs keep beside their weights, and that torch does not take by itself.
 SCALAR = np._core.multiarray.scalar
 PLAIN = [Namespace, np.dtype, np.ndarray, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
@@ -35,7 +35,7 @@ class Damaged(UserError):
 def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
     """Write ``directory/name`` so that a power cut leaves the old file or the new one, never half of one.
 
-    The file that last.pt replaces is kept as previous.pt, first of all. Each record of the archive carries its CRC-32.
+    Before that, the last.pt that is there becomes previous.pt. Each record of the archive carries its CRC-32.
     """
     keep = directory / "previous.pt" if name == "last.pt" else None
     with disk_errors(directory):

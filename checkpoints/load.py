@@ -83,8 +83,6 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     if model.in_channels != channels:
         found = f"{path} is for images of {channels} channels, and these have {model.in_channels}"
         raise UserError(f"{found}: choose another --dataset or --data_dir")
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{path} holds weights that are not finite (NaN): use an earlier checkpoint")
     if new_head:
         weights = weights | {f"class_output.{name}": v for name, v in model.class_output.state_dict().items()}
     try:
@@ -92,6 +90,8 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds other weights than its options say: {reason}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UserError(f"{path} holds weights that are not finite (NaN): use an earlier checkpoint")
 
 
 def same_classes(trained_on: dict[str, Any], images: data.ImageData) -> bool:
