@@ -123,12 +123,10 @@ class Batches:
         self.position += self.batch_size
         images, labels, device = batch.images, batch.labels, self.rng.device
         if images.device.type != device.type:  # pinned, so that the host need not wait for the copies
-            images = images.pin_memory().to(device, non_blocking=True)
-            labels = labels.pin_memory().to(device, non_blocking=True)
+            images, labels = (part.pin_memory().to(device, non_blocking=True) for part in (images, labels))
         if self.augmentation == "none":
             return to_float(images).contiguous(memory_format=torch.channels_last), labels
-        how = self.flip, self.sigma, self.rng, self.augmentation, self.batch_size, self.part
-        return augment(images, *how), labels
+        return augment(images, self.flip, self.sigma, self.rng, self.augmentation, self.batch_size, self.part), labels
 
     def _start_epoch(self, order: Tensor) -> None:
         self.order, self.position = order, 0

@@ -32,7 +32,7 @@ def pgd(
     around each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the
     ball. step_size: of that scale, by default 2.5 radius / steps. Returns images like x, in the ball and [-1, 1].
     """
-    step_size = 2.5 * radius / steps if step_size is None else step_size
+    step_size = 2.5 * radius / max(steps, 1) if step_size is None else step_size
     change = torch.zeros_like(x) if start is None else (x + start).clamp(-1, 1) - x
     for _ in range(steps):
         change.requires_grad_()

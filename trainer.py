@@ -85,19 +85,17 @@ class Trainer:
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
     def build_batches(self) -> None:
-        cfg, images = self.cfg, self.data
+        cfg, images, world = self.cfg, self.data, self.world
         labelled = data.some_of_each_class(images.train, cfg.labels_per_class, self.n_classes)
-        of_p_x = {"p_x_batch_size": len(images.train)} if cfg.separate_p_x else {}
-        n_images = {"batch_size": len(labelled)} | of_p_x
-        check_sizes(cfg, n_images, self.n_classes, self.world.size, images.shape)
+        n_images = {"batch_size": len(labelled)} | ({"p_x_batch_size": len(images.train)} if cfg.separate_p_x else {})
+        check_sizes(cfg, n_images, self.n_classes, world.size, images.shape)
         flip = images.flip and not cfg.no_flip
-        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, cfg.augment, self.world)
+        self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, cfg.augment, world)
         self.steps_per_epoch = len(labelled) // cfg.batch_size
         self.real_batches = None
         if cfg.separate_p_x:
             augment = "none" if cfg.p_x_no_augment else "black" if cfg.augment == "auto" else "crop"
-            how = flip, cfg.sigma, self.rng.p_x, augment, self.world
-            self.real_batches = data.Batches(images.train, cfg.n_chains, *how)
+            self.real_batches = data.Batches(images.train, cfg.n_chains, flip, cfg.sigma, self.rng.p_x, augment, world)
             if cfg.labels_per_class:  # few labels: an epoch is a pass over all images
                 self.steps_per_epoch = len(images.train) // cfg.n_chains
         self.total_steps = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)

@@ -163,7 +163,7 @@ class Generators:
         self.data.manual_seed(2 * seed)
         self.p_x.manual_seed(2**31 + seed)
         self.sgld.manual_seed(2 * seed + 1 + self.FAR * self.rank)
-        torch.manual_seed(seed + self.FAR * self.rank)
+        torch.manual_seed(2**30 + seed + self.FAR * self.rank)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {name: getattr(self, name).get_state() for name in ("data", "p_x", "sgld")}

@@ -18,7 +18,7 @@ class Config(Options):
     """Options given, then those of ``recipe``, then the defaults. Raises UserError that names all that is wrong."""
 
     def __init__(self, **given: Any):
-        recipe = RECIPES[given["recipe"]].options if given.get("recipe") in RECIPES else {}
+        recipe = RECIPES[given["recipe"]].options if str(given.get("recipe")) in RECIPES else {}
         options = asdict(Options(**given)) | recipe | given  # a TypeError for a name that is no option's
         if "start_dir" in given and not {"start", "outlier_images"} & given.keys():
             options["start"] = "folder"

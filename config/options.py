@@ -31,7 +31,7 @@ RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, r
 
 run = partial(option, "run", modes=MODES, resumable=True)
 settings = partial(option, "run", modes=MODES)
-images = partial(option, "data", modes=MODES)
+data_set = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
 network = partial(option, "model", modes=MODES, of_network=True)
 training_network = partial(option, "model", modes=TRAINING)
@@ -76,16 +76,16 @@ class Options:
         modes=TRAINING,
     )
 
-    dataset: str = images("cifar10", "training and test images", tuple(DATASETS))
-    data_dir: str = images("data", "where the data set's files are, or are downloaded to", is_path=True, resumable=True)
-    image_size: int | None = images(
+    dataset: str = data_set("cifar10", "training and test images", tuple(DATASETS))
+    data_dir: str = data_set("data", "where the data set's files are, or a download goes", is_path=True, resumable=True)
+    image_size: int | None = data_set(
         None, "side in pixels to squeeze a folder's images to", minimum=8, maximum=2048, needs=("dataset=folder",)
     )
     n_valid: int | None = training_images(None, "images held out for validation (default: a tenth, <= 5000)", minimum=0)
     labels_per_class: int | None = training_images(
         None, "images of each class whose label is used; the others serve log p(x) alone (default: all)", minimum=1
     )
-    data_device: str = images(
+    data_device: str = data_set(
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True
     )
     no_flip: bool = training_images(False, "no random mirror images of cifar10, cifar100, fashion_mnist and folders")

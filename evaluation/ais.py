@@ -116,12 +116,10 @@ def hmc_step(path: GeometricPath, at: Point, beta: float, step_size: Tensor, gen
     jitter = 0.6 + 0.8 * torch.rand(len(at.y), *[1] * (at.y.dim() - 1), **draw)  # (N, 1, ...)
     v = torch.randn(at.y.shape, **draw)
     new, new_v = leapfrog(path, at, v, beta, step_size * jitter, N_LEAPFROG)
-
     kinetic_loss = 0.5 * (v.square() - new_v.square()).flatten(1).sum(1)
     log_accept = path.log_prob(new, beta) - path.log_prob(at, beta) + kinetic_loss  # (N,)
     p_accept = log_accept.exp().clamp(max=1).nan_to_num(0)
     accept = torch.rand(len(at.y), **draw) < p_accept
-
     kept = (torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, at, strict=True))
     return Point(*kept), p_accept
 

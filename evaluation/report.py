@@ -131,7 +131,7 @@ class Report:
         return self.sections.setdefault(name, Section(name, self.directory))
 
     def write_files(self) -> None:
-        """Bring the files up to date; called after each metric, so that an interrupted evaluation leaves its part."""
+        """Bring the files up to date; called after each metric, also after one that was stopped."""
         content = self.header | {n: {part: getattr(s, part) for part in IN_FILE} for n, s in self.sections.items()}
         replace_file(self.directory / "results.json", f"{json.dumps(content, indent=2)}\n".encode())
         replace_file(self.directory / "report.md", render(self, "report.md", finalize=markdown_text).encode())

@@ -46,10 +46,12 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()
-        measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
-        print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
-        if distributed.current_world().rank == 0:
-            report.write_files()
+        try:
+            measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
+            print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        finally:  # Ctrl-C, too, leaves what is measured
+            if distributed.current_world().rank == 0:
+                report.write_files()
     print(f"Look at {printable(directory / 'report.html')}, report.md, results.json and the pictures beside it.")
     if not any(section.results for section in report.sections.values()):
         raise UserError(f"nothing could be measured; {directory / 'report.md'} says why")
@@ -69,6 +71,9 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
             distributed.raise_on_all_ranks(lambda: metric.measure(inputs, section))
     except UserError as error:
         section.add_absent(section.name, str(error))
+    except KeyboardInterrupt:
+        section.add_absent("the rest", "stopped by Ctrl-C")
+        raise
     except Exception as error:
         if distributed.lost_connection(error):
             raise

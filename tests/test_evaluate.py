@@ -340,6 +340,15 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     assert main([*command, "classification"]) == 2
     assert "nothing could be measured" in capsys.readouterr().err
 
+    def stopped(inputs, section):
+        section.add("accuracy", 0.5, 20, "of what was measured")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classification, "measure", stopped)
+    assert main([*command, "classification"]) == 130  # Ctrl-C leaves what there is
+    left = json.loads(max(run.glob("eval*/results.json"), key=os.path.getmtime).read_text())["classification"]
+    assert (left["results"]["accuracy"]["value"], left["absent"]) == (0.5, {"the rest": "stopped by Ctrl-C"})
+
 
 def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, capsys):
     content = torch.load(run / "ckpt" / "last.pt", weights_only=True)

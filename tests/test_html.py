@@ -28,8 +28,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.tables, self.open = [], [], []
-        self.text = ""
+        self.tags, self.tables, self.open, self.text = [], [], [], ""
         self.feed(text)
         self.close()
         assert not self.open

@@ -343,9 +343,10 @@ def test_a_recipe_from_python_is_the_recipe():
     with pytest.raises(TypeError, match="teapot"):
         Config(teapot=1)
     assert Config(lr=1, seed=np.int64(3), data_dir=Path("a")).data_dir == str(Path("a").absolute())
-    for wrong in ({"gpu": 0}, {"lr": "0.1"}, {"batch_size": 2.5}, {"epochs": None}, {"width": True}, {"data_dir": 3}):
-        with pytest.raises(utils.UserError, match=f"--{next(iter(wrong))} takes a"):
-            Config(**wrong)
+    wrong = {"gpu": 0, "lr": "0.1", "batch_size": 2.5, "epochs": None, "width": True, "data_dir": 3, "recipe": ["jem"]}
+    for name, value in wrong.items():
+        with pytest.raises(utils.UserError, match=f"--{name} takes a"):
+            Config(**{name: value})
 
 
 @pytest.mark.parametrize(

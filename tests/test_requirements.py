@@ -9,12 +9,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRODUCT = sorted(
-    path.relative_to(ROOT)
-    for pattern in ("*.py", "*/*.py")
-    for path in ROOT.glob(pattern)
-    if path.parent.name not in ("tests", "benchmarks", ".venv")
-)
+FOUND = [path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)]
+PRODUCT = sorted(p.relative_to(ROOT) for p in FOUND if p.parent.name not in ("tests", "benchmarks", ".venv"))
 
 # Trains and samples as if the packages of --mode test were not installed, and lists what has been imported.
 PROGRAM = """
