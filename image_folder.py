@@ -311,7 +311,7 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     if problems:
         raise _unusable(root, problems, len(files))
     if pixels is None:
-        raise UserError(f"{root} holds no images: name a folder of images")
+        raise UserError(f"{root} is no image" if root.is_file() else f"{root} holds no images: name a folder of images")
     pixels = pixels[: len(kept)]
     if (pixels == pixels[:, :1]).all():
         pixels = pixels[:, :1].copy()  # grey

@@ -45,7 +45,8 @@ TRAIN = {  # name: the options that train it
     "cifar10_cpu": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --p_x_weight 0.2 --buffer_size 5000",
     "cifar10_cpu_weight_1": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --buffer_size 5000",
     "cifar10_cpu_short": "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 10 --width 2 --ema "
-    f"0.99 {CIFAR_CHAINS} --schedule cosine --warmup_steps 100 --max_steps 1700 --buffer_size 5000 --eval_every 3",
+    f"0.99 {CIFAR_CHAINS} --p_x_weight 0.2 --schedule cosine --warmup_steps 100 --max_steps 1700 --buffer_size 5000 "
+    "--eval_every 3",
     "cifar10_cpu_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 --lr 0.01 "
     "--epochs 4 --decay_epochs 2,3 --p_x_weight 0.2 --adversarial_eps 0.1 --adversarial_steps 1 --outlier_images "
     "smooth:0.45,shapes:0.5,mixed:0.05",

@@ -65,6 +65,8 @@ def load_checkpoint(path: Path) -> Any:
 
     Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if not is_ours(content):
         return content
@@ -90,8 +92,6 @@ def _read(path: Path) -> Any:
                 raise Damaged(f"{path} is corrupted (record {broken}); use another checkpoint")
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
@@ -115,7 +115,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             return tensors
         about = {name: json.loads(value) for name, value in about.items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is missing, incomplete or not a safetensors file: {error}") from None
+        raise Damaged(f"{path} is incomplete or not a safetensors file: {error}") from None
     starts = {}
     for kind in ("gaussian", "class_gaussian"):
         if f"start.{kind}.mean" in tensors:

@@ -45,7 +45,7 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
-        yield "--norm_statistics frozen needs --load_ckpt, whose running statistics stay as they are"
+        yield "--norm_statistics frozen (as in oe-jem) needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     if cfg.p_x_y_weight and (cfg.adversarial_eps or cfg.norm == "batch" and cfg.norm_statistics == "running"):

@@ -79,7 +79,7 @@ def read_value(f: Field, text: str) -> Any:
             return int(re.sub(r"\.0+$", "", text))  # programs that start this one may write 2 as 2.0
         return absolute_path(f, kind(text))
     except (KeyError, ValueError):
-        raise UserError(f"--{f.name} takes {KINDS[kind]}{' or off' * nullable}, not {text!r}") from None
+        raise UserError(f"--{f.name} takes {KINDS[kind]}{', or off (default)' * nullable}, not {text!r}") from None
 
 
 def option_names(f: Field) -> list[str]:
@@ -109,11 +109,11 @@ class Parser(argparse.ArgumentParser):
 def build_parser(config: type) -> Parser:
     """A parser with every option of the dataclass, in its groups; what is not given is not in its result."""
     parser = Parser(
-        usage="python main.py --mode MODE [--recipe NAME] [options]",
+        usage="python main.py [--mode MODE] [--recipe NAME] [options]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a network as a classifier and as an energy-based model. The value off takes back a "
-        "recipe's number where there is no default.",
+        description="Train a network as a classifier and as an energy-based model, as python main.py --recipe sada-jem "
+        "--dataset digits. The value off takes back a recipe's number where there is no default.",
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )
@@ -138,7 +138,7 @@ def parse(arguments: list[str], config: type) -> dict[str, Any]:
     problems, given = [], {}
     for name in unknown or rest:
         near = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_").lower(), known, 1, cutoff=0.88)
-        problems.append(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
+        problems.append(f"there is no option {name}" + (f" (did you mean {near[0]}?)" if near else ""))
     for f in fields(config):
         if f.name in namespace:
             try:

@@ -60,7 +60,7 @@ speed = partial(option, "speed", modes=NETWORK)
 class Options:
     """One run's options, unchecked: see ``Config``."""
 
-    mode: str = settings("energy_train", "train a JEM or a plain classifier; the others use --load_ckpt", MODES)
+    mode: str = settings("energy_train", "train a JEM or a classifier; or measure, draw, score, export one", MODES)
     recipe: str = settings("jem", f"a paper's options, which those given replace. {RECIPE_HELP}", tuple(RECIPES))
     gpu: str = run("0", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (0: all devices)")
     seed: int = settings(1, "seed of every random generator", minimum=0)
@@ -143,7 +143,7 @@ class Options:
     p_x_weight: float = energy(1.0, "weight of the generative term of log p(x); with 0 it draws no samples", minimum=0)
     generative: str = energy(
         "difference",
-        "that term: the difference of the two means, or the cross-entropy of telling real images from samples",
+        "the generative term: a difference of two means, or the cross-entropy of telling real images from samples",
         ("difference", "logistic"),
         needs=("p_x_weight",),
     )
@@ -201,7 +201,7 @@ class Options:
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(None, "steps (20 x --sgld_step, to 200; dat: 50; --denoise: 1 x)", minimum=0)
+    n_sample_steps: int | None = samples(None, "steps (default: 20 x --sgld_step, to 200; --denoise: 1 x)", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",
