@@ -1,6 +1,7 @@
 """Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation."""
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -314,12 +315,12 @@ def read_folder(root: Path, image_size: int | None) -> tuple[list[str], dict[str
 def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
     """One of torchvision's data sets, downloaded if it is not there. MNIST's idx files may also lie in ``root``."""
     files = _files(cls)
-    if root.is_file():
+    if os.path.isfile(root):
         raise UserError(f"--data_dir {root} is a file: give the folder that holds the data set's files")
     if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
         root = root.parent
     for file, md5 in files.items():  # torchvision would write over damaged ones
-        if (root / file).exists() and not check_integrity(root / file, md5):
+        if os.path.exists(root / file) and not check_integrity(root / file, md5):
             raise UserError(f"{root / file} is damaged or of another data set (its MD5 sum is wrong): replace it")
     choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:
@@ -333,9 +334,8 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
-    for other, labels in FIRST_LABELS.items():
-        if other is not cls and parts["train"].labels[:10].tolist() == labels:
-            raise UserError(f"{root} holds {other.__name__}, not {cls.__name__}: their files have the same names")
+    if parts["train"].labels[:10].tolist() != FIRST_LABELS.get(cls, parts["train"].labels[:10].tolist()):
+        raise UserError(f"{root} holds another set than {cls.__name__}, whose files have the same names")
     return [str(digit) for digit in range(10)] if cls is datasets.SVHN else train.classes, parts
 
 

@@ -37,7 +37,8 @@ EXPECTED = "expected are train/<class>/ and test/<class>/ (val/<class>/ too, if 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "PCX", "SGI", "QOI"]
 # Of many camera raw files, Pillow would take the small preview for the picture.
 UNSUPPORTED = set(".heic .heif .jxl .svg .psd .exr .hdr .cr2 .cr3 .nef .nrw .arw .srf .dng .raf .orf .rw2 .pef".split())
-IMAGE_ENDINGS = {end for end, name in Image.registered_extensions().items() if name in FORMATS} | UNSUPPORTED
+NO_IMAGES = ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC")  # to Pillow they are
+IMAGE_ENDINGS = {end for end, name in Image.registered_extensions().items() if name not in NO_IMAGES} | UNSUPPORTED
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # EXIF and TIFF tags
 Names = tuple[str, ...]  # of the folders on the way to a file, and of the file
 
@@ -88,7 +89,7 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     channels, height, width = shape
     if height != width:
         raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
-    root, paths = (place.parent, [(place.name,)]) if place.is_file() else (place, _list(place, "--images "))
+    root, paths = (place.parent, [(place.name,)]) if os.path.isfile(place) else (place, _list(place, "--images "))
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
     images = decoded["images"]
@@ -117,7 +118,8 @@ def _list(root: Path, option: str) -> list[Names]:
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         here = Path(folder)
         left_out.update(name for name in subfolders + names if name.lower() in SYSTEM_FILES)
-        circles = [name for name in subfolders if any(map((here / name).samefile, [here, *here.parents]))]
+        above = set(map(os.path.realpath, [here, *here.parents]))
+        circles = [name for name in subfolders if os.path.realpath(here / name) in above]
         kept = {name for name in subfolders + names if name[0] != "." and name.lower() not in SYSTEM_FILES}
         subfolders[:] = kept.intersection(subfolders).difference(circles)
         paths += [(*here.relative_to(root).parts, name) for name in kept.intersection(names)]

@@ -17,14 +17,11 @@ REFIT_IMAGES = 5000  # enough for means and variances of channels
 def build_optimizer(cfg: Any, model: nn.Module) -> "torch.optim.Optimizer | SAM":
     """What ``--optimizer`` names; inside SAM with ``--sam_rho``."""
     shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    match cfg.optimizer:
-        case "adam":
-            optimizer = torch.optim.Adam(model.parameters(), fused=True, **shared)
-        case "sgd" | "momentum":
-            shared |= {"momentum": 0.9, "nesterov": cfg.optimizer == "sgd"}
-            optimizer = torch.optim.SGD(model.parameters(), fused=True, **shared)
-        case "rmsprop":
-            optimizer = torch.optim.RMSprop(model.parameters(), **shared)
+    if cfg.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), fused=True, **shared)
+    else:
+        shared |= {"momentum": 0.9, "nesterov": cfg.optimizer == "sgd"}
+        optimizer = torch.optim.SGD(model.parameters(), fused=True, **shared)
     return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive) if cfg.sam_rho else optimizer
 
 

@@ -40,7 +40,7 @@ from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from utils import Generators, Signals, tree_to
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
-LOG_EVERY = 10  # steps; the only regular moment at which the host waits for the device
+LOG_EVERY = 10  # steps; besides pictures, the only regular moment at which the host waits for the device
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
 
@@ -134,12 +134,14 @@ class Trainer:
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
-        before = read_config(run.path).get("environment")  # of a run that is resumed
+        config = read_config(run.path)  # of a run that is resumed
+        before = config.get("environment")
+        earlier = config.get("environments_before", []) + [before] * bool(before)
         announce(self, run.path, ran, before or ran)
         written = run if self.world.rank == 0 else None
         if written:
             now = utils.environment(self.device) | ran
-            run.write_config(asdict(self.cfg), now, data=self.data.description, environment_before=before)
+            run.write_config(asdict(self.cfg), now, data=self.data.description, environments_before=earlier)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:
@@ -222,7 +224,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.total_steps
 
     def training_step(self) -> Tensor | None:
-        """One update; returns the negative samples (N, C, H, W), or None. Never waits for the device."""
+        """One update; returns the negative samples (N, C, H, W), or None. Only ``Batches`` may wait for the device."""
         batch, chain_values = self.next_inputs(self.sgld_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr

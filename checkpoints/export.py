@@ -45,7 +45,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     weights, told = load_model(cfg, path, content).state_dict(), []
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise UserError(f"--export {target}: there is no folder {target.parent}")
     if target.suffix == ".pt":
         program = program_for(cfg)

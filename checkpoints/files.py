@@ -65,8 +65,8 @@ def load_checkpoint(path: Path) -> Any:
 
     Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}")
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}, or none that may be read")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if not is_ours(content):
         return content
@@ -133,8 +133,8 @@ def find_checkpoint(path: str) -> tuple[Path, Any]:
     """The checkpoint that a user names by its file or its run directory: of that the newest whole one, else best.pt."""
     if not os.path.isdir(path):
         return Path(path), load_checkpoint(Path(path))
-    newest_first = [Path(path, "ckpt", name) for name in ("last.pt", "previous.pt")]
-    there = [file for file in newest_first if os.path.exists(file)] or list(Path(path, "ckpt").glob("best.pt"))
+    *newest_first, best = (Path(path, "ckpt", name) for name in ("last.pt", "previous.pt", "best.pt"))
+    there = list(filter(os.path.exists, newest_first)) or list(filter(os.path.exists, [best]))
     for file in there:
         try:
             return file, load_checkpoint(file)

@@ -49,6 +49,8 @@ def open_trained(given: dict[str, Any]) -> Trained:
         del own["image_size"], own["n_valid"]
         if "folder" in (given["dataset"], trained.dataset):
             del own["data_dir"]
+    if {"dataset", "data_dir"} & given.keys():  # chains start from Gaussians of these images, not of the file
+        content.pop("starts", None)
     unread = {f.name for f in fields(Config) if given["mode"] not in f.metadata["modes"]}
     return Trained(Config(**own | {k: v for k, v in given.items() if k not in unread}), path, content)
 

@@ -77,6 +77,11 @@ class Config(Options):
         """The names in ``--attacks``."""
         return self._names("attacks", ATTACKS)
 
+    @property
+    def refinements(self) -> list[str]:
+        """The attacks on JEM's refinement, where robustness is measured."""
+        return [name for name in self.chosen_attacks if "refined" in name] if "robustness" in self.metrics else []
+
     def _names(self, name: str, known: tuple[str, ...]) -> list[str]:
         text = getattr(self, name)
         words = list(known if text in ("all", None) else dict.fromkeys(word.strip() for word in text.split(",")))

@@ -25,8 +25,7 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
-    chosen = [] if "robustness" not in cfg.metrics or cfg.attacks in ("all", None) else cfg.chosen_attacks
-    if {"refined", "refined_straight"} & set(chosen) and not cfg.refine_steps:
+    if cfg.attacks not in ("all", None) and cfg.refinements and not cfg.refine_steps:
         yield "--attacks refined needs --refine_steps above 0: leave out one of them"
     if cfg.mode == "sample" and (cfg.inpaint != "") + (cfg.denoise is not None) + cfg.from_buffer > 1:
         yield "--inpaint, --denoise and --from_buffer start from different images: give one of them"
@@ -48,8 +47,9 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--norm_statistics frozen (as in oe-jem) needs --load_ckpt, whose running statistics stay as they are"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
-    if cfg.p_x_y_weight and (cfg.adversarial_eps or cfg.norm == "batch" and cfg.norm_statistics == "running"):
-        yield "--p_x_y_weight needs --adversarial_eps 0, and --norm_statistics batch or frozen"
+    other_function = cfg.adversarial_eps or cfg.dropout_rate or cfg.norm == "batch" and cfg.norm_statistics == "running"
+    if cfg.p_x_y_weight and other_function:  # log p(x, y) is that of the labelled images
+        yield "--p_x_y_weight needs --adversarial_eps 0, --dropout_rate 0, and --norm_statistics batch or frozen"
     if cfg.p_x_y_weight and not cfg.class_cond:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
     if (cfg.samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
@@ -67,10 +67,15 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
     if "folder" not in cfg.start_shares | cfg.outlier_shares:
         unread.add("start_dir")
+    of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
     if cfg.mode in TRAINING and not cfg.samples:
-        unread |= {"norm_statistics"} | {f.name for f in fields(cfg) if f.metadata["group"] == "SGLD"}
+        unread |= of_chains
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
+    if cfg.mode == "test" and "quality" not in cfg.metrics:  # no chains but those of the refinement
+        unread |= of_chains | {"batch_size", "precision"}
+        if cfg.refinements and cfg.refine_steps:
+            unread -= {"sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize"}
     if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
         unread |= {"sgld_step", "sgld_step_max"}
     if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise or cfg.from_buffer):
@@ -82,7 +87,7 @@ def is_on(option: str, cfg) -> bool:
     """Whether an option, NAME or NAME=VALUE, is not off, or has that value, or a list with it."""
     name, _, value = option.partition("=")
     found = getattr(cfg, name)
-    return value in found if isinstance(found, list) else found == value if value else bool(found)
+    return bool(found) if not value else value in found if isinstance(found, list) else found == value
 
 
 def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:

@@ -47,9 +47,11 @@ dumps = partial(option, "dumps", modes=TRAINING, resumable=True)
 sample_dumps = partial(option, "dumps", modes=("energy_train",), resumable=True, needs=("samples",))
 test = partial(option, "test", modes=("test",), resumable=True)
 attack = partial(test, needs=("metrics=robustness",))
+refinement = partial(test, needs=("refinements",))
 quality = partial(test, needs=("metrics=quality",))
 likelihood = partial(test, needs=("metrics=likelihood",))
 sample = partial(option, "sample", modes=("sample",), resumable=True)
+WITH_NOISE = ("metrics=classification", "metrics=calibration", "metrics=ood", "refinements")
 QUALITY = ("quality_every", "metrics=quality", "mode=sample")
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
 exported = partial(option, "export", modes=("export",), resumable=True)
@@ -113,7 +115,7 @@ class Options:
     batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=NETWORK)
     epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
     max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
-    optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum", "rmsprop"))
+    optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum"))
     weight_decay: float = optim(0.0, "L2 penalty on the parameters, as the optimizer applies it", minimum=0)
     warmup_steps: int = optim(1000, "steps in which the learning rate first rises linearly", minimum=0)
     schedule: str = optim("cosine", "the learning rate then: a cosine to 1e-6, or steps", ("cosine", "step"))
@@ -190,10 +192,12 @@ class Options:
     attacks: str | None = attack(None, "of --eval robustness, with commas (default: all): " + ", ".join(ATTACKS))
     attack_images: int | None = attack(None, "most test images that are attacked (default: --max_images)", minimum=20)
     one_epsilon: bool = attack(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
-    refine_steps: int = attack(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
+    refine_steps: int = refinement(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
     ais_chains: int = likelihood(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = likelihood(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
-    sigma_test: float = test(0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0)
+    sigma_test: float = test(
+        0.0, "standard deviation of noise on classified images, [-1, 1] scale", minimum=0, needs=WITH_NOISE
+    )
     feature_ckpt: str = samples("", "classifier's run, for features", is_path=True, modes=("energy_train", "test"))
     fid_reference: str = quality("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
@@ -201,7 +205,7 @@ class Options:
     n_samples: int | None = samples(
         None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
     )
-    n_sample_steps: int | None = samples(None, "steps (default: 20 x --sgld_step, to 200; --denoise: 1 x)", minimum=0)
+    n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat: 50; --denoise: 1 x", minimum=0)
     images: str = sample(
         "",
         "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",

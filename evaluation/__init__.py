@@ -1,4 +1,1 @@
-"""Measuring a trained model (``--mode test``).
-
-Each metric is a module with a function ``measure``; ``config.options.METRICS`` has their names.
-"""
+"""``--mode test``: each metric is a module with a function ``measure``, named in ``config.options.METRICS``."""

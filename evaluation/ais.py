@@ -25,6 +25,7 @@ from models.predict import images_per_batch
 from utils import UserError
 
 LogDensity = Callable[[Tensor], Tensor]
+Move = tuple["Point", Tensor]
 CHAIN_BATCH = 250  # points of 3x32x32 whose gradient is computed at once
 N_LEAPFROG = 3  # steps of a proposal
 ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
@@ -88,9 +89,6 @@ class GeometricPath(NamedTuple):
 
     def score(self, at: Point, beta: float) -> Tensor:
         return self.base.score(at.y) + beta * at.grad  # (N, ...)
-
-
-Move = tuple[Point, Tensor]
 
 
 def leapfrog(path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int) -> Move:

@@ -1,7 +1,4 @@
-"""FID, KID, IS, precision and recall, in the features of Inception or of a classifier.
-
-Images are uint8 (N, C, H, W), features float32 (N, D).
-"""
+"""FID, KID, IS, precision, recall of images uint8 (N, C, H, W) in features (N, D) of Inception or a classifier."""
 
 import math
 from dataclasses import replace

@@ -73,7 +73,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         beta = curves.best()
         protocol = (
             f"that of {curves.betas[0]:.2g} to {HIGHEST:g} with the fewest bits of {name} images (no test image) by "
-            f"the worse of two bounds, {LARGEST_GAP:g} apart at most; forward, reverse AIS over {len(curves.betas)} 1/T"
+            f"the worse of two bounds, {LARGEST_GAP:g} apart at most, or the smallest 1/T if all are farther apart; "
+            f"forward, reverse AIS over {len(curves.betas)} 1/T"
         )
         section.add("inverse temperature 1/T", beta, len(others), protocol)
         section.picture("bits_by_temperature", f"Bits per dimension of {name} images at 1/T", figure(curves, levels))

@@ -161,9 +161,6 @@ def read_report(place: str) -> Report:
     return report
 
 
-# ---------------------------------------------------------------------------------------------- what templates show
-
-
 class Table(NamedTuple):
     title: str
     columns: list[str]

@@ -1,7 +1,4 @@
-"""Adversarial robustness: accuracy under attack, with JEM's refinement too.
-
-Attacks see images in [0, 1], as their libraries and their epsilons do; the model sees [-1, 1].
-"""
+"""Accuracy under attack, with JEM's refinement too. Attacks see images in [0, 1], the model sees [-1, 1]."""
 
 import logging
 import math
@@ -185,9 +182,6 @@ class Attacked(NamedTuple):
         for batch, still in zip(batches, kept, strict=True):
             robust[batch] = still
         return robust
-
-
-# ---------------------------------------------------------------------------------------------- what the report shows
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:

@@ -85,7 +85,8 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     """What is measured, for the top of the report."""
     cfg, (_, height, width) = inputs.cfg, inputs.data.shape
     others = "" if len(inputs.data.train) else "; other images than those of the training"
-    chosen = " (the last of its run, to which the replay buffer belongs)" if Path(cfg.load_ckpt).is_dir() else ""
+    last = path.name == "last.pt" and "buffer" in state
+    chosen = " (the last of its run, to which the replay buffer belongs)" if last else ""
     about = {
         "checkpoint": f"{path}{chosen}",
         "training steps": "not in the file" if state["step"] is None else str(state["step"]),

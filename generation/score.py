@@ -22,7 +22,7 @@ from logger.run_dir import RunDir
 from models import log_density
 from utils import UserError, printable
 
-LOW = 0.05  # the share of the training images whose log p(x) is below that of an unlikely picture
+LOW = 0.05  # at most so many of the training images have a log p(x) below that of an unlikely picture
 TRAINING_IMAGES = 5000  # whose log p(x) are computed, at most
 COLUMNS, SHOWN = 10, 50  # of the contact sheet: images in a row; least likely and most likely ones
 
@@ -73,7 +73,7 @@ def table(names: list[str], classes: Sequence[str], logits: Tensor, low: float |
     for name, k, p_y, log_p in zip(names, y.tolist(), p.tolist(), log_density(logits).tolist(), strict=True):
         unlikely = "" if low is None else "yes" if log_p < low else "no"
         sure = f"{p_y:.6f}" if classes[k] else ""
-        writer.writerow([printable(name, "utf-8"), classes[k], sure, f"{log_p:.4f}", unlikely])
+        writer.writerow([printable(name, "utf-8"), printable(classes[k], "utf-8"), sure, f"{log_p:.4f}", unlikely])
     return text.getvalue()
 
 

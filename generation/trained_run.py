@@ -15,7 +15,7 @@ import data
 import utils
 from chain_init import StoredStarts, build_chain_init
 from checkpoints.load import Trained, frozen, load_data, open_trained
-from config.checks import check_variance
+from config.checks import check_variance, unused
 from generation.chains import ChainResult, StartImages, run_chains
 from models import JEM, frozen_sampler_model, log_density
 from models.predict import predict
@@ -28,8 +28,11 @@ LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images
 
 
 def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
-    """A run directory, .pt or .safetensors file, or a UserError; options of ``--mode sample``, such as gpu="cpu"."""
-    return TrainedRun(open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)}))
+    """A run directory, .pt or .safetensors file, or a UserError; options of the data and of chains, as gpu="cpu"."""
+    trained = open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)})
+    if names := unused(options, trained.cfg):
+        warnings.warn(f"load_run does not use {', '.join(names)}", stacklevel=2)
+    return TrainedRun(trained)
 
 
 class TrainedRun:
@@ -91,7 +94,7 @@ class TrainedRun:
         def log_p(x: Tensor) -> Tensor:
             return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
 
-        (y,), batches = self.classes(y), self.checked(images).split(self.cfg.batch_size)
+        (y,), batches = self.classes([y] if np.ndim(y) else y), self.checked(images).split(self.cfg.batch_size)
         return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
 
     def classes(self, y: Classes) -> list[int]:

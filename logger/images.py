@@ -27,7 +27,7 @@ CURVES = {  # file: unit, names in the log
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, to uint8 of the same shape; values that are not finite become 0."""
+    """Images in [-1, 1], clamped, to uint8 of the same shape; NaN becomes 0."""
     return x.add(1).mul(127.5).nan_to_num(0, 255, 0).clamp(0, 255).round().to(torch.uint8)
 
 

@@ -113,6 +113,7 @@ class RunLogger:
             message = f"diverged at step {step}; back to step {back_to} with {change}"
             self.bar.n, self.clock = back_to, (time.perf_counter(), back_to)
             self.bar.write(message)
+            wait(self.jobs)  # of which one may use the writer of TensorBoard that is closed now
             self.log.recovery(step, back_to, message)
             self.balance = Balance(read_log(self.log.path))
 

@@ -1,7 +1,4 @@
-"""Networks: images to logits. A new one is a class in a file of its own and a line in ``BACKBONES``.
-
-Its name there is what ``--backbone`` takes; ``models.jem.JEM`` says what the class must have.
-"""
+"""Networks: images to logits. A new one is a class (see ``models.jem.JEM``) and a line in ``BACKBONES``."""
 
 from typing import Any
 

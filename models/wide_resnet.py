@@ -1,7 +1,4 @@
-"""The Wide-ResNet backbone (Zagoruyko & Komodakis, BMVC 2016) in the form the JEM paper's code uses.
-
-Parameter names and shapes are those of the JEM authors' checkpoints.
-"""
+"""The Wide-ResNet (Zagoruyko & Komodakis, BMVC 2016), with the names and shapes of the JEM authors' checkpoints."""
 
 import math
 

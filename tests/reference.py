@@ -1,23 +1,13 @@
 """What the program computes fast, written down as the papers have it."""
 
 import torch
-from torch import Generator, Tensor
 
-from sgld import Chain, LogDensity, normal_like
+from sgld import Chain, normal_like
 
 
 def reference_chain(
-    log_density: LogDensity,
-    x: Tensor,
-    steps: int,
-    step_size: float,
-    noise_std: float,
-    generator: Generator,
-    y: Tensor | None = None,
-    grad_clamp: float | None = None,
-    clamp: bool = False,
-    normalize: bool = False,
-) -> Chain:
+    log_density, x, steps, step_size, noise_std, generator, y=None, grad_clamp=None, clamp=False, normalize=False
+):
     """SGLD (JEM, equation 3), step by step, with the random numbers that ``SGLD`` draws from the same generator."""
     grad = torch.zeros_like(x)
     for _ in range(steps):

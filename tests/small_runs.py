@@ -105,11 +105,8 @@ def scalars(run):
     """(tag, step) -> value of TensorBoard's scalars; a step that came twice would be there twice."""
     board = EventAccumulator(str(run), size_guidance={"scalars": 0})
     board.Reload()
-    return {
-        tag: [(e.step, e.value) for e in board.Scalars(tag)]
-        for tag in board.Tags()["scalars"]
-        if not tag.startswith("speed/")
-    }
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags}
 
 
 @contextmanager

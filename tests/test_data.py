@@ -25,6 +25,12 @@ from config.cli import parse
 from utils import UserError
 
 RNG = np.random.default_rng(0)
+FIRST_LABELS = dict(data.FIRST_LABELS)
+
+
+@pytest.fixture(autouse=True)
+def made_up_sets(monkeypatch):
+    monkeypatch.setattr(data, "FIRST_LABELS", dict.fromkeys(data.FIRST_LABELS, list(range(10))))
 
 
 def random_images(*shape):
@@ -285,13 +291,12 @@ def test_a_damaged_file_is_named_and_kept(name_and_file, content, tmp_path, monk
 def test_mnist_and_fashion_mnist_are_told_apart_by_their_labels(packed, tmp_path, monkeypatch):
     """Their files have the same names."""
     write_idx(tmp_path, [], packed)
-    monkeypatch.setitem(data.FIRST_LABELS, datasets.FashionMNIST, list(range(10)))
-    refuses(f"{tmp_path} holds FashionMNIST, not MNIST", "mnist", tmp_path)
+    monkeypatch.setitem(data.FIRST_LABELS, datasets.MNIST, FIRST_LABELS[datasets.MNIST])
+    refuses(f"{tmp_path} holds another set than MNIST", "mnist", tmp_path)
     assert len(data.load("fashion_mnist", tmp_path).test) == 6
-    monkeypatch.undo()
     file = Path("/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz")  # of the Debian package
     if file.exists():
-        assert list(gzip.open(file).read(18)[8:]) == data.FIRST_LABELS[datasets.FashionMNIST]
+        assert list(gzip.open(file).read(18)[8:]) == FIRST_LABELS[datasets.FashionMNIST]
 
 
 def test_what_lies_there_instead_is_said(tmp_path, monkeypatch, network):

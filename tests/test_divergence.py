@@ -106,6 +106,8 @@ class TestDivergence:
         messages = [line["message"] for line in metrics(run) if "event" in line]
         assert len(messages) == 3 and "2 times the SGLD steps" in messages[1]
         assert "new randomness" in messages[0] and "new randomness" in messages[2]
+        dat = divergence.Recovery(main.Config(recipe="dat"))  # twice no step would be no remedy
+        assert "learning rate x 0.5" in [dat.go_back(step)[1] for step in (3, 4)][1]
 
     def test_remedies_act(self, monkeypatch):
         seen, original = [], trainer.SGLD.__call__

@@ -377,6 +377,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
         (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, separated by commas, not 'fgsm'"),
         (["--load_ckpt", "RUN", "--attacks", "refined,pgd", "--refine_steps", "0"], "--refine_steps above 0"),
         (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--load_ckpt", "a" * 300], "no checkpoint at"),
         ([], "needs --load_ckpt"),
     ],
 )

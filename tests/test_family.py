@@ -394,6 +394,7 @@ def test_step_schedule(tmp_path):
         ("--outlier_weight 1 --outlier_images smoth", "--outlier_images takes one of uniform"),
         ("--outlier_weight 1 --norm batch", "give --norm_statistics running or frozen"),
         ("--norm batch --norm_statistics frozen", "needs --load_ckpt"),
+        ("--p_x_y_weight 1 --class_cond --dropout_rate 0.1", "needs --adversarial_eps 0, --dropout_rate 0"),
         ("--sgld_step_max 2", "must be above --sgld_step 2"),
         ("--sgld_step 0", "--sgld_step 0 needs --sgld_step_max"),
         ("--sgld_grad_clamp 0", "--sgld_grad_clamp must be above 0"),

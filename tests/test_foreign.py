@@ -147,13 +147,8 @@ def assert_same(model, x, expected):
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
-FORMS = {
-    "bare": lambda w: w,
-    "dict": lambda w: {"model_state_dict": w, "epoch": 3},
-    "module": partial(prefixed, "module."),
-    "vera": vera,
-    "re-implementation": resnet_and_linear,
-}
+FORMS = {"bare": lambda w: w, "dict": lambda w: {"model_state_dict": w, "epoch": 3}}
+FORMS |= {"module": partial(prefixed, "module."), "vera": vera, "re-implementation": resnet_and_linear}
 NORMS = product(("none", "batch", "layer", "instance", "act"), ("bare", "dict", "module"))
 
 

@@ -131,6 +131,12 @@ def shipped(run_dir, tmp_path_factory):
     return file
 
 
+def test_images_that_are_named_serve_a_file_that_has_gaussians(shipped):
+    with pytest.warns(UserWarning, match="does not use epochs$"):
+        run = load_run(shipped, gpu="cpu", dataset="digits", epochs=3)
+    assert run.fresh_start[0] == "class_gaussian" != load_run(shipped, gpu="cpu").fresh_start[0]
+
+
 def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp_path, monkeypatch, capsys):
     about, ours = json.loads(shipped.with_suffix(".json").read_text()), load_run(run_dir, gpu="cpu")
     assert about["images"] == "8x8 digits" and str(ROOT) not in json.dumps(about) and shipped.stat().st_size < 220_000

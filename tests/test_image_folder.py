@@ -398,6 +398,7 @@ def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 47)
     assert "cannot be read: Image size (96 pixels) exceeds limit of 94" in decode(tmp_path, encode(RGB)).problem
     assert "of an unsupported format (heic): convert it" in decode(tmp_path, b"", "x.HEIC").problem
+    assert "of an unsupported format" in decode(tmp_path, encode(RGB, "TGA"), "x.tga").problem
 
 
 # --- what is announced

@@ -65,15 +65,10 @@ def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monke
     monkeypatch.setattr(fid, "CHUNK", 7)
     real, fake = images
     torch_fidelity.register_feature_extractor("tiny", Tiny)
-    theirs = torch_fidelity.calculate_metrics(
-        input1=torch.utils.data.Subset(fake, range(200)),
-        input2=torch.utils.data.Subset(real, range(300)),
-        feature_extractor="tiny",
-        **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
-        **dict.fromkeys(("cuda", "cache", "verbose"), False),
-        kid_subset_size=150,
-        save_cpu_ram=True,  # no processes of its own
-    )
+    sets = {"input1": torch.utils.data.Subset(fake, range(200)), "input2": torch.utils.data.Subset(real, range(300))}
+    how = dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True)  # the last: no processes of its own
+    how |= dict.fromkeys(("cuda", "cache", "verbose"), False) | {"feature_extractor": "tiny", "kid_subset_size": 150}
+    theirs = torch_fidelity.calculate_metrics(**sets, **how)
     features = tiny_features(fake), tiny_features(real)
     found = {"FID": fid.frechet_distance(*map(fid.feature_statistics, features))}
     found |= fid.kid_precision_recall(*features, 150) | fid.inception_score(features[0])

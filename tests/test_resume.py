@@ -237,8 +237,10 @@ class TestResume:
         assert main.main(["--resume", str(stopped)]) == 0
         assert "the run computed in float32 before" in capsys.readouterr().out
         content = json.loads((stopped / "config.json").read_text())
-        assert content["environment_before"]["precision"] == "float32"
         assert content["environment"]["precision"] == "bfloat16"
+        assert main.main(["--resume", str(stopped), "--max_steps", "35"]) == 0
+        before = json.loads((stopped / "config.json").read_text())["environments_before"]
+        assert [environment["precision"] for environment in before] == ["float32", "bfloat16"]
 
     def test_only_the_best_weights_were_kept(self, undisturbed, tmp_path, capsys):
         run = shutil.copytree(undisturbed, tmp_path / "runs" / "kept")

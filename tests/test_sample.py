@@ -171,11 +171,8 @@ def true_labels(originals: np.ndarray) -> list[int]:
     return [label[image.astype(float).tobytes()] for image in originals[..., 0]]
 
 
-MASKS = {
-    "left": np.arange(64).reshape(8, 8) % 8 < 4,
-    "center": np.pad(np.ones((4, 4), bool), 2),
-    "picture": np.eye(8, dtype=bool),
-}
+MASKS = {"left": np.arange(64).reshape(8, 8) % 8 < 4, "center": np.pad(np.ones((4, 4), bool), 2)}
+MASKS |= {"picture": np.eye(8, dtype=bool)}
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -1,18 +1,25 @@
-"""File systems that lack something, and files and folders whose names are taken."""
+"""File systems that lack something, names that are taken, jobs of the writer, and the commit that is recorded."""
 
 import errno
 import os
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import utils
 from checkpoints import files
+from config import Config
 from logger.files import first_free
 from logger.metrics_log import Log, read_log
 from logger.run_dir import RunDir
+from logger.run_logger import RunLogger
 from utils import UserError
+
+GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
 
 def test_directories_that_cannot_be_synced(tmp_path, monkeypatch):
@@ -74,3 +81,26 @@ def test_a_place_that_is_no_utf8_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not valid UTF-8; rename it, or give --no_log"):
         Log(place, tensorboard=True)
     Log(place, tensorboard=False).close()
+
+
+def test_the_commit_is_that_of_the_programs_own_repository(tmp_path, tmp_path_factory, monkeypatch):
+    """Not of one around a copy."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "main.py").write_text("")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*GIT, *command], cwd=tmp_path, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert utils.git_commit(tmp_path) == commit
+    (tmp_path / "copy" / "main.py").write_text("changed")
+    assert utils.git_commit(tmp_path) == f"{commit} with local changes"
+    for other in (tmp_path / "copy", tmp_path_factory.mktemp("no repository")):
+        assert utils.git_commit(other) == "unknown"
+    monkeypatch.setenv("PATH", "")  # no git
+    assert utils.git_commit(tmp_path) == "unknown"
+
+
+def test_a_recovery_waits_for_pictures_that_go_to_the_same_writer(tmp_path):
+    with RunLogger(RunDir.create(str(tmp_path), "energy_train", ""), Config(), 5, 10, 0) as logger:
+        logger.write(lambda: (time.sleep(0.3), logger.log.image(5, "samples", b"")))
+        logger.recovery(5, 0, "new randomness")
+        assert all(job.done() for job in logger.jobs)
