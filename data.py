@@ -1,5 +1,6 @@
 """Data sets as uint8 tensors on the training device, or on the host if they are too large, and their augmentation."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -329,7 +330,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             train, test = [cls(place, **choice, download=True) for choice in choices]
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
-        inside = image_folder.some(sorted(path.name for path in root.glob("*"))) or "no files"
+        inside = image_folder.some(sorted(glob.glob("*", root_dir=root))) or "no files"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
