@@ -335,7 +335,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
         advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
-    if parts["train"].labels[:10].tolist() != FIRST_LABELS.get(cls, parts["train"].labels[:10].tolist()):
+    if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:
         raise UserError(f"{root} holds another set than {cls.__name__}, whose files have the same names")
     return [str(digit) for digit in range(10)] if cls is datasets.SVHN else train.classes, parts
 
