@@ -80,8 +80,6 @@ def smooth_noise(n: int, shape: Shape, rng: Generator, white: float) -> Tensor:
 
     Its amplitude falls with the frequency f as f^-a, a uniform in [0.5, 3]; a share ``white`` of the images has a = 0.
     """
-    if n == 0:
-        return torch.empty(0, *shape, device=rng.device)  # the Fourier transform takes no empty batch
     draw, (_, h, w) = partial(torch.rand, n, 1, 1, 1, generator=rng, device=rng.device), shape
     exponent = torch.where(draw() < white, 0.0, 0.5 + 2.5 * draw())
     fy, fx = torch.fft.fftfreq(h, device=rng.device), torch.fft.rfftfreq(w, device=rng.device)
@@ -168,8 +166,6 @@ class GaussianInit:
         self.gaussians, self.shape = gaussians, shape
 
     def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
-        if not classes:
-            return torch.empty(0, *self.shape, device=rng.device)
         if len(self.gaussians) == 1:
             classes = [0] * len(classes)
         rows = [None] * len(classes)

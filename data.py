@@ -321,7 +321,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
     if root.name in {Path(file).parts[0] for file in files}:  # a folder too deep
         root = root.parent
     for file, md5 in files.items():  # torchvision would write over damaged ones
-        if os.path.exists(root / file) and not check_integrity(root / file, md5):
+        if os.access(root / file, os.R_OK) and not check_integrity(root / file, md5):
             raise UserError(f"{root / file} is damaged or of another data set (its MD5 sum is wrong): replace it")
     choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:

@@ -329,12 +329,13 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
 def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
     """uint8 (n, 3, height, width). Raises UserError if the images have no size for the network, or no room."""
     if height % 4 or width % 4 or min(height, width) < 8:
-        advice = f"try --image_size {max(8, 4 * round(min(height, width) / 4))}"
+        advice = f"try --image_size {min(2048, max(8, 4 * round(min(height, width) / 4)))}"
         raise UserError(f"{root} has images of {width}x{height} pixels, not multiples of 4, at least 8: {advice}")
     needed = 2 * n * 3 * height * width / 1e9  # GB, while they are read
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if needed > memory:
-        raise UserError(f"{n} images of {width}x{height} need {needed:.1f} GB of memory of {memory:.1f}: use fewer")
+        advice = "use fewer, or a smaller --image_size"
+        raise UserError(f"{n} images of {width}x{height} need {needed:.1f} GB of memory of {memory:.1f}: {advice}")
     return np.empty((n, 3, height, width), np.uint8)
 
 

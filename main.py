@@ -109,6 +109,8 @@ def train(given: dict[str, Any]) -> int:
         resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
         cfg = resumed.cfg if resumed else cfg
     note_unused(given, cfg)
+    if resumed and resumed.content["data"] != images.description:
+        raise UserError(f"{resumed.path} was trained on other images than those in {cfg.data_dir}: change --data_dir")
     trainer = Trainer(cfg, images, device, distributed.current_world())
     if resumed is None:
         if cfg.load_ckpt:
@@ -119,12 +121,11 @@ def train(given: dict[str, Any]) -> int:
         log_position = 0
     else:
         directory, path, log_position = resumed.directory, resumed.path, resumed.content["log_position"]
-        if resumed.content["data"] != images.description:
-            raise UserError(f"the images in {cfg.data_dir} are not those that {path} was trained on: change --data_dir")
         trainer.resume(resumed.content["state"])
         if trainer.step >= trainer.total_steps:
             limit = "--max_steps" if trainer.total_steps == cfg.max_steps else "--epochs"
-            print(f"{directory.path} is finished after {trainer.step} steps; a larger {limit} continues it.")
+            advice = f"--resume {directory.path} with a larger {limit} continues it"
+            print(f"{directory.path} is finished after {trainer.step} steps; {advice}.")
             return 0
         if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
             distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))

@@ -226,7 +226,8 @@ class Sampler:
         x = buffer.images[index].contiguous(memory_format=torch.channels_last)
         finite = x.isfinite().all(dim=(1, 2, 3))
         x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))
-        x[:fresh] = self.start(classes, self.rng)
+        if fresh:
+            x[:fresh] = self.start(classes, self.rng)
         buffer.age[index] *= finite
         buffer.age.index_fill_(0, index[:fresh], 0)  # age[...] = 0 would wait for the device
         return x, index, y

@@ -247,7 +247,7 @@ class Trainer:
         x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
         y_real = None if cfg.labels_per_class else y_real  # others serve log p(x) alone
         adversarial = cfg.adversarial_eps and cfg.p_y_x_weight
-        if self.sampler is not None and x_real is None and (adversarial or cfg.dropout_rate):
+        if self.sampler is not None and x_real is None and (adversarial or self.one_process_forward.dropouts):
             x_real = x  # log p(x) learns from the images themselves, without dropout
         if adversarial:  # in evaluation mode: dropout, the batch hide no direction
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
@@ -282,7 +282,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_running_stats(self.model)  # before SAM's next pass, in which processes would get those of rank 0
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.grad is not None]  # a network may leave some unused
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.cfg.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.grad_clip, gradient_norm)

@@ -87,9 +87,8 @@ def set_speed_options(device: torch.device) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
     program = {"command": " ".join(sys.argv), "git_commit": git_commit(Path(__file__).resolve().parent)}
-    versions = {name: installed.get(name, "not installed") for name in PACKAGES}
+    versions = {name: next((d.version for d in distributions(name=name)), "not installed") for name in PACKAGES}
     return program | {"python": platform.python_version()} | versions | {"device": device_name(device)}
 
 

@@ -89,6 +89,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
         told += ["log p(x) from the logits; --separate_energy takes it from its energy_output"]
     unsure = ["recipe", "dataset"] + ([] if "buffer" in state else ["image_size"])
     unsure += ["norm"] if options["norm"] in SAME_NAMES else []  # told apart by nothing in the file
+    unsure += ["activation"] if "activation" in options else []
     assumed = ", ".join(f"--{name}" for name in unsure if name not in given)
     told += [f"{assumed} assumed: give others if these are wrong"] if assumed else []
     print(f"{path}: {'; '.join(told)}.", file=sys.stderr)
@@ -154,6 +155,8 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
         "dataset": "mnist" if stem.shape[1] == 1 else dataset,
     }
     options["recipe"] = "jem++" if options["norm"] == "batch" else "jem"
+    if "activation" in untold and given.get("activation") == "silu":
+        untold = untold | {"activation": "silu"}
     return options | untold | {name: given[name] for name in ("recipe", "dataset") if name in given}
 
 

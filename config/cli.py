@@ -97,7 +97,7 @@ class Switch(argparse.Action):
 
     def __call__(self, parser, namespace, value, option_string=None):
         if option_string != f"--{self.dest}":
-            value = {"true": "False", "false": "True"}.get(value.lower(), value)
+            value = str(not SWITCH_VALUES[value.lower()]) if value.lower() in SWITCH_VALUES else value
         setattr(namespace, self.dest, value)
 
 

@@ -1,6 +1,7 @@
 """What the terminal says before a run begins: on what it runs, what it trains, how much room it needs."""
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -49,14 +50,15 @@ def room(trainer) -> dict[str, int]:
     """Bytes that a run takes of the host's memory and of the disk.
 
     memory: two states to go back to, the one that is written, on a CPU the present one. disk: three full checkpoints of
-    all processes: the newest, the one before, and the next while it is written.
+    all processes: the newest, the one before, and the next while it is written; and the best weights.
     """
     cfg = trainer.cfg
-    copies = 2 + (cfg.optimizer == "adam") + bool(cfg.ema)  # the weights, their moments in the optimizer, their average
+    model, ema = sum(p.nbytes for p in trainer.model.parameters()), bool(cfg.ema)
+    weights = model * (2 + (cfg.optimizer == "adam") + ema)  # with their moments in the optimizer, and their average
     buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) if cfg.samples else 0
-    weights = copies * sum(p.nbytes for p in trainer.model.parameters())
+    best = model * (1 + ema) * (1 + bool(cfg.quality_every))  # best.pt and best_quality.pt
     in_memory = (3 + (trainer.device.type == "cpu")) * (weights + buffer // trainer.world.size)
-    return {"memory": in_memory, "disk": 3 * (weights + buffer)}
+    return {"memory": in_memory, "disk": 3 * (weights + buffer) + best}
 
 
 def check_memory(trainer) -> None:
@@ -71,7 +73,7 @@ def check_memory(trainer) -> None:
 
 def check_room(trainer, logdir: Path) -> None:
     """Raise UserError if the disk of ``logdir``, or of the folder in which it is to be made, is too small for a run."""
-    there = next(folder for folder in (logdir, *logdir.parents) if folder.is_dir())
+    there = next(folder for folder in (logdir, *logdir.parents) if os.path.isdir(folder))
     needed, free = room(trainer)["disk"], shutil.disk_usage(there).free
     if needed > free:
         found = f"checkpoints need {needed / 1e6:,.0f} MB and {there} has {free / 1e6:,.0f} MB free"

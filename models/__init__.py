@@ -7,8 +7,7 @@ import torch
 from models.jem import JEM, JointForward, Logits, copy_weights, frozen_sampler_model, log_density
 from models.wide_resnet import RobustWideResNet, WideResNet
 
-__all__ = ["BACKBONES", "JEM", "JointForward", "Logits", "build_model"]
-__all__ += ["copy_weights", "frozen_sampler_model", "log_density"]
+__all__ = ["JEM", "JointForward", "Logits", "copy_weights", "frozen_sampler_model", "log_density"]
 
 BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}
 

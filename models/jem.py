@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from models.batch_norm import attribute_set, batch_norms, running_stats_only, running_stats_update
 from utils import UserError
@@ -92,7 +93,7 @@ class JointForward(nn.Module):
         """``logits``: ``model.logits``, or the same compiled. ``norm_statistics``: the option of that name."""
         super().__init__()
         self.model, self.logits = model, logits
-        self.dropouts = [layer for layer in model.modules() if isinstance(layer, nn.Dropout) and layer.p > 0]
+        self.dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
         self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # no image depends on others
 
     def forward(
@@ -118,16 +119,13 @@ class JointForward(nn.Module):
             with running_stats_update(self.model, enabled=False), attribute_set(self.dropouts, "training", False):
                 sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
             return Logits(labelled, real, sampled, far)
-        if self.norm_statistics == "running":
-            with running_stats_update(self.model, enabled=False):
+        running = self.norm_statistics == "running"
+        if running or (self.dropouts and x_real is not None):
+            with running_stats_update(self.model, enabled=False) if running else running_stats_only(self.model):
                 labelled = self.logits(x)
             with running_stats_only(self.model), attribute_set(self.dropouts, "training", False):
                 return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
         with running_stats_only(self.model):
-            if self.dropouts and x_real is not None:
-                labelled = self.logits(x)
-                with attribute_set(self.dropouts, "training", False):
-                    return Logits(labelled, *self.in_one_pass(x_real, samples, outliers))
             labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
         return Logits(labelled, labelled if x_real is None else real, *others)
 

@@ -40,8 +40,7 @@ def random_images(*shape):
 def refuses(message, *args, **kwargs):
     with pytest.raises(UserError) as caught:
         data.load(*args, **kwargs)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -224,8 +223,7 @@ def check_parts(loaded, train_images, train_labels, test_images, test_labels, cl
     assert loaded.test.labels.tolist() == list(test_labels) and loaded.test.labels.dtype == torch.int64
     expected = sorted((int(y), x.tobytes()) for x, y in zip(train_images, train_labels, strict=True))
     assert rows(loaded.train, loaded.valid) == expected
-    assert loaded.class_names == tuple(class_names)
-    assert loaded.shape == test_images.shape[1:]
+    assert loaded.class_names == tuple(class_names) and loaded.shape == test_images.shape[1:]
     assert len(loaded.valid) == len(train_images) // 10
     assert loaded.train.images.is_contiguous()
 

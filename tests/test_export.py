@@ -117,6 +117,9 @@ def test_the_line_says_which_program_and_what_it_needs(tmp_path, capsys, options
     assert chosen in out and out.count("\n") == 1 and ("32x32" in out) == ("32x32" in chosen)
     file = torch.load(tmp_path / "b.pt", weights_only=True)
     assert ("1000 images of noise" in out) == ("replay_buffer" in file) == (options.get("backbone") != "robust")
+    if "activation" in options:
+        _, content = open_checkpoint(str(tmp_path / "b.pt"), asdict(Config(**options)))
+        assert content["config"]["activation"] == options["activation"]
     if "replay_buffer" in file:
         assert tuple(file["replay_buffer"].shape) == (1000, *options.get("shape", (3, 32, 32)))
         assert -1 <= file["replay_buffer"].min() < -0.9 < 0.9 < file["replay_buffer"].max() <= 1

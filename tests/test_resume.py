@@ -84,7 +84,7 @@ class TestResume:
         auto(tmp_path)
         assert_same_run(stopped, undisturbed)
         auto(tmp_path, "--max_steps", "3")
-        assert f"{short} is finished after 3 steps" in capsys.readouterr().out and state(short)["step"] == 3
+        assert f"3 steps; --resume {short} with a larger" in capsys.readouterr().out and state(short)["step"] == 3
 
     def test_auto_goes_by_when_a_run_was_saved_not_by_its_name(self, stopped, tmp_path, undisturbed, capsys):
         copy = shutil.copytree(stopped, tmp_path / "zz_copy_of_an_hour_ago")
