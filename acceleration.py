@@ -43,14 +43,15 @@ class CUDAGraphStep:
 
     def __init__(self, function: Callable, *example: Tensor | None):
         self.inputs = [t if t is None else t.clone() for t in example]
-        stream = torch.cuda.Stream()  # capture wants its warm-up on another stream
-        stream.wait_stream(torch.cuda.current_stream())
+        device = next(t.device for t in example if t is not None)  # not always the current one
+        stream = torch.cuda.Stream(device)  # capture wants its warm-up on another stream
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(3):
                 function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor | None) -> Any:

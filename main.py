@@ -45,7 +45,6 @@ from utils import TrainingFailed, UserError
 
 # What uses a trained network.
 USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in messages of torch
 NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 
 
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> int:
         if distributed.lost_connection(error):
             reason = str(error).strip().partition("\n")[0]
             return complain(1, "failed", f"a process of this run has ended or cannot be reached ({reason})")
-        if isinstance(error, MemoryError) or any(words in f"{error} {error.__context__}" for words in OUT_OF_MEMORY):
+        if utils.out_of_memory(error):
             return complain(2, "error", NOT_ENOUGH_MEMORY)
         raise
     except KeyboardInterrupt:

@@ -179,6 +179,12 @@ class Generators:
             getattr(self, name).set_state(state[name])
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or the GPU has too little memory."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of torch's messages
+    return isinstance(error, MemoryError) or any(word in f"{error} {error.__context__}" for word in words)
+
+
 @contextmanager
 def evaluation_packages() -> Iterator[None]:
     """Inside, an evaluation package that is not installed is a UserError, which skips what needs it."""

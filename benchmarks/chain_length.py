@@ -148,14 +148,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000, help="samples of each length (default: 1000)")
     parser.add_argument("--steps", type=int, default=400, help="longest chain (default: 400)")
     args = parser.parse_args()
-    names = [name or Path(place).name for name, _, place in (run.rpartition("=") for run in args.runs)]
+    given = [("", "", run) if Path(run).exists() else run.rpartition("=") for run in args.runs]
+    names, places = [name or Path(place).name for name, _, place in given], [place for _, _, place in given]
     if len(set(names)) < len(names):
         parser.error("two runs have the same name: give NAME=directory")
     device = torch.device("cpu")
     utils.set_speed_options(device)
     found = {}
-    for name, run in zip(names, args.runs, strict=True):
-        found[name] = measure(run.rpartition("=")[2], args, device)
+    for name, place in zip(names, places, strict=True):
+        found[name] = measure(place, args, device)
     Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     drawn = figure_against({args.against: found}) if args.against else figure(found)
     drawn.savefig(args.out, dpi=110)

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,12 @@ RUN = "cifar10_gpu"  # of reproduce.py
 REPORTS = {
     "report": "--eval classification,calibration,ood",
     "report of samples": "--eval quality --n_samples 5000",
-    "report of attacks": "--eval robustness --attacks pgd,autoattack --one_epsilon --attack_images 200",
+    "report of attacks": "--eval robustness --attacks pgd --one_epsilon --attack_images 500",
+    "report of AutoAttack": "--eval robustness --attacks autoattack --one_epsilon --attack_images 100",
 }
-REPORT = 300  # seconds that the reports at the end may take
+REPORT = 500  # seconds that the reports at the end may take
+LONGEST_TESTS = 600  # seconds: a test that hangs must not take all the time there is
+SET_HERE = {"mode", "recipe", "logdir", "note", "resume", "load_ckpt", "max_steps", "gpu"}  # not by further options
 START_UP = 60  # seconds that the training run needs besides its steps
 SHORTEST = 180  # seconds of steps that are worth a run
 DUMPS = 1.1  # how much longer steps take with log, pictures, evaluation and checkpoints
@@ -90,7 +94,11 @@ def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> d
             status = child.returncode
         except subprocess.TimeoutExpired:
             child.terminate()  # training writes a checkpoint first
-            output, _ = child.communicate()
+            try:
+                output, _ = child.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                output, _ = child.communicate()
             status = None
         except BaseException:  # SIGTERM or Ctrl-C: nothing is left running on the GPU
             child.terminate()
@@ -99,10 +107,16 @@ def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> d
 
 
 def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of a training step of a recipe as it stands, on random images, and its labelled images a second."""
+    """Seconds of a training step of a recipe on random images, and its labelled images a second.
+
+    Chains that grow in training have half of their largest length.
+    """
     gpu = str(device.index or 0) if device.type == "cuda" else "cpu"
     needs_weights = RECIPES[recipe].options.get("norm_statistics") == "frozen"  # random ones take the same time
-    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu, compile="off", load_ckpt="." * needs_weights)
+    longest = RECIPES[recipe].options.get("sgld_step_max")  # of dat's chains, which begin with no step
+    given = {"sgld_step": longest // 2, "sgld_step_max": None} if longest else {}
+    given |= {"compile": "off", "load_ckpt": "." * needs_weights}
+    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu, **given)
     run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
     for run.step in (1, 2):  # the first captures graphs
         run.training_step()
@@ -136,7 +150,8 @@ def test_accuracy(run: Path) -> dict[str, float]:
     for file in run.glob("eval*/results.json"):
         measured = json.loads(file.read_text())
         if "classification" in measured:
-            return {"accuracy": measured["classification"]["results"]["accuracy"]["value"]}
+            found = measured["classification"]["results"].get("accuracy")  # absent, if it failed
+            return {"accuracy": found["value"]} if found else {}
     return {}
 
 
@@ -179,18 +194,21 @@ def main() -> None:
     args, further = parser.parse_known_args()
     end, device = time.monotonic() + 60 * args.minutes, torch.device(args.device)
     try:  # what the run at the end needs should be there now, and a data set may have to be downloaded
+        if taken := SET_HERE & parse(further, Config).keys():
+            raise utils.UserError(f"--{', --'.join(sorted(taken))}: this program sets it itself")
         cfg = Config(**parse(run_options(further), Config))
         data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
         parser.error(str(error))
+    further += ["--data_dir", cfg.data_dir, "--gpu", str(device.index or 0) if device.type == "cuda" else "cpu"]
     utils.set_speed_options(device)
     out = args.out.absolute()
     results, sizes = Results(out, device), SIZES[device.type]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled"), "PYTHONUNBUFFERED": "1"}
 
-    def todo(name: str) -> bool:
-        """Whether there is time for a part that is not done yet."""
-        if name not in results.parts and time.monotonic() < end - REPORT:
+    def todo(name: str, kept: float = 60) -> bool:
+        """Whether a part is not done yet and more than ``kept`` seconds are left."""
+        if name not in results.parts and left() > kept:
             print(f"{name} ...", flush=True)
             return True
         return False
@@ -199,7 +217,7 @@ def main() -> None:
         return end - time.monotonic()
 
     if todo("tests"):
-        done = call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], left(), environment)
+        done = call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], min(left(), LONGEST_TESTS), environment)
         if done["status"] == 1 and " failed" in done["output"]:  # they ran: that some fail is an answer, too
             results.add("tests", done)
         else:
@@ -215,16 +233,20 @@ def main() -> None:
     for network, (depth, width, _) in sizes.items():
         for recipe in RECIPES:
             if todo(f"recipe {recipe}, {network}"):
-                step = recipe_step(recipe, depth, width, device, args.repeats)
-                results.add(f"recipe {recipe}, {network}", step)
+                try:
+                    step = recipe_step(recipe, depth, width, device, args.repeats)
+                    results.add(f"recipe {recipe}, {network}", step)
+                except Exception:  # out of memory, say: the next start asks again
+                    traceback.print_exc()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the training run, a process of its own
     slowest = [part["seconds"] for name, part in results.parts.items() if name.startswith("recipe sada-jem")]
-    if slowest and todo("run"):
+    if slowest and todo("run", kept=REPORT):
         results.add_done("run", training_run(out, further, left() - REPORT, slowest[-1], environment))
     for name, options in REPORTS.items():
-        if "run" in results.parts and name not in results.parts and left() > 0:
-            print(f"{name} ...", flush=True)
+        if "run" in results.parts and todo(name):
             run = trained_run(out)
-            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", cfg.gpu]
+            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), *further[-2:]]
             results.add_done(name, call(arguments, left(), environment) | test_accuracy(run))
     print(f"Look at {out / 'gpu.md'}.")
 

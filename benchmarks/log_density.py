@@ -42,7 +42,7 @@ def other_images(test: Tensor, rng: Generator) -> dict[str, Tensor]:
         "noise (*)": 2 * torch.rand(test.shape, generator=rng) - 1,
         "one colour (*)": (2 * torch.rand(n, c, 1, 1, generator=rng) - 1).expand(test.shape),
         "shuffled pixels": x.flatten(2).gather(2, order).view(test.shape),
-        "shuffled 8x8 patches (*)": shuffled_patches(x, h // 8, rng),
+        "shuffled 8x8 patches (*)": shuffled_patches(x, max(2, h // 8), rng),
         "mixed pairs (*)": (x + x.roll(1, 0)) / 2,
         "blurred": functional.gaussian_blur(x, 9, 2.0),
         "inverted": -x,

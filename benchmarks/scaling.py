@@ -58,6 +58,7 @@ def work(args: argparse.Namespace) -> None:
         recipe["p_x_batch_size"] = round(share * args.batch_size) * place.size
     recipe["batch_size"] = args.batch_size * place.size
     given = {"recipe": args.recipe, "depth": args.depth, "width": args.width, "buffer_size": 200 * recipe["batch_size"]}
+    given["load_ckpt"] = "." * (recipe.get("norm_statistics") == "frozen")  # which is not read
     cfg = Config(**(recipe | given), compile="on" if device.type == "cuda" else "off")
     shape = (3, args.image_size, args.image_size)
     run = Trainer(cfg, synthetic(20 * cfg.batch_size, shape, device), device, place)

@@ -11,7 +11,6 @@ forward one, they are not the model's. The bootstrap interval knows nothing of a
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +21,11 @@ from tqdm import tqdm
 
 from evaluation.report import Interval, bootstrap
 from models.predict import images_per_batch
+from sgld import LogDensity
 from utils import UserError
 
-LogDensity = Callable[[Tensor], Tensor]
 Move = tuple["Point", Tensor]
-CHAIN_BATCH = 250  # points of 3x32x32 whose gradient is computed at once
+CHAIN_BATCH = 250  # points of 32x32 pixels whose gradient is computed at once
 N_LEAPFROG = 3  # steps of a proposal
 ACCEPTED = 0.8  # share of the proposals, at which step sizes aim
 TUNING_CHAINS, TUNING_STEPS = 64, 10  # at most; at each temperature that the tuning visits

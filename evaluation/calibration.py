@@ -56,10 +56,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T that minimises the cross-entropy of softmax(logits / T) (Guo et al., ICML 2017), within [0.01, 100]."""
     from scipy.optimize import minimize_scalar
 
-    def loss(log_t: float) -> float:
-        return F.cross_entropy(logits.double() / math.exp(log_t), labels).item()
-
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
+    exact, bounds = logits.double(), (math.log(0.01), math.log(100))
+    loss = lambda log_t: F.cross_entropy(exact / math.exp(log_t), labels).item()  # noqa: E731
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
 def reliability_panel(axes, p: Tensor, labels: Tensor, title: str) -> None:

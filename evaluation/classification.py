@@ -24,7 +24,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     constant = "up to the unknown constant log Z"
     section.add_mean("log p(x) of test images (nats)", on_test, f"{protocol}; {constant}")
     if len(inputs.data.train):
-        train = inputs.subset(inputs.data.train)
+        train = inputs.subset(inputs.data.train, len(test))
         on_train = log_density(predict(inputs.model, inputs.with_noise(train.images)))
         section.add_mean("log p(x) of training images (nats)", on_train, f"training images, {noise}; {constant}")
         apart, n = "log p(x), training minus test (nats)", len(on_test) + len(on_train)

@@ -15,7 +15,7 @@ from data import ImageData
 from generation.chains import StartImages, run_chains
 from logger.images import to_uint8
 from models import JEM
-from models.predict import images_per_batch, predict
+from models.predict import predict
 from sgld import ChainInit
 from utils import UserError, evaluation_packages
 
@@ -40,7 +40,7 @@ class InceptionSpace:
     @torch.no_grad()
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """``features``, and ``logits``, from which IS is computed."""
-        batches = images.expand(-1, 3, -1, -1).split(images_per_batch(250, images.shape[1:]))  # grey as RGB
+        batches = images.expand(-1, 3, -1, -1).split(250)  # grey as RGB; the network brings all to 299x299
         parts = distributed.sharded_map(batches, self.network, images.device, title="Inception's features")
         features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"features": features, "logits": logits}

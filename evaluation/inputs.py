@@ -10,7 +10,7 @@ from config import Config
 from data import ImageData, Split, to_float
 from models import JEM
 
-GRADIENT_BATCH = 100  # images of 3x32x32 at once where gradients in the input need the memory of training
+GRADIENT_BATCH = 100  # images of 32x32 at once where gradients in the input need the memory of training
 
 
 @dataclass(frozen=True)

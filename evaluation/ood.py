@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
     score = torch.cat([inside, outside]).cpu().numpy()
     n, (fpr, tpr, _) = len(score), roc_curve(is_test, score, drop_intermediate=False)
     protocol = f"{len(inside)} test images (positives, to score higher) against {len(outside)} others; {noise}"
-    section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside), at)
+    section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside, replicates=200), at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)
 
@@ -168,12 +169,9 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-
-    def moved(x: Tensor) -> Tensor:
-        return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
-
+    move = partial(pgd, lambda x: model.log_density(x).sum(), radius=2.0, norm="L2", steps=MOVE_STEPS)
     batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
-    return torch.cat(distributed.sharded_map(batches, moved, images.device))
+    return torch.cat(distributed.sharded_map(batches, lambda x: move(data.to_float(x)), images.device))
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:

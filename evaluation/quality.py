@@ -21,6 +21,7 @@ from utils import UserError, evaluation_packages, pick_dtype
 
 # Share of the buffer, and whose protocol it is.
 FILTERED = {"buffer, filtered": (0.9, "SADA-JEM's FID"), "buffer, most confident": (0.1, "SADA-JEM's IS")}
+NEAREST_AMONG = 50_000  # training images at most, which are held as float32
 
 
 class ImageSet(NamedTuple):
@@ -70,7 +71,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     for name, (images, protocol) in sets.items():
         section.picture(f"samples_{name}", f"Samples: {protocol}", image_grid(images[:100], 10))
     sets["test images"] = ImageSet(inputs.subset(data.test, 1000).images, "test images")
-    add_nearest(section, sets, inputs.subset(data.train).images, (feature_model or inputs.model).f)
+    searched = inputs.subset(data.train, min(cfg.max_images or NEAREST_AMONG, NEAREST_AMONG)).images
+    add_nearest(section, sets, searched, (feature_model or inputs.model).f)
 
 
 def reference(inputs: EvalInputs) -> ImageSet:

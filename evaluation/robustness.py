@@ -14,7 +14,6 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distributed
-from config import Config
 from config.options import ATTACKS
 from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
@@ -189,9 +188,11 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     if chosen := choose(inputs, section):
         figure = Figure(figsize=(9, 4), layout="constrained")
         for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
+            one = AUTOATTACK_EPSILON[norm]
+            tried = {one: EPSILONS[norm][one]} if inputs.cfg.one_epsilon else EPSILONS[norm]
             for name in ("pgd", "refined", "refined_straight"):
                 if name in chosen:
-                    add_pgd(section, norm, epsilons(inputs.cfg, norm), name, attacked(inputs, name), axes)
+                    add_pgd(section, norm, tried, name, attacked(inputs, name), axes)
             if "autoattack" in chosen:
                 add_autoattack(section, norm, inputs, axes)
             axes.set(xlabel=f"{norm} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -215,12 +216,6 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     for name, reason in absent.items():
         section.add_absent(TITLES[name], reason)
     return [name for name in ATTACKS if name not in absent]
-
-
-def epsilons(cfg: Config, norm: str) -> dict[str, float]:
-    """A norm's epsilons, with ``--one_epsilon`` the one where AutoAttack is run."""
-    one = AUTOATTACK_EPSILON[norm]
-    return {one: EPSILONS[norm][one]} if cfg.one_epsilon else EPSILONS[norm]
 
 
 def attacked(inputs: EvalInputs, name: str) -> Attacked:

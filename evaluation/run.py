@@ -77,8 +77,10 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
     except Exception as error:
         if distributed.lost_connection(error):
             raise
-        traceback.print_exc()
-        section.add_absent(section.name, f"{type(error).__name__}: {error}")
+        lacks_memory, text = utils.out_of_memory(error), f"{type(error).__name__}: {error}"
+        if not lacks_memory:
+            traceback.print_exc()
+        section.add_absent(section.name, "not enough memory: give --max_images" if lacks_memory else text)
 
 
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]) -> dict[str, str]:

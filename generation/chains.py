@@ -62,7 +62,6 @@ def run_chains(
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=compiled)
     batches = [range(first, first + cfg.n_chains) for first in range(0, start.n, cfg.n_chains)]
     own = math.ceil(len(batches) / distributed.current_world().size)  # batches of this process
-    bar = tqdm(total=own * steps, desc="SGLD", unit="step", leave=False)
 
     def run_batch(numbers: range) -> ChainResult:
         classes = [start.classes[i % len(start.classes)] for i in numbers]
@@ -85,6 +84,6 @@ def run_chains(
         labels = logits.argmax(1) if y is None else y.cpu()
         return ChainResult(first.cpu(), x.cpu(), logits_start, logits, labels, torch.stack(frames, 1))
 
-    with bar:
+    with tqdm(total=own * steps, desc="SGLD", unit="step", leave=False) as bar:
         results = distributed.sharded_map(batches, run_batch, "cpu", rng)
     return ChainResult(*(torch.cat(parts)[: start.n] for parts in zip(*results, strict=True)))

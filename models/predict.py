@@ -14,8 +14,8 @@ from models.jem import JEM
 
 
 def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
-    """How many images of ``shape`` (C, H, W) take the memory that ``n`` of 3x32x32 take, at least one."""
-    return max(1, n * 3072 // math.prod(shape))
+    """How many images of ``shape`` (C, H, W) take a network's memory for ``n`` of 32x32 pixels, at least one."""
+    return max(1, n * 1024 // math.prod(shape[1:]))
 
 
 def evaluation_mode(network: Callable) -> AbstractContextManager:

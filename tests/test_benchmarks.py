@@ -118,8 +118,8 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "measure", lambda *_: {"step": [0.05]})
     monkeypatch.setitem(gpu.TRAIN, gpu.RUN, gpu.TRAIN["digits"])
     first = ["-m", *2 * ["benchmarks/throughput.py"], "main.py"]
-    second = ["-m", "benchmarks/throughput.py", *4 * ["main.py"]]
-    for minutes, expected in (("4", []), ("25", first), ("25", second), ("25", [])):
+    second = ["-m", "benchmarks/throughput.py", *5 * ["main.py"]]
+    for minutes, expected in (("0.9", []), ("25", first), ("25", second), ("25", [])):
         options = ["--out", str(tmp_path), "--device", "cpu", "--minutes", minutes]
         monkeypatch.setattr(sys, "argv", ["", *options, "--dataset", "digits"])
         asked.clear()

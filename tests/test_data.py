@@ -224,8 +224,7 @@ def check_parts(loaded, train_images, train_labels, test_images, test_labels, cl
     expected = sorted((int(y), x.tobytes()) for x, y in zip(train_images, train_labels, strict=True))
     assert rows(loaded.train, loaded.valid) == expected
     assert loaded.class_names == tuple(class_names) and loaded.shape == test_images.shape[1:]
-    assert len(loaded.valid) == len(train_images) // 10
-    assert loaded.train.images.is_contiguous()
+    assert len(loaded.valid) == len(train_images) // 10 and loaded.train.images.is_contiguous()
 
 
 WRITERS = {
@@ -252,8 +251,7 @@ def test_bare_idx_files_are_read_where_they_are(name, cls, packed, tmp_path, net
     expected = write_idx(tmp_path, cls.classes, packed)
     before = sorted(tmp_path.rglob("*"))
     check_parts(data.load(name, str(tmp_path)), *expected)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert not network
+    assert sorted(tmp_path.rglob("*")) == before and not network
 
 
 def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypatch, network):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -339,6 +340,10 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
     assert main([*command, "classification"]) == 2
     assert "nothing could be measured" in capsys.readouterr().err
+    monkeypatch.setattr(classification, "measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert main([*command, "classification,calibration"]) == 0
+    said = capsys.readouterr()
+    assert "classification: absent, not enough memory: give --max_images" in said.out and "Traceback" not in said.err
 
     def stopped(inputs, section):
         section.add("accuracy", 0.5, 20, "of what was measured")

@@ -1,6 +1,7 @@
 """Distances and scores of samples against closed forms and torch-fidelity, and the choice of images."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ def test_inception_takes_small_grey_images(monkeypatch):
     outputs = space.outputs(grey)
     assert outputs["features"].shape == (2, 2048) and outputs["logits"].shape == (2, 1008)
     torch.testing.assert_close(outputs, space.outputs(grey.repeat(1, 3, 1, 1)))
+    space.network = Mock(side_effect=lambda x: (x[:, 0], x[:, 0]))  # whose memory is that of 299x299, whatever comes
+    space.outputs(torch.zeros(600, 1, 8, 8, dtype=torch.uint8))
+    assert [len(call.args[0]) for call in space.network.mock_calls] == [250, 250, 100]
 
 
 def test_the_most_confident_of_each_class_are_kept():
