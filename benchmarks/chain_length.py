@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import utils  # noqa: E402
+from benchmarks.command import run_script
 from chain_init import build_chain_init  # noqa: E402
 from checkpoints.load import frozen, load_data, load_feature_model, open_trained  # noqa: E402
 from config import Config  # noqa: E402
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

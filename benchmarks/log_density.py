@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import utils  # noqa: E402
+from benchmarks.command import run_script
 from chain_init import shape_images, shuffled_patches, smooth_images  # noqa: E402
 from checkpoints.load import frozen, load_data, open_trained  # noqa: E402
 from losses import auroc  # noqa: E402
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.command import run_script
 from benchmarks.throughput import clock, options, prepare, synthetic  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

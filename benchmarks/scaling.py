@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distributed  # noqa: E402
 import utils  # noqa: E402
+from benchmarks.command import run_script
 from benchmarks.throughput import measure, synthetic  # noqa: E402
 from config import Config  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import utils
+from benchmarks.command import run_script
 from chain_init import build_one
 from checkpoints.export import safetensors_file
 from checkpoints.load import frozen, load_data, open_trained
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import utils  # noqa: E402
+from benchmarks.command import run_script
 from benchmarks.plain import PlainTraining, plain_sampler  # noqa: E402
 from config import Config  # noqa: E402
 from logger.progress import compiled  # noqa: E402
@@ -281,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
