@@ -196,7 +196,7 @@ def test_robust_classifiers(tmp_path, capsys, form):
     assert (content["config"]["recipe"], content["config"]["backbone"]) == ("dat", "robust")
     told = capsys.readouterr().err
     assert ("its averaged weights" in told) == ("ema" in content["state"]) == (form == "both")
-    assert "--image_size assumed" in told
+    assert "--image_size, --activation assumed" in told
 
 
 def test_chains_of_a_robust_file_equal_those_written_out_from_its_tensors(tmp_path):
