@@ -106,17 +106,21 @@ def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> d
     return {"status": status, "output": output[-4000:]}
 
 
+def gpu_option(device: torch.device) -> str:
+    """The value of --gpu for a device."""
+    return str(device.index or 0) if device.type == "cuda" else "cpu"
+
+
 def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of a training step of a recipe on random images, and its labelled images a second.
 
     Chains that grow in training have half of their largest length.
     """
-    gpu = str(device.index or 0) if device.type == "cuda" else "cpu"
     needs_weights = RECIPES[recipe].options.get("norm_statistics") == "frozen"  # random ones take the same time
     longest = RECIPES[recipe].options.get("sgld_step_max")  # of dat's chains, which begin with no step
     given = {"sgld_step": longest // 2, "sgld_step_max": None} if longest else {}
     given |= {"compile": "off", "load_ckpt": "." * needs_weights}
-    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu, **given)
+    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu_option(device), **given)
     run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
     for run.step in (1, 2):  # the first captures graphs
         run.training_step()
@@ -200,7 +204,7 @@ def main() -> None:
         data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
         parser.error(str(error))
-    further += ["--data_dir", cfg.data_dir, "--gpu", str(device.index or 0) if device.type == "cuda" else "cpu"]
+    further += ["--data_dir", cfg.data_dir, "--gpu", gpu_option(device)]  # absolute: programs start in HERE
     utils.set_speed_options(device)
     out = args.out.absolute()
     results, sizes = Results(out, device), SIZES[device.type]
@@ -246,7 +250,7 @@ def main() -> None:
     for name, options in REPORTS.items():
         if "run" in results.parts and todo(name):
             run = trained_run(out)
-            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), *further[-2:]]
+            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", gpu_option(device)]
             results.add_done(name, call(arguments, left(), environment) | test_accuracy(run))
     print(f"Look at {out / 'gpu.md'}.")
 
