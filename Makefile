@@ -17,7 +17,7 @@ eval: .venv/train .venv/eval  ## every part of --mode test, shortened, on the ne
 	$(BIN)/python benchmarks/reproduce.py digits --test --data_dir $(DATA_DIR)
 
 demo: .venv/train  ## ten samples of each class of CIFAR-10 in seconds, by the network that comes with the repository
-	$(BIN)/python main.py --mode sample --class_cond --load_ckpt assets/cifar10_cpu_oe.safetensors --note demo
+	$(BIN)/python main.py --mode sample --class_cond --load_ckpt assets/cifar10_cpu_robust_oe.safetensors --note demo
 
 # A stamp that is older than its requirements has them installed again.
 .venv/train: requirements.txt | .venv/bin/pip

@@ -24,10 +24,10 @@ import utils  # noqa: E402
 from benchmarks.command import run_script
 from chain_init import shape_images, shuffled_patches, smooth_images  # noqa: E402
 from checkpoints.load import frozen, load_data, open_trained  # noqa: E402
+from evaluation.ood import moved_towards_data  # noqa: E402
 from losses import auroc  # noqa: E402
-from models import JEM, log_density  # noqa: E402
+from models import log_density  # noqa: E402
 from models.predict import predict  # noqa: E402
-from pgd import pgd  # noqa: E402
 
 ACCURACY_IMAGES = 4000
 MOVED = 250  # images of a set for the worst case
@@ -59,12 +59,6 @@ def other_images(test: Tensor, rng: Generator) -> dict[str, Tensor]:
     return sets
 
 
-def moved_up(model: JEM, x: Tensor) -> Tensor:
-    """Images that look likelier to the model, at most L2 1 away in [0, 1]."""
-    parts = [part.contiguous(memory_format=torch.channels_last) for part in x[:MOVED].split(125)]
-    return torch.cat([pgd(lambda z: model.log_density(z).sum(), part, 2.0, "L2", 20) for part in parts])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("load_ckpt")
@@ -90,7 +84,7 @@ def main() -> None:
     result = {"accuracy": right.float().mean().item(), "mean": inside.mean().item(), "sd": inside.std().item()}
     print("accuracy {accuracy:.4f}; log p(x) of test images {mean:.2f} +- {sd:.2f} nats".format(**result))
     for name, x in other_images(test.images[: args.n], Generator().manual_seed(1)).items():
-        outside, worst = values(x), values(moved_up(model, x))
+        outside, worst = values(x), values(moved_towards_data(model, x[:MOVED]))
         row = {"auroc": auroc(inside, outside).item(), "worst": auroc(inside, worst).item()}
         result[name] = row | {"mean": outside.mean().item()}
         print(f"{name:26}AUROC {row['auroc']:.3f}, worst case {row['worst']:.3f}", flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/reproduce.py digits                                     # trains
     python benchmarks/reproduce.py digits --test                              # --mode test on the newest such run
-    python benchmarks/reproduce.py cifar10_cpu --data_dir PATH                # further options go to main.py
-    python benchmarks/reproduce.py cifar10_cpu_oe --data_dir PATH --load_ckpt runs/<run of cifar10_cpu>
+    python benchmarks/reproduce.py cifar10_cpu_robust --data_dir PATH         # further options go to main.py
+    python benchmarks/reproduce.py cifar10_cpu_robust_oe --data_dir PATH --load_ckpt runs/<run of cifar10_cpu_robust>
 
 It prints the command before it runs it. The cifar10_cpu runs read a folder of images; ``--dataset cifar10`` behind
 their names gives them the original files.

@@ -310,12 +310,12 @@ def test_the_tour_runs(tmp_path, monkeypatch):
 
 def test_the_network_that_ships_is_small_and_knows_noise():
     """Images of its buffer are likely and of all classes, noise and one colour are not."""
-    file = ROOT / "assets" / "cifar10_cpu_oe.safetensors"
+    file = ROOT / "assets" / "cifar10_cpu_robust_oe.safetensors"
     assert file.stat().st_size <= 4e6
     run = load_run(file, gpu="cpu")
     kept, noise = to_uint8(run.content["state"]["buffer"]["images"]), torch.rand(50, 3, 32, 32) * 2 - 1
     assert len(kept) == 500 and run.logits(kept).argmax(1).unique().tolist() == list(range(10))
     assert (run.log_density(kept) > run.low_log_density).float().mean() > 0.9
     assert run.log_density(noise).max() < run.low_log_density > run.log_density(-torch.ones(1, 3, 32, 32)).item()
-    assert json.loads(file.with_suffix(".json").read_text())["test accuracy"] == 0.8495
+    assert json.loads(file.with_suffix(".json").read_text())["test accuracy"] == 0.8468
     assert b"/work" not in file.read_bytes() and run.cfg.logdir == str(Path("runs").absolute())
