@@ -4,7 +4,9 @@ import pickle
 import re
 import struct
 import tarfile
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,6 @@ def refuses(message, *args, **kwargs):
         data.load(*args, **kwargs)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# --- crops, flips, noise
 
 
 @pytest.mark.parametrize("shape, pad", [((3, 32, 32), 4), ((1, 28, 28), 3), ((1, 8, 8), 1), ((3, 12, 20), 2)])
@@ -125,9 +124,6 @@ def test_augment_stays_in_range_and_adds_gaussian_noise_of_the_generator():
     assert not torch.equal(noisy, augment(images, sigma=0.3, seed=1))
 
 
-# --- digits and splits
-
-
 def rows(*splits):
     """Every (label, image) of the splits, as a sorted list."""
     return sorted(
@@ -150,9 +146,14 @@ def test_digits_are_scikit_learns_stratified_whatever_the_users_seed():
     torch.manual_seed(2)
     np.random.seed(2)
     again = data.load("digits")
-    for part in ("train", "valid", "test"):
-        assert torch.equal(getattr(digits, part).images, getattr(again, part).images)
-        assert torch.equal(getattr(digits, part).labels, getattr(again, part).labels)
+    assert again.description == digits.description
+    for part, field in product(("train", "valid", "test"), ("images", "labels")):
+        values = getattr(getattr(again, part), field)
+        assert torch.equal(getattr(getattr(digits, part), field), values)
+        changed = values.clone()
+        changed.view(-1)[-1] ^= 1
+        other = replace(again, **{part: replace(getattr(again, part), **{field: changed})})
+        assert other.description != digits.description
 
 
 def test_n_valid_moves_images_out_of_train_only():
@@ -165,9 +166,6 @@ def test_n_valid_moves_images_out_of_train_only():
     assert len(data.load("digits", n_valid=1436).train) == 1
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
-
-
-# --- torchvision's data sets, from small files in their real formats
 
 
 def md5(path):
@@ -318,9 +316,6 @@ def test_damaged_idx_is_noticed(damage, tmp_path, network):
     assert not network
 
 
-# --- data sets of one's own, and sets that are only measured
-
-
 def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkeypatch):
     def add(images, labels):
         """As a user does it: one function, and one entry in DATASETS."""
@@ -375,10 +370,7 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
 
 
 def test_another_test_set_is_measured_whole(tmp_path, capsys):
-    """By the command line: the report's accuracy is of all its images, and speaks of no training images.
-
-    Grey images in a network for colour, too; where images do not fit, the advice is what would make them fit.
-    """
+    """By the command line. Grey images in a network for colour, too; where images do not fit, the advice helps."""
     write_pngs(tmp_path / "own", "a", "b", n=20)
     write_pngs(tmp_path / "other", "a", "b", n=9)
     write_pngs(tmp_path / "three", "a", "b", "c")

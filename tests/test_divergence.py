@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import HARSH, at_step, equal, metrics, start, state
+from small_runs import HARSH, at_step, equal, metrics, start, state, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import divergence
@@ -69,10 +69,7 @@ class TestDivergence:
             assert "event/recovery/text_summary" in board.Tags()["tensors"]
 
     def test_a_snapshot_is_good_only_when_training_went_on_well(self, tmp_path, monkeypatch, undisturbed):
-        """Ill weights that pass the check of step 20 are in the snapshot of that step; it must not be used.
-
-        From step 10 on the run has new randomness.
-        """
+        """Ill weights that pass the check of step 20 are in its snapshot: the run goes on from step 10 instead."""
         monkeypatch.setattr(divergence, "STATE_EVERY", 10)
         at_step(monkeypatch, 20, huge_step)
         status, run = start(tmp_path)
@@ -108,6 +105,21 @@ class TestDivergence:
         assert "new randomness" in messages[0] and "new randomness" in messages[2]
         dat = divergence.Recovery(main.Config(recipe="dat"))  # twice no step would be no remedy
         assert "learning rate x 0.5" in [dat.go_back(step)[1] for step in (3, 4)][1]
+
+    @pytest.mark.parametrize("gap", [-2.0, 0.5, 2.0])
+    def test_a_gap_of_either_sign_is_a_divergence(self, gap):
+        run = trained(0, diverge_threshold=1.0)
+        backward = run.backward
+        run.backward = lambda *a, **k: backward(*a, **k) | {"loss/generative": torch.tensor(gap)}
+        run.step = 1
+        run.training_step()
+        assert run.diverged == (abs(gap) > 1)
+
+    def test_a_divergence_of_another_process_counts(self, tmp_path, monkeypatch):
+        others = iter([0, 1, *[0] * 99])  # what the other processes have seen, each time that they are asked
+        monkeypatch.setattr(trainer.distributed, "all_reduce_sum", lambda x: x if x.ndim else x + next(others))
+        _, run = start(tmp_path)
+        assert len([line for line in metrics(run) if "event" in line]) == 1
 
     def test_remedies_act(self, monkeypatch):
         seen, original = [], trainer.SGLD.__call__

@@ -125,9 +125,6 @@ def test_nothing_is_taken_for_html(tmp_path):
     assert "<" not in text and unescape(text).count(printed.replace("|", "\\|")) + unescape(text).count(printed) == 10
 
 
-# ---------------------------------------------------------------------------------------------- two runs
-
-
 def changed(evaluated, folder):
     """Another run whose eval folder differs in some places, and what its results.json holds."""
     shutil.copytree(evaluated, folder / "eval")

@@ -34,9 +34,6 @@ def decoded(monkeypatch):
     return files
 
 
-# --- folders of images
-
-
 def encode(pixels, kind="PNG", **options):
     """The bytes of an image file, by Pillow."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -208,9 +205,6 @@ def test_different_sizes_need_image_size_which_brings_all_images_to_one_size(tmp
         assert abs(image - expected).max() <= 1.5
 
 
-# --- the cache
-
-
 PARTS = ("train/a", "train/b", "test/a", "test/b")
 
 
@@ -283,9 +277,6 @@ def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
     assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
 
 
-# --- folders that cannot be used
-
-
 NOISE = random_images(64, 64, 3)
 NOISY_JPEG = encode(NOISE, "JPEG")
 VERSION_0 = NOISY_JPEG.replace(b"JFIF\0\1\1", b"JFIF\0\0\0")
@@ -337,9 +328,6 @@ def test_data_dir_that_is_not_there(tmp_path):
         image_folder.read_unlabelled(tmp_path / "nowhere", None)
     (tmp_path / "file").write_text("not a folder")
     refuses(f"cannot read --data_dir {tmp_path / 'file'}: Not a directory", "folder", tmp_path / "file")
-
-
-# --- formats that lose a little, orientation, limits
 
 
 def decode(tmp_path, content, name="x.png"):
@@ -399,9 +387,6 @@ def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, 
     assert "of an unsupported format" in decode(tmp_path, encode(RGB, "TGA"), "x.tga").problem
 
 
-# --- what is announced
-
-
 def announced(capsys, root, **options):
     load_folder(root, **options)
     return [line.removeprefix("data: ") for line in capsys.readouterr().out.splitlines()]
@@ -438,9 +423,6 @@ def test_dark_and_12_bit_sets_and_images_of_one_colour_are_announced(tmp_path, c
         assert any(line.startswith("warning: all pixels are from ") for line in lines)
         assert any(line.startswith("4 of 4 images are of one brightness") for line in lines) == (name == "flat")
     assert len(announced(capsys, write_files(tmp_path / "fine", four(encode(GREY))))) == 1
-
-
-# --- layouts
 
 
 @pytest.mark.parametrize(
@@ -491,9 +473,6 @@ def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
     assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
     with pytest.raises(UserError, match="holds no images"):
         image_folder.read_unlabelled(write_files(tmp_path / "none", {"a.txt": b"text"}), None)
-
-
-# --- links, special files, permissions, names
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):

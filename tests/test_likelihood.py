@@ -12,6 +12,7 @@ from small_runs import seeded
 from torch import nn
 
 from evaluation import ais, likelihood
+from evaluation.report import Section
 from utils import UserError
 
 
@@ -121,7 +122,7 @@ def test_without_annealing_it_is_importance_sampling():
 
 
 @pytest.mark.parametrize("beta", [0.5, 30.0])
-def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(beta):
+def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(beta, tmp_path):
     """The density exp(2 sum(x) / T) on the box, whose log Z is known; 1/T = beta has made the data."""
     inputs = SimpleNamespace(
         model=SimpleNamespace(log_density=lambda x: 2 * x.flatten(1).sum(1)),
@@ -134,10 +135,17 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
     curves = likelihood.bits_by_temperature(inputs, 8 * mean_of_pixel, 16, seeded(1))
     slopes = 2 * curves.betas
     assert slopes[0] < 0.05 and curves.betas[-1] == pytest.approx(2**14)
-    log_z = 4 * (slopes + np.log(-np.expm1(-2 * slopes) / slopes))
-    exact = -(slopes * 4 * mean_of_pixel - log_z) / 4 / math.log(2) - math.log2(2 / 16)
+
+    def exact(slopes):
+        log_z = 4 * (slopes + np.log(-np.expm1(-2 * slopes) / slopes))
+        return -(slopes * 4 * mean_of_pixel - log_z) / 4 / math.log(2) - math.log2(2 / 16)
+
+    section = Section("likelihood", tmp_path)
+    likelihood.add_bits(inputs, section, beta, torch.full((9,), 8 * mean_of_pixel), 16, seeded(1))
     for name in ("forward", "reverse"):
-        assert np.abs(curves.bits[name] - exact).max() < 0.15
+        assert np.abs(curves.bits[name] - exact(slopes)).max() < 0.15
+        bits = section.measurements()["test bits per dimension", f"1/T = {beta:g}, {name}", "bits"]["value"]
+        assert bits == pytest.approx(exact(2 * beta), abs=0.15)
     assert curves.best() == pytest.approx(beta, rel=0.25)
     # the fewest bits of the worse bound wherever they lie: neither the first minimum nor one where the bounds are far
     # apart, or have crossed after that

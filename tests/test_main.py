@@ -141,9 +141,6 @@ def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples
     assert {"test_accuracy.png", "loss.png"} <= {p.name for p in run.iterdir()}
 
 
-# ------------------------------------------------------------------------------- options change what they say
-
-
 def parts_of(run):
     """The first step's inputs, and the loss and its parts with them."""
     inputs = run.next_inputs(run.cfg.sgld_step)[0]
@@ -255,7 +252,8 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
     assert load_checkpoint(run / "ckpt" / "last.pt")["data"]["shape"] == [3, 12, 12]
     images = data.load("folder", tmp_path / "images", 12, 4)
     straight = trainer_of(images, "--no_flip", "--start_dir", str(tmp_path / "images"))
-    assert trainer_of(images).batches.flip and not straight.batches.flip and not straight.start.args[1]
+    usual = trainer_of(images, "--p_x_batch_size", "16")
+    assert usual.batches.flip and usual.real_batches.flip and not straight.batches.flip and not straight.start.args[1]
 
 
 def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
@@ -302,9 +300,6 @@ def test_help_is_grouped_and_has_every_option(capsys):
         assert f"--{f.name}" in text and f"\n{f.metadata['group']}:" in text
         default = "off" if f.default is False else f.default
         assert default in (None, "") or f"(default: {default})" in " ".join(text.split())
-
-
-# ---------------------------------------------------------------------------------------- from text to a Config
 
 
 def test_switches_and_numbers_as_other_programs_write_them():
@@ -392,9 +387,6 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
     assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
     cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
     assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
-
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,9 @@ def test_predict_leaves_every_part_in_its_mode():
     assert model.training and not model.f.bn1.training and model.f.layer1.training
 
 
-def test_dropout_acts_in_training_only():
-    model, x = tiny(dropout_rate=0.5), torch.rand(2, 1, 8, 8)
+@pytest.mark.parametrize("backbone, channels", [("jem", 1), ("robust", 3)])
+def test_dropout_acts_in_training_only(backbone, channels):
+    model, x = build_model(channels, 3, 10, 1, backbone=backbone, dropout_rate=0.5), torch.rand(2, channels, 8, 8)
     model.train()
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -222,8 +223,9 @@ def test_joint_loss_against_a_direct_computation():
     loss, parts = joint_loss(cfg, Logits(labelled, real, sampled, far), y)
     outliers = (1 + (d_far - d_real[:, None] + 1.5).exp()).log().mean().item()
     assert [loss.item(), parts["loss/outliers"].item()] == pytest.approx([0.6 * outliers, outliers], rel=1e-5)
-    cfg = loss_options(p_y_x_weight=0.0, p_x_weight=0.0, mean_energy_l2=0.5, mean_energy_form="real_squares")
-    loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, y_real=y_real)
+    weights = {"p_y_x_weight": 0.0, "p_x_weight": 0.0, "outlier_weight": 0.0, "outlier_margin": 0.0}
+    cfg = loss_options(**weights, mean_energy_l2=0.5, mean_energy_form="real_squares")
+    loss, parts = joint_loss(cfg, Logits(labelled, real, sampled, far), y, y_sampled, y_real=y_real)
     assert loss.item() == pytest.approx(0.5 * (d_real.square().mean() + m_sampled**2).item(), rel=1e-5)
     won = (real[range(5), y_real][:, None] > climbed).double().mean().item()
     assert parts["sgld/auroc"].item() == pytest.approx(won, abs=1e-6)

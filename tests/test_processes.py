@@ -149,6 +149,8 @@ class TestTwoProcesses:
         expected = gradient(run)
         for process in ranks[name]:
             assert (process["gradient"] - expected).norm() < 1e-6 * expected.norm()
+            for part, value in process["statistics"].items():
+                torch.testing.assert_close(run.model.state_dict()[part], value)
         alone = run_of(name, digits)
         alone.backward(ranks[name][0]["inputs"])
         assert (gradient(alone) - expected).norm() > 0.1 * expected.norm()  # the half of it is another one
@@ -226,9 +228,6 @@ class TestCommandLine:
         assert f"Stopped after step {last['state']['step']};" in out and last["state"]["step"] >= saved
         assert out.count("Stopped") == 1 and f'File "{HERE.parent / "main.py"}"' not in err
         assert len(last["state"]["processes"]) == 2
-
-
-# ------------------------------------------------------------------------------------------ without torchrun
 
 
 class TestPlace:

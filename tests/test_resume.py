@@ -72,10 +72,7 @@ class TestResume:
         assert f"{second} is finished" in capsys.readouterr().out
 
     def test_auto_leaves_runs_of_another_length_alone(self, stopped, tmp_path, undisturbed, capsys):
-        """A sweep over --max_steps: the short run is neither made longer nor lost, the long one goes on.
-
-        Although that one is older than one of the options.
-        """
+        """A sweep over --max_steps: the short run stays as it is; the long one goes on, though an option is newer."""
         content = json.loads((stopped / "config.json").read_text())
         del content["options"]["no_flip"]
         (stopped / "config.json").write_text(json.dumps(content))

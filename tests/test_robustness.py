@@ -237,7 +237,9 @@ def test_options_reach_the_attacks():
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
-    assert {"grad_clamp": 0.5, "clamp": True}.items() <= refined.classifier.chain.keywords.items()
+    assert {"grad_clamp": 0.5, "clamp": True, "steps": 10}.items() <= refined.classifier.chain.keywords.items()
     assert straight.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
-    assert len(robustness.attacked(inputs, "pgd").x) == len(refined.x) == 30
+    x = robustness.attacked(inputs, "pgd").x
+    assert len(x) == len(refined.x) == 30 and (x.min(), x.max()) == (0, 1)
+    assert robustness.EPSILONS["Linf"]["8/255"] == 8 / 255
     assert len(robustness.attacked(replace(inputs, cfg=usual), "refined").x) == 50

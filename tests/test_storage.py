@@ -23,17 +23,20 @@ GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign
 
 
 def test_directories_that_cannot_be_synced(tmp_path, monkeypatch):
-    sync = os.fsync
+    sync, rename, done = os.fsync, os.replace, []
 
     def refusing(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        done.append("sync")
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", refusing)
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("rename") or rename(*paths))
     (tmp_path / "last.pt.tmp").write_text("somebody's own")
     files.save_checkpoint(tmp_path, "last.pt", {"weights": 0})
     assert torch.load(tmp_path / "last.pt") == {"format": files.CHECKPOINT_FORMAT, "weights": 0}
+    assert done == ["sync", "rename"]  # a power cut leaves the old file or the new one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "last.pt.tmp"]
 
 

@@ -13,6 +13,7 @@ from small_runs import broken_compiler, seeded, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import distributed
 import optim
 import sgld
 import trainer
@@ -21,6 +22,7 @@ from config import Config
 from data import Split
 from distributed import World
 from logger import progress
+from logger.meter import Meter
 from models import build_model, frozen_sampler_model
 from models.wide_resnet import NORMS
 from sgld import ReplayBuffer, Sampler, uniform_images
@@ -119,6 +121,8 @@ def test_running_statistics_are_those_of_real_images(statistics):
     assert torch.equal(run.model.f.bn1.running_mean, alone.model.f.bn1.running_mean)
     assert torch.equal(run.model.f.layer2[0].bn2.running_var, alone.model.f.layer2[0].bn2.running_var)
     assert run.model.f.bn1.num_batches_tracked == 1
+    if statistics == "batch":  # those of both streams
+        assert trained(norm="batch", p_x_batch_size=12).model.f.bn1.num_batches_tracked == 2
 
 
 def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
@@ -147,10 +151,13 @@ def test_averaged_weights_have_them_where_they_are_used():
         assert used.any() and torch.equal(run.ema.f.bn1.running_mean, used)
 
 
-@pytest.mark.parametrize("options", [{}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}], ids=str)
+OPTIMIZERS = [{}, {"optimizer": "momentum"}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}]
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_the_optimizer_of_a_run_written_out(options):
     """Nesterov's momentum of 0.9, weight decay, and SAM's second pass on the same images."""
-    run, seen = trained(0, mode="baseline_train", optimizer="sgd", lr=0.05, weight_decay=0.01, **options), []
+    run, seen = trained(0, mode="baseline_train", lr=0.05, weight_decay=0.01, **({"optimizer": "sgd"} | options)), []
     cfg, model, original = run.cfg, copy.deepcopy(run.model), run.next_inputs
     run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
@@ -174,7 +181,8 @@ def test_the_optimizer_of_a_run_written_out(options):
             for name, p in parameters.items():
                 d = g[name] + 0.01 * p
                 velocity[name].mul_(0.9).add_(d)
-                p -= 0.05 * run.step / 5 * (d + 0.9 * velocity[name])
+                v = velocity[name]
+                p -= 0.05 * run.step / 5 * (v if cfg.optimizer == "momentum" else d + 0.9 * v)
         for ours, expected in zip(run.model.parameters(), parameters.values(), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-6)
 
@@ -328,3 +336,9 @@ def test_no_step_waits_for_the_device(options):
     with Waits():
         for run.step in (1, 2):
             run.training_step()
+
+
+def test_numbers_of_the_log_are_means_over_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "all_reduce_mean", lambda x: x + 1)
+    (meter := Meter()).add({"loss": torch.tensor(2.0)})
+    assert meter.read() == {"loss": 3.0}

@@ -50,6 +50,7 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
         parts = backward(batch, update_statistics)
         seen.setdefault("inputs", batch)
         seen.setdefault("gradient", gradient(run))
+        seen.setdefault("statistics", {k: v.clone() for k, v in run.model.state_dict().items() if "running_" in k})
         return parts
 
     run.backward = recorded
