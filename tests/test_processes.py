@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_runs import new_run, refused, seeded, state
-from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, train
+from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, statistics, train
 
 import data
 import distributed
@@ -149,8 +149,7 @@ class TestTwoProcesses:
         expected = gradient(run)
         for process in ranks[name]:
             assert (process["gradient"] - expected).norm() < 1e-6 * expected.norm()
-            for part, value in process["statistics"].items():
-                torch.testing.assert_close(run.model.state_dict()[part], value)
+            torch.testing.assert_close(process["statistics"], statistics(run))
         alone = run_of(name, digits)
         alone.backward(ranks[name][0]["inputs"])
         assert (gradient(alone) - expected).norm() > 0.1 * expected.norm()  # the half of it is another one
@@ -166,10 +165,7 @@ class TestTwoProcesses:
 
 class TestCommandLine:
     def test_a_killed_process_changes_nothing(self, tmp_path, capsys, digits, monkeypatch):
-        """torchrun starts all processes anew, which resume by themselves and end where undisturbed ones would.
-
-        One process then goes on from the checkpoint of two, and two measure as one does.
-        """
+        """torchrun starts all anew; they end as undisturbed; one goes on from the checkpoint of two; two measure."""
         options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split(), str(tmp_path / "runs")]
         status, out, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, restarts=1))
         assert status == 0 and "a process of this run has ended" in err, err

@@ -42,6 +42,11 @@ def gradient(run: trainer.Trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in run.model.parameters()])
 
 
+def statistics(run: trainer.Trainer) -> torch.Tensor:
+    running = [value.flatten() for name, value in run.model.state_dict().items() if "running_" in name]
+    return torch.cat([torch.zeros(1), *running])
+
+
 def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
     """Some steps; what the first one saw, its gradient, and what all have made."""
     seen, backward = {}, run.backward
@@ -50,7 +55,7 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
         parts = backward(batch, update_statistics)
         seen.setdefault("inputs", batch)
         seen.setdefault("gradient", gradient(run))
-        seen.setdefault("statistics", {k: v.clone() for k, v in run.model.state_dict().items() if "running_" in k})
+        seen.setdefault("statistics", statistics(run))
         return parts
 
     run.backward = recorded
@@ -84,7 +89,6 @@ def steps(options: list[str]) -> None:
 def dies(options: list[str]) -> int:
     """main.py, whose process of rank 1 is killed in step 15 unless torchrun has started it anew."""
     training_step = trainer.Trainer.training_step
-
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
     def deadly(self):
