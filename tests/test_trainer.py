@@ -156,7 +156,7 @@ OPTIMIZERS = [{}, {"optimizer": "momentum"}, {"sam_rho": 0.7, "sam_adaptive": Tr
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_the_optimizer_of_a_run_written_out(options):
-    """Nesterov's momentum of 0.9, weight decay, and SAM's second pass on the same images."""
+    """Momentum of 0.9, Nesterov's or plain, weight decay, and SAM's second pass on the same images."""
     run, seen = trained(0, mode="baseline_train", lr=0.05, weight_decay=0.01, **({"optimizer": "sgd"} | options)), []
     cfg, model, original = run.cfg, copy.deepcopy(run.model), run.next_inputs
     run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
@@ -180,8 +180,7 @@ def test_the_optimizer_of_a_run_written_out(options):
         with torch.no_grad():
             for name, p in parameters.items():
                 d = g[name] + 0.01 * p
-                velocity[name].mul_(0.9).add_(d)
-                v = velocity[name]
+                v = velocity[name].mul_(0.9).add_(d)
                 p -= 0.05 * run.step / 5 * (v if cfg.optimizer == "momentum" else d + 0.9 * v)
         for ours, expected in zip(run.model.parameters(), parameters.values(), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-6)
