@@ -332,7 +332,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         inside = image_folder.some(sorted(glob.glob("*", root_dir=root))) or "no files"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = f"put {downloads} there, or choose --dataset digits, which needs no files"
+        advice = f"put {downloads} there (--dataset digits needs no files)"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:
