@@ -52,8 +52,9 @@ TRAIN = {  # name: the options that train it
     "smooth:0.45,shapes:0.5,mixed:0.05",
     "cifar10_cpu_robust": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --p_x_weight 0.2 --buffer_size 5000 "
     "--adversarial_eps 0.1 --adversarial_steps 1",
-    "cifar10_cpu_robust_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 "
-    "--p_x_weight 0.2 --adversarial_eps 0.05 --adversarial_steps 1 --outlier_images smooth:0.45,shapes:0.5,mixed:0.05",
+    "cifar10_cpu_robust_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 --lr "
+    "0.005 --epochs 4 --decay_epochs 2,3 --p_x_weight 0.5 --adversarial_eps 0.05 --adversarial_steps 1 "
+    "--outlier_images smooth:0.48,shapes:0.5,mixed:0.02",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",

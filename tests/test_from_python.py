@@ -317,5 +317,5 @@ def test_the_network_that_ships_is_small_and_knows_noise():
     assert len(kept) == 500 and run.logits(kept).argmax(1).unique().tolist() == list(range(10))
     assert (run.log_density(kept) > run.low_log_density).float().mean() > 0.9
     assert run.log_density(noise).max() < run.low_log_density > run.log_density(-torch.ones(1, 3, 32, 32)).item()
-    assert json.loads(file.with_suffix(".json").read_text())["test accuracy"] == 0.8468
+    assert json.loads(file.with_suffix(".json").read_text())["test accuracy"] == 0.851
     assert b"/work" not in file.read_bytes() and run.cfg.logdir == str(Path("runs").absolute())
