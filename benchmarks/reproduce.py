@@ -34,6 +34,10 @@ CIFAR_JEM = (
     "--gpu cpu --dataset folder --depth 16 --width 2 --lr 1e-3 --warmup_steps 500 --batch_size 64 --max_steps 5001 "
     "--ema 0.999"
 )
+CIFAR_OE = (
+    "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 --epochs 4 --decay_epochs 2,3 "
+    "--adversarial_steps 1"
+)
 TRAIN = {  # name: the options that train it
     "digits": "--recipe sada-jem --dataset digits --depth 10 --width 2 --batch_size 64 --schedule cosine "
     "--warmup_steps 60 --max_steps 601 --buffer_size 2000 --gif_every 300 --eval_every 5",
@@ -47,14 +51,12 @@ TRAIN = {  # name: the options that train it
     "cifar10_cpu_short": "--gpu cpu --recipe m-jem --no_separate_energy --dataset folder --depth 10 --width 2 --ema "
     f"0.99 {CIFAR_CHAINS} --p_x_weight 0.2 --schedule cosine --warmup_steps 100 --max_steps 1700 --buffer_size 5000 "
     "--eval_every 3",
-    "cifar10_cpu_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 --lr 0.01 "
-    "--epochs 4 --decay_epochs 2,3 --p_x_weight 0.2 --adversarial_eps 0.1 --adversarial_steps 1 --outlier_images "
+    "cifar10_cpu_oe": f"{CIFAR_OE} --lr 0.01 --p_x_weight 0.2 --adversarial_eps 0.1 --outlier_images "
     "smooth:0.45,shapes:0.5,mixed:0.05",
     "cifar10_cpu_robust": f"--mode energy_train {CIFAR} {CIFAR_CHAINS} --p_x_weight 0.2 --buffer_size 5000 "
     "--adversarial_eps 0.1 --adversarial_steps 1",
-    "cifar10_cpu_robust_oe": "--gpu cpu --recipe oe-jem --dataset folder --depth 16 --width 2 --buffer_size 5000 --lr "
-    "0.005 --epochs 4 --decay_epochs 2,3 --p_x_weight 0.5 --adversarial_eps 0.05 --adversarial_steps 1 "
-    "--outlier_images smooth:0.48,shapes:0.5,mixed:0.02",
+    "cifar10_cpu_robust_oe": f"{CIFAR_OE} --lr 0.005 --p_x_weight 0.5 --adversarial_eps 0.05 --outlier_images "
+    "smooth:0.48,shapes:0.5,mixed:0.02",
     "cifar10_cpu_baseline": f"--mode baseline_train {CIFAR}",
     "cifar10_cpu_jem": f"--mode energy_train {CIFAR_JEM} --sgld_step 10 --buffer_size 5000",
     "cifar10_cpu_jem_baseline": f"--mode baseline_train {CIFAR_JEM}",
