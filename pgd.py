@@ -28,24 +28,24 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018). Never waits for the device.
 
-    function: what is to grow: the sum of a value of each image. x: float32 (N, C, H, W) in [-1, 1]. radius: of the ball
-    around each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the
-    ball. step_size: of that scale, by default 2.5 radius / steps. Returns images like x, in the ball and [-1, 1].
+    function: what is to grow: the sum of a value of each image. x: float32 (N, C, H, W). radius: of the ball around
+    each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the ball.
+    step_size: by default 2.5 radius / steps. Returns images in the ball and, but for x's own noise beyond, in [-1, 1].
     """
     step_size = 2.5 * radius / max(steps, 1) if step_size is None else step_size
-    change = torch.zeros_like(x) if start is None else (x + start).clamp(-1, 1) - x
+    low, high = x.clamp(max=-1), x.clamp(min=1)
+    change = torch.zeros_like(x) if start is None else (x + start).clamp(low, high) - x
     for _ in range(steps):
-        change.requires_grad_()
+        at = (x + change).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(function(x + change), change)
-        change = change.detach()
+            (gradient,) = torch.autograd.grad(function(at), at)
         if norm == "L2":
             gradient = gradient / gradient.abs().amax((1, 2, 3), True).clamp(min=1e-38)  # squares of a tiny one are 0
             change = change + step_size * gradient / l2_norms(gradient)
             change = change * (radius / l2_norms(change)).clamp(max=1)
         else:
             change = (change + step_size * gradient.sign()).clamp(-radius, radius)
-        change = (x + change).clamp(-1, 1) - x
+        change = (x + change).clamp(low, high) - x
     return x + change
 
 

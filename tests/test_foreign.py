@@ -346,8 +346,7 @@ def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
     old = str(Path(__file__).parent / "files" / "format_2.pt")  # digits, step 0, written by the first release
     path, content = open_checkpoint(old, {})
     model, x = load_model(Config.from_dict(content["config"], old), path, content), torch.rand(2, 1, 8, 8)
-    stored = torch.load(old, weights_only=True)["state"]["model"]
-    assert_same(model, x, logits_of(stored, x, "none"))
+    assert_same(model, x, logits_of(torch.load(old, weights_only=True)["state"]["model"], x, "none"))
     sample = ["--mode", "sample", "--n_samples", "10", "--n_sample_steps", "2", "--gpu", "cpu"]
     assert main([*sample, "--load_ckpt", old, "--logdir", str(tmp_path)]) == 0
     assert list(tmp_path.glob("*/samples.npz"))

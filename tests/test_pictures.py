@@ -23,8 +23,7 @@ def frames(path):
 def test_a_film_of_grey_images_keeps_every_pixel(tmp_path):
     images = torch.from_numpy(RNG.integers(256, size=(5, 16, 1, 8, 8), dtype=np.uint8))
     pictures = [image_grid(batch, 4) for batch in images]
-    content = save_gif(tmp_path / "a.gif", pictures, [f"step {i}" for i in range(5)])
-    assert (tmp_path / "a.gif").read_bytes() == content
+    assert save_gif(tmp_path / "a.gif", pictures, [f"step {i}" for i in range(5)]) == (tmp_path / "a.gif").read_bytes()
     film, durations = frames(tmp_path / "a.gif")
     np.testing.assert_array_equal(film[:, :-CAPTION_HEIGHT], np.stack(pictures))
     assert durations == [1000, 100, 100, 100, 1000]
