@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --out gpu --dataset folder --data_dir PATH       # further options go to the training run
 
 Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop,
-without and with torch.compile; a training step of each recipe; a training run for the time that is left; its reports.
-What is done stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; OUT/gpu.md has the
-same as tables, in the form of docs/speed.md. What the compiler makes is kept in OUT/compiled. The tests need
-requirements-dev.txt, the reports requirements-eval.txt.
+without and with torch.compile; a training step of each recipe, and of the run that follows, which takes the time that
+is left; its reports. What is done stands in OUT/gpu.json and is not repeated by the next start, which continues the
+rest; OUT/gpu.md has the same as tables, in the form of docs/speed.md. What the compiler makes is kept in OUT/compiled.
+The tests need requirements-dev.txt, the reports requirements-eval.txt.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ sys.path.insert(0, str(HERE))
 
 import data  # noqa: E402
 import utils  # noqa: E402
+from benchmarks.command import device_named  # noqa: E402
 from benchmarks.reproduce import TRAIN  # noqa: E402
-from benchmarks.throughput import measure, synthetic  # noqa: E402
+from benchmarks.throughput import measure, synthetic, timed_recipe  # noqa: E402
 from config import Config  # noqa: E402
 from config.cli import parse  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
@@ -111,21 +113,25 @@ def gpu_option(device: torch.device) -> str:
     return str(device.index or 0) if device.type == "cuda" else "cpu"
 
 
-def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of a training step of a recipe on random images, and its labelled images a second.
-
-    Chains that grow in training have half of their largest length.
-    """
-    needs_weights = RECIPES[recipe].options.get("norm_statistics") == "frozen"  # random ones take the same time
-    longest = RECIPES[recipe].options.get("sgld_step_max")  # of dat's chains, which begin with no step
-    given = {"sgld_step": longest // 2, "sgld_step_max": None} if longest else {}
-    given |= {"compile": "off", "load_ckpt": "." * needs_weights}
-    cfg = Config(recipe=recipe, depth=depth, width=width, gpu=gpu_option(device), **given)
-    run = Trainer(cfg, synthetic(5000, (3, 32, 32), device), device)
+def training_step(cfg: Config, images: data.ImageData, device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds of a training step, and its labelled images a second."""
+    run = Trainer(cfg, images, device)
     for run.step in (1, 2):  # the first captures graphs
         run.training_step()
     seconds = statistics.median(measure({"step": run.training_step}, device, repeats)["step"])
     return {"seconds": seconds, "images_per_second": cfg.batch_size / seconds}
+
+
+def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """A ``training_step`` of a recipe on random images."""
+    cfg = Config(recipe=recipe, depth=depth, width=width, compile="off", **timed_recipe(recipe))
+    return training_step(cfg, synthetic(5000, (3, 32, 32), device), device, repeats)
+
+
+def run_step(cfg: Config, device: torch.device, repeats: int) -> dict[str, float]:
+    """A ``training_step`` of the run ``RUN``, on its images."""
+    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device)
+    return training_step(cfg, images, device, repeats)
 
 
 def training_run(out: Path, further: list[str], seconds: float, step_seconds: float, environment) -> dict[str, Any]:
@@ -196,11 +202,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: to try it out")
     parser.add_argument("--repeats", type=int, default=5)
     args, further = parser.parse_known_args()
-    end, device = time.monotonic() + 60 * args.minutes, torch.device(args.device)
+    end = time.monotonic() + 60 * args.minutes
     try:  # what the run at the end needs should be there now, and a data set may have to be downloaded
         if taken := SET_HERE & parse(further, Config).keys():
             raise utils.UserError(f"--{', --'.join(sorted(taken))}: this program sets it itself")
-        cfg = Config(**parse(run_options(further), Config))
+        device, cfg = device_named(args.device), Config(**parse(run_options(further), Config))
         data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
         parser.error(str(error))
@@ -234,19 +240,23 @@ def main() -> None:
             if todo(name):
                 done = call(["benchmarks/throughput.py", "--images", 5000, *options], left(), environment)
                 results.add_done(name, done, json.loads(file.read_text()) if done["status"] == 0 else None)
-    for network, (depth, width, _) in sizes.items():
-        for recipe in RECIPES:
-            if todo(f"recipe {recipe}, {network}"):
-                try:
-                    step = recipe_step(recipe, depth, width, device, args.repeats)
-                    results.add(f"recipe {recipe}, {network}", step)
-                except Exception:  # out of memory, say: the next start asks again
-                    traceback.print_exc()
+    steps = {
+        f"recipe {recipe}, {network}": partial(recipe_step, recipe, depth, width, device)
+        for network, (depth, width, _) in sizes.items()
+        for recipe in RECIPES
+    }
+    steps["recipe of the run"] = partial(run_step, cfg, device)
+    for name, step in steps.items():
+        if todo(name):
+            try:
+                results.add(name, step(args.repeats))
+            except Exception:  # out of memory, say: the next start asks again
+                traceback.print_exc()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the training run, a process of its own
-    slowest = [part["seconds"] for name, part in results.parts.items() if name.startswith("recipe sada-jem")]
-    if slowest and todo("run", kept=REPORT):
-        results.add_done("run", training_run(out, further, left() - REPORT, slowest[-1], environment))
+    if "recipe of the run" in results.parts and todo("run", kept=REPORT):
+        seconds = results.parts["recipe of the run"]["seconds"]
+        results.add_done("run", training_run(out, further, left() - REPORT, seconds, environment))
     for name, options in REPORTS.items():
         if "run" in results.parts and todo(name):
             run = trained_run(out)

@@ -24,11 +24,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distributed  # noqa: E402
 import utils  # noqa: E402
-from benchmarks.command import run_script
-from benchmarks.throughput import measure, synthetic  # noqa: E402
+from benchmarks.command import device_named, run_script
+from benchmarks.throughput import measure, synthetic, timed_recipe  # noqa: E402
 from config import Config  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
 from trainer import Trainer  # noqa: E402
+
+
+def numbers(text: str) -> list[int]:
+    if min(found := [int(n) for n in text.split(",")]) < 1:
+        raise ValueError
+    return found
 
 
 def options() -> argparse.ArgumentParser:
@@ -38,7 +44,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=64, help="labelled images of each process in a step")
     parser.add_argument("--recipe", choices=RECIPES, default="jem")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--processes", help="comma list of numbers (default: 1,2 or, with GPUs, 1,2,4,8 of these)")
+    parser.add_argument("--processes", type=numbers, help="comma list (default: 1,2 or, with GPUs, 1,2,4,8 of these)")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed, of each kind")
     parser.add_argument("--json", help="file for the numbers")
@@ -53,13 +59,12 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     device = utils.pick_device("cpu" if args.device == "cpu" else "0")
     utils.set_speed_options(device)
-    recipe = dict(RECIPES[args.recipe].options)
+    recipe = RECIPES[args.recipe].options | timed_recipe(args.recipe)
     if recipe.get("p_x_batch_size"):  # as many chains for each image as the recipe has
         share = recipe["p_x_batch_size"] / recipe.get("batch_size", Config().batch_size)
         recipe["p_x_batch_size"] = round(share * args.batch_size) * place.size
     recipe["batch_size"] = args.batch_size * place.size
     given = {"recipe": args.recipe, "depth": args.depth, "width": args.width, "buffer_size": 200 * recipe["batch_size"]}
-    given["load_ckpt"] = "." * (recipe.get("norm_statistics") == "frozen")  # which is not read
     cfg = Config(**(recipe | given), compile="on" if device.type == "cuda" else "off")
     shape = (3, args.image_size, args.image_size)
     run = Trainer(cfg, synthetic(20 * cfg.batch_size, shape, device), device, place)
@@ -105,10 +110,9 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    there = torch.cuda.device_count() if args.device == "cuda" else 2
-    numbers = [int(n) for n in args.processes.split(",")] if args.processes else [n for n in (1, 2, 4, 8) if n <= there]
+    there = torch.cuda.device_count() if device_named(args.device).type == "cuda" else 2
     rows = []
-    for n in numbers:
+    for n in args.processes or [n for n in (1, 2, 4, 8) if n <= there]:
         result = timed(n, args)
         speed = result["batch_size"] / result["step"]
         row = {"processes": n, "images_per_second": speed, "efficiency": None, "communication": None} | result

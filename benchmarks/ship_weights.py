@@ -1,6 +1,6 @@
 """Write a run's network as one small file that draws and scores without any data set, and a .json that describes it.
 
-    python benchmarks/ship_weights.py runs/<run> assets/NAME.safetensors --data_dir data \
+    python benchmarks/ship_weights.py runs/<run> assets/NAME.safetensors --data_dir PATH \
         --named cifar10 --images "what the run was trained on" --licence "of weights and images"
 
 The file holds the averaged weights in float16 (statistics of batch normalisation in float32), 500 images of the replay
@@ -31,6 +31,7 @@ from generation.score import low_log_density
 from logger.files import replace_file
 from logger.images import to_uint8
 from models.predict import accuracy, predict
+from sgld import finite_images
 
 BUFFER_IMAGES = 500
 RANK = 112  # of a Gaussian's covariance, without its diagonal
@@ -86,7 +87,7 @@ def main() -> None:
     images, model, state = load_data(cfg, path, content, device), frozen(cfg, path, content, device), content["state"]
     tensors = small(model.state_dict())
     if "buffer" in state:
-        held = state["buffer"]["images"]
+        held = finite_images(state["buffer"]["images"])
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:BUFFER_IMAGES]
         tensors["buffer.images"] = to_uint8(held[order])
     for kind in cfg.start_shares:

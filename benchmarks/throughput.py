@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import utils  # noqa: E402
-from benchmarks.command import run_script
+from benchmarks.command import device_named, run_script
 from benchmarks.plain import PlainTraining, plain_sampler  # noqa: E402
 from config import Config  # noqa: E402
+from config.recipes import RECIPES  # noqa: E402
 from logger.progress import compiled  # noqa: E402
 from logger.run_dir import RunDir  # noqa: E402
 from models import build_model  # noqa: E402
@@ -130,6 +132,17 @@ def synthetic(n: int, shape: tuple[int, int, int], device: torch.device) -> data
     return data.ImageData(split(n * 9 // 10), split(n // 10), split(n // 5), tuple("0123456789"), True)
 
 
+def timed_recipe(recipe: str) -> dict[str, Any]:
+    """What a step of a recipe needs to be timed as one of the middle of training: options that replace its own.
+
+    Chains that grow in training have half of their largest length; where statistics are frozen, no first phase is read.
+    """
+    options = RECIPES[recipe].options
+    longest = options.get("sgld_step_max")  # of dat's chains, which begin with no step
+    given = {"sgld_step": longest // 2, "sgld_step_max": None} if longest else {}
+    return given | {"load_ckpt": "." * (options.get("norm_statistics") == "frozen")}
+
+
 def show(name: str, times: list[float], plain: list[float] | None = None, note: str = "") -> dict:
     median = statistics.median(times)
     row = {"what": name, "seconds": median, "min": min(times), "max": max(times), "repeats": len(times)}
@@ -156,7 +169,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 def prepare(args: argparse.Namespace, **more) -> tuple[torch.device, Config]:
     """The device, tuned as for training, and the Config of these options."""
-    device = torch.device(args.device)
+    device = device_named(args.device)
     utils.set_speed_options(device)
     names = ("depth", "width", "batch_size", "sgld_step", "precision")
     compile = args.compile or ("on" if device.type == "cuda" else "off")

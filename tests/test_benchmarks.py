@@ -11,9 +11,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import chain_length, gpu, throughput, time_to_quality
+from benchmarks.command import device_named
 from config.recipes import RECIPES
 from main import main
 from models import build_model
+from utils import UserError
 
 HERE = Path(__file__).parent.parent
 SMALL = "--depth 10 --width 1 --batch_size 8 --sgld_step 2 --device cpu --precision fp32 --compile off".split()
@@ -33,8 +35,7 @@ def test_throughput(tmp_path):
     names = ["sampler", "training step", "batch and augmentation", "12 bare steps", "the same with log and dumps"]
     assert rows.keys() == {*names, "sampler, plain", "training step, plain"}
     for name in ("sampler", "training step"):
-        speedup = rows[f"{name}, plain"]["seconds"] / rows[name]["seconds"]
-        assert rows[name]["speedup"] == pytest.approx(speedup)
+        assert rows[name]["speedup"] == pytest.approx(rows[f"{name}, plain"]["seconds"] / rows[name]["seconds"])
     # A training step has the chains' passes, and forward and backward passes of real and sampled images.
     assert 1 < rows["training step"]["flops"] / rows["sampler"]["flops"] < 4
 
@@ -42,15 +43,16 @@ def test_throughput(tmp_path):
 def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
     seconds = iter([1.0, 0.5, 4.0, 1e-3])
     monkeypatch.setattr(throughput, "measure", lambda functions, device, repeats: {"rate": [9.0, next(seconds)]})
-    network = build_model(3, 10, 10, 1)
-    rate, what = throughput.ceiling(network, torch.zeros(2, 3, 32, 32))
+    rate, what = throughput.ceiling(build_model(3, 10, 10, 1), torch.zeros(2, 3, 32, 32))
     assert what == "a 3x3 convolution of 16 to 16 channels at 32x32"
     assert rate == 2 * 2 * 32 * 32 * 16 * 16 * 9 / 1e-3
 
 
 def test_profile():
-    out = run("profile_step.py")
-    assert "convolution" in out
+    assert "convolution" in run("profile_step.py")
+    for name in ("gpu", "cuda:x"):
+        with pytest.raises(UserError, match="--device"):
+            device_named(name)
 
 
 def test_scaling(tmp_path):
@@ -61,6 +63,7 @@ def test_scaling(tmp_path):
     assert done.returncode == 0, done.stderr
     (two,) = json.loads(file.read_text())["rows"]
     assert (two["processes"], two["batch_size"], two["efficiency"]) == (2, 8, None)
+    assert throughput.timed_recipe("dat")["sgld_step"] == 25  # its chains begin with no step
     assert two["images_per_second"] == pytest.approx(8 / two["step"])
     assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
 
@@ -79,8 +82,7 @@ def test_time_to_quality(tmp_path, monkeypatch, capsys):
     drawn = time_to_quality.figure({"a": tmp_path / "one", "b": tmp_path / "other"})
     assert [axes.get_title() for axes in drawn.axes] == ["test accuracy", "Fréchet distance of the replay buffer"]
     assert [line.get_label() for line in drawn.axes[0].lines] == ["a"]
-    (tmp_path / "lr=0.1").mkdir()
-    shutil.copytree(tmp_path / "one", tmp_path / "lr=0.1", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "lr=0.1")
     picture = ["--out", str(tmp_path / "picture.png")]
     monkeypatch.setattr(sys, "argv", ["", *picture, str(tmp_path / "lr=0.1"), f"b={tmp_path / 'one'}"])
     time_to_quality.main()
@@ -128,7 +130,7 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
     said, page = capsys.readouterr().out, (tmp_path / "gpu.md").read_text()
     assert said.count("was stopped; the next start asks again") == 3
     assert "Tests marked gpu: 27 passed" in page and ": nothing): sampler | 200.0 ms | 100.0 ms | 2.0 x | 40" in page
-    assert all(f"| {recipe}, WRN-10-1 | 50.0 ms | " in page for recipe in RECIPES)
+    assert all(f"| {step} | 50.0 ms | " in page for step in ("of the run", *(f"{name}, WRN-10-1" for name in RECIPES)))
 
 
 def test_log_density_and_chain_length(tmp_path):
