@@ -188,7 +188,7 @@ class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
     Randomness comes from ``rng``, except how many chains start afresh and of which classes: that is drawn on the host,
-    because nothing here waits for the device.
+    because nothing here waits for the device, unless starts are made of training images that are on the host.
     """
 
     def __init__(

@@ -224,7 +224,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.total_steps
 
     def training_step(self) -> Tensor | None:
-        """One update; returns the negative samples (N, C, H, W), or None. Only ``Batches`` may wait for the device."""
+        """One update; returns the negative samples (N, C, H, W), or None. Waits for nothing but images on the host."""
         batch, chain_values = self.next_inputs(self.sgld_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr

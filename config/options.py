@@ -65,7 +65,7 @@ class Options:
     mode: str = settings("energy_train", "train a JEM or a classifier; or measure, draw, score, export one", MODES)
     recipe: str = settings("jem", f"a paper's options, which those given replace. {RECIPE_HELP}", tuple(RECIPES))
     gpu: str = run("0", "index of the CUDA device, or cpu; with torchrun a list such as 0,1 (0: all devices)")
-    seed: int = settings(1, "seed of every random generator", minimum=0)
+    seed: int = settings(1, "seed of a run's random generators (splits of the data are always the same)", minimum=0)
     logdir: str = run("runs", "folder in which each run makes its own directory", is_path=True)
     note: str = run("", "words added to the run directory's name")
     no_log: bool = run(False, "write no TensorBoard events", modes=TRAINING)
@@ -142,7 +142,7 @@ class Options:
     class_cond: bool = sgld(False, "chains climb log p(x|y), as many for each class", modes=("energy_train", "sample"))
     buffer_size: int = training_chains(10000, "images in the replay buffer", minimum=1)
 
-    p_x_weight: float = energy(1.0, "weight of the generative term of log p(x); with 0 it draws no samples", minimum=0)
+    p_x_weight: float = energy(1.0, "weight of log p(x); with 0, and p_x_y_weight 0, no samples", minimum=0)
     generative: str = energy(
         "difference",
         "the generative term: a difference of two means, or the cross-entropy of telling real images from samples",
