@@ -211,8 +211,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: 
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     source = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
     source = source.view(n, 1, height * width).expand(-1, channels, -1)
-    moved = padded.flatten(2).gather(2, source).view(images.shape)
-    return moved.contiguous(memory_format=torch.channels_last)
+    return padded.flatten(2).gather(2, source).view(images.shape).contiguous(memory_format=torch.channels_last)
 
 
 def augment(

@@ -36,8 +36,7 @@ class Recovery:
         if self.recoveries >= self.cfg.max_recoveries:
             advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.samples else "a lower --lr"
             raise TrainingFailed(f"training diverged at step {step} (recoveries: {self.recoveries}): try {advice}")
-        soon = step <= self.failed_at + 5 * STATE_EVERY
-        self.close_failures = self.close_failures + 1 if soon else 1
+        self.close_failures = self.close_failures + 1 if step <= self.failed_at + 5 * STATE_EVERY else 1
         self.recoveries, self.failed_at, self.latest = self.recoveries + 1, step, self.proven
         return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 

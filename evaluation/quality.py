@@ -82,8 +82,7 @@ def reference(inputs: EvalInputs) -> ImageSet:
         parts, what = [*parts, data.test], "training, validation and test"
     where = data.train.images.device  # perhaps the host: only what is chosen goes to the device
     images = torch.cat([part.images.to(where) for part in parts])
-    labels = torch.cat([part.labels.to(where) for part in parts])
-    chosen = inputs.subset(Split(images, labels)).images
+    chosen = inputs.subset(Split(images, torch.cat([part.labels.to(where) for part in parts]))).images
     return ImageSet(chosen, f"{len(chosen)} {what} images")
 
 
