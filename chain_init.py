@@ -96,8 +96,7 @@ def smooth_images(n: int, shape: Shape, rng: Generator) -> Tensor:
     x = smooth_noise(n, shape, rng, white=1 / 3)
     grey, contrast = draw(n, 1, 1, 1), draw(n, 1, 1, 1).square()  # how far the channels are alike
     x = grey * x.mean(1, keepdim=True) * c**0.5 + (1 - grey) * x
-    colour = 2 * draw(n, c, 1, 1) - 1
-    return (colour + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+    return (2 * draw(n, c, 1, 1) - 1 + contrast * x).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
 def shape_images(n: int, shape: Shape, rng: Generator) -> Tensor:

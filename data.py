@@ -238,8 +238,7 @@ def augment(
         images = cutout(torch.stack([AUTO_AUGMENT(image) for image in images]), row, column)
     x = to_float(images).contiguous(memory_format=torch.channels_last)
     # Drawn contiguous and permuted: filling a tensor of channels_last strides is ten times slower on a CPU.
-    noise = torch.randn(n, height, width, channels, **draw)[part].permute(0, 3, 1, 2)
-    return x.add_(noise, alpha=sigma)
+    return x.add_(torch.randn(n, height, width, channels, **draw)[part].permute(0, 3, 1, 2), alpha=sigma)
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:

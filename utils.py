@@ -1,6 +1,7 @@
 """The machine that a run is on: device, arithmetic, signals; and the exceptions that cross module borders."""
 
 import ctypes
+import mmap
 import os
 import platform
 import signal
@@ -77,10 +78,15 @@ def set_speed_options(device: torch.device) -> None:
     """Process-wide settings for speed; on CUDA, only algorithms that give the same result each time."""
     torch.backends.cudnn.deterministic = True
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # It is to keep big freed buffers: to give them back to the kernel at every layer costs a third of the time.
+        # It is to keep big freed buffers: to give them back to the kernel at every layer costs a third of the time. And
+        # the first 2 GiB that it gets are to have large pages (where Linux allows it): small ones cost 6 %.
         libc, m_trim_threshold, m_mmap_threshold, largest = ctypes.CDLL(None), -1, -3, 2**31 - 1
         libc.mallopt(m_mmap_threshold, largest) or libc.mallopt(m_mmap_threshold, 2**25)  # older ones take no more
-        libc.mallopt(m_trim_threshold, largest)
+        libc.mallopt(m_trim_threshold, -1)
+        libc.malloc.restype, size, page, madv_hugepage = ctypes.c_void_p, largest - 2**16, mmap.PAGESIZE, 14
+        start = libc.malloc(size) or 0  # takes no memory until something is written to it
+        libc.madvise(ctypes.c_void_p(start // page * page + page), size - page, madv_hugepage)
+        libc.free(ctypes.c_void_p(start))
     elif device.index is not None:
         torch.cuda.set_device(device)  # where streams and graphs are made
 

@@ -204,8 +204,7 @@ def burn_in(path: GeometricPath, y: Tensor, steps: int, step_size: Tensor, gener
 
 def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:
     """Integers 0..levels-1 -> floats in the box [-1, 1], uniform within each grey level's cell; any shape."""
-    u = torch.rand(grey.shape, generator=generator, device=grey.device)
-    return 2 * (grey + u) / levels - 1
+    return 2 * (grey + torch.rand(grey.shape, generator=generator, device=grey.device)) / levels - 1
 
 
 def bits_per_dim(log_px: Tensor, dim: int, levels: int) -> Tensor:

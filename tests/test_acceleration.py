@@ -1,8 +1,12 @@
-"""What can be seen of CUDA graphs without a GPU."""
+"""What can be seen of CUDA graphs without a GPU, and the memory of a CPU."""
 
 import gc
+import re
+import subprocess
+import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +113,11 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
 )
 def test_what_is_compiled(choice, device, steps, expected):
     assert compiles(choice, torch.device(device), steps) == expected
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
+def test_buffers_on_a_cpu_get_large_pages():
+    code = "import torch, utils; utils.set_speed_options(torch.device('cpu')); print(open('/proc/self/smaps').read())"
+    maps = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True)
+    sizes = re.findall(r"^Size: +(\d+) kB\n(?:(?!Size|VmFlags).*\n)*VmFlags:.* hg\b", maps, re.MULTILINE)
+    assert max(map(int, sizes)) > 2_000_000

@@ -109,8 +109,7 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
         if "--json" in arguments:
             rows = [{"what": "sampler, plain", "seconds": 0.2}]
             rows.append({"what": "sampler", "seconds": 0.1, "speedup": 2.0, "share_of_ceiling": 0.4})
-            content = json.dumps({"rows": rows, "compiled": "nothing"})
-            Path(arguments[arguments.index("--json") + 1]).write_text(content)
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({"rows": rows, "compiled": "nothing"}))
         if "--resume" in arguments:
             (run / "ckpt").mkdir(parents=True)
             (run / "ckpt" / "last.pt").touch()

@@ -99,8 +99,7 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
 def test_temperature_scaling_finds_the_temperature_of_a_miscalibrated_model(true_temperature):
     honest = 2 * torch.randn(20_000, 5, generator=seeded(3))
     labels = torch.multinomial(honest.softmax(1), 1, generator=seeded(4)).squeeze(1)
-    found = fit_temperature(true_temperature * honest, labels)
-    assert found == pytest.approx(true_temperature, rel=0.05)
+    assert fit_temperature(true_temperature * honest, labels) == pytest.approx(true_temperature, rel=0.05)
 
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one():
@@ -430,8 +429,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
 
     everything, section = measured()
     assert section.absent == {} and set(section.pictures) == {"robustness"}
-    rows = {row for table, row, _ in everything if table == "accuracy under L2 attack"}
-    assert rows == {"0", "0.5", "4 (check)"}
+    assert {row for table, row, _ in everything if table == "accuracy under L2 attack"} == {"0", "0.5", "4 (check)"}
     found = {}
     for name, title in titles.items():
         numbers, section = measured("--attacks", name)

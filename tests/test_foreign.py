@@ -223,8 +223,7 @@ def test_the_energy_head_is_log_p_x_when_asked(tmp_path):
     expected = features_of(w, x, "batch") @ w["energy_output.weight"].T + w["energy_output.bias"]
     with torch.no_grad():
         torch.testing.assert_close(model.log_density(x), expected[:, 0], atol=1e-5, rtol=1e-5)
-        posterior = logits_of(w, x, "batch").softmax(1)
-        torch.testing.assert_close(model(x).softmax(1), posterior, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x).softmax(1), logits_of(w, x, "batch").softmax(1), atol=1e-5, rtol=1e-5)
 
 
 def test_chains_run_as_their_authors_ran_them(tmp_path):

@@ -317,8 +317,7 @@ def test_unusable_files_are_listed_with_their_reasons(tmp_path, capfd):
 @pytest.mark.parametrize("shape, advice", [((8, 10), 8), ((31, 33), 32), ((6, 12), 8), ((4, 4), 8), ((1, 1), 8)])
 def test_sides_must_be_multiples_of_four(shape, advice, tmp_path):
     write_files(tmp_path, four(encode(random_images(*shape))))
-    message = refuses(f"try --image_size {advice}", "folder", tmp_path)
-    assert f"{shape[1]}x{shape[0]}" in message
+    assert f"{shape[1]}x{shape[0]}" in refuses(f"try --image_size {advice}", "folder", tmp_path)
     assert load_folder(tmp_path, image_size=advice).shape == (1, advice, advice)
 
 

@@ -233,8 +233,7 @@ class TestResume:
         monkeypatch.setattr(utils, "pick_dtype", lambda *_: torch.bfloat16)  # as "auto" may on another machine
         assert main.main(["--resume", str(stopped)]) == 0
         assert "the run computed in float32 before" in capsys.readouterr().out
-        content = json.loads((stopped / "config.json").read_text())
-        assert content["environment"]["precision"] == "bfloat16"
+        assert json.loads((stopped / "config.json").read_text())["environment"]["precision"] == "bfloat16"
         assert main.main(["--resume", str(stopped), "--max_steps", "35"]) == 0
         before = json.loads((stopped / "config.json").read_text())["environments_before"]
         assert [environment["precision"] for environment in before] == ["float32", "bfloat16"]

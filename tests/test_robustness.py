@@ -192,8 +192,7 @@ def test_refinement_averages_the_probabilities_of_its_chains(model, images):
     with torch.no_grad():
         found = refined(images)
     ends = reference_chain(model.log_density, (2 * images - 1).repeat(3, 1, 1, 1), 2, 1.0, 0.3, seeded(7)).x
-    expected = sum(model(part).softmax(1) for part in ends.chunk(3)) / 3
-    torch.testing.assert_close(found.exp(), expected)
+    torch.testing.assert_close(found.exp(), sum(model(part).softmax(1) for part in ends.chunk(3)) / 3)
 
 
 def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model, images):

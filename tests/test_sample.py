@@ -105,8 +105,7 @@ def test_the_images_are_those_that_quality_measures(tmp_path, monkeypatch):
     for name, asked in {"fresh": [], "fresh, class-conditional": ["--class_cond"]}.items():
         for n in (90, 30):  # the first ones are the same, however many there are
             _, content = sample(run, tmp_path / "samples", *options, *asked, "--n_samples", str(n))
-            expected = measured[name].images[:n].permute(0, 2, 3, 1)
-            np.testing.assert_array_equal(content["images"], expected)
+            np.testing.assert_array_equal(content["images"], measured[name].images[:n].permute(0, 2, 3, 1))
 
 
 def test_pictures_and_films_show_the_chains(jem, tmp_path):
@@ -140,8 +139,7 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
 
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     predicted, order = torch.tensor([2, 0, 1, 2, 0, 1, 1]), torch.tensor([6, 5, 4, 3, 2, 1, 0])
-    chosen = by_class(predicted, 6, ("a", "b", "c"), order)
-    assert chosen.tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
+    assert by_class(predicted, 6, ("a", "b", "c"), order).tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
     with pytest.raises(UserError, match="needs 3 images of the class a, but the model finds only 2 in"):
         by_class(predicted, 9, ("a", "b", "c"), order)
     options = "--mode sample --gpu cpu --from_buffer --class_cond --n_samples 60 --n_sample_steps 0".split()

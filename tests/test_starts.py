@@ -24,8 +24,7 @@ def assert_same_statistics(samples, images, noise=0.01):
     sd = covariance.diagonal().sqrt()
     n = len(found)
     assert ((found.mean(0) - x.mean(0)).abs() < 5 * sd / n**0.5).all()
-    error = (torch.cov(found.T) - covariance).abs() / sd[:, None] / sd[None]
-    assert error.max() < 6 * (2 / n) ** 0.5
+    assert ((torch.cov(found.T) - covariance).abs() / sd[:, None] / sd[None]).max() < 6 * (2 / n) ** 0.5
 
 
 @pytest.mark.parametrize("n", [10, 400])
