@@ -32,6 +32,7 @@ from trainer import Trainer  # noqa: E402
 
 
 def numbers(text: str) -> list[int]:
+    """The whole numbers above 0 of a list with commas; ValueError if there are others."""
     if min(found := [int(n) for n in text.split(",")]) < 1:
         raise ValueError
     return found
