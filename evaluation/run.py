@@ -87,16 +87,16 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     """What is measured, for the top of the report."""
     cfg, (_, height, width) = inputs.cfg, inputs.data.shape
     others = "" if len(inputs.data.train) else "; other images than those of the training"
-    last = path.name == "last.pt" and "buffer" in state
+    last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
     chosen = " (the last of its run, to which the replay buffer belongs)" if last else ""
     about = {
         "checkpoint": f"{path}{chosen}",
-        "training steps": "not in the file" if state["step"] is None else str(state["step"]),
+        "training steps": "not in the file" if step is None else str(step),
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
         "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
         "network": inputs.model.name,
-        "seed": str(cfg.seed),
+        "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"

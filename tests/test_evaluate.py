@@ -286,16 +286,15 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     seen, dequantise = [], likelihood.ais.dequantise
     monkeypatch.setattr(likelihood.ais, "dequantise", lambda x, *a: seen.append(x) or dequantise(x, *a))
     command = "--mode test --gpu cpu --max_images 30 --n_samples 35 --n_sample_steps 3 --refine_steps 2".split()
-    command += ["--ais_chains", "20", "--ais_temperatures", "3"]
+    command += ["--ais_chains", "20", "--ais_temperatures", "3", "--seed", "3"]
     command += ["--load_ckpt", str(run), "--feature_ckpt", str(run), "--ood_datasets", f"noise,{tmp_path},shuffled"]
     before = set(run.glob("eval*"))
     assert main(command) == 0
     (report,) = set(run.glob("eval*")) - before
     results = json.loads((report / "results.json").read_text())
     assert {"classification", "calibration", "ood", "robustness", "quality", "likelihood"} < results.keys()
-    assert results["about"]["weights"] == "moving average"
+    assert {"weights": "moving average", "seed": "1 in training, 3 for measuring"}.items() <= results["about"].items()
     assert [results["options"][name] for name in ("width", "lr", "max_images")] == [1, 1e-3, 30]
-
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
     assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]

@@ -288,6 +288,7 @@ def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     assert "--depth 10 --width 1 --norm batch --recipe jem++ " in capsys.readouterr().err
     assert main([*common, "--mode", "sample", "--n_samples", "4", "--n_sample_steps", "1", "--from_buffer"]) == 0
     assert main([*common, "--mode", "test", "--eval", "classification"]) == 0
+    assert "unknown in training" in next((tmp_path / "runs").glob("*/eval/report.md")).read_text()
     train = ["--recipe", "jem++", "--depth", "10", "--width", "1", "--batch_size", "4", "--p_x_batch_size", "4"]
     train += ["--buffer_size", "16", "--max_steps", "2", "--warmup_steps", "0", "--decay_epochs", "1"]
     assert main([*common, *train]) == 0
