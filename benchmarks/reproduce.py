@@ -5,7 +5,7 @@
     python benchmarks/reproduce.py cifar10_cpu_robust --data_dir PATH         # further options go to main.py
     python benchmarks/reproduce.py cifar10_cpu_robust_oe --data_dir PATH --load_ckpt runs/<run of cifar10_cpu_robust>
 
-It prints the command before it runs it. The cifar10_cpu runs read a folder of images; ``--dataset cifar10`` behind
+It prints the command before it runs it. The cifar10_cpu runs read a folder of images; ``--dataset cifar10`` after
 their names gives them the original files.
 """
 

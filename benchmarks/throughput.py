@@ -62,7 +62,7 @@ def measure(functions: dict, device: torch.device, repeats: int) -> dict[str, li
 def ceiling(network: torch.nn.Module, x: torch.Tensor) -> tuple[float, str]:
     """The highest rate in bf16 that was found here, in FLOP/s, and of what.
 
-    Candidates are matrix products of several sizes, and the network's commonest convolution of images x (N, C, H, W):
+    Candidates are matrix products of several sizes, and the network's most common convolution of images x (N, C, H, W):
     small products find their operands in the cache, and a library may do a convolution better than any product.
     """
     candidates = {}

@@ -143,7 +143,7 @@ def test_chains_start_from_the_chosen_gaussian():
 
 
 def test_outliers_fall_below_real_images(tmp_path):
-    """Smooth noise that the model finds likelier than digits without the term lies below them with it."""
+    """Smooth noise that the model finds more likely than digits without the term lies below them with it."""
     common, found = ["--recipe", "m-jem", "--p_x_batch_size", "20"], {}
     first = start(tmp_path, *common, "--lr", "0.02", "--max_steps", "60")
     options = [*common, "--load_ckpt", str(first), *"--norm_statistics running --lr 0.002 --max_steps 60".split()]
@@ -161,7 +161,7 @@ def test_outliers_fall_below_real_images(tmp_path):
 
 
 def test_outliers_move_up_log_p_x_before_they_count():
-    """Nearby, and likelier; their number and what they are follow the options."""
+    """Nearby, and more likely; their number and what they are follow the options."""
     changes = {"norm": "batch", "norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 7}
     for eps in (0.0, 0.3):
         run = trained(**changes, outlier_eps=eps, outlier_images="patches")
