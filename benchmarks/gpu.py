@@ -1,29 +1,33 @@
 """Everything that a new GPU should be asked, in one command that can be stopped, started again, and fits 25 minutes.
 
-    python benchmarks/gpu.py --out gpu                                        # CIFAR-10's files in data/
-    python benchmarks/gpu.py --out gpu --dataset folder --data_dir PATH       # further options go to the training run
+    python benchmarks/gpu.py --out runs/gpu                                   # CIFAR-10's files in data/
+    python benchmarks/gpu.py --dataset folder --data_dir PATH                 # further options go to the training run
+    python benchmarks/gpu.py --minutes 9.5 --run_minutes 20                   # where a command may take ten minutes
 
 Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop,
-without and with torch.compile; a training step of each recipe, and of the run that follows, which takes the time that
-is left; its reports. What is done stands in OUT/gpu.json and is not repeated by the next start, which continues the
-rest; OUT/gpu.md has the same as tables, in the form of docs/speed.md. What the compiler makes is kept in OUT/compiled.
-The tests need requirements-dev.txt, the reports requirements-eval.txt.
+without and with torch.compile; a training step of the run that follows, and of each recipe; that run, for the time
+that is left, or for RUN_MINUTES in as many starts as it takes; its reports. Each is a process of its own. What is done
+stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; what failed is asked again after
+all else. OUT/gpu.md has the same as tables, in the form of docs/speed.md, and says what failed. What the compiler makes
+is kept in OUT/compiled. The tests need requirements-dev.txt, the reports requirements-eval.txt.
 """
 
 import argparse
 import json
 import os
+import re
+import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+STARTED = time.monotonic()  # before the seconds in which torch is imported
+
+import torch  # noqa: E402
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
@@ -32,14 +36,13 @@ import data  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.command import device_named  # noqa: E402
 from benchmarks.reproduce import TRAIN  # noqa: E402
-from benchmarks.throughput import measure, synthetic, timed_recipe  # noqa: E402
 from config import Config  # noqa: E402
 from config.cli import parse  # noqa: E402
 from config.recipes import RECIPES  # noqa: E402
-from trainer import Trainer  # noqa: E402
 
 SIZES = {"cuda": {"WRN-16-2": (16, 2, 64), "WRN-28-10": (28, 10, 128)}, "cpu": {"WRN-10-1": (10, 1, 8)}}
 RUN = "cifar10_gpu"  # of reproduce.py
+STEP_OF_RUN = "recipe of the run"
 REPORTS = {
     "report": "--eval classification,calibration,ood",
     "report of samples": "--eval quality --n_samples 5000",
@@ -48,111 +51,171 @@ REPORTS = {
 }
 REPORT = 500  # seconds that the reports at the end may take
 LONGEST_TESTS = 600  # seconds: a test that hangs must not take all the time there is
-SET_HERE = {"mode", "recipe", "logdir", "note", "resume", "load_ckpt", "max_steps", "gpu"}  # not by further options
+SET_HERE = {"mode", "recipe", "logdir", "note", "resume", "load_ckpt", "max_steps", "gpu", "compile"}
 START_UP = 60  # seconds that the training run needs besides its steps
 SHORTEST = 180  # seconds of steps that are worth a run
 DUMPS = 1.1  # how much longer steps take with log, pictures, evaluation and checkpoints
+LAST = 60  # seconds: a part that is stopped may take them to end, and none begins with fewer
 
 
 class Results:
     """What has been measured so far, by the name of the part: OUT/gpu.json and OUT/gpu.md, written after each part.
 
-    Each part notes the commit of the program that measured it.
+    Each part notes the commit of the program that measured it; "failed" has what each part said that did not end well.
     """
 
-    def __init__(self, out: Path, device: torch.device):
+    def __init__(self, out: Path, device: torch.device, further: list[str]):
         out.mkdir(parents=True, exist_ok=True)
         self.path, here = out / "gpu.json", utils.environment(device)
-        self.parts: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"environment": here}
+        new = {"environment": here, "further options": further, "failed": {}}
+        self.parts: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else new
         before = self.parts["environment"]
         if (before["device"], before["torch"]) != (here["device"], here["torch"]):
             sys.exit(f"error: {self.path} is of {before['device']}, torch {before['torch']}: give another --out")
-        self.commit = here["git_commit"]
+        if self.parts["further options"] != further:
+            options = shlex.join(self.parts["further options"]) or "no further options"
+            sys.exit(f"error: {self.path} is of {options}: give the same, or another --out")
+        self.commit, self.failed = here["git_commit"], self.parts["failed"]
 
     def add(self, name: str, content: dict[str, Any]) -> None:
         self.parts[name] = content | {"commit": self.commit}
+        self.failed.pop(name, None)
+        self.write()
+
+    def fail(self, name: str, done: dict[str, Any], limit: str = "") -> None:
+        """Note what a ``call`` said that failed, or was stopped; a later start asks again."""
+        reason = f"was stopped{limit}" if done["status"] is None else f"failed with exit status {done['status']}"
+        self.failed[name] = reason + ": " + " ".join(done["output"].split()[-30:])
+        self.write()
+        print(f"{name} {self.failed[name]}\n(A later start asks again.)", flush=True)
+
+    def write(self) -> None:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.parts, indent=2) + "\n")
         os.replace(unfinished, self.path)
         self.path.with_suffix(".md").write_text(tables(self.parts))
 
-    def add_done(self, name: str, done: dict[str, Any], content: dict[str, Any] | None = None) -> None:
-        """Add what a ``call`` did, or what it wrote; if it failed, the next start asks again."""
-        if done["status"] == 0:
-            self.add(name, content or done)
-        else:
-            reason = "was stopped" if done["status"] is None else f"failed with exit status {done['status']}"
-            print(f"{name} {reason}; the next start asks again. Its last words:\n{done['output'][-1000:]}", flush=True)
 
+class Questions:
+    """The parts, each a method that asks for a program's answer, and adds it to the results."""
 
-def call(arguments: list[Any], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a program of this repository for at most ``seconds``: its exit status (None: it ran out of time), output."""
-    words = [sys.executable, *map(str, arguments)]
-    with subprocess.Popen(
-        words, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as child:
-        try:
-            output, _ = child.communicate(timeout=max(1, seconds))
-            status = child.returncode
-        except subprocess.TimeoutExpired:
-            child.terminate()  # training writes a checkpoint first
+    def __init__(self, args: argparse.Namespace, device: torch.device, further: list[str], results: Results):
+        self.args, self.device, self.further, self.results = args, device, further, results
+        self.out, self.end = args.out.absolute(), STARTED + 60 * args.minutes
+        self.environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self.out / "compiled"), "PYTHONUNBUFFERED": "1"}
+        self.gpu = str(device.index or 0) if device.type == "cuda" else "cpu"  # as --gpu takes it
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def call(self, arguments: list[Any], seconds: float | None = None) -> dict[str, Any]:
+        """Run a program of this repository for ``seconds`` at most: its exit status (None: it was stopped), output."""
+        words, seconds = [sys.executable, *map(str, arguments)], self.left() - 10 if seconds is None else seconds
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        with subprocess.Popen(words, cwd=HERE, env=self.environment, **pipes) as child:
             try:
-                output, _ = child.communicate(timeout=60)
+                output, _ = child.communicate(timeout=max(1, seconds))
+                status = child.returncode
             except subprocess.TimeoutExpired:
-                child.kill()
-                output, _ = child.communicate()
-            status = None
-        except BaseException:  # SIGTERM or Ctrl-C: nothing is left running on the GPU
-            child.terminate()
-            raise
-    return {"status": status, "output": output[-4000:]}
+                child.terminate()  # training writes a checkpoint first
+                try:
+                    output, _ = child.communicate(timeout=LAST)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    output, _ = child.communicate()
+                status = None
+            except BaseException:  # SIGTERM or Ctrl-C: nothing is left running on the GPU
+                child.terminate()
+                raise
+        return {"status": status, "output": output}
+
+    def tests(self, name: str) -> None:
+        limit = min(self.left() / 2, LONGEST_TESTS)
+        done = self.call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], limit)
+        words = done["output"].strip().splitlines() or [""]
+        if done["status"] == 0 or done["status"] == 1 and " failed" in words[-1]:  # that some fail is an answer, too
+            self.results.add(name, {"summary": words[-1], "output": "\n".join(words[-60:])})
+        else:
+            self.results.fail(name, done, f" after {limit:.0f} s")
+
+    def throughput(self, depth: int, width: int, batch_size: int, compile: str, name: str) -> None:
+        file = self.out / f"throughput_WRN-{depth}-{width}_{compile}.json"
+        options = ["--depth", depth, "--width", width, "--batch_size", batch_size, "--compile", compile]
+        options += ["--device", self.args.device, "--repeats", self.args.repeats, "--parts", "sampler,step"]
+        done = self.call(["benchmarks/throughput.py", "--images", 5000, *options, "--json", file])
+        if done["status"] == 0:
+            self.results.add(name, json.loads(file.read_text()))
+        else:
+            self.results.fail(name, done)
+
+    def step_of_run(self, name: str) -> None:
+        self.steps({"command": name}, ["--command", shlex.join(run_options(self.further))])
+
+    def recipes(self, network: str, depth: int, width: int, _: str) -> None:
+        """A step of each recipe on random images; after one that fails the others are asked by a new process."""
+        names = recipe_names(network)
+        wanted = [recipe for recipe, name in names.items() if name not in self.results.parts]
+        while wanted and self.left() > LAST:
+            options = ["--depth", depth, "--width", width, "--recipes", *wanted]
+            wanted = self.steps({recipe: names[recipe] for recipe in wanted}, options)[1:]
+
+    def steps(self, names: dict[str, str], options: list[Any]) -> list[str]:
+        """Add what recipe_steps.py says of each of ``names``; returns those from the first that failed on."""
+        program = ["benchmarks/recipe_steps.py", "--device", self.args.device, "--repeats", self.args.repeats]
+        done = self.call([*program, *options])
+        rows = [json.loads(line) for line in done["output"].splitlines() if line.startswith("{")]
+        for row in rows:
+            self.results.add(names[row.pop("name")], row)
+        missing = list(names)[len(rows) :]
+        if missing:
+            self.results.fail(names[missing[0]], done)
+        return missing
+
+    def run(self, name: str) -> None:
+        """The run ``RUN``, as long as the first start that has time for it planned, or what is left of it."""
+        parts, reserve = self.results.parts, REPORT
+        if self.left() < REPORT + START_UP + SHORTEST or self.args.run_minutes:
+            reserve = LAST  # the reports are for the next start
+        seconds = self.left() - reserve
+        if "plan of the run" not in parts:
+            whole = 60 * self.args.run_minutes if self.args.run_minutes else seconds
+            steps = int((whole - START_UP) / (DUMPS * parts[STEP_OF_RUN]["seconds"]))
+            if whole < START_UP + SHORTEST or steps < 1:
+                print(f"{name} needs {START_UP + SHORTEST} s: it is not begun")
+                return
+            self.results.add("plan of the run", {"steps": steps})
+        limit = ["--max_steps", parts["plan of the run"]["steps"], "--gpu", self.gpu]
+        options = ["--logdir", self.out / "runs", "--resume", "auto", *run_options(self.further), *limit]
+        done = self.call(["main.py", *options], seconds)
+        if done["status"] == 0:
+            self.results.add(name, {"status": 0, "output": done["output"][-4000:]})
+        else:
+            self.results.fail(name, done, " and will go on")
+
+    def trained(self) -> Path | None:
+        """The newest directory of the run ``RUN`` that has a checkpoint."""
+        checkpoints = (self.out / "runs").glob(f"*{RUN}*/ckpt/last.pt")
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+        return newest and newest.parent.parent
+
+    def report(self, options: str, name: str) -> None:
+        if "run" not in self.results.parts or self.trained() is None:
+            print(f"{name} needs the run, and its checkpoint in {self.out / 'runs'}")
+            return
+        run = self.trained()
+        done = self.call(["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", self.gpu])
+        if done["status"] == 0:
+            self.results.add(name, {"output": done["output"][-4000:]} | test_accuracy(run))
+        else:
+            self.results.fail(name, done)
 
 
-def gpu_option(device: torch.device) -> str:
-    """The value of --gpu for a device."""
-    return str(device.index or 0) if device.type == "cuda" else "cpu"
-
-
-def training_step(cfg: Config, images: data.ImageData, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of a training step, and its labelled images a second."""
-    run = Trainer(cfg, images, device)
-    for run.step in (1, 2):  # the first captures graphs
-        run.training_step()
-    seconds = statistics.median(measure({"step": run.training_step}, device, repeats)["step"])
-    return {"seconds": seconds, "images_per_second": cfg.batch_size / seconds}
-
-
-def recipe_step(recipe: str, depth: int, width: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """A ``training_step`` of a recipe on random images."""
-    cfg = Config(recipe=recipe, depth=depth, width=width, compile="off", **timed_recipe(recipe))
-    return training_step(cfg, synthetic(5000, (3, 32, 32), device), device, repeats)
-
-
-def run_step(cfg: Config, device: torch.device, repeats: int) -> dict[str, float]:
-    """A ``training_step`` of the run ``RUN``, on its images."""
-    images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device)
-    return training_step(cfg, images, device, repeats)
-
-
-def training_run(out: Path, further: list[str], seconds: float, step_seconds: float, environment) -> dict[str, Any]:
-    """The run ``RUN``, as long as fits into ``seconds``, or what is left of it if it was stopped before."""
-    planned = out / "steps.txt"
-    if not planned.exists():
-        if seconds < START_UP + SHORTEST:
-            return {"status": None, "output": "too little time is left for it"}
-        planned.write_text(str(int((seconds - START_UP) / (DUMPS * step_seconds))))
-    steps = planned.read_text()
-    options = ["main.py", "--logdir", out / "runs", "--resume", "auto", *run_options(further), "--max_steps", steps]
-    return call(options, seconds, environment) | {"steps": int(steps)}
+def recipe_names(network: str) -> dict[str, str]:
+    return {recipe: f"recipe {recipe}, {network}" for recipe in RECIPES}
 
 
 def run_options(further: list[str]) -> list[str]:
-    return [*TRAIN[RUN].split(), "--note", RUN, "--gif_every", "100000", *further]
-
-
-def trained_run(out: Path) -> Path:
-    """The newest directory of the run ``RUN`` that has a checkpoint."""
-    return max((out / "runs").glob(f"*{RUN}/ckpt/last.pt"), key=lambda path: path.stat().st_mtime).parent.parent
+    return [*TRAIN[RUN].split(), "--note", RUN, "--gif_every", "100000", "--compile", "off", *further]
 
 
 def test_accuracy(run: Path) -> dict[str, float]:
@@ -171,13 +234,13 @@ def tables(parts: dict[str, Any]) -> str:
     commits = ", ".join(sorted({part["commit"] for part in parts.values() if "commit" in part}))
     lines = [f"{here['device']}, torch {here['torch']}, commit {commits}", ""]
     if "tests" in parts:
-        lines += [f"Tests marked gpu: {parts['tests']['output'].strip().splitlines()[-1]}", ""]
+        lines += [f"Tests marked gpu: {parts['tests']['summary']}", ""]
     compared = {name: part for name, part in parts.items() if name.startswith("throughput")}
     if compared:
         lines += ["| | plain | here | ratio | share of the ceiling |", "|---|---|---|---|---|"]
     for name, part in compared.items():
-        seconds = {row["what"]: row["seconds"] for row in part.get("rows", [])}
-        for row in (row for row in part.get("rows", []) if "speedup" in row):
+        seconds = {row["what"]: row["seconds"] for row in part["rows"]}
+        for row in (row for row in part["rows"] if "speedup" in row):
             plain, share = seconds[f"{row['what']}, plain"], 100 * row["share_of_ceiling"]
             times = f"{1e3 * plain:.1f} ms | {1e3 * row['seconds']:.1f} ms | {row['speedup']:.1f} x | {share:.0f} %"
             what = f"{name.removeprefix('throughput ')} (compiled: {part['compiled']}): {row['what']}"
@@ -189,20 +252,24 @@ def tables(parts: dict[str, Any]) -> str:
         numbers = f"{1e3 * part['seconds']:.1f} ms | {part['images_per_second']:,.0f}"
         lines.append(f"| {name.removeprefix('recipe ')} | {numbers} |")
     if "run" in parts:
-        lines += ["", f"Training run: {parts['run']['steps']} steps, exit status {parts['run']['status']}."]
+        lines += ["", f"Training run: {parts['plan of the run']['steps']} steps, all done."]
     if "accuracy" in parts.get("report", {}):
         lines.append(f"Its test accuracy: {100 * parts['report']['accuracy']:.1f} %; the rest is in its eval folders.")
+    for name, reason in parts["failed"].items():
+        lines += ["", f"Not done: {name} {reason}"]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--minutes", type=float, default=25, help="for this start, all parts together")
+    parser.add_argument("--run_minutes", type=float, help="for the run, over all starts; default: what is left")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: to try it out")
     parser.add_argument("--repeats", type=int, default=5)
     args, further = parser.parse_known_args()
-    end = time.monotonic() + 60 * args.minutes
     try:  # what the run at the end needs should be there now, and a data set may have to be downloaded
         if taken := SET_HERE & parse(further, Config).keys():
             raise utils.UserError(f"--{', --'.join(sorted(taken))}: this program sets it itself")
@@ -210,59 +277,27 @@ def main() -> None:
         data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
         parser.error(str(error))
-    further += ["--data_dir", cfg.data_dir, "--gpu", gpu_option(device)]  # absolute: programs start in HERE
-    utils.set_speed_options(device)
-    out = args.out.absolute()
-    results, sizes = Results(out, device), SIZES[device.type]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled"), "PYTHONUNBUFFERED": "1"}
+    further += ["--data_dir", cfg.data_dir]  # absolute: programs start in HERE
+    results = Results(args.out.absolute(), device, further)
+    ask, sizes = Questions(args, device, further, results), SIZES[device.type]
 
-    def todo(name: str, kept: float = 60) -> bool:
-        """Whether a part is not done yet and more than ``kept`` seconds are left."""
-        if name not in results.parts and left() > kept:
-            print(f"{name} ...", flush=True)
-            return True
-        return False
-
-    def left() -> float:
-        return end - time.monotonic()
-
-    if todo("tests"):
-        done = call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], min(left(), LONGEST_TESTS), environment)
-        if done["status"] == 1 and " failed" in done["output"]:  # they ran: that some fail is an answer, too
-            results.add("tests", done)
-        else:
-            results.add_done("tests", done)
+    parts = {"tests": ask.tests}
     for compile in ("off", "on"):
-        for network, (depth, width, batch_size) in sizes.items():
-            name, file = f"throughput {network}, compile {compile}", out / f"throughput_{network}_{compile}.json"
-            options = ["--depth", depth, "--width", width, "--batch_size", batch_size, "--compile", compile]
-            options += ["--device", args.device, "--repeats", args.repeats, "--parts", "sampler,step", "--json", file]
-            if todo(name):
-                done = call(["benchmarks/throughput.py", "--images", 5000, *options], left(), environment)
-                results.add_done(name, done, json.loads(file.read_text()) if done["status"] == 0 else None)
-    steps = {
-        f"recipe {recipe}, {network}": partial(recipe_step, recipe, depth, width, device)
-        for network, (depth, width, _) in sizes.items()
-        for recipe in RECIPES
-    }
-    steps["recipe of the run"] = partial(run_step, cfg, device)
-    for name, step in steps.items():
-        if todo(name):
-            try:
-                results.add(name, step(args.repeats))
-            except Exception:  # out of memory, say: the next start asks again
-                traceback.print_exc()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the training run, a process of its own
-    if "recipe of the run" in results.parts and todo("run", kept=REPORT):
-        seconds = results.parts["recipe of the run"]["seconds"]
-        results.add_done("run", training_run(out, further, left() - REPORT, seconds, environment))
-    for name, options in REPORTS.items():
-        if "run" in results.parts and todo(name):
-            run = trained_run(out)
-            arguments = ["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", gpu_option(device)]
-            results.add_done(name, call(arguments, left(), environment) | test_accuracy(run))
-    print(f"Look at {out / 'gpu.md'}.")
+        for network, size in sizes.items():
+            parts[f"throughput {network}, compile {compile}"] = partial(ask.throughput, *size, compile)
+    parts[STEP_OF_RUN] = ask.step_of_run
+    for network, (depth, width, _) in sizes.items():
+        if not set(recipe_names(network).values()) <= results.parts.keys():
+            parts[f"recipes, {network}"] = partial(ask.recipes, network, depth, width)
+    parts["run"] = ask.run
+    parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
+
+    failed = {re.sub("recipe .*, ", "recipes, ", name) for name in results.failed} - {"run"}
+    for name in sorted(parts, key=failed.__contains__):  # what failed before comes last
+        if name not in results.parts and ask.left() > LAST and (name != "run" or STEP_OF_RUN in results.parts):
+            print(f"{name} ...", flush=True)
+            parts[name](name)
+    print(f"Look at {args.out / 'gpu.md'}.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,37 +100,43 @@ def test_time_to_quality(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
-    """A second start does what is missing or has failed; the tables hold the numbers of all parts."""
-    asked, failing, run = [], ["-m", "benchmarks/throughput.py", "main.py"], tmp_path / "runs" / f"1_{gpu.RUN}"
+    """A second start does what is missing, and last what has failed; the tables hold the numbers of all parts."""
+    asked, run = [], tmp_path / "runs" / f"1_{gpu.RUN}"
+    failing = ["tests/test_gpu.py", "on", "m-jem", "--resume"]
 
-    def call(arguments, seconds, environment):
+    def call(self, arguments, seconds=None):
         asked.append(str(arguments[0]))
-        if failing and asked[-1] == failing[0]:
-            return {"status": None, "output": failing.pop(0)}
+        broken = [word for word in failing if word in arguments]
+        failing[:] = [word for word in failing if word not in broken]
         if "--json" in arguments:
             rows = [{"what": "sampler, plain", "seconds": 0.2}]
             rows.append({"what": "sampler", "seconds": 0.1, "speedup": 2.0, "share_of_ceiling": 0.4})
             Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({"rows": rows, "compiled": "nothing"}))
-        if "--resume" in arguments:
+        if "--resume" in arguments and not broken:
             (run / "ckpt").mkdir(parents=True)
             (run / "ckpt" / "last.pt").touch()
-        return {"status": 0, "output": "27 passed"}
+        names = ["command"] if "--command" in arguments else [word for word in arguments if word in RECIPES]
+        names = names[: names.index("m-jem")] if "m-jem" in broken else names
+        lines = [json.dumps({"name": name, "seconds": 0.05, "images_per_second": 1280}) for name in names]
+        return {"status": len(broken), "output": "\n".join([*lines, "27 passed"])}
 
-    monkeypatch.setattr(gpu, "call", call)
-    monkeypatch.setattr(gpu, "measure", lambda *_: {"step": [0.05]})
+    monkeypatch.setattr(gpu.Questions, "call", call)
     monkeypatch.setitem(gpu.TRAIN, gpu.RUN, gpu.TRAIN["digits"])
-    first = ["-m", *2 * ["benchmarks/throughput.py"], "main.py"]
-    second = ["-m", "benchmarks/throughput.py", *5 * ["main.py"]]
-    for minutes, expected in (("0.9", []), ("25", first), ("25", second), ("25", [])):
-        options = ["--out", str(tmp_path), "--device", "cpu", "--minutes", minutes]
-        monkeypatch.setattr(sys, "argv", ["", *options, "--dataset", "digits"])
+    speed, steps = 2 * ["benchmarks/throughput.py"], 3 * ["benchmarks/recipe_steps.py"]
+    first, second = ["-m", *speed, *steps, "main.py"], [*5 * ["main.py"], "-m", speed[0], steps[0]]
+    for minutes, expected in (("0.9", []), ("9.5", first), ("25", second), ("25", [])):
+        options = ["", "--out", str(tmp_path), "--device", "cpu", "--dataset", "digits", "--minutes"]
+        monkeypatch.setattr(sys, "argv", [*options, str(float(minutes) + (time.monotonic() - gpu.STARTED) / 60)])
         asked.clear()
         gpu.main()
         assert asked == expected
-    said, page = capsys.readouterr().out, (tmp_path / "gpu.md").read_text()
-    assert said.count("was stopped; the next start asks again") == 3
+        page = (tmp_path / "gpu.md").read_text() if asked or minutes == "25" else ""
+        assert page.count("Not done: ") == 4 * (expected == first)
     assert "Tests marked gpu: 27 passed" in page and ": nothing): sampler | 200.0 ms | 100.0 ms | 2.0 x | 40" in page
     assert all(f"| {step} | 50.0 ms | " in page for step in ("of the run", *(f"{name}, WRN-10-1" for name in RECIPES)))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch_size", "8"])
+    with pytest.raises(SystemExit, match="give the same, or another --out"):
+        gpu.main()
 
 
 def test_log_density_and_chain_length(tmp_path):
