@@ -28,6 +28,7 @@ SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; 
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
     *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
+RUN_DIRECTORY = re.compile(r"\d{8}-\d{6}_(energy_train|baseline_train|test|sample|score)")
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
     "train": "train|training|trn",
     "valid": "val|valid|validation|validate|dev|eval|evaluation",
@@ -117,14 +118,15 @@ def _list(root: Path, option: str) -> list[Names]:
     paths, left_out = [], Counter()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         here = Path(folder)
-        left_out.update(name for name in subfolders + names if name.lower() in SYSTEM_FILES)
+        foreign = {name for name in subfolders + names if name.lower() in SYSTEM_FILES or RUN_DIRECTORY.match(name)}
+        left_out.update("run" if RUN_DIRECTORY.match(name) else name for name in foreign)
         above = set(map(os.path.realpath, [here, *here.parents]))
         circles = [name for name in subfolders if os.path.realpath(here / name) in above]
-        kept = {name for name in subfolders + names if name[0] != "." and name.lower() not in SYSTEM_FILES}
+        kept = {name for name in subfolders + names if name[0] != "."} - foreign
         subfolders[:] = kept.intersection(subfolders).difference(circles)
         paths += [(*here.relative_to(root).parts, name) for name in kept.intersection(names)]
     if left_out:
-        note("left out, as systems put it there: " + ", ".join(f"{n} {name}" for name, n in sorted(left_out.items())))
+        note("left out, made by systems or runs: " + ", ".join(f"{n} {name}" for name, n in sorted(left_out.items())))
     return sorted(paths)
 
 

@@ -43,7 +43,6 @@ from models.jem import check_backbone
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
-# What uses a trained network.
 USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
 NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
 

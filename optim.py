@@ -85,15 +85,15 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def recalibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
+def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int = 1) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
-    A no-op without batch normalisation. Neither the model's mode nor any random generator changes.
+    In batches of ``least`` images, of small ones 500. Neither the model's mode nor any random generator changes.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # dropout's
         images = images[:REFIT_IMAGES].to(device)
-        n_batches = math.ceil(len(images) / images_per_batch(500, images.shape[1:]))
+        n_batches = math.ceil(len(images) / max(least, images_per_batch(500, images.shape[1:])))
         batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average
         torch.optim.swa_utils.update_bn(map(to_float, batches), model)

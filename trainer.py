@@ -109,9 +109,8 @@ class Trainer:
         if self.synced:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
-        statistics = cfg.norm_statistics if cfg.samples else "batch"
-        self.one_process_forward = JointForward(self.model, self.forward, statistics)
-        self.joint_forward, on_gpu = self.one_process_forward, self.device.type == "cuda"
+        statistics, on_gpu = cfg.norm_statistics if cfg.samples else "batch", self.device.type == "cuda"
+        self.joint_forward = self.one_process_forward = JointForward(self.model, self.forward, statistics)
         if distributed.is_distributed():  # gradients become means over all processes
             self.joint_forward = DistributedDataParallel(self.joint_forward, [self.device] if on_gpu else None)
         captures = on_gpu and not distributed.is_distributed()
@@ -160,8 +159,7 @@ class Trainer:
         state = tree_to(self.state_dict())
         batch, _ = self.next_inputs(sgld_steps=1)  # a chain compiles itself
         if self.compiles:
-            try:  # the network's forward and backward pass; or go on without
-                # Not joint_forward, where processes wait for each other.
+            try:  # the network's passes, not joint_forward, where processes wait for each other; or go on without
                 logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
                 sum(part.sum() for part in logits if part is not None).backward()
             except Exception as error:  # the compiler's exceptions share no public base class
@@ -299,7 +297,7 @@ class Trainer:
 
     def recalibrate_ema(self) -> None:
         if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
-            recalibrate_batch_norm(self.ema, self.data.train.images)  # before they are used or saved
+            recalibrate_batch_norm(self.ema, self.data.train.images, self.cfg.batch_size // self.world.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""

@@ -60,7 +60,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], **further: Any) -> bytes:
     """A file that ``load_checkpoint`` reads: tensors, and what ``content`` and ``further`` say of them."""
     about = {"config": content["config"], "data": content["data"], "step": content["state"]["step"]}
-    about |= {"averaged": "ema" in content["state"], **further}
+    about |= {"averaged": "ema" in content["state"], "processes": content.get("processes", 1), **further}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     return save(tensors, {name: json.dumps(value) for name, value in about.items()})
 

@@ -16,8 +16,7 @@ from config.cli import as_typed
 from models import JEM, build_model
 from utils import UserError
 
-# The options that make other weights, or weights of another network.
-NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])
+NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])  # with others, weights are others
 OF_TRAINING = ("data", "model", "optimisation", "SGLD", "objective")  # groups of options that a checkpoint brings along
 
 

@@ -95,7 +95,8 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     print(f"{path}: {'; '.join(told)}.", file=sys.stderr)
     class_names = CIFAR10 if (options["dataset"], n_classes) == ("cifar10", 10) else [str(i) for i in range(n_classes)]
     about = {"shape": [channels, side, side], "class_names": class_names, "assumed": True}
-    config = asdict(Config(**options, load_ckpt=str(path))) | {"load_ckpt": ""}
+    network = {"backbone": Config.backbone, "activation": Config.activation}  # not those of a recipe that was given
+    config = asdict(Config(**network | options, load_ckpt=str(path))) | {"load_ckpt": ""}
     return {"format": CHECKPOINT_FORMAT, "config": config, "data": about, "state": state}
 
 

@@ -128,7 +128,7 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
         case _ if name in NAMED:
             if inputs.cfg.dataset == "folder":  # it is not downloaded into a folder of images, as one class more
                 folder = os.path.abspath(Config.data_dir)
-                if folder == inputs.cfg.data_dir:
+                if Path(folder).is_relative_to(inputs.cfg.data_dir):
                     raise UserError(f"it would be downloaded into your images in {folder}: move them elsewhere")
             others = data.load(name, folder, device=inputs.device).test
         case _:

@@ -70,7 +70,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     sets = {name: images for name, images in sets.items() if name not in FILTERED}
     for name, (images, protocol) in sets.items():
         section.picture(f"samples_{name}", f"Samples: {protocol}", image_grid(images[:100], 10))
-    sets["test images"] = ImageSet(inputs.subset(data.test, 1000).images, "test images")
+    sets["test images"] = ImageSet(inputs.subset(data.test, min(cfg.max_images or 1000, 1000)).images, "test images")
     searched = inputs.subset(data.train, min(cfg.max_images or NEAREST_AMONG, NEAREST_AMONG)).images
     add_nearest(section, sets, searched, (feature_model or inputs.model).f)
 

@@ -33,9 +33,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
     images = load_data(cfg, path, content, device)
-    images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
+    images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     trained = Config.from_dict(content["config"], str(path))
     inputs = EvalInputs(cfg, model, images, buffer, features, device, trained.classifies)
 

@@ -40,7 +40,8 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     else:
         try:
             with Image.open(name) as mask:
-                mask = to_8_bits(ImageOps.exif_transpose(mask))
+                ImageOps.exif_transpose(mask, in_place=True)  # a copy has no format, which sets the white level
+                mask = to_8_bits(mask)
                 if mask.has_transparency_data:
                     mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
                 unknown = torch.from_numpy(np.array(mask.convert("L")) >= 128)

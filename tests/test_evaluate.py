@@ -90,9 +90,10 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
         inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"))
         assert foreign_images("mnist", inputs.data.test.images[:20], inputs).shape == (20, 1, 8, 8)
         assert places.pop() == str(Path(place).absolute())
-    cfg = Config(mode="test", dataset="folder", max_images=40)  # in data/, the default
-    with pytest.raises(UserError, match="would be downloaded into your images"):
-        foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
+    for place in ("data", "."):  # the default is in data/
+        cfg = Config(mode="test", dataset="folder", data_dir=place, max_images=40)
+        with pytest.raises(UserError, match="would be downloaded into your images"):
+            foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
 
 
 @pytest.mark.parametrize("true_temperature", [0.4, 3.0])
@@ -182,7 +183,6 @@ def test_some_images_are_random_the_same_every_time_and_noisy_only_when_asked(in
     assert len(chosen) == 40 and torch.equal(chosen, inputs.subset(split).images)
     assert not torch.equal(chosen, torch.arange(40)) and len(chosen.unique()) == 40
     assert len(inputs.subset(split, 7)) == 7
-
     images = inputs.data.test.images
     assert torch.equal(inputs.with_noise(images), images)
     noisy = replace(inputs, cfg=replace(inputs.cfg, sigma_test=0.5))
@@ -255,7 +255,6 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     difference = of_train.logsumexp(1).mean() - of_test.logsumexp(1).mean()
     in_report = found["classification"]["log p(x), training minus test (nats)"]["value"]
     assert in_report == pytest.approx(difference.item(), abs=1e-4)
-
     temperatures = [math.exp(i / 100) for i in range(-300, 301)]
     losses = [F.cross_entropy(of_valid / t, valid.labels).item() for t in temperatures]
     assert found["calibration"]["temperature"]["value"] == pytest.approx(temperatures[np.argmin(losses)], rel=0.02)
@@ -301,7 +300,7 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["same class"]
     assert same_network["value"] == 1
     nearest = results["quality"]["results"]["L2 distance to the nearest training image"]
-    assert nearest["fresh"]["mean"]["n"] == 35  # the samples count though --max_images is less
+    assert [nearest[row]["mean"]["n"] for row in ("fresh", "test images")] == [35, 30]  # samples whatever --max_images
     (note,) = results["quality"]["notes"]
     assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     assert {(x.min().item(), x.max().item(), (x == x.round()).all().item()) for x in seen} == {(0, 16, True)}
@@ -309,7 +308,6 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
     log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
     assert log_z["n"] == 20 and ", 3 temperatures" in log_z["protocol"]
-
     text = (report / "report.md").read_text()
     assert note in text
     for name in ("classification", "calibration", "ood", "robustness", "quality", "likelihood"):
@@ -437,7 +435,6 @@ def test_each_attack_can_be_measured_alone(run, quick):
         assert set(section.pictures) == {"robustness"}
         found |= numbers
     assert found == everything
-
     _, section = measured("--attacks", "autoattack, pgd", "--refine_steps", "0")
     assert set(section.absent) == {"PGD through refinement", "PGD past refinement"}
 
@@ -529,8 +526,8 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     options = "--dataset folder --batch_size 16 --buffer_size 32 --max_steps 2 --n_valid 8 --data_dir".split()
     status, trained = start(tmp_path, *options, str(data_dir))
     assert status == 0
-    command = [*SHORT, "--load_ckpt", str(trained), "--ood_datasets", folder]
-    assert main([*command, "--eval", "classification,ood"]) == 0
+    command = [*SHORT, "--load_ckpt", str(trained), "--ood_datasets", folder, "--feature_ckpt", str(trained)]
+    assert main([*command, "--eval", "classification,ood,quality"]) == 0
     text = (trained / "eval" / "results.json").read_bytes().decode()
     results = json.loads(text)
     assert "\\udc" not in text.replace("\\\\udc", "")  # no lone surrogate, which strict readers refuse
@@ -541,7 +538,6 @@ def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypa
     report, page = ((trained / "eval" / f"report.{form}").read_bytes().decode() for form in ("md", "html"))
     assert all(f"| {name} |" in unescape(report) and f">{name}<" in unescape(page) for name in printed)
     assert "<b>" not in report + page
-
     sample = ["--mode", "sample", "--class_cond", "--n_sample_steps", "1", "--n_samples", "8", "--gpu", "cpu"]
     assert main([*sample, "--load_ckpt", str(trained), "--logdir", str(tmp_path / "samples")]) == 0
     assert len(list((tmp_path / "samples").glob("*/samples.png"))) == 1

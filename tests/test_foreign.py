@@ -230,7 +230,7 @@ def test_chains_run_as_their_authors_ran_them(tmp_path):
     _, content = opened(tmp_path, weights_of("batch"))
     chosen = {name: content["config"][name] for name in ("start", "sgld_std", "sgld_clamp", "sgld_grad_clamp")}
     assert chosen == {"start": "class_gaussian", "sgld_std": 0.0, "sgld_clamp": True, "sgld_grad_clamp": 1.0}
-    for recipe, start in (("m-jem", "gaussian"), ("oe-jem", "class_gaussian")):
+    for recipe, start in (("m-jem", "gaussian"), ("oe-jem", "class_gaussian"), ("dat", "class_gaussian")):
         assert opened(tmp_path, weights_of("batch"), recipe=recipe)[1]["config"]["start"] == start
     _, content = opened(tmp_path, weights_of())
     assert (content["config"]["start"], content["config"]["sgld_clamp"]) == ("uniform", False)

@@ -131,9 +131,15 @@ def shipped(run_dir, tmp_path_factory):
 
 
 def test_images_that_are_named_serve_a_file_that_has_gaussians(shipped):
-    with pytest.warns(UserWarning, match="does not use epochs$"):
-        run = load_run(shipped, gpu="cpu", dataset="digits", epochs=3)
+    with pytest.warns(UserWarning, match="does not use epochs, from_buffer$"):
+        run = load_run(shipped, gpu="cpu", dataset="digits", epochs=3, from_buffer=True)
     assert run.fresh_start[0] == "class_gaussian" != load_run(shipped, gpu="cpu").fresh_start[0]
+
+
+def test_an_exported_run_of_several_processes_draws_in_batches_of_one_of_them(run_dir, tmp_path):
+    content = torch.load(run_dir / "ckpt" / "last.pt", weights_only=True) | {"processes": 2}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_file(content["state"]["model"], content))
+    assert 2 * load_run(tmp_path / "a.safetensors", gpu="cpu").cfg.n_chains == load_run(run_dir, gpu="cpu").cfg.n_chains
 
 
 def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp_path, monkeypatch, capsys):

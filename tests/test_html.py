@@ -151,7 +151,6 @@ def test_two_runs_side_by_side(run, evaluated, tmp_path):
     assert page.tables == tables_of_markdown(text)
     assert all(table[0][1:3] == ["this run", "other run"] for table in page.tables)
     assert page.tables[1][1:] == [["--n_sample_steps", "1", "77"]]
-
     rows = {row[0]: row[1:] for table in page.tables[2:] for row in table}
     accuracy = mine["classification"]["results"]["accuracy"]
     assert accuracy["value"] != 0.1234

@@ -179,12 +179,13 @@ def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
     litter = {f"train/{c}/@eaDir/image.png/SYNOPHOTO_THUMB_{size}.jpg": png for c in ("cat", "dog") for size in "SM"}
     litter |= dict.fromkeys(("$RECYCLE.BIN/S-1-5/x.png", "System Volume Information/x", "__MACOSX/y/._x.png"), png)
     litter |= dict.fromkeys(("lost+found/x", "train/cat/Thumbs.db", "test/dog/desktop.ini", "readme.txt"), b"litter")
+    litter |= dict.fromkeys(("20261130-010203_sample_a/samples.png", "runs/20261130-010203_test/eval/a.png"), png)
     litter |= dict.fromkeys((".DS_Store", "train/cat/.ipynb_checkpoints/x.png", "train/.thumbnails/a.png"), png)
     loaded = load_folder(write_files(tmp_path, four(png) | {"test/cat/more/2.png": png} | litter))
     assert loaded.train.labels.bincount().tolist() == [1, 1] and loaded.test.labels.bincount().tolist() == [2, 1]
     assert capsys.readouterr().out.splitlines()[0] == (
-        "data: left out, as systems put it there: 1 $RECYCLE.BIN, 2 @eaDir, 1 System Volume Information, 1 Thumbs.db, "
-        "1 __MACOSX, 1 desktop.ini, 1 lost+found"
+        "data: left out, made by systems or runs: 1 $RECYCLE.BIN, 2 @eaDir, 1 System Volume Information, 1 Thumbs.db, "
+        "1 __MACOSX, 1 desktop.ini, 1 lost+found, 2 run"
     )
 
 
@@ -236,15 +237,12 @@ def test_stale_cache_is_noticed(tmp_path, decoded):
     os.utime(file, ns=(0, 1))
     reference = load_folder(tmp_path)
     check_cache(tmp_path, decoded, 0, reference)
-
     file.write_bytes(encode(random_images(8, 8, 3)))
     changed = load_folder(tmp_path)
     assert len(decoded) == 12 and not torch.equal(changed.train.images, reference.train.images)
-
     decoded.clear()
     file.rename(tmp_path / "train/a/9.png")
     assert rows(load_folder(tmp_path).train) == rows(changed.train) and len(decoded) == 12
-
     (tmp_path / "train/b/0.png").unlink()
     assert len(load_folder(tmp_path).train) == 5
 

@@ -197,7 +197,6 @@ def test_joint_loss_against_a_direct_computation():
     y, y_sampled, y_real = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 2, 1, 0]), torch.arange(5) % 3
     cfg = loss_options(p_y_x_weight=0.7, p_x_weight=1.3, p_x_y_weight=0.4, mean_energy_l2=0.2)
     loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, energy_l2=0.1)
-
     d_labelled, d_real, d_sampled, d_far = (x.double().exp().sum(1).log() for x in (labelled, real, sampled, far))
     of_labels, climbed = labelled[range(4), y].double(), sampled[range(6), y_sampled].double()
     m_real, m_sampled = d_real.mean(), d_sampled.mean()

@@ -186,7 +186,6 @@ class TestCommandLine:
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(run)["step"] == 22 and "processes" not in state(run)
-
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
         test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
         test += ["--feature_ckpt", str(run), "--load_ckpt", str(run)]

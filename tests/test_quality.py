@@ -252,18 +252,15 @@ def test_quality_while_training(tmp_path, monkeypatch):
     """The distances are those of a slow computation, the best step's weights are kept, training is as without."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
     monkeypatch.setattr(fid, "N_REFERENCE", 500)
-
     features = new_run(TINY, tmp_path / "features", "--mode", "baseline_train", "--max_steps", "2")
     measured = ["--quality_every", "2", "--n_samples", "150", "--n_sample_steps", "3", "--feature_ckpt", str(features)]
     averaged = [*TINY, "--ema", "0.99", "--lr", "0.01"]  # far from the last weights
     run, plain = new_run(averaged, tmp_path / "measured", *measured), new_run(averaged, tmp_path / "plain")
     weights, scores = state(run)["ema"], state(run)["best"]
     assert equal(state(run)["model"], state(plain)["model"])
-
     lines = {line["step"]: line for line in read_log(run / "metrics.jsonl") if "quality/buffer" in line}
     assert list(lines) == [26, 39]
     assert state(run, "best_quality.pt")["step"] == min(lines, key=lambda step: lines[step]["quality/fresh_samples"])
-
     assert scores.keys() == {"best.pt", "best_quality.pt"}
     for n, best in ((150, scores), (149, {"best.pt": scores["best.pt"]})):
         assert continued({"resume": str(run), "n_samples": n}, str(run)).content["state"]["best"] == best

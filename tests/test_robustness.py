@@ -72,7 +72,6 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
     alive = masks(classifier, norm, 2, images, labels, epsilons, batch_size=3)
     counts = [kept.sum().item() for kept in alive]
     assert counts[0] == 8 and counts[-1] < counts[0] and counts == sorted(counts, reverse=True)
-
     attacked = pgd_attack(classifier, epsilons[1], norm, 20, seeded(), images, labels)
     order = math.inf if norm == "Linf" else 2
     assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)

@@ -12,6 +12,7 @@ from PIL import Image, ImageSequence
 from reference import reference_chain
 from sklearn.datasets import load_digits
 from small_runs import new_run, refused, seeded, state
+from test_image_folder import tiff
 
 import main
 from evaluation import quality
@@ -211,13 +212,14 @@ def test_no_step_leaves_the_start(jem, tmp_path):
     assert pixels(next(run.glob("*.png"))).std() > 5
 
 
-def test_what_is_transparent_in_a_mask_is_known(tmp_path, monkeypatch):
+def test_what_is_transparent_in_a_mask_is_known_and_white_is_what_its_format_says(tmp_path, monkeypatch):
     alpha = np.zeros((8, 8), np.uint8)
     alpha[:, :3] = 255
     white, alpha_band = Image.new("L", (8, 8), 255), Image.fromarray(alpha)
     Image.merge("RGBA", [white, white, white, alpha_band]).save(tmp_path / "rgba.png")
     Image.merge("LA", [white, alpha_band]).save(tmp_path / "grey.png")
     alpha_band.save(tmp_path / "one level.png", transparency=0)
+    (tmp_path / "white is zero.tif").write_bytes(tiff(np.where(alpha, np.uint16(0), np.uint16(65535)), 16, 0))
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises

@@ -130,9 +130,9 @@ def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
     run = trained(5, norm="batch", ema=0.9, dropout_rate=0.1)
     images, first, seen, before = run.data.train.images[:251], run.ema.f.layer1[0].bn1, {}, torch.get_rng_state()
     first.register_forward_hook(lambda module, inputs, _: seen.update(x=inputs[0]))
-    for size, tolerance in ((251, 1e-5), (250, 1e-3)):
+    for size, least, tolerance in ((251, 1, 1e-5), (250, 1, 1e-3), (1, 251, 1e-5)):
         monkeypatch.setattr(optim, "images_per_batch", lambda *_, size=size: size)
-        optim.recalibrate_batch_norm(run.ema, images)
+        optim.recalibrate_batch_norm(run.ema, images, least)
         run.ema(data.to_float(images))
         torch.testing.assert_close(first.running_mean, seen["x"].mean((0, 2, 3)), rtol=0, atol=tolerance)
         torch.testing.assert_close(first.running_var, seen["x"].var((0, 2, 3)), rtol=0, atol=tolerance)
@@ -140,14 +140,15 @@ def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_averaged_weights_have_them_where_they_are_used():
-    """Where no samples are drawn, so that nothing is frozen; and in films between two evaluations."""
+def test_averaged_weights_have_them_where_they_are_used(monkeypatch):
+    """Where no samples are drawn, so that nothing is frozen; and in films between two evaluations. Of large images."""
+    monkeypatch.setattr(optim, "images_per_batch", lambda *_: 1)
     for mode, statistics in (("baseline_train", "frozen"), ("energy_train", "running")):
         run = trained(3, norm="batch", ema=0.9, mode=mode, norm_statistics=statistics)
         run.logger = Mock()
         run.recalibrate_ema() if run.sampler is None else run.dump_gif()
         used = run.ema.f.bn1.running_mean.clone()
-        optim.recalibrate_batch_norm(run.ema, run.data.train.images)
+        optim.recalibrate_batch_norm(run.ema, run.data.train.images, run.cfg.batch_size)
         assert used.any() and torch.equal(run.ema.f.bn1.running_mean, used)
 
 
