@@ -351,6 +351,9 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
     assert [len(part) for part in (same.train, same.valid, same.test)] == [13, 3, 4]  # --n_valid of the training
     assert "other images than those" not in capsys.readouterr().out
+    write_pngs(tmp_path / "own", "a", "b")  # in the same places, but other pixels: perhaps the same images, saved again
+    assert len(data.load("folder", tmp_path / "own", trained_on=trained_on).test) == 4
+    capsys.readouterr()
     write_pngs(tmp_path / "few", "a", "b", n=1)
     assert len(data.load("folder", tmp_path / "few", trained_on=trained_on).test) == 2
     write_pngs(tmp_path / "other", "a", "b", n=11)

@@ -280,6 +280,15 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     assert worst == pytest.approx(roc_auc_score(target, torch.cat([score[:80], moved])), abs=1e-3)
 
 
+def test_bits_count_the_grey_levels_of_the_data_set(inputs, monkeypatch, tmp_path):
+    levels = []
+    monkeypatch.setattr(likelihood, "add_bits", lambda *arguments: levels.append(arguments[4]))
+    for dataset in ("digits", "cifar10"):
+        other, section = replace(inputs, cfg=replace(inputs.cfg, dataset=dataset)), Section("likelihood", tmp_path)
+        likelihood.measure(other, section)
+    assert levels == [17, 256] and "likelihood at another temperature" in section.absent
+
+
 @pytest.mark.slow
 def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys, monkeypatch):
     seen, dequantise = [], likelihood.ais.dequantise
@@ -304,6 +313,8 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     (note,) = results["quality"]["notes"]
     assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     assert {(x.min().item(), x.max().item(), (x == x.round()).all().item()) for x in seen} == {(0, 16, True)}
+    valid = (load("digits").valid.images * (16 / 255)).round()
+    assert all((valid == image).flatten(1).all(1).any() for image in seen[1])  # on which the temperature is chosen
     bits = results["likelihood"]["results"]["test bits per dimension"]
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
     log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
@@ -318,16 +329,28 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
 
 def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path):
     lone = tmp_path / "model.pt"
-    lone.write_bytes((run / "ckpt" / "last.pt").read_bytes())
+    lone.write_bytes((run / "ckpt" / "best.pt").read_bytes())
     before = {path: path.read_bytes() for path in run.rglob("eval/*")}
     short = [*SHORT, "--eval", "classification", "--load_ckpt"]
     assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
-    assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), "--note", "lone"]) == 0
+    lone = [
+        str(lone),
+        "--logdir",
+        str(tmp_path / "new"),
+        "--note",
+        "lone",
+        "--eval",
+        "classification,quality,likelihood",
+    ]
+    assert main([*short, *lone, "--ais_chains", "2", "--ais_temperatures", "2"]) == 0
     assert before == {path: path.read_bytes() for path in before}
     reports = sorted(path.parent.name for path in run.glob("eval*/report.md"))
     assert len(reports) >= 2 and f"eval-{len(reports)}" in reports
     (found,) = (tmp_path / "new").glob("*_test_lone/eval/results.json")
-    assert json.loads(found.read_text())["classification"]["results"]["accuracy"]["n"] == 20
+    results = json.loads(found.read_text())
+    assert results["classification"]["results"]["accuracy"]["n"] == 20
+    assert "samples of the replay buffer" in results["quality"]["absent"]
+    assert {"likelihood at another temperature", "reverse estimate, 1/T = 1"} <= results["likelihood"]["absent"].keys()
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
@@ -381,6 +404,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
         (["--load_ckpt", "RUN", "--max_images", "3"], "--max_images must be at least 20"),
         (["--load_ckpt", "RUN", "--attacks", "pgd,fgsm"], "autoattack, separated by commas, not 'fgsm'"),
         (["--load_ckpt", "RUN", "--attacks", "refined,pgd", "--refine_steps", "0"], "--refine_steps above 0"),
+        (["--load_ckpt", "RUN", "--recipe", "dat"], "was trained with --recipe jem: give single options"),
         (["--load_ckpt", "/nowhere"], "no checkpoint at /nowhere"),
         (["--load_ckpt", "a" * 300], "no checkpoint at"),
         ([], "needs --load_ckpt"),

@@ -140,6 +140,10 @@ def test_an_exported_run_of_several_processes_draws_in_batches_of_one_of_them(ru
     content = torch.load(run_dir / "ckpt" / "last.pt", weights_only=True) | {"processes": 2}
     (tmp_path / "a.safetensors").write_bytes(safetensors_file(content["state"]["model"], content))
     assert 2 * load_run(tmp_path / "a.safetensors", gpu="cpu").cfg.n_chains == load_run(run_dir, gpu="cpu").cfg.n_chains
+    content["config"]["sync_batch_norm"] = True  # whose chains are of all processes
+    (tmp_path / "a.safetensors").write_bytes(safetensors_file(content["state"]["model"], content))
+    assert load_run(tmp_path / "a.safetensors", gpu="cpu").cfg.n_chains == load_run(run_dir, gpu="cpu").cfg.n_chains
+    assert load_run(run_dir, gpu="cpu", precision="bf16").sampler_model().f.conv1.weight.dtype == torch.bfloat16
 
 
 def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp_path, monkeypatch, capsys):

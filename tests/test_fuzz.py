@@ -41,7 +41,7 @@ def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, cap
     except SystemExit as stop:  # --help
         status = stop.code
     captured = capsys.readouterr()
-    assert status in (0, 2)
+    assert status in (0, 2) or (status == 1 and "failed: " in captured.err)  # it may diverge again and again
     assert "Traceback" not in captured.err
     if status == 2:
         lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]

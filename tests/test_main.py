@@ -115,6 +115,7 @@ class TestEnergyTrain:
         for name in ("test_accuracy.png", "loss.png"):
             assert np.asarray(Image.open(jem / name)).std() > 5
         assert {"last.pt", "previous.pt", "best.pt"} == {p.name for p in (jem / "ckpt").iterdir()}
+        assert state(jem, "best.pt").keys() == {"step", "model"}
         assert state(jem)["step"] == 84
         valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
         assert state(jem)["best"] == {"best.pt": max(valid)}
@@ -263,8 +264,9 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
     assert unchanged == 64 - 16 and mine["step"] == 1
-    train(tmp_path / "by_class", "--load_ckpt", str(jem), *options, "--class_cond")
-    assert "replay buffer has another size, or no classes: starting with a fresh one" in capsys.readouterr().out
+    for other in (["--class_cond"], ["--buffer_size", "32"]):
+        train(tmp_path / other[0], "--load_ckpt", str(jem), *options, *other)
+        assert "replay buffer has another size, or no classes: starting with a fresh one" in capsys.readouterr().out
 
 
 def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
@@ -484,9 +486,3 @@ def test_another_network(option, own, other, tmp_path, capsys):
     for arguments in ([*TINY, *options, "energy_train"], [*options, "sample"], [*options, "test"]):
         err = refused(capsys, *arguments)
         assert "holds another network" in err and f"{option} {own}" in err and not (tmp_path / "new").exists()
-
-
-def test_images_of_another_size(jem, tmp_path, capsys):
-    options = ["--dataset", "folder", "--data_dir", str(write_pngs(tmp_path, "a", "b"))]
-    err = refused(capsys, "--mode", "test", "--gpu", "cpu", "--load_ckpt", str(jem), *options)
-    assert "was trained on images of 1x8x8 in 10 classes, and those of folder are of 1x8x8 in 2: choose" in err

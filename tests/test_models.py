@@ -13,7 +13,6 @@ from torch.autograd import gradcheck
 
 from losses import joint_loss
 from models import JointForward, Logits, build_model, copy_weights, frozen_sampler_model
-from models.batch_norm import running_stats_update
 from models.predict import predict
 from utils import UserError
 
@@ -52,15 +51,6 @@ def test_robust_networks_start_as_their_authors_do():
     assert build_model(3, 10, 10, 1).class_output.bias.any()  # other networks are as before
 
 
-def test_stages_have_the_strides_and_widths_of_the_paper():
-    model, shapes = build_model(3, 10, 16, 2), []
-    for stage in (model.f.conv1, model.f.layer1, model.f.layer2, model.f.layer3):
-        stage.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
-    model(torch.zeros(1, 3, 32, 32))
-    assert shapes == [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
-    assert model.f.layer2[0].conv1.stride == (1, 1) and model.f.layer2[0].conv2.stride == (2, 2)
-
-
 def test_a_network_says_what_it_is_and_refuses_what_it_cannot_be():
     model = build_model(3, 7, 16, 2, backbone="robust")
     assert (model.name, model.in_channels, model.n_classes) == ("WRN-16-2", 3, 7)
@@ -75,21 +65,6 @@ def test_the_loss_imports_networks_and_nothing_else_of_the_program():
     assert files & set(done.stdout.split()) == {"distributed", "losses", "models", "utils"}
 
 
-def test_a_block_by_hand():
-    torch.manual_seed(0)
-    model = build_model(3, 10, 10, 1)
-    block, x = model.f.layer2[0], torch.randn(2, 16, 8, 8)
-
-    def conv(layer, x, stride=1, pad=1):
-        return torch.nn.functional.conv2d(x, layer.weight, layer.bias, stride, pad)
-
-    def leaky(x):
-        return torch.where(x > 0, x, 0.2 * x)
-
-    by_hand = conv(block.conv2, leaky(conv(block.conv1, leaky(x))), 2) + conv(block.shortcut[0], x, 2, 0)
-    torch.testing.assert_close(block(x), by_hand)
-
-
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
     """Batch: each channel over the batch; instance: each channel of each image; group: each group of each image."""
@@ -101,18 +76,6 @@ def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
     assert out.mean(dims).abs().max() < 1e-4
     assert (out.var(dims, correction=0) - 1).abs().max() < 0.05  # eps, where a channel hardly varies
     assert (seen["x"].mean(dims).abs().max() > 0.05) and not torch.equal(out, seen["x"])
-
-
-def test_running_statistics_are_left_alone_where_they_are_told_to():
-    """The output is that of training all the same."""
-    model, x = tiny(norm="batch").train(), torch.rand(6, 1, 8, 8)
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with running_stats_update(model, enabled=False):
-        frozen = model(x)
-    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
-    with running_stats_update(model, enabled=True):
-        assert torch.equal(model(x), frozen)
-    assert model.f.bn1.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

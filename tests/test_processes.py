@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import new_run, refused, seeded, state
+from small_runs import new_run, refused, state
 from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, statistics, train
 
 import data
@@ -173,6 +173,7 @@ class TestCommandLine:
         found, size = load_checkpoint(run / "ckpt" / "last.pt"), (run / "ckpt" / "last.pt").stat().st_size
         assert int(out.partition(" MB for checkpoints")[0].split()[-1]) == pytest.approx(3 * size / 1e6, abs=1)
         assert found["state"]["step"] == 20 and len(read_log(run / "metrics.jsonl")) == 2
+        assert [sum(line["sgld/classes"]) for line in read_log(run / "metrics.jsonl")] == [10 * 64] * 2
         with monkeypatch.context() as patches:
             cfg = Config.from_dict(found["config"], "")
             runs = [trainer.Trainer(cfg, digits, torch.device("cpu"), World(rank, 2)) for rank in (0, 1)]
@@ -186,6 +187,10 @@ class TestCommandLine:
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(run)["step"] == 22 and "processes" not in state(run)
+        more = [trainer.Trainer(cfg, digits, torch.device("cpu"), World(rank, 2)) for rank in (0, 1)]
+        for one in more:  # chains of their own, though both have the state of one
+            one.resume(state(run))
+        assert not torch.equal(*(one.rng.sgld.get_state() for one in more))
         test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
         test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
         test += ["--feature_ckpt", str(run), "--load_ckpt", str(run)]
@@ -294,6 +299,7 @@ class TestPlace:
         [
             ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
             ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
+            ({"outlier_weight": 1.0, "outlier_batch_size": 15}, "--outlier_batch_size 15 cannot be divided evenly"),
             ({"class_cond": True, "buffer_size": 110}, "among 2 processes and 10 classes"),
         ],
     )
@@ -311,6 +317,9 @@ class TestPlace:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         assert utils.pick_device("3") == torch.device("cuda", 3)
+        for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, known=capability: known)
+            assert utils.pick_dtype("auto", torch.device("cuda", 3)) == dtype
         for name, value in {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         assert utils.pick_device("0") == torch.device("cuda", 1)
@@ -320,20 +329,13 @@ class TestPlace:
             utils.pick_device("0")
 
 
-def test_images_that_stay_on_the_host(monkeypatch):
+def test_images_that_stay_on_the_host(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10_000))
     gpu = torch.device("cuda", 0)
     assert [data.stays_on_host(n, gpu, "auto") for n in (2000, 2001)] == [False, True]
     assert [data.stays_on_host(5000, gpu, where) for where in ("cpu", "gpu")] == [True, False]
     assert not data.stays_on_host(5000, torch.device("cpu"), "auto")
-
-
-def test_batches_go_on_after_a_resume(digits):
-    through, resumed = (data.Batches(digits.train, 200, True, 0.1, seeded(1)) for _ in range(2))
-    for step in range(20):  # 6 batches in a pass
-        if step in (3, 6, 7):
-            old = resumed
-            resumed = data.Batches(digits.train, 200, True, 0.1, seeded(1))
-            resumed.load_state_dict(old.state_dict())
-            resumed.rng.set_state(old.rng.get_state())
-        assert all(map(torch.equal, through.next(), resumed.next()))
+    asked = []
+    monkeypatch.setattr(data, "stays_on_host", lambda n_bytes, device, where: asked.append(where))
+    new_run([*SMALL, "--max_steps", "1", "--data_device", "gpu"], tmp_path)
+    assert asked == ["gpu"]

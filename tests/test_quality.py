@@ -204,7 +204,8 @@ def reports(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid, "load_inception", lambda: Projection())
-        return {name: measured(run, "--fid_reference", name) for name in ("train", "train+test")}
+        features = new_run(TINY, tmp_path_factory.mktemp("runs"), "--seed", "2", "--max_steps", "13")
+        return {name: measured(run, "--fid_reference", name, features=features) for name in ("train", "train+test")}
 
 
 ROWS = ["test images", "chain starts", "fresh", "fresh, class-conditional", "buffer", "buffer, filtered"]
@@ -218,6 +219,7 @@ def test_one_row_a_protocol_and_one_column_a_measure(reports):
     for name in ROWS:
         assert list(inception_table[name]) == ["FID", *DISTANCES, "IS", "IS, standard deviation"]
         assert list(table[name]) == ["Fréchet distance", *DISTANCES, "same class"]
+    assert min(table[name]["same class"]["value"] for name in ROWS) < 1
     assert [table[name]["recall"]["n"] for name in ROWS[:5]] == [30] * 5 and table[ROWS[5]]["recall"]["n"] < 30
     assert len({table[name]["Fréchet distance"]["value"] for name in ROWS}) == len(ROWS)
     assert "log p(x)" in table["fresh"]["KID"]["protocol"] and "log p(x|y)" in table[ROWS[3]]["KID"]["protocol"]
@@ -269,13 +271,15 @@ def test_quality_while_training(tmp_path, monkeypatch):
     model.load_state_dict(weights)
     network.load_state_dict(state(features, "best.pt")["model"])
     rng, starts, fresh = seeded(1 + 39), [], []
-    for seed in torch.randint(2**31, (3,), generator=rng).tolist()[:2]:  # of two batches, as large as in training
+    *seeds, after = torch.randint(2**31, (3,), generator=rng).tolist()
+    for seed in seeds:  # of two batches, as large as in training
         rng.manual_seed(seed)
         starts.append(uniform_images(100, (1, 8, 8), rng))
         fresh.append(reference_chain(model.log_density, starts[-1], 3, 1.0, 0.01, rng).x)
+    held = [state(run)["buffer"]["images"][torch.randperm(200, generator=rng.manual_seed(after))[:150]]]
     of = lambda images: network.eval().f(images).double().detach().numpy()  # noqa: E731
     real = of(to_float(images.train.images[torch.randperm(1337, generator=seeded())[:500]]))
-    for name, samples in {"fresh_samples": fresh, "chain_starts": starts}.items():
+    for name, samples in {"fresh_samples": fresh, "chain_starts": starts, "buffer": held}.items():
         expected = closed_form(of(to_float(to_uint8(torch.cat(samples)[:150]))), real)
         assert lines[39][f"quality/{name}"] == pytest.approx(expected, rel=0.01), name
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,17 +40,12 @@ def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
     return partial(differentiable_chain, model.log_density, generator=seeded(seed), **sizes)
 
 
-def masks(classifier, norm, restarts, x, y, epsilons, batch_size):
-    """Who is classified correctly without attack, then under PGD of each epsilon and those before."""
-    rng = seeded()
-    target = Attacked(classifier, x, y, batch_size, rng)
-    found = [target.predicted() == y]
-    for eps in epsilons:
-        mask = found[-1]
-        for _ in range(restarts):
-            mask = target.robust(partial(pgd_attack, classifier, eps, norm, 20, rng), mask)
-        found.append(mask)
-    return found
+def column(classifier, norm, x, y, epsilons, batch_size=8):
+    """Accuracies in a report: without attack, under PGD of each epsilon, where any image can be grey; and its notes."""
+    section, epsilons = Section("robustness", Path()), {str(eps): eps for eps in epsilons}
+    target = Attacked(classifier, x, y, batch_size, seeded())
+    robustness.add_pgd(section, norm, epsilons, "pgd", target, Figure().subplots())
+    return [cell["value"] for cell in section.measurements().values()], section.notes
 
 
 @pytest.fixture
@@ -69,9 +65,8 @@ def images():
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
     classifier = Classifier(model)
     labels = classifier(images).argmax(1)
-    alive = masks(classifier, norm, 2, images, labels, epsilons, batch_size=3)
-    counts = [kept.sum().item() for kept in alive]
-    assert counts[0] == 8 and counts[-1] < counts[0] and counts == sorted(counts, reverse=True)
+    shares, _ = column(classifier, norm, images, labels, epsilons, batch_size=3)
+    assert shares[0] == 1 > shares[-1] and shares == sorted(shares, reverse=True)
     attacked = pgd_attack(classifier, epsilons[1], norm, 20, seeded(), images, labels)
     order = math.inf if norm == "Linf" else 2
     assert torch.linalg.vector_norm((attacked - images).flatten(1), order, dim=1).max() <= epsilons[1] * (1 + 1e-5)
@@ -110,8 +105,21 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
     direction, shifts = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
     linear, labels = TwoClasses(lambda x: x.flatten(1) @ direction), torch.zeros(3, dtype=torch.int64)
-    alive = masks(linear, "Linf", 1, x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
-    assert torch.stack(alive).int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    shares, _ = column(linear, "Linf", x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
+    assert shares == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+
+
+def test_an_image_that_has_fallen_stays_fallen(monkeypatch):
+    """Of three starts the first two fool an image each, and the larger epsilon none."""
+    left = iter([True, True])
+
+    def fools_the_first(classifier, eps, norm, steps, rng, x, y):
+        return torch.cat([1 - x[:1], x[1:]]) if next(left, False) else x
+
+    monkeypatch.setattr(robustness, "pgd_attack", fools_the_first)
+    light, zeros = torch.full((4, 1, 4, 4), 0.9), torch.zeros(4, dtype=torch.int64)
+    bright = TwoClasses(lambda x: x.mean((1, 2, 3)) - 0.5)
+    assert column(bright, "Linf", light, zeros, [0.1, 0.2])[0] == [1, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
@@ -211,7 +219,7 @@ def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model
 
 
 @pytest.mark.parametrize(("kind", "unchecked", "checked"), [("open", 1, 0), ("hidden", 1, 1), ("constant", 0.5, 0.5)])
-def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
+def test_masked_gradients_are_noticed(kind, unchecked, checked):
     """Two classifiers with the same decisions, one of which shows attacks a gradient of zero, and a constant one."""
 
     def darkness(x):
@@ -219,23 +227,20 @@ def test_masked_gradients_are_noticed(tmp_path, kind, unchecked, checked):
         return {"open": score, "hidden": 0 * score + score.sign(), "constant": 0 * score - 1}[kind]
 
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
-    section, labels = Section("robustness", tmp_path), torch.tensor([0] * 4 + [1] * 4)
-    target, epsilons = Attacked(TwoClasses(darkness), x, labels, 8, seeded()), {"0.1": 0.1, "0.45": 0.45}
-    robustness.add_pgd(section, "Linf", epsilons, "pgd", target, Figure().subplots())
-    column = {row: m["value"] for (_, row, _), m in section.measurements().items()}
-    assert column == {"0": unchecked, "0.1": unchecked, "0.45": column["0.45"], "0.5 (check)": checked}
-    assert len(section.notes) == (kind == "hidden")
+    shares, notes = column(TwoClasses(darkness), "Linf", x, torch.tensor([0] * 4 + [1] * 4), [0.1])
+    assert shares == [unchecked, unchecked, checked] and len(notes) == (kind == "hidden")
 
 
 def test_options_reach_the_attacks():
     """The refinement runs the chains of training; --attack_images makes less of it all."""
     options = {"attack_images": 30, "max_images": 20, "sigma_test": 0.2}
-    options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True}
+    options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True, "sgld_lr": 0.5, "sgld_std": 0.2, "refine_steps": 4}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"))
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
-    assert {"grad_clamp": 0.5, "clamp": True, "steps": 10}.items() <= refined.classifier.chain.keywords.items()
+    chain = {"grad_clamp": 0.5, "clamp": True, "steps": 4, "sgld_lr": 0.5, "sgld_std": 0.2}
+    assert chain.items() <= refined.classifier.chain.keywords.items()
     assert straight.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
     x = robustness.attacked(inputs, "pgd").x
     assert len(x) == len(refined.x) == 30 and (x.min(), x.max()) == (0, 1)

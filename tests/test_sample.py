@@ -74,13 +74,16 @@ def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     """Of 12 chains, 8 at a time: the second batch is whole, too, and is then cut."""
-    options = ["--n_samples", "12", "--n_sample_steps", "5", "--sgld_std", "0.02", "--batch_size", "8", "--seed", "7"]
+    options = "--n_samples 12 --n_sample_steps 5 --sgld_std 0.02 --batch_size 8 --seed 7".split()
+    options += "--sgld_lr 0.5 --sgld_normalize --sgld_clamp --sgld_grad_clamp 0.1".split()
+    limits = {"normalize": True, "clamp": True, "grad_clamp": 0.1}
     run, content = sample(jem, tmp_path, *options)
     model, rng = network(state(jem)["model"]), seeded(7)
     seeds, ends = torch.randint(2**31, (3,), generator=rng).tolist(), []
     for seed in seeds[:2]:  # each batch has randomness of its own
         rng.manual_seed(seed)
-        ends.append(reference_chain(model.log_density, uniform_images(8, (1, 8, 8), rng), 5, 1.0, 0.02, rng).x)
+        first = uniform_images(8, (1, 8, 8), rng)
+        ends.append(reference_chain(model.log_density, first, 5, 0.5, 0.02, rng, **limits).x)
     x = torch.cat(ends)[:12]
     torch.testing.assert_close(torch.from_numpy(content["x"]), x)
     logits = model(x).numpy()
@@ -91,7 +94,7 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     assert content["images"].dtype == np.uint8 and np.abs(content["images"] - expected).max() <= 1
     settings = json.loads(str(content["settings"]))
     assert settings["checkpoint"] == str(jem / "ckpt" / "last.pt")
-    assert (settings["steps"], settings["sgld_lr"], settings["sgld_std"]) == (5, 1.0, 0.02)
+    assert (settings["steps"], settings["sgld_lr"], settings["sgld_std"]) == (5, 0.5, 0.02)
     assert (settings["start"], settings["target"], settings["weights"]) == ("uniform", "log p(x)", "last")
 
 

@@ -142,7 +142,10 @@ class TestSignals:
     def test_sighup_stays_ignored_under_nohup(self, begin, tmp_path):
         process = begin(["nohup", *command(tmp_path / "runs", "--max_steps", "100000")], TENTH_STEP)
         process.send_signal(signal.SIGHUP)
-        time.sleep(1)
+        (log,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+        lines = log.read_text().count("\n") + 3  # of 10 steps each
+        while process.poll() is None and log.read_text().count("\n") < lines:
+            time.sleep(0.05)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -151,7 +154,10 @@ class TestSignals:
     @pytest.mark.slow
     def test_sigusr1_is_harmless_while_the_program_starts(self, begin, tmp_path):
         process = begin(command(tmp_path / "runs"))
-        time.sleep(0.5)  # Python itself has started, torch is being imported
+        time.sleep(0.5)
+        maps = Path(f"/proc/{process.pid}/maps")
+        while maps.exists() and "torch" not in maps.read_text():  # Python itself has started, torch is being imported
+            time.sleep(0.05)
         while process.poll() is None:
             process.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
