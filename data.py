@@ -320,7 +320,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
         root = root.parent
     for file, md5 in files.items():  # torchvision would write over damaged ones
         if os.access(root / file, os.R_OK) and not check_integrity(root / file, md5):
-            raise UserError(f"{root / file} is damaged or of another data set (its MD5 sum is wrong): replace it")
+            raise UserError(f"{root / file} is damaged, unfinished or another file (wrong MD5 sum): delete it, or wait")
     choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:
         with tempfile.TemporaryDirectory() as scratch:

@@ -280,6 +280,8 @@ def _read_files(root: Path, files: list[str], image_size: int | None) -> tuple[T
         try:
             torch.save(content, cache)
         except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
+            with suppress(OSError):
+                cache.unlink()  # a torn one would only take room
             print(printable(f"cannot write {cache}: the next start will decode the images again"), file=sys.stderr)
     note(*content["notes"])
     return content["images"], content["kept"]
@@ -312,8 +314,11 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
     finally:
         pool.terminate()
         pool.join()  # a thread that still decodes while Python exits would abort the process
+    if problems[1:]:
+        print(*problems, sep="\n", file=sys.stderr, flush=True)
+        problems = [f"{len(problems)} of {len(files)} files in {root} are unusable, the first: {problems[0]}"]
     if problems:
-        raise _unusable(root, problems, len(files))
+        raise UserError(problems[0])
     if pixels is None:
         raise UserError(f"{root} is no image" if root.is_file() else f"{root} holds no images: name a folder of images")
     pixels = pixels[: len(kept)]
@@ -339,11 +344,3 @@ def _room_for(root: Path, n: int, height: int, width: int) -> np.ndarray:
         advice = "use fewer, or a smaller --image_size"
         raise UserError(f"{n} images of {width}x{height} need {needed:.1f} GB of memory of {memory:.1f}: {advice}")
     return np.empty((n, 3, height, width), np.uint8)
-
-
-def _unusable(root: Path, problems: list[str], n_files: int) -> UserError:
-    """The error to raise, after all problems are printed."""
-    if len(problems) == 1:
-        return UserError(problems[0])
-    print(*problems, sep="\n", file=sys.stderr, flush=True)
-    return UserError(f"{len(problems)} of {n_files} files in {root} are unusable, the first: {problems[0]}")

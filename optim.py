@@ -29,8 +29,7 @@ class SAM:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): wraps an optimizer and is used instead of it.
 
     A step has two passes: the gradient g at the weights w, then the gradient at w + e, with which the optimizer updates
-    w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|, the norms over all
-    parameters together.
+    w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|; |.| is of all at once.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, rho: float, adaptive: bool):

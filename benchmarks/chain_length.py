@@ -86,10 +86,10 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     return found
 
 
-def test_accuracy(run: Path, step: int) -> float:
-    """The last one in a run's log up to a step; NaN if there is none."""
+def test_accuracy(run: Path, step: int) -> float | None:
+    """The last one in a run's log up to a step, if there is one."""
     lines = read_log(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    return next((x["accuracy/test"] for x in reversed(lines) if "accuracy/test" in x and x["step"] <= step), math.nan)
+    return next((x["accuracy/test"] for x in reversed(lines) if "accuracy/test" in x and x["step"] <= step), None)
 
 
 def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Sequence[int] = (25, 50, 100)) -> Figure:
@@ -99,7 +99,7 @@ def figure_against(columns: dict[str, dict[str, dict[str, Any]]], lengths: Seque
     for (above, below), (option, found) in zip(rows.T, columns.items(), strict=True):
         runs = sorted(found.values(), key=lambda run: run["options"][option])
         values = [run["options"][option] for run in runs]
-        above.plot(values, [100 * run["accuracy"] for run in runs], "o-", color="black")
+        above.plot(values, [100 * (run["accuracy"] or math.nan) for run in runs], "o-", color="black")
         below.plot(values, [run.get("buffer", math.nan) for run in runs], "s:", label="replay buffer")
         for n in lengths:
             distances = [{int(k): v for k, v in run["noise 0"].items()}.get(n, math.nan) for run in runs]

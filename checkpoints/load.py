@@ -38,6 +38,8 @@ def open_trained(given: dict[str, Any]) -> Trained:
     trained = Config.from_dict(content["config"], str(path))
     if given.get("recipe", trained.recipe) != trained.recipe:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
+    if trained.separate_energy and not trained.samples:
+        print(f"Warning: {path} has a head for log p(x) that was not trained: that log p(x) is noise", file=sys.stderr)
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
     n_chains = trained.n_chains // (1 if trained.sync_batch_norm else content.get("processes", 1))
     own |= {"recipe": trained.recipe, "precision": trained.precision}

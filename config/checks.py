@@ -93,8 +93,7 @@ def is_on(option: str, cfg) -> bool:
 def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:
     """Raise UserError where batches or the replay buffer do not suit the images, or cannot be divided among processes.
 
-    ``n_images``: how many training images each batch draws from, by the name of the option that is the batch's size.
-    ``shape``: an image's, (C, H, W).
+    ``n_images``: how many training images each batch draws from, by the option that is its size; ``shape``: (C, H, W).
     """
     sizes = {name: cfg.n_chains if name == "p_x_batch_size" else cfg.batch_size for name in n_images}
     for name, n in n_images.items():

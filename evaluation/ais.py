@@ -93,8 +93,7 @@ class GeometricPath(NamedTuple):
 def leapfrog(path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int) -> Move:
     """Hamiltonian dynamics with unit mass (Neal 2011, "MCMC using Hamiltonian dynamics", section 2.3).
 
-    Volume-preserving, and reversible: from the end with ``-v`` it leads back to the start. ``step_size`` broadcasts to
-    y. Returns the last point and velocity.
+    Volume-preserving, and reversible: from the end with ``-v`` it leads back. Returns the last point and velocity.
     """
     for _ in range(n_leapfrog):
         v = v + 0.5 * step_size * path.score(at, beta)

@@ -24,7 +24,8 @@ from models.predict import images_per_batch, predict
 from pgd import pgd
 from utils import UserError, printable
 
-BUILT_IN = ("interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted")
+CHANGED = ("shuffled", "patches", "blurred", "inverted")  # test images, in their order
+BUILT_IN = ("interp", "noise", "constant", *CHANGED)
 NAMED = tuple(name for name in data.DATASETS if name != "folder")
 MOVED, MOVE_STEPS = 500, 20  # images of a set, at most, and steps, of worst-case detection
 
@@ -69,7 +70,10 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
     score = torch.cat([inside, outside]).cpu().numpy()
     n, (fpr, tpr, _) = len(score), roc_curve(is_test, score, drop_intermediate=False)
     protocol = f"{len(inside)} test images (positives, to score higher) against {len(outside)} others; {noise}"
-    section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(auroc, inside, outside, replicates=200), at)
+    interval = bootstrap(auroc, inside, outside, replicates=200)
+    if at[0] in CHANGED:  # an image is drawn together with what became of it
+        interval = bootstrap(lambda pairs: auroc(*pairs.T), torch.stack([inside, outside], 1), replicates=200)
+    section.add("AUROC", auroc(inside, outside), n, protocol, interval, at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)
 
@@ -132,7 +136,7 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
                     raise UserError(f"it would be downloaded into your images in {folder}: move them elsewhere")
             others = data.load(name, folder, device=inputs.device).test
         case _:
-            images = image_folder.read_test_part(Path(name).expanduser(), image_size=h)
+            images = image_folder.read_test_part(Path(name).expanduser(), image_size=max(h, w))
             others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
     return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
 
@@ -161,7 +165,7 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
     logits, slope = (torch.cat(part) for part in zip(*parts, strict=True))  # (N, K), (N,)
     return {
         "log p(x)": log_density(logits),
-        "max softmax": logits.softmax(1).amax(1),
+        "max softmax": logits.double().softmax(1).amax(1),  # in float32 many are exactly 1
         "max logit": logits.amax(1),
         "-|grad log p(x)|": -slope,
     }

@@ -19,8 +19,7 @@ from models.predict import predict
 from sgld import step_protocol
 from utils import UserError, evaluation_packages, pick_dtype
 
-# Share of the buffer, and whose protocol it is.
-FILTERED = {"buffer, filtered": (0.9, "SADA-JEM's FID"), "buffer, most confident": (0.1, "SADA-JEM's IS")}
+FILTERED = {"buffer, filtered": (0.9, "SADA-JEM's FID"), "buffer, most confident": (0.1, "SADA-JEM's IS")}  # share, use
 NEAREST_AMONG = 50_000  # training images at most, which are held as float32
 
 
@@ -31,7 +30,7 @@ class ImageSet(NamedTuple):
 
 def most_confident(logits: Tensor, share: float) -> Tensor:
     """Indices of the ``share`` most confident images of each predicted class; logits: (N, K)."""
-    confidence, classes = logits.softmax(1).max(1)
+    confidence, classes = logits.double().softmax(1).max(1)  # in float32 many are exactly 1
     kept = []
     for k in classes.unique():
         members = (classes == k).nonzero().flatten()
@@ -120,7 +119,8 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     if inputs.classifies:
         targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
     print(f"  samples: {len(targets)} times {n} chains of {cfg.fresh_steps} SGLD steps", flush=True)
-    network, sets = f"network in {str(dtype).removeprefix('torch.')}", {}
+    norm = f", {cfg.norm_statistics} statistics" if cfg.norm == "batch" else ""
+    network, sets = f"network in {str(dtype).removeprefix('torch.')}{norm}", {}
     for name, target in targets.items():
         start = StartImages(cfg.start, n, chain_init, classes, class_cond=name != "fresh")
         chains = run_chains(model, start, cfg.fresh_steps, cfg, inputs.rng())  # both from the same starts

@@ -82,7 +82,7 @@ class Section:
         path, encoded = self.directory / f"{name}.png", io.BytesIO()
         if distributed.current_world().rank == 0:
             if isinstance(content, Figure):
-                content.savefig(encoded, dpi=120)
+                content.savefig(encoded, format="png", dpi=120)
                 replace_file(path, encoded.getvalue())
             else:
                 save_png(path, content)

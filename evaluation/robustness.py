@@ -249,9 +249,9 @@ def add_pgd(section: Section, norm: str, epsilons: dict[str, float], name: str, 
     answers = target.predicted()
     grey = 0.5 if norm == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
     protocol = (
-        f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale, no noise added; "
-        "an image counts while it has withstood the smaller epsilons too, and one that has fallen stays fallen, "
-        f"whatever noise is drawn later{target.protocol}"
+        f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale"
+        f"{target.protocol or '; no noise added'}; an image counts while it has withstood the smaller epsilons too; "
+        "one that has fallen stays fallen, whatever noise is drawn later"
     )
     mask, shares = answers == target.y, []
     for label, eps in {"0": 0.0, **epsilons, f"{grey:.3g} (check)": grey}.items():

@@ -13,7 +13,7 @@ import torch
 
 import distributed
 import utils
-from checkpoints.load import frozen, load_data, load_feature_model
+from checkpoints.load import frozen, load_data, load_feature_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
@@ -35,12 +35,13 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     images = load_data(cfg, path, content, device)
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
+    same = same_classes(content["data"], images)
     images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     trained = Config.from_dict(content["config"], str(path))
     inputs = EvalInputs(cfg, model, images, buffer, features, device, trained.classifies)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
-    about, environment = facts(inputs, trained, path, state), utils.environment(device)
+    about, environment = facts(inputs, trained, path, state, same), utils.environment(device)
     options = vars(trained) | {f.name: getattr(cfg, f.name) for f in fields(cfg) if "test" in f.metadata["modes"]}
     report = Report(directory, {"about": about, "options": options, "environment": environment}, other)
     for i, name in enumerate(cfg.metrics, 1):
@@ -83,19 +84,20 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
         section.add_absent(section.name, "not enough memory: give --max_images" if lacks_memory else text)
 
 
-def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]) -> dict[str, str]:
-    """What is measured, for the top of the report."""
+def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:
+    """What is measured, for the top of the report; ``same``: whether classes are those of the training."""
     cfg, (_, height, width) = inputs.cfg, inputs.data.shape
-    others = "" if len(inputs.data.train) else "; other images than those of the training"
+    others = "" if len(inputs.data.train) else "; other images than those of the training, or these changed"
+    others += "" if same else "; other classes, so that what depends on labels means nothing"
     last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
-    chosen = " (the last of its run, to which the replay buffer belongs)" if last else ""
+    head = ", its head for log p(x) untrained" if trained.separate_energy and not trained.samples else ""
     about = {
-        "checkpoint": f"{path}{chosen}",
+        "checkpoint": f"{path}{' (the last of its run, to which the replay buffer belongs)' if last else ''}",
         "training steps": "not in the file" if step is None else str(step),
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
         "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
-        "network": inputs.model.name,
+        "network": f"{inputs.model.name}{head}",
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }
     if trained.labels_per_class:
@@ -103,7 +105,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     if cfg.norm == "batch":
         own = cfg.norm_statistics == "batch"
         chains = "those of their batch, so this log p(x) is not what they climb" if own else "them, too"
-        about["batch normalisation"] = f"running statistics of real images; chains that draw samples use {chains}"
+        about["batch normalisation"] = f"running statistics; chains that draw samples use {chains}"
     return about
 
 

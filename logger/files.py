@@ -26,7 +26,7 @@ def warn_on_error(what: str) -> Iterator[None]:
     """What fails inside is a warning on stderr, "``what``: the reason": training is worth more than its pictures."""
     try:
         yield
-    except (UserError, OSError, ValueError) as error:
+    except Exception as error:  # Matplotlib and OpenCV raise almost anything
         print(printable(f"Warning: {what}: {error}"), file=sys.stderr)
 
 

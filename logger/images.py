@@ -113,5 +113,5 @@ def plot_curves(path: Path) -> None:
                 if points:
                     axes.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key)
                     axes.legend()
-            figure.savefig(encoded, dpi=120)
+            figure.savefig(encoded, format="png", dpi=120)
             replace_file(path / name, encoded.getvalue())

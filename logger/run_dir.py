@@ -42,9 +42,9 @@ class RunDir:
     @classmethod
     def of(cls, name: str) -> "RunDir":
         """The run that ``--resume`` names by its directory, or by its newest checkpoint or the one before that."""
-        path = Path(name)
+        path = Path(os.path.realpath(name))  # a link may lead elsewhere later
         if path.name in ("last.pt", "previous.pt"):
-            path = path.resolve().parent.parent
+            path = path.parent.parent
         if not os.path.isfile(path / "config.json"):
             raise UserError(f"--resume takes a run directory, or its last.pt or previous.pt, not {name}")
         return cls(path)

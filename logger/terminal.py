@@ -6,11 +6,11 @@ import sys
 
 
 class Forgiving(io.FileIO):
-    """The file behind a text stream; what it cannot write is lost: a closed pipe, a full disk behind it."""
+    """The file behind a text stream; what it cannot write is lost: a closed or full pipe, a full disk behind it."""
 
     def write(self, content: bytes) -> int:
         try:
-            return super().write(content)
+            return super().write(content) or len(content)  # None: it would have to wait
         except OSError:
             return len(content)
 

@@ -53,8 +53,7 @@ def test_crop_and_flip_is_what_torchvision_gives(shape, pad):
     flip = torch.arange(40) % 3 == 0
     for black, mode in ((False, "reflect"), (True, "constant")):
         result = data.crop_and_flip(images, top, left, flip, pad, black)
-        assert result.dtype == torch.uint8
-        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert result.dtype == torch.uint8 and result.is_contiguous(memory_format=torch.channels_last)
         for image, i, j, mirrored, got in zip(images, top, left, flip, result, strict=True):
             expected = F.crop(F.pad(image, pad, padding_mode=mode), int(i), int(j), *shape[1:])
             assert torch.equal(got, F.hflip(expected) if mirrored else expected)
@@ -105,8 +104,7 @@ def test_augment_draws_every_offset_of_the_pad_rule_and_flips_half(side, pad, fl
     if flip:
         assert abs(mirrored.float().mean() - 0.5) < 5 * 0.5 / n**0.5
     else:
-        assert not mirrored.any()
-        assert set((column - middle).tolist()) == set(range(-pad, pad + 1))
+        assert not mirrored.any() and set((column - middle).tolist()) == set(range(-pad, pad + 1))
 
 
 def test_augment_stays_in_range_and_adds_gaussian_noise_of_the_generator():
@@ -116,8 +114,7 @@ def test_augment_stays_in_range_and_adds_gaussian_noise_of_the_generator():
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in (x, noisy))
     noise, n = noisy - x, x.numel()
-    assert torch.equal(images, before)
-    assert abs(noise.mean()) < 5 * 0.3 / n**0.5
+    assert torch.equal(images, before) and abs(noise.mean()) < 5 * 0.3 / n**0.5
     assert abs(noise.std() - 0.3) < 5 * 0.3 / (2 * n) ** 0.5
     assert abs((noise.abs() < 0.3).float().mean() - 0.6827) < 5 * 0.47 / n**0.5  # within one standard deviation
     assert torch.equal(noisy, augment(images, sigma=0.3))
@@ -160,10 +157,8 @@ def test_n_valid_moves_images_out_of_train_only():
     full = data.load("digits", n_valid=0)
     assert len(full.valid) == 0 and full.valid.images.shape == (0, 1, 8, 8)
     held = data.load("digits", n_valid=300)
-    assert len(held.valid) == 300
-    assert rows(held.train, held.valid) == rows(full.train)
-    assert torch.equal(held.test.images, full.test.images)
-    assert len(data.load("digits", n_valid=1436).train) == 1
+    assert len(held.valid) == 300 and rows(held.train, held.valid) == rows(full.train)
+    assert torch.equal(held.test.images, full.test.images) and len(data.load("digits", n_valid=1436).train) == 1
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
 
@@ -239,8 +234,7 @@ def test_files_in_place_are_read_without_the_network(name, tmp_path, monkeypatch
     expected = WRITERS[name](tmp_path, monkeypatch)
     loaded = data.load(name, tmp_path)
     check_parts(loaded, *expected)
-    assert loaded.flip == (name in ("cifar10", "cifar100", "fashion_mnist"))
-    assert not network
+    assert loaded.flip == (name in ("cifar10", "cifar100", "fashion_mnist")) and not network
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -277,7 +271,7 @@ def test_a_damaged_file_is_named_and_kept(name_and_file, content, tmp_path, monk
     name, file = name_and_file.split()
     WRITERS[name](tmp_path, monkeypatch)
     (tmp_path / file).write_bytes(content)
-    refuses(f"{tmp_path / file} is damaged or of another data set (its MD5 sum is wrong)", name, tmp_path)
+    refuses(f"{tmp_path / file} is damaged, unfinished or another file (wrong MD5 sum)", name, tmp_path)
     assert (tmp_path / file).read_bytes() == content and not network
 
 

@@ -130,8 +130,18 @@ def test_the_other_scores(model):
     scores = ood.scores(model, x)
     logits = model(x).detach()
     torch.testing.assert_close(scores["log p(x)"], logits.exp().sum(1).log())
-    torch.testing.assert_close(scores["max softmax"], logits.softmax(1).max(1).values)
+    torch.testing.assert_close(scores["max softmax"], logits.double().softmax(1).max(1).values)
     torch.testing.assert_close(scores["max logit"], logits.max(1).values)
+
+
+def test_the_interval_knows_that_changed_test_images_come_in_pairs(tmp_path):
+    section, inside, widths = Section("ood", tmp_path), torch.randn(300, generator=seeded(1)), {}
+    outside = inside - 0.5 + 0.1 * torch.randn(300, generator=seeded(2))
+    for name in ("patches", "digits"):
+        ood.add_detection(section, (name, "score"), inside, outside, "")
+        low, high = section.results["AUROC"][name]["score"]["interval"]
+        widths[name] = high - low
+    assert 0 < 2 * widths["patches"] < widths["digits"]
 
 
 def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkeypatch):
@@ -266,7 +276,6 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
         assert errors["expected calibration error"] == pytest.approx(sum(gaps).item(), abs=1e-5)
         brier, nll = (p - F.one_hot(test.labels)).square().sum(1).mean().item(), F.nll_loss(p.log(), test.labels).item()
         assert [errors[row] for row in ("Brier score", "cross-entropy (nats)")] == pytest.approx([brier, nll], abs=1e-5)
-
     target, score = [1] * 80 + [0] * 80, torch.cat([of_test, of_others]).logsumexp(1)
     measured = {name: found["ood"][name]["shuffled"]["log p(x)"]["value"] for name in ("AUROC", "AUPR")}
     assert measured["AUROC"] == pytest.approx(roc_auc_score(target, score)) != 0.5
@@ -361,8 +370,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     command = [*SHORT, "--load_ckpt", str(run), "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
-    assert main([*command, "classification"]) == 2
-    assert "nothing could be measured" in capsys.readouterr().err
+    assert main([*command, "classification"]) == 2 and "nothing could be measured" in capsys.readouterr().err
     monkeypatch.setattr(classification, "measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     assert main([*command, "classification,calibration"]) == 0
     said = capsys.readouterr()
@@ -386,6 +394,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
     command = [*SHORT, "--logdir", str(tmp_path / "runs"), "--eval", "classification", "--load_ckpt"]
     assert main([*command, str(tmp_path / "run" / "letters.pt")]) == 0
     assert "the classes of digits are not those that" in capsys.readouterr().err
+    assert "; other classes, so that" in next((tmp_path / "runs").glob("*/eval/report.md")).read_text()
     features = ["--feature_ckpt", str(tmp_path / "run" / "letters.pt"), "--eval", "quality"]
     assert "was trained on other images or classes" in refused(capsys, *command, str(run), *features)
 
@@ -413,8 +422,7 @@ def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, caps
 def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
     before = sorted(run.rglob("*"))
     given = [str(run) if option == "RUN" else option for option in options]
-    assert message in refused(capsys, "--mode", "test", "--gpu", "cpu", *given)
-    assert sorted(run.rglob("*")) == before
+    assert message in refused(capsys, "--mode", "test", "--gpu", "cpu", *given) and sorted(run.rglob("*")) == before
 
 
 def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(run, quick, monkeypatch, capsys):
@@ -455,8 +463,7 @@ def test_each_attack_can_be_measured_alone(run, quick):
     for name, title in titles.items():
         numbers, section = measured("--attacks", name)
         assert set(section.absent) == set(titles.values()) - {title}
-        assert set(section.absent.values()) == {"left out by --attacks"}
-        assert set(section.pictures) == {"robustness"}
+        assert set(section.absent.values()) == {"left out by --attacks"} and set(section.pictures) == {"robustness"}
         found |= numbers
     assert found == everything
     _, section = measured("--attacks", "autoattack, pgd", "--refine_steps", "0")

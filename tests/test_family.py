@@ -125,8 +125,7 @@ def test_stopped_and_resumed_is_the_same_run(options, tmp_path, monkeypatch):
     whole = start(tmp_path / "whole", *options.split())
     signal_at_step(monkeypatch, 7)
     run = start(tmp_path / "stopped", *options.split(), status=143)
-    assert state(run)["step"] == 7
-    assert main.main(["--resume", str(run)]) == 0
+    assert state(run)["step"] == 7 and main.main(["--resume", str(run)]) == 0
     assert equal(state(run), state(whole))
 
 
@@ -138,8 +137,7 @@ def test_chains_start_from_the_chosen_gaussian():
         buffer = trained(start=name, sgld_step=1, buffer_size=1000).sampler.buffer.images
         gap[name] = (buffer.mean(0) - mean).abs().mean()
         gap_of_nine[name] = (buffer[900:].mean(0) - nine).abs().mean()  # the last class's
-    assert gap["gaussian"] < 0.1 < gap["uniform"]
-    assert gap_of_nine["class_gaussian"] < 0.1 < gap_of_nine["gaussian"]
+    assert gap["gaussian"] < 0.1 < gap["uniform"] and gap_of_nine["class_gaussian"] < 0.1 < gap_of_nine["gaussian"]
 
 
 def test_outliers_fall_below_real_images(tmp_path):
@@ -221,8 +219,7 @@ def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p
 def test_few_labels():
     run, again = (trained(labels_per_class=3, batch_size=10, seed=seed) for seed in (1, 5))
     assert run.batches.split.labels.bincount().tolist() == [3] * 10
-    assert len(run.real_batches.split) == len(run.data.train)
-    assert run.steps_per_epoch == len(run.data.train) // 10
+    assert len(run.real_batches.split) == len(run.data.train) and run.steps_per_epoch == len(run.data.train) // 10
     assert torch.equal(run.batches.split.images, again.batches.split.images)  # whatever the run's seed
 
 
@@ -241,6 +238,10 @@ def test_separate_energy_is_kept_by_the_checkpoint(tmp_path, capsys):
     new_run("--mode sample --gpu cpu --n_sample_steps 2".split(), tmp_path / "samples", "--load_ckpt", str(run))
     err = refused(capsys, *SMALL, "--load_ckpt", run, "--logdir", tmp_path)
     assert "holds another network, --separate_energy" in err
+    plain = start(tmp_path / "plain", "--separate_energy", "--mode", "baseline_train")
+    assert main.main([*"--mode test --gpu cpu --eval calibration --load_ckpt".split(), str(plain)]) == 0
+    assert "has a head for log p(x) that was not trained" in capsys.readouterr().err
+    assert "its head for log p(x) untrained" in (plain / "eval" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
@@ -313,8 +314,7 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
         run.training_step()
         run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
         seen.append(run.measurements()["sgld/steps"])
-    assert seen == made == [2, 3, 3, 4, 4] and run.sgld_step == 4
-    assert run.state_dict()["sgld_step"] == 4
+    assert seen == made == [2, 3, 3, 4, 4] and run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
 
 
 def test_images_of_another_folder_are_cropped_and_flipped():
@@ -341,8 +341,7 @@ def test_chains_start_from_another_folder(given, tmp_path, capsys):
     (tmp_path / "images").rename(tmp_path / "moved")
     longer = ["--resume", str(run), "--max_steps", "13"]
     assert f"cannot read --start_dir {tmp_path / 'images'}: No such file" in refused(capsys, *longer)
-    assert main.main([*longer, "--start_dir", str(tmp_path / "moved")]) == 0
-    assert state(run)["step"] == 13
+    assert main.main([*longer, "--start_dir", str(tmp_path / "moved")]) == 0 and state(run)["step"] == 13
 
 
 def test_sam_trains_with_the_gradient_elsewhere_and_the_statistics_of_the_first_pass():
@@ -408,5 +407,4 @@ def test_step_schedule(tmp_path):
     ],
 )
 def test_contradictions_are_one_line(options, words, tmp_path, capsys):
-    assert words in refused(capsys, *SMALL, "--logdir", tmp_path, *options.split())
-    assert not list(tmp_path.iterdir())
+    assert words in refused(capsys, *SMALL, "--logdir", tmp_path, *options.split()) and not list(tmp_path.iterdir())

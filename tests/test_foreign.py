@@ -291,8 +291,7 @@ def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     assert "unknown in training" in next((tmp_path / "runs").glob("*/eval/report.md")).read_text()
     train = ["--recipe", "jem++", "--depth", "10", "--width", "1", "--batch_size", "4", "--p_x_batch_size", "4"]
     train += ["--buffer_size", "16", "--max_steps", "2", "--warmup_steps", "0", "--decay_epochs", "1"]
-    assert main([*common, *train]) == 0
-    assert "Starting from the weights of" in capsys.readouterr().out
+    assert main([*common, *train]) == 0 and "Starting from the weights of" in capsys.readouterr().out
     assert main([*common, *train, "--norm", "none"]) == 2
     assert "holds another network, --norm batch" in capsys.readouterr().err
 
@@ -313,8 +312,7 @@ def test_an_export_holds_the_same_weights_bit_for_bit(tmp_path, make, suffix):
             unused = name.startswith(("f.linear", "energy_output"))
             assert torch.equal(value, torch.zeros_like(w[name]) if unused else w[name]), name
     contents = [open_checkpoint(str(path), {})[1] for path in (tmp_path / "theirs.pt", there)]
-    assert "ema" not in contents[1]["state"]
-    assert equal(*(content["state"]["model"] for content in contents))
+    assert "ema" not in contents[1]["state"] and equal(*(content["state"]["model"] for content in contents))
     assert contents[0]["config"] == contents[1]["config"]
 
 
@@ -332,10 +330,8 @@ def test_an_export_overwrites_nothing(tmp_path, capsys):
     export = ["--mode", "export", "--load_ckpt", str(tmp_path / "theirs.pt"), "--export"]
     targets = {"there.pt": "exists", "no/no/there.pt": "there is no folder", "there.zip": "ends in .pt"}
     for target, message in targets.items():
-        assert main([*export, str(tmp_path / target)]) == 2
-        assert message in capsys.readouterr().err
-    assert (tmp_path / "there.pt").read_text() == "mine"
-    assert main(export[:-1]) == 2
+        assert main([*export, str(tmp_path / target)]) == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "there.pt").read_text() == "mine" and main(export[:-1]) == 2
     capsys.readouterr()
     (tmp_path / "torn.safetensors").write_bytes(b"12345678901")
     error = refused(capsys, *export[:3], str(tmp_path / "torn.safetensors"), "--export", str(tmp_path / "x.pt"))

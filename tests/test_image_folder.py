@@ -197,8 +197,7 @@ def test_different_sizes_need_image_size_which_brings_all_images_to_one_size(tmp
     message = refuses("--image_size", "folder", tmp_path / "two")
     assert f"{tmp_path / 'two/train/cat/image.png'} and {tmp_path / 'two/test/cat/other.png'} differ in size" in message
     loaded = load_folder(write_files(tmp_path / "set", files), image_size=8)
-    assert loaded.shape == (3, 8, 8)
-    assert (loaded.train.images == 77).all()
+    assert loaded.shape == (3, 8, 8) and (loaded.train.images == 77).all()
     assert np.array_equal(load_folder(tmp_path / "square", image_size=8).train.images[0], square.transpose(2, 0, 1))
     for image, source in ((loaded.test.images[2], large), (loaded.test.images[3], large[:, :4])):
         source = torch.from_numpy(source).permute(2, 0, 1)[None].float()
@@ -213,8 +212,7 @@ def check_cache(root, decoded, n_decoded, reference, **options):
     """The next load decodes so many files and gives the same pixels."""
     decoded.clear()
     loaded = load_folder(root, **options)
-    assert len(decoded) == n_decoded
-    assert torch.equal(loaded.train.images, reference.train.images)
+    assert len(decoded) == n_decoded and torch.equal(loaded.train.images, reference.train.images)
     assert torch.equal(loaded.test.images, reference.test.images)
     assert torch.equal(loaded.train.labels, reference.train.labels)
 
@@ -266,13 +264,21 @@ def test_damaged_cache_is_rebuilt(tmp_path, decoded):
         check_cache(tmp_path / "images", decoded, 0, reference)
 
 
-def test_folder_that_takes_no_cache(tmp_path, decoded, capfd):
+def test_folder_that_takes_no_cache(tmp_path, decoded, capfd, monkeypatch):
     write_files(write_pngs(tmp_path, *PARTS, n=3), {".jem_cache_native.pt/in/the/way": b""})
     reference = load_folder(tmp_path)
     stderr = capfd.readouterr().err
     assert f"cannot write {tmp_path / '.jem_cache_native.pt'}" in stderr and stderr.count("\n") == 1
     check_cache(tmp_path, decoded, 12, reference)
     assert [path.name for path in tmp_path.glob(".*")] == [".jem_cache_native.pt"]
+
+    def full(content, path):  # what a full disk leaves is removed
+        path.touch()
+        raise OSError("no space")
+
+    monkeypatch.setattr(image_folder.torch, "save", full)
+    load_folder(write_files(tmp_path / "other", four(encode(RGB))))
+    assert not list((tmp_path / "other").glob(".*")) and "the next start will decode" in capfd.readouterr().err
 
 
 NOISE = random_images(64, 64, 3)

@@ -1,5 +1,6 @@
 """Pictures read back by Pillow: pixels, films frame by frame, text, curves."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -60,7 +61,8 @@ LINES = '{"step": 1, "loss/total": 2.0, "accuracy/test": 0.1}\n{"step": 2, "loss
 
 def test_curves_are_drawn_without_a_global_backend(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(LINES)
-    plot_curves(tmp_path)
+    with matplotlib.rc_context({"savefig.format": "pdf"}):
+        plot_curves(tmp_path)
     for name in ("test_accuracy.png", "loss.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".png", ".png"]
@@ -69,5 +71,10 @@ def test_curves_are_drawn_without_a_global_backend(tmp_path, capsys):
 
 def test_curves_that_cannot_be_drawn_are_one_warning(tmp_path, capsys):
     plot_curves(tmp_path)  # without a log
-    err = capsys.readouterr().err
-    assert err.startswith(f"Warning: the curves in {tmp_path} could not be drawn: ") and err.count("\n") == 1
+    (tmp_path / "metrics.jsonl").write_text(LINES)
+    with matplotlib.rc_context({"text.usetex": True}), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))  # without LaTeX
+        plot_curves(tmp_path)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert all(line.startswith(f"Warning: the curves in {tmp_path} could not be drawn: ") for line in warnings)

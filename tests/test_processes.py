@@ -182,7 +182,6 @@ class TestCommandLine:
             assert all(torch.equal(twin[f"model.{name}"], value) for name, value in found["state"]["model"].items())
             assert torch.equal(twin["buffer"], found["state"]["buffer"]["images"][rank::2])
             assert torch.equal(runs[rank].rng.sgld.get_state(), own["rng"]["sgld"])
-
         assert open_trained({"mode": "sample", "load_ckpt": str(run)}).cfg.n_chains == 32  # half of 64: of one process
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out

@@ -266,7 +266,6 @@ def test_quality_while_training(tmp_path, monkeypatch):
     assert scores.keys() == {"best.pt", "best_quality.pt"}
     for n, best in ((150, scores), (149, {"best.pt": scores["best.pt"]})):
         assert continued({"resume": str(run), "n_samples": n}, str(run)).content["state"]["best"] == best
-
     model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
     model.load_state_dict(weights)
     network.load_state_dict(state(features, "best.pt")["model"])

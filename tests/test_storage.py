@@ -64,7 +64,10 @@ def test_a_lock_is_free_when_its_holder_lets_go(tmp_path):
     with pytest.raises(UserError, match="in use by another"):
         RunDir.of(str(run.path))
     run.close()
-    RunDir.of(str(run.path)).close()
+    (tmp_path / "latest").symlink_to(run.path)
+    again = RunDir.of(str(tmp_path / "latest"))
+    assert again.path == run.path.resolve()  # wherever the link leads later
+    again.close()
 
 
 def test_nobody_gets_a_name_that_is_taken(tmp_path):

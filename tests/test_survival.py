@@ -202,7 +202,6 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     program = [sys.executable, "-c", frequent + "sys.exit(main.main(sys.argv[1:]))"]
     status, whole = start(tmp_path / "whole", *options)
     assert status == 0 and (state(whole)["recovery"]["recoveries"] > 0) == (settings is HARSH)
-
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     killed.mkdir()
 

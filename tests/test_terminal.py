@@ -1,5 +1,6 @@
 """Terminals that break, signals at any moment: real processes."""
 
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from small_runs import new_run, refused, state
 from test_data import write_pngs
 
 import main
+from logger import terminal
 
 HERE = Path(main.__file__).parent
 TINY = (
@@ -39,8 +41,15 @@ def finished(logdir):
 def test_broken_streams_end_nothing(redirection, tmp_path):
     words = " ".join(f"'{word}'" for word in command(tmp_path / "runs"))
     done = subprocess.run(["bash", "-c", f"{words} {redirection}"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == done.stderr == ""
-    assert finished(tmp_path / "runs")
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and finished(tmp_path / "runs")
+
+
+def test_a_full_pipe_that_does_not_wait_ends_nothing():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with open(read), io.TextIOWrapper(io.BufferedWriter(terminal.Forgiving(write, "w")), line_buffering=True) as stream:
+        for _ in range(2000):
+            print("x" * 100, file=stream)
 
 
 @pytest.mark.parametrize("encoding, note", [("ascii", "Übung"), ("utf-8", "caf\udce9")])
@@ -81,7 +90,6 @@ terminal.leave(main.main(sys.argv[1:]))
 @pytest.fixture
 def begin():
     """Start a command in a process group of its own, which is killed at the end of the test, whatever happens.
-
     SIGHUP is obeyed at first, also under nohup; SIGINT is ignored, as it is by a script's background jobs.
     """
     started = []
