@@ -97,8 +97,7 @@ def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
 class Batches:
     """Endless batches of a split: each pass takes its images once, in a new order, but for a last incomplete batch.
 
-    ``rng`` draws, and batches are on its device. The processes of a ``world`` each take a part of the same batches.
-    ``augmentation`` is "none", or as for ``augment``.
+    ``rng`` draws; batches are on its device, for a ``world`` in parts. ``augmentation``: "none", or as for ``augment``.
     """
 
     split: Split

@@ -28,7 +28,7 @@ SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; 
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
     *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-RUN_DIRECTORY = re.compile(r"\d{8}-\d{6}_(energy_train|baseline_train|test|sample|score)")
+RUN_DIRECTORY = re.compile(r"\d{8}-\d{6}_(energy_train|baseline_train|test|sample|score)(_|-|$)")
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
     "train": "train|training|trn",
     "valid": "val|valid|validation|validate|dev|eval|evaluation",
@@ -49,8 +49,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
 
     They are resized to ``image_size`` pixels a side; None keeps the size that all of them have. Returns images uint8
     (N, C, H, W), C = 1 if every image is grey, else 3 (RGB); labels int64 (N,); for each of the parts "train", "valid"
-    and "test" that exist, or else for "all", the slice of the images; class names. Raises UserError if the folder or a
-    file in it is missing, broken or unusable.
+    and "test" that exist, or else for "all", the slice of the images; class names. UserError for what is unusable.
     """
     paths = _list(root, "--data_dir ")
     folders = _find_parts(root, paths) or {"all": ""}
@@ -118,11 +117,12 @@ def _list(root: Path, option: str) -> list[Names]:
     paths, left_out = [], Counter()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         here = Path(folder)
-        foreign = {name for name in subfolders + names if name.lower() in SYSTEM_FILES or RUN_DIRECTORY.match(name)}
-        left_out.update("run" if RUN_DIRECTORY.match(name) else name for name in foreign)
+        foreign = {name for name in subfolders + names if name.lower() in SYSTEM_FILES}
+        runs = {name for name in subfolders if RUN_DIRECTORY.match(name) and os.path.exists(here / name / "lock")}
+        left_out.update([*foreign, *["run"] * len(runs)])
         above = set(map(os.path.realpath, [here, *here.parents]))
         circles = [name for name in subfolders if os.path.realpath(here / name) in above]
-        kept = {name for name in subfolders + names if name[0] != "."} - foreign
+        kept = {name for name in subfolders + names if name[0] != "."} - foreign - runs
         subfolders[:] = kept.intersection(subfolders).difference(circles)
         paths += [(*here.relative_to(root).parts, name) for name in kept.intersection(names)]
     if left_out:

@@ -29,7 +29,7 @@ class SAM:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): wraps an optimizer and is used instead of it.
 
     A step has two passes: the gradient g at the weights w, then the gradient at w + e, with which the optimizer updates
-    w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|; |.| is of all at once.
+    w. Plain, e = rho * g / |g|; adaptive (Kwon et al., ICML 2021), e = rho * w^2 * g / |w * g|, norms of all weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, rho: float, adaptive: bool):
@@ -87,7 +87,8 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
 def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int = 1) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
-    In batches of ``least`` images, of small ones 500. Neither the model's mode nor any random generator changes.
+    A no-op without batch normalisation. Batches have 500 images of 32x32 pixels, as many pixels of larger ones, but at
+    least about ``least`` images. Neither the model's mode nor any random generator changes.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

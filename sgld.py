@@ -46,8 +46,9 @@ def langevin_step(
 ) -> Tensor:
     """The Langevin step of all chains: x + step_size * grad + noise_std * noise (JEM, equation 3).
 
-    x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). With ``normalize`` an
-    image's gradient gets L2 norm 1 (DAT), with ``grad_clamp`` it is clamped in each pixel, with ``clamp`` the image.
+    x: images; grad: d log_density / dx; noise: standard normal; all float32 (N, C, H, W). With ``normalize`` the
+    gradient of each image gets L2 norm 1 (DAT), with ``grad_clamp`` it is clamped in each pixel; ``clamp`` keeps images
+    in [-1, 1] (both JEM++, section 4.1).
     """
     if normalize:
         grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)

@@ -159,7 +159,7 @@ class Trainer:
         state = tree_to(self.state_dict())
         batch, _ = self.next_inputs(sgld_steps=1)  # a chain compiles itself
         if self.compiles:
-            try:  # the network's passes, not joint_forward, where processes wait for each other; or go on without
+            try:  # the network alone: in joint_forward processes would wait for each other
                 logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
                 sum(part.sum() for part in logits if part is not None).backward()
             except Exception as error:  # the compiler's exceptions share no public base class

@@ -2,14 +2,15 @@
 
     python benchmarks/gpu.py --out runs/gpu                                   # CIFAR-10's files in data/
     python benchmarks/gpu.py --dataset folder --data_dir PATH                 # further options go to the training run
-    python benchmarks/gpu.py --minutes 9.5 --run_minutes 20                   # where a command may take ten minutes
+    python benchmarks/gpu.py --minutes 9.5                                    # where a command may take ten minutes
 
 Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop,
 without and with torch.compile; a training step of the run that follows, and of each recipe; that run, for the time
-that is left, or for RUN_MINUTES in as many starts as it takes; its reports. Each is a process of its own. What is done
-stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; what failed is asked again after
-all else. OUT/gpu.md has the same as tables, in the form of docs/speed.md, and says what failed. What the compiler makes
-is kept in OUT/compiled. The tests need requirements-dev.txt, the reports requirements-eval.txt.
+that is left, or for RUN_MINUTES in as many starts as it takes; its reports. They run in processes of their own. What is
+done stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; what failed or ran out of
+time, other than the run and its step, is asked again after all else. OUT/gpu.md has the same as tables, in the form of
+docs/speed.md, and says what failed. What the compiler makes is kept in OUT/compiled. The tests need
+requirements-dev.txt, the reports requirements-eval.txt.
 """
 
 import argparse
@@ -68,7 +69,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         self.path, here = out / "gpu.json", utils.environment(device)
         new = {"environment": here, "further options": further, "failed": {}}
-        self.parts: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else new
+        self.parts: dict[str, Any] = new | (json.loads(self.path.read_text()) if self.path.exists() else {})
         before = self.parts["environment"]
         if (before["device"], before["torch"]) != (here["device"], here["torch"]):
             sys.exit(f"error: {self.path} is of {before['device']}, torch {before['torch']}: give another --out")
@@ -87,7 +88,7 @@ class Results:
         reason = f"was stopped{limit}" if done["status"] is None else f"failed with exit status {done['status']}"
         self.failed[name] = reason + ": " + " ".join(done["output"].split()[-30:])
         self.write()
-        print(f"{name} {self.failed[name]}\n(A later start asks again.)", flush=True)
+        print(f"{name} {reason}; a later start asks again. Its last words:\n{done['output'][-2000:]}", flush=True)
 
     def write(self) -> None:
         unfinished = self.path.with_suffix(".tmp")
@@ -130,7 +131,7 @@ class Questions:
         return {"status": status, "output": output}
 
     def tests(self, name: str) -> None:
-        limit = min(self.left() / 2, LONGEST_TESTS)
+        limit = min(self.left() - LAST if name in self.results.failed else self.left() / 2, LONGEST_TESTS)
         done = self.call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], limit)
         words = done["output"].strip().splitlines() or [""]
         if done["status"] == 0 or done["status"] == 1 and " failed" in words[-1]:  # that some fail is an answer, too
@@ -173,12 +174,14 @@ class Questions:
 
     def run(self, name: str) -> None:
         """The run ``RUN``, as long as the first start that has time for it planned, or what is left of it."""
-        parts, reserve = self.results.parts, REPORT
-        if self.left() < REPORT + START_UP + SHORTEST or self.args.run_minutes:
-            reserve = LAST  # the reports are for the next start
-        seconds = self.left() - reserve
+        parts, whole = self.results.parts, 60 * (self.args.run_minutes or 0)
+        if STEP_OF_RUN not in parts:
+            print(f"{name} needs {STEP_OF_RUN}")
+            return
+        reports_fit = self.left() > REPORT + START_UP + SHORTEST and not whole
+        seconds = self.left() - (REPORT if reports_fit else LAST)  # or the next start reports
         if "plan of the run" not in parts:
-            whole = 60 * self.args.run_minutes if self.args.run_minutes else seconds
+            whole = whole or (seconds if reports_fit else 60 * self.args.minutes - LAST)  # in a short start a start's
             steps = int((whole - START_UP) / (DUMPS * parts[STEP_OF_RUN]["seconds"]))
             if whole < START_UP + SHORTEST or steps < 1:
                 print(f"{name} needs {START_UP + SHORTEST} s: it is not begun")
@@ -292,9 +295,9 @@ def main() -> None:
     parts["run"] = ask.run
     parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
 
-    failed = {re.sub("recipe .*, ", "recipes, ", name) for name in results.failed} - {"run"}
+    failed = {re.sub("recipe .*, ", "recipes, ", name) for name in results.failed} - {"run", STEP_OF_RUN}
     for name in sorted(parts, key=failed.__contains__):  # what failed before comes last
-        if name not in results.parts and ask.left() > LAST and (name != "run" or STEP_OF_RUN in results.parts):
+        if name not in results.parts and ask.left() > LAST:
             print(f"{name} ...", flush=True)
             parts[name](name)
     print(f"Look at {args.out / 'gpu.md'}.")

@@ -102,7 +102,7 @@ def main() -> None:
     replace_file(args.file, written)
 
     run = load_run(args.file, gpu="cpu")
-    few = images.test.images[:: max(1, len(images.test) // 500)][:500]  # a folder's lie class by class
+    few = images.test.images[:: max(1, len(images.test) // 500)][:500]  # of all classes, one after the other
     difference = (run.logits(few) - predict(model, few)).abs().max().item()
     about = {
         "network": model.name,

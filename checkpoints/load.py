@@ -16,7 +16,7 @@ from config.cli import as_typed
 from models import JEM, build_model
 from utils import UserError
 
-NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])  # with others, weights are others
+NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])  # that make other weights
 OF_TRAINING = ("data", "model", "optimisation", "SGLD", "objective")  # groups of options that a checkpoint brings along
 
 

@@ -98,11 +98,11 @@ def same_runs(cfg: Config, description: dict[str, Any]) -> Iterator[Path]:
 def priority(run: Path) -> tuple[bool, float]:
     """Whether a run was interrupted, and when it was saved last (seconds since 1970): the larger, the sooner."""
     try:
-        _, content = find_checkpoint(str(run))
+        path, content = find_checkpoint(str(run))
     except UserError:  # ``continued`` says why
         return False, 0.0
     interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
-    return interrupted, content.get("time", 0.0)
+    return interrupted, content.get("time") or path.stat().st_mtime
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class GeometricPath(NamedTuple):
 def leapfrog(path: GeometricPath, at: Point, v: Tensor, beta: float, step_size: Tensor, n_leapfrog: int) -> Move:
     """Hamiltonian dynamics with unit mass (Neal 2011, "MCMC using Hamiltonian dynamics", section 2.3).
 
-    Volume-preserving, and reversible: from the end with ``-v`` it leads back. Returns the last point and velocity.
+    It preserves volume; from the end, with ``-v``, it leads back to the start. ``step_size`` broadcasts to y.
     """
     for _ in range(n_leapfrog):
         v = v + 0.5 * step_size * path.score(at, beta)
@@ -209,7 +209,6 @@ def dequantise(grey: Tensor, levels: int, generator: Generator) -> Tensor:
 def bits_per_dim(log_px: Tensor, dim: int, levels: int) -> Tensor:
     """Upper bound of -log2 P(image) / dim of images with ``levels`` grey levels (Theis et al. 2016, section 3.1).
 
-    ``log_px``: the normalised log density, in nats, of images from ``dequantise``; their cells have volume
-    (2 / levels)^dim. The uniform density has log2(levels) bits.
+    ``log_px``: normalised log density, in nats, of images from ``dequantise``, whose cells have volume (2/levels)^dim.
     """
     return -(log_px / dim + math.log(2 / levels)) / math.log(2)

@@ -32,7 +32,7 @@ class InceptionSpace:
     Features (N, 2048) of its pool layer, logits (N, 1008) without their bias. UserError if weights cannot be loaded.
     """
 
-    table, frechet_name, network_name = "Inception scores", "FID", "Inception-v3 of torch-fidelity, IS of ten parts"
+    table, frechet_name, network_name = "Inception scores", "FID", "Inception-v3 of torch-fidelity"
 
     def __init__(self, device: torch.device):
         self.network = distributed.rank0_first(load_inception).to(device)

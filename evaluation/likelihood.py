@@ -61,7 +61,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     test, (name, others) = inputs.subset(data.test), ("training", data.train)
     if len(data.valid):
         name, others = "validation", data.valid
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 swamps small steps
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 is too rough
         add_bits(inputs, section, 1.0, log_p(test), levels, rng)
         if not len(others) or inputs.buffer is None:
             reason = "it needs a replay buffer" if len(others) else "there are no other images to choose it on"

@@ -70,10 +70,10 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
     score = torch.cat([inside, outside]).cpu().numpy()
     n, (fpr, tpr, _) = len(score), roc_curve(is_test, score, drop_intermediate=False)
     protocol = f"{len(inside)} test images (positives, to score higher) against {len(outside)} others; {noise}"
-    interval = bootstrap(auroc, inside, outside, replicates=200)
+    statistic, groups = auroc, [inside, outside]
     if at[0] in CHANGED:  # an image is drawn together with what became of it
-        interval = bootstrap(lambda pairs: auroc(*pairs.T), torch.stack([inside, outside], 1), replicates=200)
-    section.add("AUROC", auroc(inside, outside), n, protocol, interval, at)
+        statistic, groups = lambda pairs: auroc(*pairs.T), [torch.stack(groups, 1)]
+    section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(statistic, *groups, replicates=200), at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import distributed
 from config.options import METRICS
-from logger.files import replace_file
+from logger.files import replace_file, warn_on_error
 from logger.images import save_png
 from utils import UserError, printable
 
@@ -80,13 +80,13 @@ class Section:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
         name = name.replace(",", "").replace(" ", "_")
         path, encoded = self.directory / f"{name}.png", io.BytesIO()
-        if distributed.current_world().rank == 0:
-            if isinstance(content, Figure):
+        with warn_on_error(f"{path} could not be drawn"):
+            if distributed.current_world().rank == 0 and isinstance(content, Figure):
                 content.savefig(encoded, format="png", dpi=120)
                 replace_file(path, encoded.getvalue())
-            else:
+            elif distributed.current_world().rank == 0:
                 save_png(path, content)
-        self.pictures[name] = printable(caption, "utf-8")
+            self.pictures[name] = printable(caption, "utf-8")
 
     def measurements(self) -> dict[tuple[str, str, str], dict[str, Any]]:
         """Measurements by table, row and column."""

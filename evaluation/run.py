@@ -87,7 +87,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:
     """What is measured, for the top of the report; ``same``: whether classes are those of the training."""
     cfg, (_, height, width) = inputs.cfg, inputs.data.shape
-    others = "" if len(inputs.data.train) else "; other images than those of the training, or these changed"
+    others = "" if len(inputs.data.train) else "; other images than those of the training, or a changed set"
     others += "" if same else "; other classes, so that what depends on labels means nothing"
     last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
     head = ", its head for log p(x) untrained" if trained.separate_energy and not trained.samples else ""

@@ -49,6 +49,15 @@ def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
     assert rate == 2 * 2 * 32 * 32 * 16 * 16 * 9 / 1e-3
 
 
+def test_recipe_steps():
+    options = "--device cpu --repeats 1 --depth 10 --width 1 --recipes m-jem oe-jem --command".split()
+    options += ["--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 20 --sgld_step 1"]
+    command = [sys.executable, HERE / "benchmarks" / "recipe_steps.py", *options]
+    rows = [json.loads(line) for line in subprocess.run(command, stdout=subprocess.PIPE).stdout.splitlines()]
+    assert [row["name"] for row in rows] == ["command", "m-jem", "oe-jem"]
+    assert rows[0]["seconds"] * rows[0]["images_per_second"] == pytest.approx(16)
+
+
 def test_profile():
     assert "convolution" in run("profile_step.py")
     for name in ("gpu", "cuda:x"):
@@ -102,7 +111,7 @@ def test_time_to_quality(tmp_path, monkeypatch, capsys):
 def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
     """A second start does what is missing, and last what has failed; the tables hold the numbers of all parts."""
     asked, run = [], tmp_path / "runs" / f"1_{gpu.RUN}"
-    failing = ["tests/test_gpu.py", "on", "m-jem", "--resume"]
+    failing = ["tests/test_gpu.py", "on", "--command", "m-jem", "--resume"]
 
     def call(self, arguments, seconds=None):
         asked.append(str(arguments[0]))
@@ -116,22 +125,22 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
             (run / "ckpt").mkdir(parents=True)
             (run / "ckpt" / "last.pt").touch()
         names = ["command"] if "--command" in arguments else [word for word in arguments if word in RECIPES]
-        names = names[: names.index("m-jem")] if "m-jem" in broken else names
+        names = names[: names.index("m-jem")] if "m-jem" in broken else [] if broken else names
         lines = [json.dumps({"name": name, "seconds": 0.05, "images_per_second": 1280}) for name in names]
         return {"status": len(broken), "output": "\n".join([*lines, "27 passed"])}
 
     monkeypatch.setattr(gpu.Questions, "call", call)
     monkeypatch.setitem(gpu.TRAIN, gpu.RUN, gpu.TRAIN["digits"])
     speed, steps = 2 * ["benchmarks/throughput.py"], 3 * ["benchmarks/recipe_steps.py"]
-    first, second = ["-m", *speed, *steps, "main.py"], [*5 * ["main.py"], "-m", speed[0], steps[0]]
-    for minutes, expected in (("0.9", []), ("9.5", first), ("25", second), ("25", [])):
+    first, second = ["-m", *speed, *steps], [steps[0], "main.py", "-m", speed[0], steps[0]]
+    for minutes, expected, n in ((0.9, [], 0), (9.5, first, 4), (25, second, 1), (25, 5 * ["main.py"], 0), (25, [], 0)):
         options = ["", "--out", str(tmp_path), "--device", "cpu", "--dataset", "digits", "--minutes"]
-        monkeypatch.setattr(sys, "argv", [*options, str(float(minutes) + (time.monotonic() - gpu.STARTED) / 60)])
+        monkeypatch.setattr(sys, "argv", [*options, str(minutes + (time.monotonic() - gpu.STARTED) / 60)])
         asked.clear()
         gpu.main()
         assert asked == expected
-        page = (tmp_path / "gpu.md").read_text() if asked or minutes == "25" else ""
-        assert page.count("Not done: ") == 4 * (expected == first)
+        page = (tmp_path / "gpu.md").read_text() if minutes > 1 else ""
+        assert page.count("Not done: ") == n
     assert "Tests marked gpu: 27 passed" in page and ": nothing): sampler | 200.0 ms | 100.0 ms | 2.0 x | 40" in page
     assert all(f"| {step} | 50.0 ms | " in page for step in ("of the run", *(f"{name}, WRN-10-1" for name in RECIPES)))
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch_size", "8"])

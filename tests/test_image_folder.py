@@ -179,9 +179,10 @@ def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
     litter = {f"train/{c}/@eaDir/image.png/SYNOPHOTO_THUMB_{size}.jpg": png for c in ("cat", "dog") for size in "SM"}
     litter |= dict.fromkeys(("$RECYCLE.BIN/S-1-5/x.png", "System Volume Information/x", "__MACOSX/y/._x.png"), png)
     litter |= dict.fromkeys(("lost+found/x", "train/cat/Thumbs.db", "test/dog/desktop.ini", "readme.txt"), b"litter")
-    litter |= dict.fromkeys(("20261130-010203_sample_a/samples.png", "runs/20261130-010203_test/eval/a.png"), png)
+    runs = ("train/20261130-010203_sample_a", "runs/20261130-010203_test")
+    litter |= {f"{run}/{file}": png for run in runs for file in ("lock", "a.png")}
     litter |= dict.fromkeys((".DS_Store", "train/cat/.ipynb_checkpoints/x.png", "train/.thumbnails/a.png"), png)
-    loaded = load_folder(write_files(tmp_path, four(png) | {"test/cat/more/2.png": png} | litter))
+    loaded = load_folder(write_files(tmp_path, four(png) | {"test/cat/20261130-010203_test.png": png} | litter))
     assert loaded.train.labels.bincount().tolist() == [1, 1] and loaded.test.labels.bincount().tolist() == [2, 1]
     assert capsys.readouterr().out.splitlines()[0] == (
         "data: left out, made by systems or runs: 1 $RECYCLE.BIN, 2 @eaDir, 1 System Volume Information, 1 Thumbs.db, "

@@ -188,8 +188,7 @@ def test_the_box_is_uniform_and_includes_its_walls(monkeypatch):
     logistic = stats.logistic(scale=0.5).logpdf(y.double().numpy()).sum((1, 2))
     assert np.allclose(box.log_prob(y).numpy(), logistic, atol=1e-4)
     x = torch.tensor([[[-1.0, 1.0], [0.3, -0.99]]])
-    assert torch.allclose(box.from_image(x).tanh(), x, atol=2e-6)
-    assert box.from_image(x).isfinite().all()
+    assert torch.allclose(box.from_image(x).tanh(), x, atol=2e-6) and box.from_image(x).isfinite().all()
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))  # happens once in 2^24
     assert ais.Box((2,)).sample(5, seeded(27)).isfinite().all()
 
@@ -201,8 +200,7 @@ def test_walls_of_the_box_are_no_obstacle():
     slope = 50.0  # the mass lies within 0.02 of the wall, a width that steps of the interior would jump over
     expected = 8 * math.log((1 - math.exp(-2 * slope)) / slope)
     result, _, step_sizes = annealed(lambda x: slope * (x - 1).sum(1), ais.Box((8,)), 500, 200, 29)
-    assert log_z(result) == pytest.approx(expected, abs=0.15)
-    assert step_sizes.min() > 0.3
+    assert log_z(result) == pytest.approx(expected, abs=0.15) and step_sizes.min() > 0.3
 
 
 @pytest.mark.parametrize("base", [Gaussian((2, 3)), ais.Box((2, 3))])
@@ -212,8 +210,7 @@ def test_leapfrog_leads_back_to_the_start(base):
     v = torch.randn(start.y.shape, generator=seeded(15), dtype=torch.float64)
     end, end_v = ais.leapfrog(path, start, v, 0.7, torch.tensor(0.1), 20)
     back, back_v = ais.leapfrog(path, end, -end_v, 0.7, torch.tensor(0.1), 20)
-    assert (end.y - start.y).abs().mean() > 0.1
-    assert torch.allclose(back.y, start.y, atol=1e-9)
+    assert (end.y - start.y).abs().mean() > 0.1 and torch.allclose(back.y, start.y, atol=1e-9)
     assert torch.allclose(back_v, -v, atol=1e-9)
 
 
@@ -241,8 +238,7 @@ def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
         forward, back, _ = annealed(lambda x: net(x).logsumexp(1), ais.Box((1, 4, 4)), 8, 5, 22)
         reverse = back(torch.rand(8, 1, 4, 4, generator=seeded(21)) * 2 - 1, 23, steps=10)
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    assert not forward.log_weights.requires_grad
-    assert log_z(forward) == pytest.approx(log_z(reverse), abs=0.5)
+    assert not forward.log_weights.requires_grad and log_z(forward) == pytest.approx(log_z(reverse), abs=0.5)
 
 
 def test_what_cannot_be_estimated_is_refused():

@@ -136,8 +136,7 @@ def test_nearest_is_the_slow_loop():
     distance, index = fid.nearest(points, references)
     for i in range(7):
         slow = [(points[i] - reference).square().sum().sqrt().item() for reference in references]
-        assert index[i] == int(np.argmin(slow))
-        assert distance[i].item() == pytest.approx(min(slow), rel=1e-5)
+        assert index[i] == int(np.argmin(slow)) and distance[i].item() == pytest.approx(min(slow), rel=1e-5)
     assert fid.nearest(references[5:6], references)[0].item() == 0
 
 

@@ -86,8 +86,7 @@ def test_annealed_chain_against_its_formula():
     """10 levels from 1 to 0.1, even in log; step 0.01 (level / 0.1)^2; noise step * std / lr; clamped each time."""
     density, x = gaussian(0.2, 5.0), uniform_images(3, SHAPE, seeded())
     frames = annealed_chain(SGLD(density), x, 2.0, 0.04, seeded(1))
-    assert frames.shape == (301, 3, *SHAPE)
-    assert frames.abs().max() <= 1
+    assert frames.shape == (301, 3, *SHAPE) and frames.abs().max() <= 1
     expected, rng = x, seeded(1)
     for i in range(300):
         step = 0.01 * (10 ** (-(i // 30) / 9) / 0.1) ** 2
@@ -99,8 +98,7 @@ def test_annealed_chain_against_its_formula():
 
 def test_uniform_images():
     x = uniform_images(400, SHAPE, seeded())
-    assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1
-    assert x.var().item() == pytest.approx(1 / 3, abs=0.01)
+    assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and x.var().item() == pytest.approx(1 / 3, abs=0.01)
 
 
 def sampler(size=20, n_classes=2, reinit_freq=0.0, seed=1):
@@ -154,8 +152,7 @@ class TestSampler:
         one, counts = sampler(size, n_classes), torch.zeros(n_classes)
         for _ in range(50):
             x, index, y = one.draw(12, class_cond=True)
-            assert (x == y[:, None, None, None]).all()
-            assert torch.equal(index * n_classes // size, y)
+            assert (x == y[:, None, None, None]).all() and torch.equal(index * n_classes // size, y)
             one.buffer.store(index, x)
             counts += y.bincount(minlength=n_classes)
         assert counts.max() - counts.min() <= 25

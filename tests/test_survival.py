@@ -191,6 +191,7 @@ def test_a_process_that_does_not_write_has_the_same_methods(capsys):
 @pytest.mark.parametrize("settings", [[], HARSH] if "SURVIVAL_KILLS" in os.environ else [[]], ids=lambda s: " ".join(s))
 def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
     """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's.
+
     States to go back to after a divergence are in memory, so where training diverges, other recoveries follow.
     """
     ckpt_every = 13 if settings is HARSH else 3  # a checkpoint on the way to a divergence would be no way back

@@ -90,6 +90,7 @@ terminal.leave(main.main(sys.argv[1:]))
 @pytest.fixture
 def begin():
     """Start a command in a process group of its own, which is killed at the end of the test, whatever happens.
+
     SIGHUP is obeyed at first, also under nohup; SIGINT is ignored, as it is by a script's background jobs.
     """
     started = []
@@ -152,9 +153,10 @@ class TestSignals:
         process.send_signal(signal.SIGHUP)
         (log,) = (tmp_path / "runs").glob("*/metrics.jsonl")
         lines = log.read_text().count("\n") + 3  # of 10 steps each
-        while process.poll() is None and log.read_text().count("\n") < lines:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and log.read_text().count("\n") < lines and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert process.poll() is None
+        assert process.poll() is None and log.read_text().count("\n") >= lines
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode == 143
@@ -162,9 +164,9 @@ class TestSignals:
     @pytest.mark.slow
     def test_sigusr1_is_harmless_while_the_program_starts(self, begin, tmp_path):
         process = begin(command(tmp_path / "runs"))
-        time.sleep(0.5)
+        time.sleep(0.5)  # Python itself has started, torch is being imported
         maps = Path(f"/proc/{process.pid}/maps")
-        while maps.exists() and "torch" not in maps.read_text():  # Python itself has started, torch is being imported
+        while process.poll() is None and maps.exists() and "torch" not in maps.read_text():
             time.sleep(0.05)
         while process.poll() is None:
             process.send_signal(signal.SIGUSR1)
