@@ -152,13 +152,13 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def raise_on_all_ranks(call: Callable[[], T]) -> T:
-    """What ``call`` returns. Its error is one in all processes: in the others it is a UserError or a RuntimeError."""
+    """What ``call`` returns. Its error is one in all processes, in the others one of the kinds that ``main`` knows."""
     try:
         result = call()
     except Exception as error:
         if not hasattr(error, "is_shared"):  # the others wait to hear of it
             error.is_shared = True
-            kind = UserError if isinstance(error, UserError) else RuntimeError
+            kind = next((k for k in (UserError, MemoryError) if isinstance(error, k)), RuntimeError)
             all_gather_object(kind(str(error) or type(error).__name__))
         raise
     for failure in filter(None, all_gather_object(None)):

@@ -44,7 +44,7 @@ from trainer import Trainer
 from utils import TrainingFailed, UserError
 
 USES = {"test": evaluation.run.run, "sample": sample.run, "score": score.run, "export": export.run}
-NOT_ENOUGH_MEMORY = "not enough memory; a smaller --batch_size, --width, --buffer_size, --n_samples or so needs less"
+NOT_ENOUGH_MEMORY = "not enough memory: make --image_size, --batch_size, --width, --buffer_size or --n_samples smaller"
 
 
 def main(arguments: list[str]) -> int:
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 def complain(status: int, kind: str, message: str) -> int:
     """One line on stderr, from one of several processes that have the same to say; returns ``status``."""
-    if distributed.first_to_say(message):
+    if distributed.first_to_say(message.partition(" (")[0]):  # what follows may differ between processes
         print(f"{kind}: {utils.printable(message)}", file=sys.stderr)
     return status
 

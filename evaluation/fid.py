@@ -46,6 +46,7 @@ class InceptionSpace:
         return {"features": features, "logits": logits}
 
 
+@evaluation_packages()  # so that a missing one is a UserError in all processes
 def load_inception() -> nn.Module:
     """It maps uint8 (N, 3, H, W) to features and logits."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3

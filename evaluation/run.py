@@ -35,15 +35,14 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     images = load_data(cfg, path, content, device)
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
-    same = same_classes(content["data"], images)
-    images = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
+    shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     trained = Config.from_dict(content["config"], str(path))
-    inputs = EvalInputs(cfg, model, images, buffer, features, device, trained.classifies)
+    inputs = EvalInputs(cfg, model, shown, buffer, features, device, trained.classifies)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
-    about, environment = facts(inputs, trained, path, state, same), utils.environment(device)
+    about, here = facts(inputs, trained, path, state, same_classes(content["data"], images)), utils.environment(device)
     options = vars(trained) | {f.name: getattr(cfg, f.name) for f in fields(cfg) if "test" in f.metadata["modes"]}
-    report = Report(directory, {"about": about, "options": options, "environment": environment}, other)
+    report = Report(directory, {"about": about, "options": options, "environment": here}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()

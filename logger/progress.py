@@ -52,12 +52,12 @@ def room(trainer) -> dict[str, int]:
     memory: two states to go back to, the one that is written, on a CPU the present one. disk: three full checkpoints of
     all processes: the newest, the one before, and the next while it is written; and the best weights.
     """
-    cfg = trainer.cfg
+    cfg, n_local = trainer.cfg, int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
     model, ema = sum(p.nbytes for p in trainer.model.parameters()), bool(cfg.ema)
     weights = model * (2 + (cfg.optimizer == "adam") + ema)  # with their moments in the optimizer, and their average
     buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) if cfg.samples else 0
     best = model * (1 + ema) * (1 + bool(cfg.quality_every))  # best.pt and best_quality.pt
-    in_memory = (3 + (trainer.device.type == "cpu")) * (weights + buffer // trainer.world.size)
+    in_memory = n_local * (3 + (trainer.device.type == "cpu")) * (weights + buffer // trainer.world.size)
     return {"memory": in_memory, "disk": 3 * (weights + buffer) + best}
 
 
@@ -68,7 +68,7 @@ def check_memory(trainer) -> None:
     needed, free = room(trainer)["memory"], 1024 * int(found[1]) if found else math.inf
     if needed > free:
         found = f"the run needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free"
-        raise UserError(f"{found}: end other programs, or give a smaller --buffer_size, --width or --depth")
+        raise UserError(f"{found}: end other programs, or give a smaller --image_size, --buffer_size or --width")
 
 
 def check_room(trainer, logdir: Path) -> None:

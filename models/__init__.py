@@ -26,7 +26,7 @@ def build_model(
 
     The backbone takes depth, width and ``options``; it raises UserError if it cannot be built with them.
     """
-    features = BACKBONES[backbone](channels, depth, width, **options)
+    features = BACKBONES[backbone](channels, depth=depth, width=width, **options)
     model = JEM(features, n_classes, separate_energy)
     if hasattr(features, "initialise"):
         model.apply(features.initialise)

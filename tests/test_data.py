@@ -135,8 +135,7 @@ def test_digits_are_scikit_learns_stratified_whatever_the_users_seed():
         (int(y), x.tobytes()) for x, y in zip(images, reference.target, strict=True)
     )
     assert digits.shape == (1, 8, 8) and digits.train.images.dtype == torch.uint8
-    assert digits.train.labels.dtype == torch.int64
-    assert digits.class_names == tuple("0123456789") and not digits.flip
+    assert digits.train.labels.dtype == torch.int64 and digits.class_names == tuple("0123456789") and not digits.flip
     assert (len(digits.train), len(digits.valid), len(digits.test)) == (1294, 143, 360)
     share = np.bincount(digits.test.labels) / np.bincount(reference.target)
     assert (abs(share - 0.2) < 0.01).all()

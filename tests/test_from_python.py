@@ -235,7 +235,7 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, 
 class Small(nn.Module):
     in_channels, n_features, name = 1, 4, "small"
 
-    def __init__(self, *_, **options):
+    def __init__(self, channels, *, width, depth, **options):
         super().__init__()
         self.layer, self.idle, self.dropout = nn.Conv2d(1, 4, 8), nn.Linear(4, 4), nn.Dropout2d()
 

@@ -422,7 +422,7 @@ def test_bad_options(options, words, tmp_path, monkeypatch, capsys):
 def test_memory_that_runs_out(place, error, n_checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(place, Mock(side_effect=error))
     assert main.main([*TINY, "--logdir", str(tmp_path)]) == 2
-    assert "error: not enough memory; a smaller --batch_size" in capsys.readouterr().err
+    assert "error: not enough memory: make --image_size" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*/ckpt/last.pt"))) == len(list(tmp_path.iterdir())) == n_checkpoints
     monkeypatch.setattr(place, Mock(side_effect=RuntimeError("a mistake of the program")))  # is not hidden
     with pytest.raises(RuntimeError, match="mistake"):

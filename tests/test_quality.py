@@ -1,6 +1,7 @@
 """Distances and scores of samples against closed forms and torch-fidelity, and the choice of images."""
 
 import json
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -104,6 +105,9 @@ def test_without_inception_weights_one_line_says_where_to_get_them(network):
     with pytest.raises(UserError, match=r"no network.*weights-inception-2015-12-05-6726825d.pth into .*checkpoints"):
         fid.InceptionSpace(torch.device("cpu"))
     assert len(network) == 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="torch_fidelity is not installed"):
+        patch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+        fid.load_inception()  # in each of several processes
 
 
 def test_inception_takes_small_grey_images(monkeypatch):

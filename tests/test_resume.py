@@ -112,8 +112,7 @@ class TestResume:
         out = capsys.readouterr().out
         assert status == 143 and "Starting from the averaged weights" in out and "all steps are warm-up" in out
         auto(tmp_path, *options)
-        assert "continuing after step 3" in " ".join(capsys.readouterr().out.split())
-        assert state(run)["step"] == 6
+        assert "continuing after step 3" in " ".join(capsys.readouterr().out.split()) and state(run)["step"] == 6
 
     def test_what_came_after_the_checkpoint_is_superseded(self, tmp_path, undisturbed):
         """As after a crash: the log is ahead of the checkpoint, its last line torn."""
@@ -157,8 +156,7 @@ class TestResume:
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
         monkeypatch.setattr("fcntl.flock", unsupported)
-        assert main.main(["--resume", str(stopped)]) == 0
-        assert "cannot be locked (" in capsys.readouterr().err
+        assert main.main(["--resume", str(stopped)]) == 0 and "cannot be locked (" in capsys.readouterr().err
         assert_same_run(stopped, undisturbed)
         assert not [path.name for path in stopped.glob("lock?*")]
 

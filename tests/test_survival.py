@@ -143,9 +143,11 @@ with contextlib.suppress(UserError): log.close()
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0.8 * needed))
         command = [*TINY, "--logdir", tmp_path / "runs"]
         assert f"checkpoints need {needed / 1e6:.0f} MB and" in refused(capsys, *command)
-        err = refused(capsys, *command, "--buffer_size", 2 * 10**9)
-        (found,) = re.findall(r"the run needs ([\d,]+) MB of memory", err)
-        assert float(found.replace(",", "")) == pytest.approx(4 * 4 * 64 * 2000, rel=1e-3)
+        for n in (1, 2):  # processes of this machine
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n))
+            err = refused(capsys, *command, "--buffer_size", 2 * 10**9)
+            (found,) = re.findall(r"the run needs ([\d,]+) MB of memory", err)
+            assert float(found.replace(",", "")) == pytest.approx(n * 4 * 4 * 64 * 2000, rel=1e-3)
         assert not (tmp_path / "runs").exists()
 
 

@@ -136,8 +136,7 @@ class TestSignals:
         assert process.returncode == 130 and time.monotonic() - before < 20
         assert "Traceback" not in err and "terminate" not in err
         (run,) = (tmp_path / "runs").iterdir()
-        assert not list(run.rglob("*.tmp"))
-        assert state(run)["step"] == 0
+        assert not list(run.rglob("*.tmp")) and state(run)["step"] == 0
         assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
 
     @pytest.mark.parametrize("name, status", [("SIGHUP", 129), ("SIGTERM", 143)])
