@@ -72,7 +72,7 @@ def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside
     protocol = f"{len(inside)} test images (positives, to score higher) against {len(outside)} others; {noise}"
     statistic, groups = auroc, [inside, outside]
     if at[0] in CHANGED:  # an image is drawn together with what became of it
-        statistic, groups = lambda pairs: auroc(*pairs.T), [torch.stack(groups, 1)]
+        statistic, groups = lambda pairs: auroc(*pairs.T.contiguous()), [torch.stack(groups, 1)]
     section.add("AUROC", auroc(inside, outside), n, protocol, bootstrap(statistic, *groups, replicates=200), at)
     section.add("AUPR", average_precision_score(is_test, score), n, protocol, at=at)
     section.add("FPR at 95 % true positives", fpr[tpr >= 0.95].min(), n, protocol, at=at)
