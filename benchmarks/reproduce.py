@@ -79,7 +79,8 @@ def command(name: str, test: bool, further: list[str], logdir: str) -> list[str]
     program = [sys.executable, str(MAIN), "--logdir", logdir]
     if not test:
         return [*program, *TRAIN[name].split(), "--note", name, *further]
-    runs = sorted(path for path in Path(logdir).glob(f"*_train_{name}*") if re.search(rf"{name}(-\d+)?$", path.name))
+    runs = [path for path in Path(logdir).glob(f"*_train_{name}*") if re.search(rf"{name}(-\d+)?$", path.name)]
+    runs.sort(key=lambda path: (path.name.partition("_")[0], len(path.name), path.name))  # by time, and -10 after -2
     if not runs:
         print(f"error: no run of {name} in {logdir}: train it first", file=sys.stderr)
         raise SystemExit(2)

@@ -32,9 +32,9 @@ def test_a_baseline_differs_in_nothing_but_the_samples():
 
 
 def test_the_newest_run_of_a_name_is_measured(tmp_path):
-    for name in ("20260101_train_digits", "20260101_train_digits-2", "20260102_train_digits_jem"):
-        (tmp_path / name).mkdir()
-    assert reproduce.command("digits", True, [], str(tmp_path))[7].endswith("_train_digits-2")
+    for end in ("1_train_digits", "1_train_digits-10", "1_train_digits-2", "2_train_digits_jem"):
+        (tmp_path / f"2026010{end}").mkdir()
+    assert reproduce.command("digits", True, [], str(tmp_path))[7].endswith("_train_digits-10")
 
 
 @pytest.mark.slow
