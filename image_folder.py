@@ -28,7 +28,7 @@ SYSTEM_FILES = {  # what systems put into folders by themselves, in lower case; 
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information", "lost+found"),
     *("found.000", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-RUN_DIRECTORY = re.compile(r"\d{8}-\d{6}_(energy_train|baseline_train|test|sample|score)(_|-|$)")
+RUN_DIRECTORY = re.compile(r"\d{8}-\d{6}_")  # as logger/run_dir.py begins its name; a file lock lies in it
 PART_NAMES = {  # as they read in lower case, without "_", "-", "set", "data" and the like
     "train": "train|training|trn",
     "valid": "val|valid|validation|validate|dev|eval|evaluation",

@@ -84,7 +84,7 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int = 1) -> None:
+def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
     A no-op without batch normalisation. Batches have 500 images of 32x32 pixels, as many pixels of larger ones, but at

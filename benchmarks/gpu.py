@@ -101,7 +101,7 @@ class Questions:
     """The parts, each a method that asks for a program's answer, and adds it to the results."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, further: list[str], results: Results):
-        self.args, self.device, self.further, self.results = args, device, further, results
+        self.args, self.further, self.results = args, further, results
         self.out, self.end = args.out.absolute(), STARTED + 60 * args.minutes
         self.environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self.out / "compiled"), "PYTHONUNBUFFERED": "1"}
         self.gpu = str(device.index or 0) if device.type == "cuda" else "cpu"  # as --gpu takes it
@@ -191,7 +191,7 @@ class Questions:
         options = ["--logdir", self.out / "runs", "--resume", "auto", *run_options(self.further), *limit]
         done = self.call(["main.py", *options], seconds)
         if done["status"] == 0:
-            self.results.add(name, {"status": 0, "output": done["output"][-4000:]})
+            self.results.add(name, {"output": done["output"][-4000:]})
         else:
             self.results.fail(name, done, " and will go on")
 
@@ -202,10 +202,10 @@ class Questions:
         return newest and newest.parent.parent
 
     def report(self, options: str, name: str) -> None:
-        if "run" not in self.results.parts or self.trained() is None:
+        run = self.trained()
+        if "run" not in self.results.parts or run is None:
             print(f"{name} needs the run, and its checkpoint in {self.out / 'runs'}")
             return
-        run = self.trained()
         done = self.call(["main.py", "--mode", "test", "--load_ckpt", run, *options.split(), "--gpu", self.gpu])
         if done["status"] == 0:
             self.results.add(name, {"output": done["output"][-4000:]} | test_accuracy(run))

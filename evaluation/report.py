@@ -79,12 +79,12 @@ class Section:
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
         name = name.replace(",", "").replace(" ", "_")
-        path, encoded = self.directory / f"{name}.png", io.BytesIO()
+        path, encoded, writes = self.directory / f"{name}.png", io.BytesIO(), distributed.current_world().rank == 0
         with warn_on_error(f"{path} could not be drawn"):
-            if distributed.current_world().rank == 0 and isinstance(content, Figure):
+            if writes and isinstance(content, Figure):
                 content.savefig(encoded, format="png", dpi=120)
                 replace_file(path, encoded.getvalue())
-            elif distributed.current_world().rank == 0:
+            elif writes:
                 save_png(path, content)
             self.pictures[name] = printable(caption, "utf-8")
 

@@ -40,9 +40,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     inputs = EvalInputs(cfg, model, shown, buffer, features, device, trained.classifies)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
-    about, here = facts(inputs, trained, path, state, same_classes(content["data"], images)), utils.environment(device)
+    about, env = facts(inputs, trained, path, state, same_classes(content["data"], images)), utils.environment(device)
     options = vars(trained) | {f.name: getattr(cfg, f.name) for f in fields(cfg) if "test" in f.metadata["modes"]}
-    report = Report(directory, {"about": about, "options": options, "environment": here}, other)
+    report = Report(directory, {"about": about, "options": options, "environment": env}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()

@@ -54,8 +54,8 @@ def run_chains(
 
     With classes it climbs log p(x, y), whose gradient in x is that of log p(x|y). With batch normalisation an image
     depends on its batch. So batches are always whole, of as many chains as in training (``cfg.n_chains``): the last one
-    is filled up with chains that are then left out. Each batch has randomness of its own: a seed's first chains are the
-    same however many follow. ``model``: a ``frozen_sampler_model`` on ``rng``'s device; ``n_filmed``: the first ones.
+    is filled up, and cut again. Each batch has randomness of its own: a seed's first chains are the same however many
+    follow. ``model`` is a ``frozen_sampler_model`` on the device of ``rng``; ``frames`` shows the first ``n_filmed``.
     """
     compiled = cfg.compile == "on" and cfg.mode == "sample"  # in training it would take longer than the chains
     sgld = SGLD(model.log_density, **chain_options(cfg), compile=compiled)

@@ -24,14 +24,14 @@ from sgld import ChainInit
 from utils import UserError, tree_to
 
 Classes = int | Sequence[int] | None
-NOT_HERE = {"class_cond", "n_samples", "from_buffer", "inpaint", "denoise", "images", "save_images"}  # --mode sample's
+COMMAND_LINE_ONLY = {"class_cond", "n_samples", "from_buffer", "inpaint", "denoise", "images", "save_images"}
 LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images of 0 to 255 by more
 
 
 def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
     """A run directory, .pt or .safetensors file, or a UserError; options of the data and of chains, as gpu="cpu"."""
     trained = open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)})
-    if names := sorted({*unused(options, trained.cfg), *NOT_HERE & options.keys()}):
+    if names := sorted({*unused(options, trained.cfg), *COMMAND_LINE_ONLY & options.keys()}):
         warnings.warn(f"load_run does not use {', '.join(names)}", stacklevel=2)
     return TrainedRun(trained)
 

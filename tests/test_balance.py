@@ -38,7 +38,8 @@ def test_it_is_due_after_a_hundred_steps_and_once_for_each_time(auroc, warned, w
 def test_a_run_out_of_balance_says_so_also_when_it_is_resumed(tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 105, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     status, run = start(tmp_path, *PLAIN, "--norm", "batch", "--max_steps", "200")
-    assert status == 143 and "Warning" not in capsys.readouterr().out and main.main(["--resume", str(run)]) == 0
+    assert status == 143 and "Warning" not in capsys.readouterr().out
+    assert main.main(["--resume", str(run)]) == 0
     balanced = max(line["step"] for line in metrics(run) if line.get("sgld/auroc", 1) <= 0.95)
     (event,) = [line for line in metrics(run) if "event" in line]
     assert event["event"] == "warning" and event["step"] == balanced + 100 and 0 < balanced < 100

@@ -341,16 +341,8 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
     before = {path: path.read_bytes() for path in run.rglob("eval/*")}
     short = [*SHORT, "--eval", "classification", "--load_ckpt"]
     assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
-    lone = [
-        str(lone),
-        "--logdir",
-        str(tmp_path / "new"),
-        "--note",
-        "lone",
-        "--eval",
-        "classification,quality,likelihood",
-    ]
-    assert main([*short, *lone, "--ais_chains", "2", "--ais_temperatures", "2"]) == 0
+    further = "--note lone --eval classification,quality,likelihood --ais_chains 2 --ais_temperatures 2".split()
+    assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), *further]) == 0
     assert before == {path: path.read_bytes() for path in before}
     reports = sorted(path.parent.name for path in run.glob("eval*/report.md"))
     assert len(reports) >= 2 and f"eval-{len(reports)}" in reports
@@ -369,7 +361,8 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     command = [*SHORT, "--load_ckpt", str(run), "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
-    assert main([*command, "classification"]) == 2 and "nothing could be measured" in capsys.readouterr().err
+    assert main([*command, "classification"]) == 2
+    assert "nothing could be measured" in capsys.readouterr().err
     monkeypatch.setattr(classification, "measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     assert main([*command, "classification,calibration"]) == 0
     said = capsys.readouterr()

@@ -125,7 +125,8 @@ def test_stopped_and_resumed_is_the_same_run(options, tmp_path, monkeypatch):
     whole = start(tmp_path / "whole", *options.split())
     signal_at_step(monkeypatch, 7)
     run = start(tmp_path / "stopped", *options.split(), status=143)
-    assert state(run)["step"] == 7 and main.main(["--resume", str(run)]) == 0 and equal(state(run), state(whole))
+    assert state(run)["step"] == 7
+    assert main.main(["--resume", str(run)]) == 0 and equal(state(run), state(whole))
 
 
 def test_chains_start_from_the_chosen_gaussian():

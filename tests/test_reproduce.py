@@ -55,4 +55,5 @@ def test_train_and_measure(tmp_path, monkeypatch, capsys):
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("_energy_train_digits")
     status, _, _ = run("--test", "--eval", "classification", "--max_images", "50")
-    assert status == 0 and (folder / "eval" / "results.json").is_file() and run("--lr", "x")[0] == 2
+    assert status == 0 and (folder / "eval" / "results.json").is_file()
+    assert run("--lr", "x")[0] == 2
