@@ -135,7 +135,7 @@ class SampleQuality:
             except UserError as error:
                 raise UserError(f"--quality_every needs --feature_ckpt, a classifier, or Inception: {error}") from None
             order = torch.randperm(len(images.train), generator=Generator().manual_seed(0))[:N_REFERENCE]
-            self.real = self.statistics(images.train.images[order.to(images.train.images.device)])
+            self.real = self.statistics(images.train.images[order])
 
     def statistics(self, images: Tensor) -> dict[str, np.ndarray]:
         return feature_statistics(self.space.outputs(images.to(self.device))["features"])

@@ -23,20 +23,19 @@ class EvalInputs:
     buffer: Tensor | None  # float32 (M, C, H, W)
     feature_model: JEM | None  # the classifier of --feature_ckpt
     device: torch.device
-    classifies: bool = True  # whether labels had a part in the training
+    classifies: bool  # whether labels had a part in the training
 
     def rng(self) -> Generator:
         """A generator that starts the same for each metric, whichever others run."""
         return Generator(self.device).manual_seed(self.cfg.seed)
 
-    def subset(self, split: Split, limit: int | None = None) -> Split:
-        """At most ``limit`` images of a split, or else ``--max_images``: the same random ones in the same random order.
+    def subset(self, images: Split | Tensor, limit: int | None = None) -> Split | Tensor:
+        """At most ``limit`` of the images, or else ``--max_images``: the same random ones in the same random order.
 
-        So the first of them are a random choice, too, where the split lies class by class.
+        So the first of them are a random choice, too, where the images lie class by class.
         """
-        n = min(limit or self.cfg.max_images or len(split), len(split))
-        order = torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
-        return split[order.to(split.labels.device)].to(self.device)
+        n = min(limit or self.cfg.max_images or len(images), len(images))
+        return images[torch.randperm(len(images), generator=Generator().manual_seed(0))[:n]].to(self.device)
 
     def with_noise(self, images: Tensor) -> Tensor:
         """uint8 images as they are or, with the noise of ``--sigma_test``, as floats; the same ones always alike."""

@@ -42,7 +42,9 @@ class Curves(NamedTuple):
         """
         forward, reverse = self.bits.values()
         apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)
-        return float(f"{self.betas[np.maximum(forward, reverse)[: max(1, apart.argmax())].argmin()]:.3g}")
+        compared = max(1, apart.argmax())
+        best = np.maximum(forward, reverse)[:compared].argmin()
+        return float(f"{self.betas[best]:.3g}")
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:
@@ -58,9 +60,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
         "between them as far as the reverse chains, begun in the buffer, have reached that density."
     )
-    test, (name, others) = inputs.subset(data.test), ("training", data.train)
-    if len(data.valid):
-        name, others = "validation", data.valid
+    test = inputs.subset(data.test)
+    name, others = ("validation", data.valid) if len(data.valid) else ("training", data.train)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 is too rough
         add_bits(inputs, section, 1.0, log_p(test), levels, rng)
         if not len(others) or inputs.buffer is None:
@@ -76,7 +77,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             f"forward, reverse AIS over {len(curves.betas)} 1/T"
         )
         section.add("inverse temperature 1/T", beta, len(others), protocol)
-        section.picture("bits_by_temperature", f"Bits per dimension of {name} images at 1/T", figure(curves, levels))
+        caption = f"Bits per dimension of {name} images at 1/T"
+        section.picture("bits_by_temperature", caption, bits_figure(curves, levels))
         if beta != 1:
             add_bits(inputs, section, beta, log_p(test), levels, rng)
 
@@ -108,7 +110,7 @@ def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int
     return Curves((b * HIGHEST).numpy(), bits)
 
 
-def figure(curves: Curves, levels: int) -> Figure:
+def bits_figure(curves: Curves, levels: int) -> Figure:
     """Both bounds against 1/T, near the bits of the best one and of the uniform density."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, best, uniform = figure.subplots(), curves.best(), math.log2(levels)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +133,10 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
                 folder = os.path.abspath(Config.data_dir)
                 if Path(folder).is_relative_to(inputs.cfg.data_dir):
                     raise UserError(f"it would be downloaded into your images in {folder}: move them elsewhere")
-            others = data.load(name, folder, device=inputs.device).test
+            others = data.load(name, folder, device=inputs.device).test.images
         case _:
-            images = image_folder.read_test_part(Path(name).expanduser(), image_size=max(h, w))
-            others = data.Split(images, torch.zeros(len(images)))  # a folder without labels will do
-    return converted(inputs.subset(others, n).images.to(inputs.device), (c, h, w))
+            others = image_folder.read_test_part(Path(name).expanduser(), image_size=max(h, w))
+    return converted(inputs.subset(others, n), (c, h, w))
 
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -173,9 +171,12 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-    move = partial(pgd, lambda x: model.log_density(x).sum(), radius=2.0, norm="L2", steps=MOVE_STEPS)
+
+    def move(x: Tensor) -> Tensor:
+        return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
+
     batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
-    return torch.cat(distributed.sharded_map(batches, lambda x: move(data.to_float(x)), images.device))
+    return torch.cat(distributed.sharded_map(batches, move, images.device))
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from chain_init import build_chain_init
 from config.checks import FEWEST, check_variance
-from data import Split, to_float
+from data import to_float
 from evaluation import fid
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
@@ -80,9 +80,8 @@ def reference(inputs: EvalInputs) -> ImageSet:
     if inputs.cfg.fid_reference == "train+test":
         parts, what = [*parts, data.test], "training, validation and test"
     where = data.train.images.device  # perhaps the host: only what is chosen goes to the device
-    images = torch.cat([part.images.to(where) for part in parts])
-    chosen = inputs.subset(Split(images, torch.cat([part.labels.to(where) for part in parts]))).images
-    return ImageSet(chosen, f"{len(chosen)} {what} images")
+    images = inputs.subset(torch.cat([part.images.to(where) for part in parts]))
+    return ImageSet(images, f"{len(images)} {what} images")
 
 
 def sample_sets(inputs: EvalInputs, section: Section, n: int) -> dict[str, ImageSet]:

@@ -2,7 +2,6 @@
 
 import base64
 import glob
-import io
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from utils import UserError, printable
 
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 IN_FILE = ("results", "notes", "absent", "pictures")  # what results.json holds of a section
-RUNS = ("this run", "other run")
+RUNS, IMAGES = ("this run", "other run"), "test images"
 Interval = tuple[float, float]  # of 95 %
 NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
 
@@ -53,11 +52,11 @@ class Section:
         if not math.isfinite(value):
             self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
             return
-        name, *place, protocol = (printable(text, "utf-8") for text in (name, *(at or ()), protocol))
+        *place, last = (printable(text, "utf-8") for text in (name, *(at or ())))
         line = self.results
         for text in place:
-            line, name = line.setdefault(name, {}), text
-        line[name] = {"value": float(value), "interval": interval, "n": n, "protocol": protocol}
+            line = line.setdefault(text, {})
+        line[last] = {"value": float(value), "interval": interval, "n": n, "protocol": printable(protocol, "utf-8")}
 
     def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple | None = None) -> None:
         """The mean of one value an image, (N,), with its bootstrap interval."""
@@ -79,12 +78,9 @@ class Section:
     def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
         """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
         name = name.replace(",", "").replace(" ", "_")
-        path, encoded, writes = self.directory / f"{name}.png", io.BytesIO(), distributed.current_world().rank == 0
+        path = self.directory / f"{name}.png"
         with warn_on_error(f"{path} could not be drawn"):
-            if writes and isinstance(content, Figure):
-                content.savefig(encoded, format="png", dpi=120)
-                replace_file(path, encoded.getvalue())
-            elif writes:
+            if distributed.current_world().rank == 0:
                 save_png(path, content)
             self.pictures[name] = printable(caption, "utf-8")
 
@@ -103,16 +99,15 @@ def bootstrap(statistic: Callable[..., Any], *groups: Tensor, replicates: int = 
     rng, groups, drawn = torch.Generator().manual_seed(0), [group.cpu() for group in groups], []
     for _ in range(replicates):
         drawn.append(float(statistic(*(g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups))))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+    return tuple(np.quantile(drawn, [0.025, 0.975]).tolist())
 
 
 def wilson(true: Tensor) -> Interval:
     """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %."""
     from scipy.stats import binomtest  # slow to import
 
-    low, high = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
-    return float(low), float(high)
+    interval = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 class Report:
@@ -217,7 +212,7 @@ def tables(report: Report, name: str) -> list[Table]:
             if report.other:
                 row, column = (row if table == ALONE else f"{row}, {column}"), run
             found.setdefault(table, {}).setdefault(row, {})[column] = measurement
-    same_images = report.other and report.header["about"]["data set"] == report.other.header["about"].get("data set")
+    same_images = report.other and report.header["about"][IMAGES] == report.other.header["about"].get(IMAGES)
     signs, filled = protocols(report, name), []
     for table, rows in found.items():
         columns, lines = (list(RUNS) if report.other else unique(rows.values())), []

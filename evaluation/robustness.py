@@ -225,18 +225,17 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     """
     cfg, model, rng = inputs.cfg, inputs.model, inputs.rng()
     test = inputs.subset(inputs.data.test, cfg.attack_images or cfg.max_images or ATTACKED_IMAGES)
-    classifier, protocol = Classifier(model), ""
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
-    if name in ("refined", "refined_straight"):
-        test = test[:REFINED_IMAGES]
-        batch_size = max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
-        sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
-        chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
-        protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
+    if name in ("pgd", "autoattack"):
+        return Attacked(Classifier(model), test.images.float() / 255, test.labels, batch_size, rng)
+    test, batch_size = test[:REFINED_IMAGES], max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
+    sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
+    chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
+    protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
     if name == "refined":
         classifier = RefinedClassifier(model, chain, CHAINS)
         protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
-    elif name == "refined_straight":
+    else:
         classifier = StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
         protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
     return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)

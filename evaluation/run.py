@@ -4,6 +4,7 @@ import importlib
 import os
 import time
 import traceback
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from checkpoints.load import frozen, load_data, load_feature_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
-from evaluation.report import Report, Section, read_report
+from evaluation.report import IMAGES, Report, Section, read_report
 from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
 from sgld import finite_images
@@ -85,7 +86,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
 
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:
     """What is measured, for the top of the report; ``same``: whether classes are those of the training."""
-    cfg, (_, height, width) = inputs.cfg, inputs.data.shape
+    cfg, (_, height, width), test = inputs.cfg, inputs.data.shape, inputs.data.test.images
     others = "" if len(inputs.data.train) else "; other images than those of the training, or a changed set"
     others += "" if same else "; other classes, so that what depends on labels means nothing"
     last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
@@ -96,6 +97,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
         "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
+        IMAGES: f"{len(test)}, CRC-32 {zlib.crc32(test.cpu().contiguous().numpy()):08x}",
         "network": f"{inputs.model.name}{head}",
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }
@@ -111,12 +113,12 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
 def report_directory(cfg: Config, path: Path) -> Path:
     """A new ``eval`` directory in the checkpoint's run; in a new run of ``--logdir`` if there is none to write into."""
     run = path.parent.parent
-    if path.parent.name == "ckpt" and (run / "config.json").is_file():
-        if run.stat().st_uid == os.geteuid() and os.access(run, os.W_OK):
-            with disk_errors(run):
-                return first_free(run / "eval", Path.mkdir)
+    own = path.parent.name == "ckpt" and (run / "config.json").is_file()
+    if own and not (run.stat().st_uid == os.geteuid() and os.access(run, os.W_OK)):
         reason = f"{run} cannot be written or belongs to another user"
         print(printable(f"{reason}: the report goes to a new run in {cfg.logdir}"), flush=True)
-    run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
+        own = False
+    if not own:
+        run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
         return first_free(run / "eval", Path.mkdir)

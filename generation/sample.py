@@ -24,7 +24,7 @@ from generation.trained_run import TrainedRun
 from logger.files import replace_file
 from logger.images import captioned, image_grid, save_gif, save_png, to_uint8
 from logger.run_dir import RunDir
-from models import JEM, log_density
+from models import log_density
 from models.predict import predict
 from sgld import chain_options, finite_images
 from utils import UserError
@@ -35,13 +35,13 @@ PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
 
 def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """Sample from a checkpoint, the ``content`` of ``path``; returns 0. Bad input is a UserError before all writing."""
-    if cfg.class_cond and not Config.from_dict(content["config"], str(path)).classifies:
-        raise UserError(f"{path} was trained without labels: leave --class_cond out")
     trained, state = TrainedRun(Trained(cfg, path, content)), content["state"]
+    if cfg.class_cond and not trained.classifies:
+        raise UserError(f"{path} was trained without labels: leave --class_cond out")
     model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)
-    start = start_images(trained, model, rng)
-    training_steps = max(cfg.sgld_step, cfg.sgld_step_max or 0)
-    steps = training_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
+    start = start_images(trained, rng)
+    chain_steps = max(cfg.sgld_step, cfg.sgld_step_max or 0)  # of training
+    steps = chain_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
     settings = {
         "checkpoint": str(path),
         "training_steps": state["step"],
@@ -72,18 +72,18 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     return 0
 
 
-def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
-    """Test images or the user's own, whose classes ``model`` sees; or the replay buffer; or as training's chains."""
+def start_images(run: TrainedRun, rng: Generator) -> StartImages:
+    """Test images or the user's own, whose classes the model sees; or the replay buffer; or as training's chains."""
     cfg, classes = run.cfg, range(len(run.class_names))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
             _, own = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
             images, kind = own.to(run.device), f"pictures of {cfg.images}"
-            images = data.Split(images, predict(model, images).argmax(1))
+            images = data.Split(images, predict(run.model, images).argmax(1))
         else:
             images = load_data(cfg, run.path, run.content, run.device).test.to(run.device)
             kind = f"test images of {cfg.dataset}"
-        n = cfg.n_samples or (len(images) if cfg.images else PICTURE_COLUMNS)
+        n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, len(images)))
         if n > len(images):
             raise UserError(f"--n_samples {n} is more than the {len(images)} {kind}")
         return restoration_start(cfg, images[torch.arange(n, device=run.device) * len(images) // n], rng)
@@ -91,13 +91,13 @@ def start_images(run: TrainedRun, model: JEM, rng: Generator) -> StartImages:
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
     if cfg.from_buffer:
-        images = buffer_images(run, model, n, rng)
+        images = buffer_images(run, n, rng)
         return StartImages("buffer", len(images), images, classes, cfg.class_cond)
     name, chain_init = run.fresh_start
     return StartImages(name, n, chain_init, classes, cfg.class_cond)
 
 
-def buffer_images(run: TrainedRun, model: JEM, n: int, rng: Generator) -> Tensor:
+def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
     """n random images (n, C, H, W) of the replay buffer; with ``--class_cond`` as the model sees classes, in turn."""
     if "buffer" not in run.content["state"]:
         raise UserError(f"{run.path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
@@ -108,7 +108,7 @@ def buffer_images(run: TrainedRun, model: JEM, n: int, rng: Generator) -> Tensor
         raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
     order = torch.randperm(len(images), generator=rng, device=rng.device)
     if run.cfg.class_cond:
-        order = by_class(predict(model, images[order]).argmax(1), n, run.class_names, order)
+        order = by_class(predict(run.model, images[order]).argmax(1), n, run.class_names, order)
     return images[order[:n]]
 
 

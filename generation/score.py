@@ -36,7 +36,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     names, images = image_folder.read_pictures(Path(cfg.images), trained.shape)
     logits, classes = trained.logits(images), trained.class_names
     log_p = log_density(logits)
-    if not Config.from_dict(content["config"], str(path)).classifies:
+    if not trained.classifies:
         classes = ("",) * len(classes)  # without labels in training they mean nothing
     summary = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
     try:

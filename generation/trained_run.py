@@ -15,6 +15,7 @@ import data
 import utils
 from chain_init import StoredStarts, build_chain_init
 from checkpoints.load import Trained, frozen, load_data, open_trained
+from config import Config
 from config.checks import check_variance, unused
 from generation.chains import ChainResult, StartImages, run_chains
 from models import JEM, frozen_sampler_model, log_density
@@ -47,6 +48,7 @@ class TrainedRun:
         self.cfg, self.path, self.content = trained
         self.class_names, self.shape = tuple(self.content["data"]["class_names"]), tuple(self.content["data"]["shape"])
         self.low_log_density: float | None = self.content.get("low_log_density")
+        self.classifies = Config.from_dict(self.content["config"], str(self.path)).classifies
         self.device = utils.pick_device(self.cfg.gpu)
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
@@ -59,10 +61,12 @@ class TrainedRun:
     def log_density(self, images: Tensor, y: Classes | Tensor = None) -> Tensor:
         """Unnormalised log p(x), or log p(x, y) with a class y, or one for each image; float32 (N,), in nats."""
         logits = self.logits(images)
-        classes = None if y is None else torch.tensor(self.classes([y] * len(logits) if np.ndim(y) == 0 else y))
-        if classes is not None and len(classes) != len(logits):
+        if y is None:
+            return log_density(logits)
+        classes = torch.tensor(self.classes(y))
+        if np.ndim(y) and len(classes) != len(logits):
             raise UserError(f"y has {len(classes)} classes for {len(logits)} images")
-        return log_density(logits, classes)
+        return log_density(logits, classes.expand(len(logits)))
 
     def sample(self, n: int, y: Classes = None, **options: Any) -> Tensor:
         """The images of ``chains``, float32 (n, C, H, W), cut to [-1, 1]."""
@@ -76,9 +80,9 @@ class TrainedRun:
         y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of twenty
         training chains. n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
         """
-        if not isinstance(n, int) or n < 1:
+        if not isinstance(n, int | np.integer) or n < 1:
             raise UserError(f"n, how many chains, is a whole number of at least 1, not {n!r}")
-        classes = self.classes(range(len(self.class_names)) if y is None else y)
+        classes = range(len(self.class_names)) if y is None else self.classes(y)
         name, chain_init = self.fresh_start
         start = StartImages(name, n, chain_init, classes, class_cond=y is not None)
         cfg = self.cfg if steps is None else replace(self.cfg, n_sample_steps=steps)
@@ -92,15 +96,19 @@ class TrainedRun:
         climbs p(y|x), which asks for nothing that the images of the class have in common.
         """
 
+        (y,) = self.classes([y] if np.ndim(y) else y)
+
         def log_p(x: Tensor) -> Tensor:
             return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
 
-        (y,), batches = self.classes([y] if np.ndim(y) else y), self.checked(images).split(self.cfg.batch_size)
+        batches = self.checked(images).split(self.cfg.batch_size)
         return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
 
     def classes(self, y: Classes) -> list[int]:
-        """One class, or several, as a list. Raises UserError for what is none, and for an empty list."""
-        found = np.atleast_1d(np.asarray(y))
+        """One class, or several, as a list. Raises UserError for what is none, and for a model without labels."""
+        if not self.classifies:
+            raise UserError(f"{self.path} was trained without labels: leave the class out")
+        found = np.atleast_1d(y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y))
         if found.ndim > 1 or found.dtype.kind not in "iu" or not set(found) <= set(range(len(self.class_names))):
             raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
         return found.tolist()

@@ -72,9 +72,13 @@ def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str]
     return picture
 
 
-def save_png(path: Path, picture: np.ndarray) -> bytes:
-    """Write an RGB picture (H, W, 3) uint8; returns the file's bytes."""
-    encoded = imageio.imwrite("<bytes>", picture, extension=".png")
+def save_png(path: Path, picture: np.ndarray | Figure) -> bytes:
+    """Write an RGB picture (H, W, 3) uint8, or a figure; returns the file's bytes."""
+    if isinstance(picture, Figure):
+        picture.savefig(file := io.BytesIO(), format="png", dpi=120)
+        encoded = file.getvalue()
+    else:
+        encoded = imageio.imwrite("<bytes>", picture, extension=".png")
     replace_file(path, encoded)
     return encoded
 
@@ -104,7 +108,7 @@ def plot_curves(path: Path) -> None:
     with warn_on_error(f"the curves in {path} could not be drawn"):
         lines = read_log(path / "metrics.jsonl")
         for name, (unit, keys) in CURVES.items():
-            figure, encoded = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
+            figure = Figure(figsize=(7, 4), layout="constrained")
             axes = figure.subplots()
             axes.set(xlabel="training step", ylabel=unit)
             axes.grid(alpha=0.3)
@@ -113,5 +117,4 @@ def plot_curves(path: Path) -> None:
                 if points:
                     axes.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key)
                     axes.legend()
-            figure.savefig(encoded, format="png", dpi=120)
-            replace_file(path / name, encoded.getvalue())
+            save_png(path / name, figure)

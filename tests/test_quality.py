@@ -147,7 +147,7 @@ def test_nearest_is_the_slow_loop():
 def inputs_with(buffer=None, **options):
     torch.manual_seed(0)
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
-    return EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), buffer, None, torch.device("cpu"))
+    return EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), buffer, None, torch.device("cpu"), True)
 
 
 def rows(images):

@@ -264,7 +264,7 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
-    "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "more than the 360 test images"),
+    "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "--n_samples 361 is more than the 360 test images"),
     "classes without labels": (["UNLABELLED", "--class_cond"], "was trained without labels: leave --class_cond"),
     "two starts": (["JEM", "--denoise", "1", "--from_buffer"], "give one of them"),
 }
