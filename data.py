@@ -326,6 +326,8 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             place = _unpack_idx(cls, root, Path(scratch))
             train, test = [cls(place, **choice, download=True) for choice in choices]
             parts = {"train": _as_split(train), "test": _as_split(test)}
+    except MemoryError:
+        raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         inside = image_folder.some(sorted(glob.glob("*", root_dir=root))) or "no files"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))

@@ -104,13 +104,13 @@ def only_rank0_prints() -> Iterator[None]:
     if current_world().rank == 0:
         yield
     else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with open(os.devnull, "w", errors="ignore") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
 
 
 def lost_connection(error: Exception) -> bool:
     """Whether processes cannot go on together, most often because one has gone."""
-    return is_distributed() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    return isinstance(error, dist.DistError) or (is_distributed() and "gloo" in str(error).lower())
 
 
 class AllReduceSum(torch.autograd.Function):

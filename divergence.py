@@ -41,7 +41,7 @@ class Recovery:
         return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 
     def _change_settings(self) -> str:
-        if self.close_failures == 2 and self.cfg.samples and self.cfg.sgld_step:
+        if self.close_failures == 2 and self.cfg.samples and not self.cfg.sgld_step_max:  # chains that do not grow
             self.remedies["sgld_step_factor"] *= 2
             return f"{self.remedies['sgld_step_factor']} times the SGLD steps"
         if self.close_failures == 4 and self.cfg.samples:

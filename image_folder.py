@@ -93,6 +93,8 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
     images = decoded["images"]
+    if channels not in (1, 3):
+        raise UserError(f"--images are grey or RGB pictures, and this network's images have {channels} channels")
     images = images if images.shape[1] == channels else functional.rgb_to_grayscale(images, channels)
     return [os.path.join(*paths[i]) for i in decoded["kept"]], images
 
@@ -191,7 +193,7 @@ def decode_file(file: str, image_size: int | None) -> Decoded:
     except Image.UnidentifiedImageError:
         problem = "is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
     except Exception as error:  # image codecs raise almost anything on a broken file
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
     return Decoded(problem=f"{file} {problem}")
 
 

@@ -78,7 +78,7 @@ def joint_loss(
         loss = loss + cfg.outlier_weight * apart
         parts |= {"loss/outliers": apart, "log_density/outliers": outliers.mean()}
         parts["outliers/auroc"] = auroc(real, outliers).float()
-    if cfg.mode != "baseline_train":
+    if logits.sampled is not None:
         loss = loss + energy_l2 * torch.cat(log_densities).square().mean()
         if cfg.mean_energy_l2:
             squares = mean(torch.stack([values.mean() for values in log_densities])).square()

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from data import to_float
+from models.batch_norm import attribute_set
 from models.predict import images_per_batch
 
 FINAL_LR = 1e-6
@@ -91,8 +93,10 @@ def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None
     least about ``least`` images. Neither the model's mode nor any random generator changes.
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)  # dropout's
+    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), attribute_set(dropouts, "p", 0.0):  # what is evaluated has no dropout
+        torch.manual_seed(0)  # for a network of one's own that draws
         images = images[:REFIT_IMAGES].to(device)
         n_batches = math.ceil(len(images) / max(least, images_per_batch(500, images.shape[1:])))
         batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average

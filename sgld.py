@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from acceleration import CompiledOrEager, CUDAGraphStep
+from pgd import l2_norms
 
 LogDensity = Callable[..., Tensor]
 ChainInit = Callable[[Sequence[int], Generator], Tensor]  # fresh images of given classes; see chain_init.py
@@ -51,7 +52,7 @@ def langevin_step(
     in [-1, 1] (both JEM++, section 4.1).
     """
     if normalize:
-        grad = grad / (grad.flatten(1).norm(dim=1)[:, None, None, None] + 1e-12)
+        grad = grad / l2_norms(grad)
     if grad_clamp is not None:
         grad = grad.clamp(-grad_clamp, grad_clamp)
     x = x + step_size * grad + noise_std * noise
@@ -131,7 +132,13 @@ def step_protocol(cfg) -> str:
 
 
 def annealed_chain(
-    sgld: SGLD, x: Tensor, sgld_lr: float, sgld_std: float, generator: Generator, every: int = 1
+    sgld: SGLD,
+    x: Tensor,
+    sgld_lr: float,
+    sgld_std: float,
+    generator: Generator,
+    every: int = 1,
+    y: Tensor | None = None,
 ) -> Tensor:
     """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
@@ -141,7 +148,7 @@ def annealed_chain(
     frames = [x]
     sizes = (0.01 * (torch.logspace(0, -1, 10, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(30)
     for i, step_size in enumerate(sizes.tolist(), 1):
-        x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, generator).x.clamp(-1, 1)
+        x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, generator, y).x.clamp(-1, 1)
         if i % every == 0:
             frames.append(x)
     return torch.stack(frames)

@@ -196,8 +196,9 @@ class Trainer:
             if self.step % divergence.STATE_EVERY == 0:
                 self.recovery.keep(tree_to(self.state_dict(), "cpu"))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
-                shown = torch.cat([samples, self.buffer.images[:SHOWN]])  # of a small batch, from the buffer
-                self.logger.samples(self.step, shown[:SHOWN])
+                n_held = min(max(0, SHOWN - len(samples)), len(self.buffer.images))  # of a small batch, from the buffer
+                places = torch.arange(n_held) * len(self.buffer.images) // max(1, n_held)  # of all classes
+                self.logger.samples(self.step, torch.cat([samples[:SHOWN], self.buffer.images[places]]))
             if self.sampler is not None and self.step > 1 and (self.step - 1) % cfg.gif_every == 0:
                 self.dump_gif()
             if evaluate:
@@ -387,8 +388,10 @@ class Trainer:
         if self.one_process_forward.norm_statistics == "running":
             self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
-        x = self.start([i % self.n_classes for i in range(16)], rng)
-        frames = annealed_chain(self.gif_engine, x, self.cfg.sgld_lr, self.cfg.sgld_std, rng, every=FRAME_EVERY)
+        classes = [i % self.n_classes for i in range(16)]
+        y = torch.tensor(classes, device=self.device) if self.cfg.class_cond else None
+        options = self.cfg.sgld_lr, self.cfg.sgld_std, rng, FRAME_EVERY, y
+        frames = annealed_chain(self.gif_engine, self.start(classes, rng), *options)
         self.logger.gif(self.step, frames, FRAME_EVERY)
 
     def evaluate(self) -> dict[str, float]:

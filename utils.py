@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def set_speed_options(device: torch.device) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the options: versions, commit, device."""
-    program = {"command": " ".join(sys.argv), "git_commit": git_commit(Path(__file__).resolve().parent)}
+    program = {"command": shlex.join(sys.argv), "git_commit": git_commit(Path(__file__).resolve().parent)}
     versions = {name: next((d.version for d in distributions(name=name)), "not installed") for name in PACKAGES}
     return program | {"python": platform.python_version()} | versions | {"device": device_name(device)}
 

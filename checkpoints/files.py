@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from data import to_float
 from logger.files import disk_errors, first_free, whole_file
-from utils import UserError
+from utils import UserError, out_of_memory
 
 CHECKPOINT_FORMAT = 4
 READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
@@ -95,7 +95,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
-        if isinstance(error, UserError | MemoryError) or "allocate memory" in str(error):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         reason = "it is broken, incomplete or not a checkpoint"
         if is_archive and isinstance(error, pickle.UnpicklingError):

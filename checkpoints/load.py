@@ -58,11 +58,7 @@ def open_trained(given: dict[str, Any]) -> Trained:
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
     """The network of these options, freshly initialised. Raises UserError if there is no such network."""
-    options = {name: getattr(cfg, name) for name in (*NETWORK, "dropout_rate")}
-    try:
-        return build_model(channels, n_classes, **options)
-    except ValueError as error:
-        raise UserError(f"--backbone {cfg.backbone} cannot be built: {error}") from None
+    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in (*NETWORK, "dropout_rate")})
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:

@@ -66,9 +66,10 @@ def newest_run(cfg: Config, given: dict[str, Any], description: dict[str, Any]) 
 
     Interrupted runs come before finished ones. A run that cannot be used is printed with the reason.
     """
+    here = {name: getattr(cfg, name) for name in ("gpu", "data_dir", "data_device")}  # by which the images are loaded
     for run in sorted(same_runs(cfg, description), key=priority, reverse=True):
         try:
-            resumed = continued(given, str(run))
+            resumed = continued(here | given, str(run))
         except UserError as error:  # another process holds it, for instance
             print(f"Skipping {run}: {error}.")
             continue

@@ -87,7 +87,9 @@ def is_on(option: str, cfg) -> bool:
     """Whether an option, NAME or NAME=VALUE, is not off, or has that value, or a list with it."""
     name, _, value = option.partition("=")
     found = getattr(cfg, name)
-    return value in (found if isinstance(found, list) else [found]) if value else bool(found)
+    if not value:
+        return bool(found)
+    return value in found if isinstance(found, list) else value == found
 
 
 def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int, shape: tuple[int, int, int]) -> None:

@@ -157,8 +157,8 @@ class Options:
     adversarial_step_size: float | None = adversarial(None, "step size in [0, 1] (default: 2.5 eps/steps)", above=0)
     p_y_x_weight: float = classifier(1.0, "weight of the cross-entropy of p(y|x)", minimum=0)
     p_x_y_weight: float = energy(0.0, "weight of the generative term of log p(x, y); needs --class_cond", minimum=0)
-    energy_l2: float = energy(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
-    mean_energy_l2: float = energy(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
+    energy_l2: float = of_samples(0.0, "weight of the mean squared log-density of real and sampled images", minimum=0)
+    mean_energy_l2: float = of_samples(0.0, "weight of the squared means of log-density, real and sampled", minimum=0)
     mean_energy_form: str = energy(
         "means", "real_squares: for real images, the mean square", ("means", "real_squares"), needs=("mean_energy_l2",)
     )

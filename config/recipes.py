@@ -28,7 +28,8 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), and a head of its own for log p(x)",
+        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), a head of its own for log p(x), and "
+        "a penalty on its means",
         dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="gaussian", separate_energy=True, mean_energy_l2=0.5)
         | {"mean_energy_form": "real_squares"},
     ),
@@ -45,7 +46,7 @@ RECIPES = {
     ),
     "sada-jem": Recipe(
         "Yang et al., CVPR 2023, arXiv 2209.07959",
-        "as m-jem without its head, with a Gaussian of each class and adaptive sharpness-aware minimisation",
+        "as m-jem without head and penalty, with a Gaussian of each class and adaptive sharpness-aware minimisation",
         dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="class_gaussian", sam_rho=2.0, sam_adaptive=True),
     ),
     "oe-jem": Recipe(

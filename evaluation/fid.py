@@ -127,7 +127,7 @@ class SampleQuality:
     def __init__(self, cfg: Config, images: ImageData, chain_init: ChainInit, device: torch.device):
         own = cfg.n_chains // distributed.current_world().size  # chains of a process, as in training
         self.cfg, self.device, classes = replace(cfg, p_x_batch_size=own), device, range(len(images.class_names))
-        self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes)
+        self.start = StartImages(cfg.start, cfg.n_samples or N_SAMPLES, chain_init, classes, cfg.class_cond)
         classifier = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device)
         with evaluation_packages():
             try:

@@ -25,20 +25,20 @@ BOUNDS = {
     "forward": "stochastic lower bound",
     "reverse": f"backwards from images of the buffer after {AIS_BURN_IN} HMC steps; stochastic upper bound",
 }
-LARGEST_GAP = 0.1  # bits per dimension between two bounds that still say something
+LARGEST_GAP = 0.1  # bits per dimension between two estimates that still say something
 
 
 class Curves(NamedTuple):
     """Bits per dimension of exp(log p(x) / T), (T,) each, by inverse temperature 1/T, ascending."""
 
     betas: np.ndarray
-    bits: dict[str, np.ndarray]  # by the bound of log Z that they rest on
+    bits: dict[str, np.ndarray]  # by the estimate of log Z that they rest on; bounds at the last 1/T
 
     def best(self) -> float:
-        """The 1/T with the fewest bits of the worse bound, rounded to three digits.
+        """The 1/T with the fewest bits by the worse estimate, rounded to three digits.
 
-        Only of those before the bounds are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may come out
-        too low. All of them are compared, as noise of AIS makes minima of its own.
+        Only of those before they are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may come out too
+        low. All of them are compared, as noise of AIS makes minima of its own.
         """
         forward, reverse = self.bits.values()
         apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)
@@ -73,7 +73,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         beta = curves.best()
         protocol = (
             f"that of {curves.betas[0]:.2g} to {HIGHEST:g} with the fewest bits of {name} images (no test image) by "
-            f"the worse of two bounds, {LARGEST_GAP:g} apart at most, or the smallest 1/T if all are farther apart; "
+            f"the worse of two estimates, {LARGEST_GAP:g} apart at most, or the smallest 1/T if all are farther apart; "
             f"forward, reverse AIS over {len(curves.betas)} 1/T"
         )
         section.add("inverse temperature 1/T", beta, len(others), protocol)
@@ -99,7 +99,7 @@ def sandwich(
 
 
 def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int, rng: Generator) -> Curves:
-    """Both bounds, of images whose mean log p(x) is given, at every 1/T that chains to exp(HIGHEST log p(x)) pass."""
+    """Both estimates for images whose mean log p(x) is given, at every 1/T on the way to exp(HIGHEST log p(x))."""
     dim, n_temperatures = math.prod(inputs.data.shape), max(2, inputs.cfg.ais_temperatures // 2)
     first, bits = LOWEST / HIGHEST, {}  # beta goes from 0 to 1, evenly up to here, and in logarithm from here on
     shares = first * torch.linspace(0, math.log1p(1 / first), n_temperatures + 1, dtype=torch.float64).expm1()
@@ -111,7 +111,7 @@ def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int
 
 
 def bits_figure(curves: Curves, levels: int) -> Figure:
-    """Both bounds against 1/T, near the bits of the best one and of the uniform density."""
+    """Both estimates against 1/T, near the bits of the best one and of the uniform density."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, best, uniform = figure.subplots(), curves.best(), math.log2(levels)
     for (name, bits), direction in zip(curves.bits.items(), ("too good", "too bad"), strict=True):

@@ -228,16 +228,18 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     if name in ("pgd", "autoattack"):
         return Attacked(Classifier(model), test.images.float() / 255, test.labels, batch_size, rng)
-    test, batch_size = test[:REFINED_IMAGES], max(1, batch_size // (4 * CHAINS))  # a step's graph takes memory, too
+    noisy = cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test)
+    n_chains = CHAINS if noisy else 1  # without noise all would be the same
+    test, batch_size = test[:REFINED_IMAGES], max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
     chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
     protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
     if name == "refined":
-        classifier = RefinedClassifier(model, chain, CHAINS)
-        protocol += f"probabilities averaged over {CHAINS} chains, attacked through these chains"
+        classifier = RefinedClassifier(model, chain, n_chains)
+        protocol += f"probabilities averaged over {n_chains} chains, attacked through these chains"
     else:
-        classifier = StraightRefinedClassifier(model, chain, CHAINS, cfg.sigma_test, rng)
-        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {CHAINS} chains, attacked past these"
+        classifier = StraightRefinedClassifier(model, chain, n_chains, cfg.sigma_test, rng)
+        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {n_chains}, attacked past them"
     return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
 

@@ -31,14 +31,14 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.add(1).mul(127.5).nan_to_num(0, 255, 0).clamp(0, 255).round().to(torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int = 8, tile: int = 64, padding: int = 2) -> np.ndarray:
+def image_grid(images: Tensor, columns: int = 8, tile: int = 64) -> np.ndarray:
     """uint8 images (N, C, H, W), C = 1 or 3, as one RGB picture (H', W', 3).
 
     Small images are enlarged by a whole factor, without smoothing, until a side has about ``tile`` pixels.
     """
     factor = max(1, round(tile / images.shape[-1]))
     large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return make_grid(large, nrow=columns, padding=padding, pad_value=128).permute(1, 2, 0).contiguous().numpy()
+    return make_grid(large, nrow=columns, pad_value=128).permute(1, 2, 0).contiguous().numpy()
 
 
 def text_width(text: str) -> int:

@@ -19,11 +19,12 @@ BEHIND = "chains do not reach what the loss calls likely; --sgld_step_max, more 
 AHEAD = "chains climb faster than the loss pushes down; a smaller --sgld_lr, or --sgld_grad_clamp with --sgld_clamp"
 
 
-def tensorboard_writer(directory: Path, purge_step: int | None = None):
+def tensorboard_writer(directory: Path, purge_step: int):
     """A SummaryWriter. Disk errors of its background thread are raised at the next call, and not printed as well."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
+    own = "_AsyncWriterThread"
+    threading.excepthook = lambda args: type(args.thread).__name__ == own or threading.__excepthook__(args)
     try:
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:

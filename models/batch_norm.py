@@ -14,7 +14,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 @contextmanager
-def attribute_set(layers: Iterable[nn.Module], name: str, value: bool) -> Iterator[None]:
+def attribute_set(layers: Iterable[nn.Module], name: str, value: bool | float) -> Iterator[None]:
     """Inside, the layers' attribute has this value; afterwards each has its own again."""
     before = {layer: getattr(layer, name) for layer in layers}
     try:

@@ -345,7 +345,8 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
         ({"sgld_step_auroc": 0.8, "adversarial_steps": 3}, ["sgld_step_auroc", "adversarial_steps"]),
         ({"p_y_x_weight": 0.0, "adversarial_eps": 0.5}, ["adversarial_eps"]),
-        ({"p_x_weight": 0.0, "sgld_step": 3, "outlier_weight": 1.0, "energy_l2": 1.0}, ["sgld_step", "outlier_weight"]),
+        ({"p_x_weight": 0.0, "outlier_weight": 1.0, "energy_l2": 1.0}, ["outlier_weight", "energy_l2"]),
+        ({"p_x_weight": 0.0, "sgld_step": 3, "mean_energy_l2": 1.0}, ["sgld_step", "mean_energy_l2"]),
     ],
 )
 def test_options_that_are_not_used(given, expected):

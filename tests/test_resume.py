@@ -15,7 +15,7 @@ import main
 import utils
 from checkpoints.files import load_checkpoint
 from config import Config
-from logger.run_dir import RunDir
+from logger.run_dir import RunDir, read_config
 from optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
@@ -88,7 +88,9 @@ class TestResume:
         content = load_checkpoint(copy / "ckpt" / "last.pt")
         torch.save(content | {"time": content["time"] - 3600}, copy / "ckpt" / "last.pt")
         (tmp_path / "zz_latest").symlink_to(copy, target_is_directory=True)
+        torch.save(content | {"config": content["config"] | {"data_device": "cpu"}}, stopped / "ckpt" / "last.pt")
         auto(tmp_path)
+        assert read_config(stopped)["options"]["data_device"] == "auto"  # where its images are now
         assert f"--resume auto takes {stopped}, which was saved last after step 17" in capsys.readouterr().out
         assert_same_run(stopped, undisturbed)
 

@@ -241,6 +241,9 @@ def test_options_reach_the_attacks():
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     chain = {"grad_clamp": 0.5, "clamp": True, "steps": 4, "sgld_lr": 0.5, "sgld_std": 0.2}
     assert chain.items() <= refined.classifier.chain.keywords.items()
+    assert straight.classifier.n_chains == refined.classifier.n_chains == 5
+    quiet = replace(inputs, cfg=replace(usual, sgld_std=0.0))  # all chains would be the same
+    assert robustness.attacked(quiet, "refined").classifier.n_chains == 1
     assert straight.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
     x = robustness.attacked(inputs, "pgd").x
     assert len(x) == len(refined.x) == 30 and (x.min(), x.max()) == (0, 1)
