@@ -320,18 +320,16 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
     for file, md5 in files.items():  # torchvision would write over damaged ones
         if os.access(root / file, os.R_OK) and not check_integrity(root / file, md5):
             raise UserError(f"{root / file} is damaged, unfinished or another file (wrong MD5 sum): delete it, or wait")
+    inside = image_folder.some(sorted(glob.glob("*", root_dir=root))) or "no files"
     choices = [{"split": part} if cls is datasets.SVHN else {"train": part == "train"} for part in ("train", "test")]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             place = _unpack_idx(cls, root, Path(scratch))
             train, test = [cls(place, **choice, download=True) for choice in choices]
             parts = {"train": _as_split(train), "test": _as_split(test)}
-    except MemoryError:
-        raise
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
-        inside = image_folder.some(sorted(glob.glob("*", root_dir=root))) or "no files"
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = f"put {downloads} there (--dataset digits needs no files)"
+        advice = f"put {downloads} there, or give a --data_dir (without, a checkpoint's own counts)"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:

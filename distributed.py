@@ -40,8 +40,7 @@ def connect() -> None:
     if is_distributed():
         return
     if "RANK" not in os.environ:
-        in_job_script = os.environ.get("ENVIRONMENT") == "BATCH"  # a single process, whatever its job is to have
-        task = "SLURM_PROCID" in os.environ and not in_job_script
+        task = "SLURM_PROCID" in os.environ and os.environ.get("ENVIRONMENT") != "BATCH"  # of a job script: one process
         counts = (*EQUAL_RUNS, "SLURM_NTASKS") if task else EQUAL_RUNS
         n = int(next((os.environ[name] for name in counts if os.environ.get(name)), 1))
         if n > 1:

@@ -60,7 +60,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
     for folder in folders.values():
         classes = _folders(inside[folder])
         if len(classes) < 2:
-            advice = "sort pictures into a folder for each class, or give --data_dir a folder of <class>/* to divide"
+            advice = "sort pictures so, or give --data_dir a folder of <class>/* (--mode score needs no labels)"
             raise UserError(f"{root / folder} has {len(classes)} class folders, but labels need two or more: {advice}")
         if odd := sorted(set(classes) ^ set(class_names)):
             raise UserError(f"only one of {first}/ and {folder}/ in {root} has {some(odd)}: give both the same classes")
@@ -317,7 +317,7 @@ def _decode_all(root: Path, files: list[str], image_size: int | None) -> dict[st
         pool.terminate()
         pool.join()  # a thread that still decodes while Python exits would abort the process
     if problems[1:]:
-        print(*problems, sep="\n", file=sys.stderr, flush=True)
+        print(*problems[: 20 if sys.stderr.isatty() else None], sep="\n", file=sys.stderr, flush=True)  # in a file, all
         problems = [f"{len(problems)} of {len(files)} files in {root} are unusable, the first: {problems[0]}"]
     if problems:
         raise UserError(problems[0])

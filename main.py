@@ -13,6 +13,8 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; a log file wants fewer states of a bar
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # training saves a checkpoint for it, all else does nothing
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ``main`` is there, Ctrl-C ends it without a traceback
 
 import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
 
@@ -142,6 +144,8 @@ def note_unused(given: dict[str, Any], cfg: Config) -> None:
 
 if IS_PROGRAM:
     terminal.protect()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main(sys.argv[1:])
     terminal.leave(status, at_once=distributed.is_distributed())  # others are still connected only after an error
 elif __name__ == "__main__":

@@ -66,14 +66,12 @@ class SAM:
 
 def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Of a step that counts from 1: linear warm-up, then by ``--schedule`` steps, or a cosine to 1e-6 at the last."""
+    warm_up = min(1, step / max(1, cfg.warmup_steps))
     if cfg.schedule == "step":
-        n_passed = sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
-        return cfg.lr * min(1, step / max(1, cfg.warmup_steps)) * cfg.decay_rate**n_passed
-    if step <= cfg.warmup_steps:
-        return cfg.lr * step / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # from 0 to 1
+        return warm_up * cfg.lr * cfg.decay_rate ** sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
+    done = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # from 0 to 1
     final = min(FINAL_LR, cfg.lr)
-    return final + (cfg.lr - final) * 0.5 * (1 + math.cos(math.pi * done))
+    return warm_up * (final + (cfg.lr - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @torch.no_grad()
@@ -93,9 +91,8 @@ def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None
     least about ``least`` images. Neither the model's mode nor any random generator changes.
     """
     device = next(model.parameters()).device
-    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), attribute_set(dropouts, "p", 0.0):  # what is evaluated has no dropout
+    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]  # none in what is evaluated
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), attribute_set(dropouts, "p", 0.0):
         torch.manual_seed(0)  # for a network of one's own that draws
         images = images[:REFIT_IMAGES].to(device)
         n_batches = math.ceil(len(images) / max(least, images_per_batch(500, images.shape[1:])))

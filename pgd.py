@@ -54,8 +54,7 @@ def random_start(x: Tensor, radius: float, norm: str, generator: Generator) -> T
     if norm == "Linf":
         return radius * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
     direction = torch.randn(x.shape, generator=generator, device=x.device)
-    distance = radius * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-    return distance * direction / l2_norms(direction)
+    return radius * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) * direction / l2_norms(direction)
 
 
 def l2_norms(x: Tensor) -> Tensor:

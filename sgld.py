@@ -132,13 +132,7 @@ def step_protocol(cfg) -> str:
 
 
 def annealed_chain(
-    sgld: SGLD,
-    x: Tensor,
-    sgld_lr: float,
-    sgld_std: float,
-    generator: Generator,
-    every: int = 1,
-    y: Tensor | None = None,
+    sgld: SGLD, x: Tensor, sgld_lr: float, sgld_std: float, rng: Generator, every: int = 1, y: Tensor | None = None
 ) -> Tensor:
     """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
@@ -148,7 +142,7 @@ def annealed_chain(
     frames = [x]
     sizes = (0.01 * (torch.logspace(0, -1, 10, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(30)
     for i, step_size in enumerate(sizes.tolist(), 1):
-        x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, generator, y).x.clamp(-1, 1)
+        x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, rng, y).x.clamp(-1, 1)
         if i % every == 0:
             frames.append(x)
     return torch.stack(frames)

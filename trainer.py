@@ -113,8 +113,7 @@ class Trainer:
         self.joint_forward = self.one_process_forward = JointForward(self.model, self.forward, statistics)
         if distributed.is_distributed():  # gradients become means over all processes
             self.joint_forward = DistributedDataParallel(self.joint_forward, [self.device] if on_gpu else None)
-        captures = on_gpu and not distributed.is_distributed()
-        self.cuda_graphs = CUDAGraphBackward(self.model) if captures else None
+        self.cuda_graphs = CUDAGraphBackward(self.model) if on_gpu and not distributed.is_distributed() else None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if cfg.ema else None
         self.eval_model = self.model if self.ema is None else self.ema  # whose samples and accuracy are measured
         self.optimizer = build_optimizer(cfg, self.model)

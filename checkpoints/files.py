@@ -56,8 +56,7 @@ def set_aside(path: Path) -> None:
     """Rename a checkpoint, if it is there, so that it stays but counts no more."""
     if path.exists():
         with disk_errors(path):
-            free = first_free(path.with_name(f"{path.stem}_set_aside"), partial(Path.touch, exist_ok=False), ".pt")
-            path.replace(free)
+            path.replace(first_free(path.with_name(f"{path.name}_set_aside"), partial(Path.touch, exist_ok=False)))
 
 
 def load_checkpoint(path: Path) -> Any:

@@ -170,8 +170,7 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     unused = UNUSED if options["separate_energy"] else (*UNUSED, "energy_output.")
     if options["norm"] == "none":
         unused += ("f.layer1.0.bn1.",)  # VERA has one in its first block
-    unread = ".initialized"  # of act norm
-    weights = {name: v for name, v in weights.items() if not (name.startswith(unused) or name.endswith(unread))}
+    weights = {k: v for k, v in weights.items() if not (k.startswith(unused) or k.endswith(".initialized"))}  # act norm
     counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
     weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
     odd = sorted(expected.keys() ^ weights.keys())

@@ -37,9 +37,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         if (of_class := test.labels == k).any():
             place = (name, "accuracy")
             section.add_proportion("accuracy of each class", correct[of_class], f"{protocol}, of one class", place)
-    counts = torch.bincount(test.labels * len(names) + predicted, minlength=len(names) ** 2)
-    figure = confusion_figure(counts.view(len(names), -1).cpu(), names)
-    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", figure)
+    counts = torch.bincount(test.labels * len(names) + predicted, minlength=len(names) ** 2).view(len(names), -1).cpu()
+    section.picture("confusion_matrix", f"Confusion matrix of {len(test)} test images", confusion_figure(counts, names))
 
 
 def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:

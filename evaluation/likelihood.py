@@ -42,8 +42,7 @@ class Curves(NamedTuple):
         """
         forward, reverse = self.bits.values()
         apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)
-        compared = max(1, apart.argmax())
-        best = np.maximum(forward, reverse)[:compared].argmin()
+        best = np.maximum(forward, reverse)[: max(1, apart.argmax())].argmin()
         return float(f"{self.betas[best]:.3g}")
 
 
@@ -77,8 +76,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             f"forward, reverse AIS over {len(curves.betas)} 1/T"
         )
         section.add("inverse temperature 1/T", beta, len(others), protocol)
-        caption = f"Bits per dimension of {name} images at 1/T"
-        section.picture("bits_by_temperature", caption, bits_figure(curves, levels))
+        section.picture("bits_by_temperature", f"Bits per dimension of {name} images", bits_figure(curves, levels))
         if beta != 1:
             add_bits(inputs, section, beta, log_p(test), levels, rng)
 

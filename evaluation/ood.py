@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,12 +172,9 @@ def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
 
 def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), moved where log p(x) is largest nearby, as RATIO and DAT report: float, in [-1, 1]."""
-
-    def move(x: Tensor) -> Tensor:
-        return pgd(lambda x: model.log_density(x).sum(), data.to_float(x), 2.0, "L2", MOVE_STEPS)
-
-    batches = images.split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
-    return torch.cat(distributed.sharded_map(batches, move, images.device))
+    climb = partial(pgd, lambda x: model.log_density(x).sum(), radius=2.0, norm="L2", steps=MOVE_STEPS)
+    batches = data.to_float(images).split(images_per_batch(GRADIENT_BATCH, images.shape[1:]))
+    return torch.cat(distributed.sharded_map(batches, climb, images.device))
 
 
 def histograms(scores: dict[str, Tensor], label: str) -> Figure:

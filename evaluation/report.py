@@ -106,8 +106,7 @@ def wilson(true: Tensor) -> Interval:
     """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %."""
     from scipy.stats import binomtest  # slow to import
 
-    interval = binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    return tuple(map(float, binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")))
 
 
 class Report:

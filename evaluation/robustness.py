@@ -228,8 +228,7 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     if name in ("pgd", "autoattack"):
         return Attacked(Classifier(model), test.images.float() / 255, test.labels, batch_size, rng)
-    noisy = cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test)
-    n_chains = CHAINS if noisy else 1  # without noise all would be the same
+    n_chains = CHAINS if cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test) else 1  # all would be the same
     test, batch_size = test[:REFINED_IMAGES], max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
     chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))

@@ -162,14 +162,12 @@ def write_archive(path: Path, start: StartImages, result: ChainResult, images: T
     unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of test images ``originals``, as ``images``, their
     ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
     """
-    arrays = {"x": result.x, "labels": result.labels}
+    arrays = {"x": result.x, "labels": result.labels, "images": images.permute(0, 2, 3, 1)}
+    arrays |= {"log_p_x": log_density(result.logits), "log_p_x_y": log_density(result.logits, result.labels)}
     if start.originals is not None:
         arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": result.start}
     if start.known is not None:
         arrays["known"] = start.known
-    arrays["images"] = images.permute(0, 2, 3, 1)
-    arrays["log_p_x"] = log_density(result.logits)
-    arrays["log_p_x_y"] = log_density(result.logits, result.labels)
     arrays = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}
     file = io.BytesIO()
     np.savez_compressed(file, settings=json.dumps(settings), **arrays)

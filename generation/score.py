@@ -34,10 +34,9 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     """
     trained = TrainedRun(Trained(cfg, path, content))
     names, images = image_folder.read_pictures(Path(cfg.images), trained.shape)
-    logits, classes = trained.logits(images), trained.class_names
+    logits = trained.logits(images)
     log_p = log_density(logits)
-    if not trained.classifies:
-        classes = ("",) * len(classes)  # without labels in training they mean nothing
+    classes = trained.class_names if trained.classifies else ("",) * logits.shape[1]  # without labels they mean nothing
     summary = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
     try:
         low = low_log_density(trained)

@@ -56,14 +56,13 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def first_free(path: Path, claim: Callable[[Path], None], suffix: str = "") -> Path:
+def first_free(path: Path, claim: Callable[[Path], None]) -> Path:
     """Take the first of ``path``, ``path``-2, ``path``-3, ... for which ``claim`` raises no FileExistsError.
 
     ``claim`` makes the directory (``Path.mkdir``) or file, so that no two processes get the same.
     """
     for n in itertools.count(1):
-        end = f"-{n}" if n > 1 else ""
-        free = path.with_name(f"{path.name}{end}{suffix}")
+        free = path.with_name(f"{path.name}-{n}") if n > 1 else path
         with suppress(FileExistsError):
             claim(free)
             return free

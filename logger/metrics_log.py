@@ -23,13 +23,11 @@ def tensorboard_writer(directory: Path, purge_step: int):
     """A SummaryWriter. Disk errors of its background thread are raised at the next call, and not printed as well."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    own = "_AsyncWriterThread"
-    threading.excepthook = lambda args: type(args.thread).__name__ == own or threading.__excepthook__(args)
+    threading.excepthook = lambda a: type(a.thread).__name__ == "_AsyncWriterThread" or threading.__excepthook__(a)
     try:
         return SummaryWriter(str(directory), purge_step=purge_step)
     except UnicodeEncodeError:
-        problem = "its name is not valid UTF-8; rename it, or give --no_log"
-        raise UserError(f"TensorBoard cannot write to {directory}: {problem}") from None
+        raise UserError(f"{directory} is not valid UTF-8; rename it, or give --no_log: TensorBoard needs it") from None
 
 
 class Log:

@@ -16,8 +16,7 @@ from utils import UserError, device_name
 def compiled(forward: Callable, sampler: Sampler | None) -> str:
     """What of a step runs compiled, in words."""
     parts = {"network": forward, "chains": sampler.engine.step if sampler else None}
-    chosen = [name for name, part in parts.items() if isinstance(part, CompiledOrEager) and part.works]
-    return " and ".join(chosen) or "nothing"
+    return " and ".join(k for k, part in parts.items() if isinstance(part, CompiledOrEager) and part.works) or "nothing"
 
 
 def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) -> None:

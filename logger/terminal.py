@@ -20,8 +20,7 @@ def protect() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where the descriptor was closed
         file = io.BufferedWriter(Forgiving(os.dup(stream.fileno()), "w"))
-        forgiving = io.TextIOWrapper(file, stream.encoding, errors="backslashreplace", line_buffering=True)
-        setattr(sys, name, forgiving)
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, errors="backslashreplace", line_buffering=True))
 
 
 def leave(status: int, at_once: bool = False) -> None:

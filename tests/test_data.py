@@ -73,6 +73,7 @@ def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
         areas.add((image == -1).all(0).sum().item())
         assert fits
     assert len(areas) > 20  # squares end at edges
+    assert (data.cutout(torch.ones(1, 1, 12, 20), torch.tensor([6]), torch.tensor([10])) == 0).sum() == 6 * 6
     monkeypatch.undo()
     torch.manual_seed(0)
     ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
@@ -257,7 +258,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 def test_no_files_and_no_network(tmp_path, network):
     message = refuses(f"from --data_dir {tmp_path}, which holds no files: put ", "svhn", tmp_path)
-    words = ": put train_32x32.mat and test_32x32.mat there (--dataset digits needs no files)"
+    words = ": put train_32x32.mat and test_32x32.mat there, or give a --data_dir (without, a checkpoint's own counts)"
     assert words in message and "no network>)" in message and network
 
 
@@ -324,6 +325,7 @@ def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkey
         (images / 255, labels, "images torch.float32"),
         (images, labels.int(), "labels torch.int32"),
         (images, labels + 1, "labels torch.int64 (36,), 1 to 2"),
+        (images, labels - 1, "labels torch.int64 (36,), -1 to 0"),
     ):
         add(one, other)
         assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")

@@ -73,7 +73,7 @@ def test_a_lock_is_free_when_its_holder_lets_go(tmp_path):
 def test_nobody_gets_a_name_that_is_taken(tmp_path):
     (tmp_path / "v1.5").mkdir()
     assert [first_free(tmp_path / "v1.5", Path.mkdir).name for _ in range(2)] == ["v1.5-2", "v1.5-3"]
-    for i, name in enumerate(("last_set_aside.pt", "last_set_aside-2.pt")):
+    for i, name in enumerate(("last.pt_set_aside", "last.pt_set_aside-2")):
         (tmp_path / "last.pt").write_text(str(i))
         files.set_aside(tmp_path / "last.pt")
         assert (tmp_path / name).read_text() == str(i) and not (tmp_path / "last.pt").exists()

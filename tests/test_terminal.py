@@ -172,6 +172,14 @@ class TestSignals:
             time.sleep(0.05)
         assert process.returncode == 0, process.stderr.read()
 
+    def test_ctrl_c_while_the_program_starts_is_silent(self, tmp_path):
+        ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": HERE}
+        process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, **ready)
+        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
+
     def test_in_a_thread_that_is_not_the_main_one(self, tmp_path, monkeypatch, capsys):
         """As in a notebook: there Python has no signals."""
         status = []
