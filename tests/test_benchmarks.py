@@ -23,7 +23,7 @@ SMALL = "--depth 10 --width 1 --batch_size 8 --sgld_step 2 --device cpu --precis
 
 
 def run(script, *options):
-    command = [sys.executable, HERE / "benchmarks" / script, *SMALL, *map(str, options)]
+    command = [sys.executable, HERE / "benchmarks" / script, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -31,7 +31,7 @@ def run(script, *options):
 
 def test_throughput(tmp_path):
     parts = "--parts sampler,step,data,loop --repeats 1 --image_size 8 --images 100 --loop_steps 12".split()
-    run("throughput.py", *parts, "--json", tmp_path / "numbers.json")
+    run("throughput.py", *SMALL, *parts, "--json", tmp_path / "numbers.json")
     rows = {row["what"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     names = ["sampler", "training step", "batch and augmentation", "12 bare steps", "the same with log and dumps"]
     assert rows.keys() == {*names, "sampler, plain", "training step, plain"}
@@ -51,14 +51,13 @@ def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
 def test_recipe_steps():
     options = "--device cpu --repeats 1 --depth 10 --width 1 --recipes m-jem oe-jem --command".split()
     options += ["--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 20 --sgld_step 1"]
-    command = [sys.executable, HERE / "benchmarks" / "recipe_steps.py", *options]
-    rows = [json.loads(line) for line in subprocess.run(command, stdout=subprocess.PIPE).stdout.splitlines()]
+    rows = [json.loads(line) for line in run("recipe_steps.py", *options).splitlines()]
     assert [row["name"] for row in rows] == ["command", "m-jem", "oe-jem"]
     assert rows[0]["seconds"] * rows[0]["images_per_second"] == pytest.approx(16)
 
 
 def test_profile():
-    assert "convolution" in run("profile_step.py")
+    assert "convolution" in run("profile_step.py", *SMALL)
     for name in ("gpu", "cuda:x"):
         with pytest.raises(UserError, match="--device"):
             device_named(name)
@@ -66,10 +65,9 @@ def test_profile():
 
 def test_scaling(tmp_path):
     """Two processes have twice the images of a step, and its gradients are exchanged."""
-    script, file = HERE / "benchmarks" / "scaling.py", tmp_path / "numbers.json"
+    file = tmp_path / "numbers.json"
     small = "--depth 10 --width 1 --batch_size 4 --image_size 8 --steps 2 --recipe m-jem --device cpu --processes 2"
-    done = subprocess.run([sys.executable, script, *small.split(), "--json", file], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("scaling.py", *small.split(), "--json", file)
     (two,) = json.loads(file.read_text())["rows"]
     assert (two["processes"], two["batch_size"], two["efficiency"]) == (2, 8, None)
     assert throughput.timed_recipe("dat")["sgld_step"] == 25  # its chains begin with no step
@@ -153,14 +151,9 @@ def test_log_density_and_chain_length(tmp_path):
     options += " --batch_size 50 --lr 1e-3 --max_steps 5 --warmup_steps 1 --p_x_batch_size 20 --no_log"
     assert main(options.split()) == 0
     (run_directory,) = tmp_path.iterdir()
-    for script, further in (
-        ("log_density.py", ["--n", 40, "--json", tmp_path / "a.json", run_directory]),
-        ("chain_length.py", ["--n", 30, "--steps", 5, "--feature_ckpt", run_directory, "--out", tmp_path / "b.png"]),
-    ):
-        command = [sys.executable, HERE / "benchmarks" / script, *further]
-        command += [f"plain={run_directory}"] if script == "chain_length.py" else []
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    run("log_density.py", "--n", 40, "--json", tmp_path / "a.json", run_directory)
+    chains = ["--n", 30, "--steps", 5, "--feature_ckpt", run_directory, "--out", tmp_path / "b.png"]
+    run("chain_length.py", *chains, f"plain={run_directory}")
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found) >= 13 and all(0 <= row["worst"] <= row["auroc"] <= 1 for row in list(found.values())[3:])
     lengths = json.loads((tmp_path / "b.json").read_text())["plain"]

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -103,8 +104,34 @@ class TestDivergence:
         messages = [line["message"] for line in metrics(run) if "event" in line]
         assert len(messages) == 3 and "2 times the SGLD steps" in messages[1]
         assert "new randomness" in messages[0] and "new randomness" in messages[2]
-        dat = divergence.Recovery(main.Config(recipe="dat", sgld_step=10))  # its chains grow by themselves
-        assert "learning rate x 0.5" in [dat.go_back(step)[1] for step in (3, 4)][1]
+
+    def test_what_a_recovery_changes_and_remembers(self):
+        def changes(**options):
+            recovery = divergence.Recovery(main.Config(**options))
+            return [recovery.go_back(step)[1].partition(" (")[0] for step in (1, 2, 3, 4)], recovery.remedies
+
+        rates = [f"learning rate x {rate}" for rate in (0.5, 0.25, 0.125)]
+        assert changes(mode="baseline_train")[0] == ["new randomness", *rates]
+        assert changes(recipe="dat", sgld_step=10)[0][1] == rates[0]  # whose chains grow by themselves
+        assert changes(energy_l2=0.5)[1]["energy_l2"] == 0.5
+        one, resumed = divergence.Recovery(main.Config()), divergence.Recovery(main.Config())
+        for step in range(3):
+            one.keep({"step": step})
+        assert one.go_back(5000)[0] == {"step": 1}
+        one.keep({"step": 4})  # on the way to the next divergence
+        for step in (5500, 5600):
+            resumed.load_state_dict(one.state_dict())
+            (state, change), (_, same) = one.go_back(step), resumed.go_back(step)
+            assert state == {"step": 1} and change == same
+        assert resumed.remedies["sgld_step_factor"] == 2
+
+    def test_each_recovery_has_new_randomness_and_is_on_disk(self):
+        run, seeds = trained(1), []
+        run.logger, run.checkpoint, run.reseed = Mock(), Mock(), seeds.append
+        run.recovery.keep(run.state_dict())
+        run.recover()
+        run.recover()
+        assert seeds[0] != seeds[1] and run.checkpoint.call_args.args == ("last.pt",)
 
     @pytest.mark.parametrize("gap", [-2.0, 0.5, 2.0])
     @pytest.mark.parametrize("part", ["loss/generative", "loss/total", "gradient_norm"])

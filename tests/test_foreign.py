@@ -303,14 +303,6 @@ def test_an_export_holds_the_same_weights_bit_for_bit(tmp_path, make, suffix):
     torch.save(w, tmp_path / "theirs.pt")
     options = ["--export_for", "robust" if "fc.weight" in w else "jem"] if suffix == "pt" else []
     assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "theirs.pt"), "--export", str(there), *options]) == 0
-    if suffix == "pt":  # their own names, zeros where they insist on heads that they do not use
-        back = torch.load(there, weights_only=True)
-        back = back.get("model_state_dict", back)
-        back = {name: value for name, value in back.items() if not name.endswith(".initialized")}
-        assert back.keys() == w.keys()
-        for name, value in back.items():
-            unused = name.startswith(("f.linear", "energy_output"))
-            assert torch.equal(value, torch.zeros_like(w[name]) if unused else w[name]), name
     contents = [open_checkpoint(str(path), {})[1] for path in (tmp_path / "theirs.pt", there)]
     assert "ema" not in contents[1]["state"] and equal(*(content["state"]["model"] for content in contents))
     assert contents[0]["config"] == contents[1]["config"]

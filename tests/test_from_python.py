@@ -258,6 +258,7 @@ def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, caps
     monkeypatch.undo()
     monkeypatch.setitem(models.BACKBONES, "jem", Small)
     run = trained(2, grad_clip=1.0)
+    trained(1, sam_rho=0.1)  # some of its parameters get no gradient
     samples = run.next_inputs(1)[0].samples
     scored = run.backward(run.next_inputs(1)[0]._replace(samples=samples))["log_density/sampled"]  # without dropout
     torch.testing.assert_close(scored, run.sampler_model.log_density(samples).mean())

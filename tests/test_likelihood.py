@@ -241,6 +241,18 @@ def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
     assert not forward.log_weights.requires_grad and log_z(forward) == pytest.approx(log_z(reverse), abs=0.5)
 
 
+def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_never_entered():
+    weights = torch.randn(1, 50, generator=seeded()).double()
+    forward, reverse = ais.AISResult(weights, 1, None), ais.AISResult(-weights, -1, None)
+    assert reverse.ess() == pytest.approx(forward.ess())
+    assert reverse.log_z_interval() == pytest.approx([-x for x in forward.log_z_interval()[::-1]], abs=0.1)
+    path = ais.GeometricPath(lambda x: torch.where(x > 0.5, math.nan, 0 * x).sum(1), ais.Box((1,)))
+    at = path.point(torch.zeros(400, 1))
+    for _ in range(5):
+        at, _ = ais.hmc_step(path, at, 1.0, torch.tensor(1.0), seeded())
+    assert at.ratio.isfinite().all()
+
+
 def test_what_cannot_be_estimated_is_refused():
     with pytest.raises(UserError, match="not finite"):
         path = ais.GeometricPath(lambda x: tilt(x) * math.nan, ais.Box((2,)))

@@ -15,6 +15,7 @@ from PIL import Image, ImageSequence
 from small_runs import at_step, equal, metrics, new_run, refused, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import write_pngs
+from test_sample import changed_checkpoint as edited
 
 import data
 import main
@@ -82,9 +83,6 @@ class TestEnergyTrain:
         further = "epoch log_density/real_std log_density/sampled_std gradient_norm sgld/gradient_norm "
         further += "sgld/distance_moved sgld/saturated_share sgld/buffer_age sgld/classes"
         assert {*SCALARS, *further.split()} <= set(line)
-        assert line["loss/total"] == pytest.approx(line["loss/classification"] + line["loss/generative"], abs=1e-5)
-        difference = line["log_density/sampled"] - line["log_density/real"]
-        assert line["loss/generative"] == pytest.approx(difference, abs=1e-5)
         assert sum(line["sgld/classes"]) == 10 * 16 and line["epoch"] == pytest.approx(80 / 83)
         assert 0 <= lines[-1]["accuracy/test"] <= 1
 
@@ -164,19 +162,6 @@ def test_options_change_what_they_say(option, digits_100):
     assert measure(trainer_of(images, f"--{option}")) == expected and measure(trainer_of(digits_100)) != expected
 
 
-@pytest.mark.parametrize("generative", ["difference", "logistic"])
-def test_weights_of_the_objective(generative, digits_100):
-    """Each factor multiplies its own term."""
-    weights = "--p_x_weight 0.5 --p_y_x_weight 0.3 --energy_l2 0.2 --generative"
-    run = trainer_of(digits_100, *weights.split(), generative)
-    inputs, parts = parts_of(run)
-    with torch.no_grad():
-        densities = torch.cat([run.model.log_density(inputs.x), run.model.log_density(inputs.samples)])
-    expected = 0.3 * parts["loss/classification"] + 0.2 * densities.square().mean()
-    expected += 0.5 * parts["loss/logistic" if generative == "logistic" else "loss/generative"]
-    assert parts["loss/total"].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 def test_options_that_do_not_concern_the_training_leave_it_alone(tmp_path, monkeypatch):
     """Evaluations, a film, checkpoints and averages in the middle of a run, whose epochs have 13 steps."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 1)
@@ -221,16 +206,6 @@ def test_no_weights_are_kept_that_diverged_before_their_evaluation(tmp_path, mon
     assert main.main([*options, "--max_steps", "12", "--logdir", str(tmp_path)]) == 1
     (run,) = tmp_path.iterdir()
     assert not (run / "ckpt" / "best.pt").exists()
-
-
-def test_diverge_threshold_is_the_gap_that_ends_a_run(tmp_path, capsys):
-    """With hardly a step and full noise, chains move by noise alone: sqrt(steps * pixels) * std."""
-    options = ["--max_steps", "12", "--max_recoveries", "0", "--sgld_lr", "1e-12", "--sgld_std", "0.1"]
-    options += ["--sgld_step", "4", "--diverge_threshold"]
-    assert main.main([*TINY, "--logdir", str(tmp_path / "0"), *options, "1e-9"]) == 1
-    assert "failed: " in capsys.readouterr().err
-    run = train(tmp_path / "1", *options, "1e9")
-    assert metrics(run)[0]["sgld/distance_moved"] == pytest.approx(0.1 * (4 * 64) ** 0.5, rel=0.05)
 
 
 def test_a_folder_its_image_size_and_no_flip(tmp_path):
@@ -335,7 +310,9 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood,quality"}, ["lr", "epochs"]),
         ({"mode": "test", "n_samples": 9, "ais_chains": 5, "eval": "ood"}, ["n_samples", "ais_chains"]),
         ({"mode": "test", "eval": "calibration", "precision": "bf16", "sgld_lr": 3, "start": "gaussian"},) * 2,
-        ({"mode": "test", "eval": "robustness", "sgld_lr": 3, "sigma_test": 0.1, "refine_steps": 5}, []),
+        ({"mode": "test", "eval": "robustness", "sgld_normalize": True, "sigma_test": 0.1, "refine_steps": 5}, []),
+        ({"mode": "export", "load_ckpt": "a", "export": "a.safetensors", "export_for": "jem"}, ["export_for"]),
+        ({"outlier_weight": 1.0, "outlier_images": "folder", "start_dir": "a", "norm": "none"}, []),
         ({"mode": "test", "eval": "robustness", "attacks": "pgd", "sigma_test": 0.1, "refine_steps": 5},) * 2,
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),
         ({"mode": "test", "sgld_step": 3, "sgld_step_max": 7, "n_sample_steps": 2}, ["sgld_step", "sgld_step_max"]),
@@ -385,6 +362,9 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--learning_rate 0.1", "no option --learning_rate; see"),  # another program's: nothing is proposed
         ("--lr", "expected one argument"),
         ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
+        ("--quality_every 1 --n_sample_steps 0", "--n_sample_steps of 1"),
+        (f"--note {'x' * 201}", "at most 200 bytes"),
+        ("--class_cond --p_y_x_weight 0", "need labels"),
         ("--depth 12", "6n + 4"),
         ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
         ("--buffer_size 8", "--buffer_size 8 is smaller than the 16 chains"),
@@ -428,13 +408,6 @@ def test_memory_that_runs_out(place, error, n_checkpoints, tmp_path, monkeypatch
     monkeypatch.setattr(place, Mock(side_effect=RuntimeError("a mistake of the program")))  # is not hidden
     with pytest.raises(RuntimeError, match="mistake"):
         main.main([*TINY, "--logdir", str(tmp_path)])
-
-
-def edited(run, path, **options):
-    """A copy of the run's last checkpoint that claims other options."""
-    content = load_checkpoint(run / "ckpt" / "last.pt")
-    torch.save(content | {"config": content["config"] | options}, path)
-    return path
 
 
 def test_broken_checkpoints_and_those_of_another_program_version_or_format(jem, tmp_path, capsys):

@@ -132,6 +132,8 @@ def test_predict_leaves_every_part_in_its_mode():
     model.train()
     model.f.bn1.eval()
     predict(model, x)
+    with pytest.raises(RuntimeError):
+        predict(model, x.expand(-1, 3, -1, -1))  # nor where it fails
     assert model.training and not model.f.bn1.training and model.f.layer1.training
 
 
@@ -169,7 +171,10 @@ def test_joint_loss_against_a_direct_computation():
         "loss/logistic": ((1 + (-d_real).exp()).log().mean() + (1 + d_sampled.exp()).log().mean()) / 2,
         "log_density/real": m_real,
         "log_density/sampled": m_sampled,
+        "log_density/real_std": d_real.std(correction=0),
+        "log_density/sampled_std": d_sampled.std(correction=0),
         "sgld/auroc": (d_real[:, None] > d_sampled).double().mean(),
+        "accuracy/sampled": (sampled.argmax(1) == y_sampled).double().mean(),
     }
     expected = {name: value.item() for name, value in expected.items()}
     assert {name: parts[name].item() for name in expected} == pytest.approx(expected, rel=1e-5)
@@ -184,6 +189,7 @@ def test_joint_loss_against_a_direct_computation():
     loss, parts = joint_loss(cfg, Logits(labelled, real, sampled, far), y)
     outliers = (1 + (d_far - d_real[:, None] + 1.5).exp()).log().mean().item()
     assert [loss.item(), parts["loss/outliers"].item()] == pytest.approx([0.6 * outliers, outliers], rel=1e-5)
+    assert parts["log_density/outliers"].item() == pytest.approx(d_far.mean().item(), rel=1e-5)
     weights = {"p_y_x_weight": 0.0, "p_x_weight": 0.0, "outlier_weight": 0.0, "outlier_margin": 0.0}
     cfg = loss_options(**weights, mean_energy_l2=0.5, mean_energy_form="real_squares")
     loss, parts = joint_loss(cfg, Logits(labelled, real, sampled, far), y, y_sampled, y_real=y_real)

@@ -13,6 +13,7 @@ from small_runs import TINY, assert_same_run, equal, metrics, refused, signal_at
 
 import main
 import utils
+from checkpoints import resume
 from checkpoints.files import load_checkpoint
 from config import Config
 from logger.run_dir import RunDir, read_config
@@ -58,6 +59,13 @@ class TestResume:
             (tmp_path / f"{i}" / "ckpt" / "last.pt").write_bytes(b"")
             (tmp_path / f"{i}" / "config.json").write_text(foreign)
         assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
+        start(tmp_path, "--resume", "auto", "--max_steps", "1", "--epochs", "9")  # a new run of a longer job
+
+    def test_a_restart_before_the_first_checkpoint_and_a_signal_after_the_last_step(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(resume.distributed, "remembered", lambda name: str(tmp_path))
+        assert resume.named_run({"resume": "auto"}) is None
+        signal_at_step(monkeypatch, 1)
+        assert start(tmp_path, "--max_steps", "1")[0] == 0
 
     def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
         """As in cross-validation: the same options, another fold."""
@@ -164,7 +172,7 @@ class TestResume:
 
     @pytest.mark.parametrize("damage", ["flip", "remove"])
     def test_a_broken_last_checkpoint_costs_the_steps_since_the_one_before(self, damage, stopped, undisturbed, capsys):
-        last, aside = stopped / "ckpt" / "last.pt", stopped / "ckpt" / "last_set_aside.pt"
+        last, aside = stopped / "ckpt" / "last.pt", stopped / "ckpt" / "last.pt_set_aside"
         content = bytearray(last.read_bytes())
         last.unlink()
         aside.write_bytes(b"earlier")
@@ -175,7 +183,7 @@ class TestResume:
         warning = capsys.readouterr().err
         if damage == "flip":
             assert "last.pt" in warning and "previous.pt instead" in warning
-            assert aside.with_name("last_set_aside-2.pt").read_bytes() == content
+            assert aside.with_name("last.pt_set_aside-2").read_bytes() == content
         assert aside.read_bytes() == b"earlier"
         assert_same_run(stopped, undisturbed)
 
@@ -208,7 +216,7 @@ class TestResume:
         monkeypatch.chdir(stopped / "ckpt")
         assert main.main(["--resume", "previous.pt"]) == 0
         assert_same_run(stopped, undisturbed)
-        assert (stopped / "ckpt" / "last_set_aside.pt").read_bytes() == later
+        assert (stopped / "ckpt" / "last.pt_set_aside").read_bytes() == later
 
     def test_other_files_are_refused(self, stopped, capsys):
         for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):

@@ -19,6 +19,7 @@ from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Attacked, Classifier, RefinedClassifier, differentiable_chain, pgd_attack
 from models import build_model
+from pgd import random_start
 from sgld import normal_like
 from utils import UserError
 
@@ -33,6 +34,14 @@ class TwoClasses(torch.nn.Module):
     def forward(self, x):
         score = self.weight * self.score(x)
         return torch.stack([score, -score], 1)
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_random_starts_lie_on_all_sides_at_all_distances(norm):
+    start = random_start(torch.zeros(4000, 1, 2, 2), 0.3, norm, seeded())
+    length = start.flatten(1).norm(dim=1) if norm == "L2" else start.abs().amax((1, 2, 3))
+    assert length.max() <= 0.3 + 1e-6 and length.std() > 0.04 and start.mean(0).abs().max() < 0.01
+    assert length.mean().item() == pytest.approx({"L2": 0.15, "Linf": 0.3 * 4 / 5}[norm], abs=0.01)
 
 
 def chain_of(model, steps, sgld_lr, sgld_std, seed=0):

@@ -130,6 +130,7 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
     _, start = sample(jem, tmp_path, *conditions, "--n_sample_steps", "0")
     run, end = sample(jem, tmp_path, *conditions, "--n_sample_steps", "30")
     np.testing.assert_array_equal(np.bincount(end["labels"]), np.full(10, 4))
+    assert json.loads(str(end["settings"]))["target"] == "log p(x|y)"
     before, after = (network(state(jem)["model"])(torch.from_numpy(c["x"])) for c in (start, end))
     own = torch.from_numpy(end["labels"])[:, None]
     gain = after - before
@@ -150,15 +151,6 @@ def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     err = refused(capsys, *options, "--load_ckpt", jem, "--logdir", tmp_path)
     assert "give a smaller --n_samples" in err  # after four steps of training the classes are far from even
     assert not list(tmp_path.iterdir())
-
-
-def test_averaged_weights_are_taken_where_they_are(tmp_path):
-    checkpoint = train(tmp_path / "train", "--ema", "0.9", "--lr", "1e-2")
-    _, content = sample(checkpoint, tmp_path, "--n_samples", "8", "--n_sample_steps", "2")
-    x, weights = torch.from_numpy(content["x"]), state(checkpoint)
-    expected = network(weights["ema"]).log_density(x)
-    torch.testing.assert_close(torch.from_numpy(content["log_p_x"]), expected)
-    assert (expected - network(weights["model"]).log_density(x)).abs().max() > 1e-3
 
 
 def originals_of(content: dict[str, np.ndarray]) -> np.ndarray:
@@ -236,13 +228,6 @@ def changed_checkpoint(run: Path, path: Path, **options) -> Path:
     content["config"] |= options
     torch.save(content, path)
     return path
-
-
-def test_a_checkpoint_of_class_conditional_chains_draws_classes_only_if_asked_for(jem, tmp_path):
-    checkpoint = changed_checkpoint(jem, tmp_path / "conditional.pt", class_cond=True)
-    for options, target in (([], "log p(x)"), (["--class_cond"], "log p(x|y)")):
-        _, content = sample(checkpoint, tmp_path, "--n_samples", "20", "--n_sample_steps", "1", *options)
-        assert json.loads(str(content["settings"]))["target"] == target
 
 
 def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):

@@ -86,7 +86,7 @@ def test_annealed_chain_against_its_formula():
     """10 levels from 1 to 0.1, even in log; step 0.01 (level / 0.1)^2; noise step * std / lr; clamped each time."""
     density, x = gaussian(0.2, 5.0), uniform_images(3, SHAPE, seeded())
     frames = annealed_chain(SGLD(density), x, 2.0, 0.04, seeded(1))
-    assert frames.shape == (301, 3, *SHAPE) and frames.abs().max() <= 1
+    assert frames.shape == (301, 3, *SHAPE) and frames.abs().max() <= 1 and torch.equal(frames[0], x)
     expected, rng = x, seeded(1)
     for i in range(300):
         step = 0.01 * (10 ** (-(i // 30) / 9) / 0.1) ** 2
@@ -162,8 +162,8 @@ class TestSampler:
     @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 1.0])
     def test_reinitialisation_rate(self, rate, class_cond):
         one, n = sampler(100, 7, rate), torch.zeros(7)
-        for _ in range(100):
-            x, _, y = one.draw(50, class_cond)
+        for _ in range(1000):
+            x, _, y = one.draw(5, class_cond)
             fresh = (x >= 7).all((1, 2, 3))
             if class_cond:
                 assert torch.equal(x[fresh], fresh_sevens(y[fresh].tolist(), None))
@@ -177,7 +177,7 @@ class TestSampler:
             one(10, 1)
         assert one.buffer.age.tolist() == [3] * 10
         one.reinit_freq = 1.0
-        one(4, 1)
+        assert one(4, 1)[2]["sgld/buffer_age"].item() == pytest.approx((4 * 1 + 6 * 3) / 10)
         assert sorted(one.buffer.age.tolist()) == [1] * 4 + [3] * 6
 
     def test_images_that_are_not_finite_are_replaced(self):
@@ -188,23 +188,4 @@ class TestSampler:
         samples, _, _ = one(10, 1)
         assert samples.isfinite().all() and one.buffer.images.isfinite().all()
         assert {i: a for i, a in enumerate(one.buffer.age.tolist()) if a != 10} == {3: 1, 5: 1}
-
-
-def test_outer_and_inner_steps_of_jem_plus_plus_are_one_clamped_step():
-    """JEM++ (section 4.1): 5 inner steps of 0.2 through the first layer alone, whose output's gradient stays fixed."""
-    torch.manual_seed(0)
-    model = frozen_sampler_model(build_model(3, 3, 10, 1, norm="batch"), torch.float32)
-    start = uniform_images(4, SHAPE, seeded()) * 0.9
-    x = start
-    for _ in range(2):
-        h = model.f.conv1(x).detach().requires_grad_()
-        rest = torch.nn.Sequential(model.f.layer1, model.f.layer2, model.f.layer3, model.f.bn1, model.f.activation)
-        density = model.class_output(rest(h).mean((2, 3))).logsumexp(1).sum()
-        (p,) = torch.autograd.grad(density, h)
-        for _ in range(5):
-            inner = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad((model.f.conv1(inner) * p).sum(), inner)
-            x = (x + 0.2 * gradient.clamp(-0.02, 0.02)).clamp(-1, 1).detach()
-    ours = SGLD(model.log_density, grad_clamp=0.02, clamp=True)(start, 2, 1.0, 0.0, seeded()).x
-    torch.testing.assert_close(ours, x, rtol=0, atol=1e-6)
-    assert (ours - start).abs().max() > 0.03
+        assert len(one.buffer.images[3].unique()) > 100  # noise takes their place

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -154,13 +155,25 @@ def test_averaged_weights_have_them_where_they_are_used(monkeypatch):
 
 
 def test_pictures_are_of_all_classes_and_of_those_that_chains_climb():
-    run = trained(0, max_steps=1, batch_size=20, buffer_size=200, class_cond=True, sample_every=1)
+    run = trained(0, max_steps=1, batch_size=20, buffer_size=200, class_cond=True, sample_every=1, ema=0.9)
     run.logger, run.gif_engine = Mock(), Mock(wraps=run.gif_engine)
     run.loop(Mock(take=lambda: (False, 0)))
     (_, shown), held = run.logger.samples.call_args.args, run.buffer.images
     assert len(shown) == 64 and torch.equal(shown[20:], held[[i * 200 // 44 for i in range(44)]])
     run.dump_gif()
     assert run.gif_engine.call_args.args[-1].tolist() == [i % 10 for i in range(16)]
+    assert torch.equal(run.sampler_model.class_output.weight, run.ema.class_output.weight)
+
+
+def test_a_run_s_seed_is_that_of_its_restarts_and_the_first_of_equal_scores_is_kept():
+    run = trained(0, seed=5)
+    assert run.sampler.host_rng.random() == random.Random(2 * 5 + 1).random()
+    run.reseed(6)
+    assert run.sampler.host_rng.random() == random.Random(2 * 6 + 1).random()
+    run.checkpoint = Mock()
+    for score in (0.5, 0.5, 0.6):
+        run.keep_if_best("best.pt", score)
+    assert run.checkpoint.call_count == 2
 
 
 OPTIMIZERS = [{}, {"optimizer": "momentum"}, {"sam_rho": 0.7, "sam_adaptive": True}, {"sam_rho": 0.2}]
