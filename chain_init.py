@@ -178,6 +178,21 @@ class GaussianInit:
                 rows[i] = row  # an index on the device would wait for it
         return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
 
+    def given(self, x: Tensor, known: Tensor, classes: Sequence[int], rng: Generator) -> Tensor:
+        """Images x, float (N, C, H, W), whose pixels outside ``known``, bool (H, W), are drawn given those inside.
+
+        These count as seen with noise of 0.05, since images are no Gaussians.
+        """
+        start, mask = self(classes, rng).flatten(1), known.expand(self.shape).flatten()
+        missed = x.flatten(1) + 0.05 * torch.randn(start.shape, generator=rng, device=rng.device) - start
+        for k in dict.fromkeys(classes):  # Matheron's rule: a sample, moved by what it has missed of the known pixels
+            own = [i for i, of_class in enumerate(classes) if of_class == k]
+            _, factor, noise = self.gaussians[k if len(self.gaussians) > 1 else 0]
+            seen, variance = factor[:, mask], noise**2 + 0.05**2  # (R, known pixels)
+            precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
+            start[own] += torch.linalg.solve(precision, seen @ missed[own][:, mask].T / variance).T @ factor
+        return torch.where(known, x, start.clamp(-1, 1).view_as(x))
+
 
 def fit(images: Tensor, device: torch.device) -> Gaussian:
     """Mean (D,), factor (R, D) and noise of a Gaussian: its samples are mean + normal @ factor + noise * normal.

@@ -220,8 +220,7 @@ def augment(
 
     Args:
         images: uint8 (N, C, H, W); the ``part`` that is asked for of a batch of ``n`` images, by default all of it.
-        flip: whether to mirror each image with probability 1/2.
-        sigma: standard deviation of the noise, on the scale of [-1, 1]; values may leave that range by it.
+        flip: mirrors each with probability 1/2. sigma: the noise's deviation; values may leave [-1, 1] by it.
         rng: on the images' device, drawn from for the whole batch. AutoAugment draws from PyTorch's global generator.
         how: "crop" mirrors the edges; "black": black ones; "auto": black ones, then AutoAugment and Cutout.
     """

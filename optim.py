@@ -76,12 +76,11 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the parameters, in place; ``step`` counts from 1.
+    """Exponential moving average of the parameters, in place, at first of few; ``step`` counts from 1.
 
     Running statistics are not averaged: see ``recalibrate_batch_norm``.
     """
-    decay = min(decay, (1 + step) / (10 + step))  # a short memory first
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None:

@@ -78,7 +78,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     channels, weights = content["data"]["shape"][0], content["state"].get("ema", content["state"]["model"])
     options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
     if options:
-        raise UserError(f"{path} holds another network, {' '.join(options)}: give these options, or leave them out")
+        raise UserError(f"{path} holds another network: give {' '.join(options)}")
     if model.in_channels != channels:
         found = f"{path} is for images of {channels} channels, and these have {model.in_channels}"
         raise UserError(f"{found}: choose another --dataset or --data_dir")

@@ -19,7 +19,7 @@ class Config(Options):
 
     def __init__(self, **given: Any):
         recipe = RECIPES[given["recipe"]].options if str(given.get("recipe")) in RECIPES else {}
-        options = asdict(Options(**given)) | recipe | given  # a TypeError for a name that is no option's
+        options = asdict(Options(**recipe | given))  # a TypeError for a name that is no option's
         if "start_dir" in given and not {"start", "outlier_images"} & given.keys():
             options["start"] = "folder"
         for f in fields(self):

@@ -113,7 +113,7 @@ def build_parser(config: type) -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a network as a classifier and as an energy-based model, for example: python main.py "
-        "--recipe sada-jem --dataset digits. The value off takes back a recipe's number where there is no default.",
+        "--recipe sada-jem --dataset digits. --NAME off takes back a recipe's number where there is no default.",
         epilog="Exit status: 0 done; 1 training failed for good; 2 a bad option, a missing or broken input; 129, 130, "
         "143 stopped by SIGHUP, Ctrl-C, SIGTERM, after a checkpoint was written.",
     )

@@ -4,10 +4,8 @@
 chains from a base density to the model along ``p_beta ~ base^(1 - beta) exp(beta log_density)``; the mean of their
 weights is an unbiased estimate of Z, and its logarithm a stochastic lower bound. The same chains run backwards from
 samples of the model give a stochastic upper bound (reverse AIS; Grosse et al. 2015, arXiv:1511.02543); SGLD's follow a
-much colder density, so a burn-in moves them towards temperature one first. If the reverse estimate is clearly below the
-forward one, they are not the model's. The bootstrap interval knows nothing of a mode that no chain has found.
-
-``log_density`` maps (N, ...) to (N,), each row on its own, without randomness, bf16 or TF32.
+much colder density, so a burn-in moves them towards temperature one first. ``log_density`` maps (N, ...) to (N,), each
+row on its own, without randomness, bf16 or TF32.
 """
 
 import math
@@ -45,8 +43,7 @@ class Box(NamedTuple):
         return 0.5 * u.logit(eps=torch.finfo(u.dtype).eps)  # (n, *shape)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        log_dx_dy = logsigmoid(2 * y) + logsigmoid(-2 * y) + 2 * math.log(2)  # log(1 - tanh(y)^2)
-        return (log_dx_dy - math.log(2)).flatten(1).sum(1)  # (N,)
+        return (logsigmoid(2 * y) + logsigmoid(-2 * y) + math.log(2)).flatten(1).sum(1)  # log (1 - tanh(y)^2) / 2
 
     def score(self, y: Tensor) -> Tensor:
         return -2 * y.tanh()
@@ -113,8 +110,7 @@ def hmc_step(path: GeometricPath, at: Point, beta: float, step_size: Tensor, gen
     v = torch.randn(at.y.shape, **draw)
     new, new_v = leapfrog(path, at, v, beta, step_size * jitter, N_LEAPFROG)
     kinetic_loss = 0.5 * (v.square() - new_v.square()).flatten(1).sum(1)
-    log_accept = path.log_prob(new, beta) - path.log_prob(at, beta) + kinetic_loss  # (N,)
-    p_accept = log_accept.exp().clamp(max=1).nan_to_num(0)
+    p_accept = (path.log_prob(new, beta) - path.log_prob(at, beta) + kinetic_loss).exp().clamp(max=1).nan_to_num(0)
     accept = torch.rand(len(at.y), **draw) < p_accept
     kept = (torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, at, strict=True))
     return Point(*kept), p_accept

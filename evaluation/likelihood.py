@@ -37,8 +37,7 @@ class Curves(NamedTuple):
     def best(self) -> float:
         """The 1/T with the fewest bits by the worse estimate, rounded to three digits.
 
-        Only of those before they are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may come out too
-        low. All of them are compared, as noise of AIS makes minima of its own.
+        Only of those before they are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may be too low.
         """
         forward, reverse = self.bits.values()
         apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)

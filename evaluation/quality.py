@@ -79,8 +79,7 @@ def reference(inputs: EvalInputs) -> ImageSet:
     data, parts, what = inputs.data, [inputs.data.train, inputs.data.valid], "training and validation"
     if inputs.cfg.fid_reference == "train+test":
         parts, what = [*parts, data.test], "training, validation and test"
-    where = data.train.images.device  # perhaps the host: only what is chosen goes to the device
-    images = inputs.subset(torch.cat([part.images.to(where) for part in parts]))
+    images = inputs.subset(torch.cat([part.images.to(data.train.images.device) for part in parts]))  # perhaps the host
     return ImageSet(images, f"{len(images)} {what} images")
 
 

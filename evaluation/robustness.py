@@ -71,8 +71,7 @@ class RefinedClassifier(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
         x = self.chain(to_model_scale(x).repeat(self.n_chains, 1, 1, 1))
-        log_p = self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1))  # (chains, N, K)
-        return log_p.logsumexp(0) - math.log(self.n_chains)
+        return self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1)).logsumexp(0) - math.log(self.n_chains)
 
 
 class StraightRefinedClassifier(RefinedClassifier):

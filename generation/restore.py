@@ -7,24 +7,31 @@ from torch import Generator, Tensor
 
 import data
 import distributed
-from config import Config
+from chain_init import GaussianInit
 from generation.chains import StartImages
+from generation.trained_run import TrainedRun
 from image_folder import to_8_bits
 from logger.images import captioned, image_grid
-from sgld import normal_like, uniform_images
+from models.predict import predict
+from sgld import normal_like
 from utils import UserError
 
 
-def restoration_start(cfg: Config, images: data.Split, rng: Generator) -> StartImages:
-    """Chains from these images, with noise added or with noise in place of their unknown pixels."""
-    x, known = data.to_float(images.images), None
+def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Generator) -> StartImages:
+    """Chains from images uint8 (N, C, H, W) with noise added, or with what ``--start`` draws for unknown pixels.
+
+    Gaussians draw these given the known ones. If y is empty, the network tells the classes by what it is given.
+    """
+    cfg, x = run.cfg, data.to_float(images)
     if cfg.denoise:
-        name, x = f"denoise {cfg.denoise:g}", x + cfg.denoise * normal_like(x, rng)
-    else:
-        name = f"inpaint {cfg.inpaint}"
-        known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
-        x = torch.where(known, x, uniform_images(len(x), tuple(x.shape[1:]), rng))
-    return StartImages(name, len(x), x, images.labels.tolist(), cfg.class_cond, known, images.images)
+        x = x + cfg.denoise * normal_like(x, rng)
+        y = y or predict(run.model, x).argmax(1).tolist()
+        return StartImages(f"denoise {cfg.denoise:g}", len(x), x, y, cfg.class_cond, originals=images)
+    known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
+    y = y or predict(run.model, x * known).argmax(1).tolist()  # the others grey
+    name, start = run.fresh_start
+    drawn = start.given(x, known, y, rng) if isinstance(start, GaussianInit) else torch.where(known, x, start(y, rng))
+    return StartImages(f"inpaint {cfg.inpaint} from {name}", len(x), drawn, y, cfg.class_cond, known, images)
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:

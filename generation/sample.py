@@ -77,16 +77,17 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
     cfg, classes = run.cfg, range(len(run.class_names))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
-            _, own = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
-            images, kind = own.to(run.device), f"pictures of {cfg.images}"
-            images = data.Split(images, predict(run.model, images).argmax(1))
+            _, images = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
+            y, kind = [], f"pictures of {cfg.images}"
         else:
-            images = load_data(cfg, run.path, run.content, run.device).test.to(run.device)
-            kind = f"test images of {cfg.dataset}"
+            test = load_data(cfg, run.path, run.content, run.device).test
+            y = test.labels.tolist() if cfg.class_cond else []
+            images, kind = test.images, f"test images of {cfg.dataset}"
         n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, len(images)))
         if n > len(images):
             raise UserError(f"--n_samples {n} is more than the {len(images)} {kind}")
-        return restoration_start(cfg, images[torch.arange(n, device=run.device) * len(images) // n], rng)
+        chosen = [i * len(images) // n for i in range(n)]
+        return restoration_start(run, images[chosen].to(run.device), [y[i] for i in chosen if y], rng)
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
@@ -100,7 +101,7 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
 def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
     """n random images (n, C, H, W) of the replay buffer; with ``--class_cond`` as the model sees classes, in turn."""
     if "buffer" not in run.content["state"]:
-        raise UserError(f"{run.path} has no replay buffer, which only last.pt of --mode energy_train has: name the run")
+        raise UserError(f"{run.path} has no replay buffer; only last.pt of --mode energy_train has: name such a run")
     images = finite_images(run.content["state"]["buffer"]["images"]).to(run.device)
     if not (run.cfg.n_samples or run.cfg.class_cond):
         n = min(n, len(images))

@@ -90,11 +90,7 @@ class TrainedRun:
         return run_chains(self.sampler_model(), start, cfg.fresh_steps, cfg, rng, n_filmed)
 
     def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
-        """Images moved up log p(x, y), at most by L2 ``eps`` on the [0, 1] scale: float32 (N, C, H, W) in [-1, 1].
-
-        The gradient in x is that of log p(x|y), as in DAT (Yin et al., ICLR 2026); RATIO (Augustin et al., ECCV 2020)
-        climbs p(y|x), which asks for nothing that the images of the class have in common.
-        """
+        """Images moved up log p(x|y) (DAT), at most by L2 ``eps`` on the [0, 1] scale: (N, C, H, W) in [-1, 1]."""
 
         (y,) = self.classes([y] if np.ndim(y) else y)
 

@@ -134,7 +134,7 @@ class RobustWideResNet(WideResNet):
 
     def __init__(self, channels_in: int, *args, **options):
         if channels_in != 3:
-            raise UserError(f"--backbone robust takes images of 3 channels, not of {channels_in}")
+            raise UserError(f"--backbone robust takes images of 3 channels, not of {channels_in}: give --backbone jem")
         super().__init__(channels_in, *args, **options)
         mean, deviation = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_DEVIATION)
         self.register_buffer("mean", (2 * mean - 1).view(3, 1, 1), persistent=False)

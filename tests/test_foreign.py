@@ -293,7 +293,7 @@ def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     train += ["--buffer_size", "16", "--max_steps", "2", "--warmup_steps", "0", "--decay_epochs", "1"]
     assert main([*common, *train]) == 0 and "Starting from the weights of" in capsys.readouterr().out
     assert main([*common, *train, "--norm", "none"]) == 2
-    assert "holds another network, --norm batch" in capsys.readouterr().err
+    assert "holds another network: give --norm batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [lambda: weights_of("batch"), lambda: weights_of("act"), robust_weights])
