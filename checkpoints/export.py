@@ -49,7 +49,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         raise UserError(f"--export {target}: there is no folder {target.parent}")
     if target.suffix == ".pt":
         program = program_for(cfg)
-        written, told = authors_file(cfg, program, weights, content), differences(cfg, program, content)
+        written, told = authors_file(cfg, program, weights, content), about(cfg, program, content)
     else:
         written = safetensors_file(weights, content)
     replace_file(target, written)
@@ -67,11 +67,9 @@ def safetensors_file(tensors: dict[str, torch.Tensor], content: dict[str, Any], 
 
 def program_for(cfg: Config) -> str:
     """The name of the program that a file is for. Raises UserError if it does not have the network of ``cfg``."""
-    name = cfg.export_for
-    if name == "auto":
-        name = {"jem++": "jem++", "sada-jem": "sada-jem", "m-jem": "sada-jem"}.get(cfg.recipe, "jem")
-        name = "sada-jem" if cfg.stages == 4 else name
-        name = "robust" if cfg.backbone == "robust" else name
+    by_recipe = {"jem++": "jem++", "sada-jem": "sada-jem", "m-jem": "sada-jem"}.get(cfg.recipe, "jem")
+    auto = "robust" if cfg.backbone == "robust" else "sada-jem" if cfg.stages == 4 else by_recipe
+    name = auto if cfg.export_for == "auto" else cfg.export_for
     title, allowed = PROGRAMS[name]
     lacks = [as_typed(option, vars(cfg)[option]) for option in allowed if vars(cfg)[option] not in allowed[option]]
     if lacks:
@@ -84,29 +82,21 @@ def authors_file(cfg: Config, program: str, weights: dict[str, torch.Tensor], co
     """What the scripts of a program read: weights and replay buffer, or of robust classifiers just the weights."""
     written = authors_weights(weights, program)
     if program != "robust":
+        images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
         if "buffer" in content["state"]:
             images = content["state"]["buffer"]["images"].float()
-        else:
-            images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
         written = {"model_state_dict": written, "replay_buffer": images.contiguous()}
     file = io.BytesIO()
     torch.save(written, file)
     return file.getvalue()
 
 
-def differences(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
-    """What the line says that names the file: which program it is for, and how to start it where that is not usual."""
-    (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
-    own = f"and these are {height}x{width}"
-    no_buffer = program != "robust" and "buffer" not in content["state"]
-    notes = [
-        (cfg.stages == 4, "build its network with a large dataset, such as stl10: only these have a fourth stage"),
-        (cfg.stages == 4 and width < 64, f"it uses its fourth stage for images of 64x64 or more, {own}"),
-        (cfg.stages == 3 and (height, width) != (32, 32), f"its pooling is for images of 32x32, {own}"),
-        (channels != 3, f"its images have 3 channels: build its Wide_ResNet with input_channels={channels}"),
-        (n_classes != 10, f"build its network with n_classes={n_classes}"),
-        (cfg.activation == "silu", 'build its network with activation="swish"'),
-        (cfg.separate_energy, "log p(x) is that of energy_output, which its scripts take with --uncond"),
-        (no_buffer, f"its replay buffer is {FRESH} images of noise, since the checkpoint has none"),
-    ]
-    return [f"for {PROGRAMS[program][0]}", *(note for applies, note in notes if applies)]
+def about(cfg: Config, program: str, content: dict[str, Any]) -> list[str]:
+    """What the line says that names the file: which program it is for, and whether that builds such a network."""
+    usual = list(content["data"]["shape"]) == [3, 32, 32] and len(content["data"]["class_names"]) == 10
+    notes = [f"for {PROGRAMS[program][0]}"]
+    if not usual or cfg.stages == 4 or cfg.activation == "silu" or cfg.separate_energy:
+        notes.append("whose scripts need options or changes for such a network: see docs/checkpoints.md")
+    if program != "robust" and "buffer" not in content["state"]:
+        notes.append(f"its replay buffer is {FRESH} images of noise, since the checkpoint has none")
+    return notes

@@ -80,7 +80,7 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     model = checkpoint(tmp_path / "a.pt", classes, depth=depth, buffer=buffer, **options)
     assert main([*arguments(tmp_path), "--export_for", program]) == 0
     told = capsys.readouterr().out
-    assert ("n_classes=7" in told) == (classes == 7) and "32x32" not in told and "channels" not in told
+    assert ("changes for such a network: see docs/checkpoints.md" in told) == (classes == 7)
     file = torch.load(tmp_path / "b.pt", weights_only=True)
     weights = file if program == "robust" else file["model_state_dict"]
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -101,33 +101,28 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     [
         ({}, "for JEM;"),
         ({"recipe": "jem++"}, "for JEM++"),
-        ({"recipe": "m-jem"}, "for SADA-JEM or M-JEM"),
-        ({"stages": 4, "shape": (3, 64, 64)}, "for SADA-JEM or M-JEM"),
+        ({"recipe": "m-jem"}, "for SADA-JEM or M-JEM; whose scripts"),
+        ({"stages": 4, "shape": (3, 64, 64)}, "for SADA-JEM or M-JEM; whose scripts"),
         (ROBUST, "for DAT"),
-        ({"separate_energy": True}, "with --uncond"),
-        ({"shape": (1, 8, 8)}, "for images of 32x32, and these are 8x8; its images have 3 channels"),
-        ({"stages": 4}, "uses its fourth stage for images of 64x64 or more, and these are 32x32"),
-        (ROBUST | {"activation": "silu"}, 'activation="swish"'),
+        ({"separate_energy": True}, "for JEM; whose scripts need options or changes for such a network: see"),
+        ({"shape": (1, 8, 8)}, "for JEM; whose scripts"),
+        (ROBUST | {"activation": "silu"}, "are in [0, 1]; whose scripts"),
     ],
 )
-def test_the_line_says_which_program_and_what_it_needs(tmp_path, capsys, options, chosen):
+def test_the_line_says_which_program_and_whether_it_builds_such_a_network(tmp_path, capsys, options, chosen):
     checkpoint(tmp_path / "a.pt", **options)
     assert main(arguments(tmp_path)) == 0
     out = capsys.readouterr().out
-    assert chosen in out and out.count("\n") == 1 and ("32x32" in out) == ("32x32" in chosen)
+    assert chosen in out and out.count("\n") == 1
+    assert ("whose scripts" in out) == ("whose scripts" in chosen)
     file = torch.load(tmp_path / "b.pt", weights_only=True)
     assert ("1000 images of noise" in out) == ("replay_buffer" in file) == (options.get("backbone") != "robust")
-    if "activation" in options:
-        _, content = open_checkpoint(str(tmp_path / "b.pt"), asdict(Config(**options)))
-        assert content["config"]["activation"] == options["activation"]
     if "replay_buffer" in file:
         assert tuple(file["replay_buffer"].shape) == (1000, *options.get("shape", (3, 32, 32)))
         assert -1 <= file["replay_buffer"].min() < -0.9 < 0.9 < file["replay_buffer"].max() <= 1
     if options.get("stages") == 4:
         shapes = {name: tuple(value.shape) for name, value in file["model_state_dict"].items()}
         assert shapes == documented("sada-jem", "none", 10, 1, 3, 10, stages=4)
-    if options.get("separate_energy"):
-        assert file["model_state_dict"]["energy_output.weight"].any()
 
 
 @pytest.mark.parametrize(
