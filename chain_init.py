@@ -164,7 +164,7 @@ class GaussianInit:
     def __init__(self, gaussians: list[Gaussian], shape: Shape):
         self.gaussians, self.shape = gaussians, shape
 
-    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+    def __call__(self, classes: Sequence[int], rng: Generator, limit: float = 1.0) -> Tensor:
         if len(self.gaussians) == 1:
             classes = [0] * len(classes)
         rows = [None] * len(classes)
@@ -174,7 +174,7 @@ class GaussianInit:
             x = mean + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
             if noise:
                 x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
-            for i, row in zip(own, x.clamp(-1, 1), strict=True):
+            for i, row in zip(own, x.clamp(-limit, limit), strict=True):
                 rows[i] = row  # an index on the device would wait for it
         return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
 
@@ -183,11 +183,12 @@ class GaussianInit:
 
         These count as seen with noise of 0.05, since images are no Gaussians.
         """
-        start, mask = self(classes, rng).flatten(1), known.expand(self.shape).flatten()
+        classes = classes if len(self.gaussians) > 1 else [0] * len(classes)
+        start, mask = self(classes, rng, float("inf")).flatten(1), known.expand(self.shape).flatten()
         missed = x.flatten(1) + 0.05 * torch.randn(start.shape, generator=rng, device=rng.device) - start
         for k in dict.fromkeys(classes):  # Matheron's rule: a sample, moved by what it has missed of the known pixels
             own = [i for i, of_class in enumerate(classes) if of_class == k]
-            _, factor, noise = self.gaussians[k if len(self.gaussians) > 1 else 0]
+            _, factor, noise = self.gaussians[k]
             seen, variance = factor[:, mask], noise**2 + 0.05**2  # (R, known pixels)
             precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
             start[own] += torch.linalg.solve(precision, seen @ missed[own][:, mask].T / variance).T @ factor

@@ -60,7 +60,7 @@ def read(root: Path, image_size: int | None) -> tuple[Tensor, Tensor, dict, list
     for folder in folders.values():
         classes = _folders(inside[folder])
         if len(classes) < 2:
-            advice = "sort pictures so, or give --data_dir a folder of <class>/* (--mode score needs no labels)"
+            advice = "sort pictures into class folders, or give a folder of them (--mode score needs no labels)"
             raise UserError(f"{root / folder} has {len(classes)} class folders, but labels need two or more: {advice}")
         if odd := sorted(set(classes) ^ set(class_names)):
             raise UserError(f"only one of {first}/ and {folder}/ in {root} has {some(odd)}: give both the same classes")
@@ -90,11 +90,11 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     if height != width:
         raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
     root, paths = (place.parent, [(place.name,)]) if os.path.isfile(place) else (place, _list(place, "--images "))
+    if channels not in (1, 3):
+        raise UserError(f"--images are grey or RGB pictures, and this network's images have {channels} channels")
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
     images = decoded["images"]
-    if channels not in (1, 3):
-        raise UserError(f"--images are grey or RGB pictures, and this network's images have {channels} channels")
     images = images if images.shape[1] == channels else functional.rgb_to_grayscale(images, channels)
     return [os.path.join(*paths[i]) for i in decoded["kept"]], images
 

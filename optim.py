@@ -76,7 +76,7 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the parameters, in place, at first of few; ``step`` counts from 1.
+    """Exponential moving average of the parameters, in place, with a short memory at first; ``step`` counts from 1.
 
     Running statistics are not averaged: see ``recalibrate_batch_norm``.
     """

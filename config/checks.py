@@ -69,7 +69,7 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread.add("start_dir")
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
     if cfg.mode in TRAINING and not cfg.samples:
-        unread |= of_chains | {"separate_energy"}  # which has weights, but nothing trains them
+        unread |= of_chains
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
     if cfg.mode == "test" and "quality" not in cfg.metrics:  # no chains but those of the refinement

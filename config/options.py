@@ -195,7 +195,7 @@ class Options:
     refine_steps: int = refinement(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
     ais_chains: int = likelihood(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = likelihood(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
-    sigma_test: float = test(0.0, "standard deviation of noise on test images", minimum=0, needs=WITH_NOISE)
+    sigma_test: float = test(0.0, "deviation of noise on classified images, [-1, 1] scale", minimum=0, needs=WITH_NOISE)
     feature_ckpt: str = samples("", "classifier's run, for features", is_path=True, modes=("energy_train", "test"))
     fid_reference: str = quality("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)

@@ -43,7 +43,7 @@ class Box(NamedTuple):
         return 0.5 * u.logit(eps=torch.finfo(u.dtype).eps)  # (n, *shape)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        return (logsigmoid(2 * y) + logsigmoid(-2 * y) + math.log(2)).flatten(1).sum(1)  # log (1 - tanh(y)^2) / 2
+        return (logsigmoid(2 * y) + logsigmoid(-2 * y) + math.log(2)).flatten(1).sum(1)  # log((1 - tanh(y)^2) / 2)
 
     def score(self, y: Tensor) -> Tensor:
         return -2 * y.tanh()

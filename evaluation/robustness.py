@@ -237,7 +237,7 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
         protocol += f"probabilities averaged over {n_chains} chains, attacked through these chains"
     else:
         classifier = StraightRefinedClassifier(model, chain, n_chains, cfg.sigma_test, rng)
-        protocol += f"begun with noise of {cfg.sigma_test:g}, logits averaged over {n_chains}, attacked past them"
+        protocol += f"begun with noise of {cfg.sigma_test:g}, logits of {n_chains} chains averaged, attacked past them"
     return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
 

@@ -4,7 +4,6 @@ import importlib
 import os
 import time
 import traceback
-import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -86,7 +85,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
 
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:
     """What is measured, for the top of the report; ``same``: whether classes are those of the training."""
-    cfg, (_, height, width), test = inputs.cfg, inputs.data.shape, inputs.data.test.images
+    cfg, (_, height, width), test = inputs.cfg, inputs.data.shape, inputs.data.test
     others = "" if len(inputs.data.train) else "; other images than those of the training, or a changed set"
     others += "" if same else "; other classes, so that what depends on labels means nothing"
     last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
@@ -97,7 +96,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
         "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
-        IMAGES: f"{len(test)}, CRC-32 {zlib.crc32(test.cpu().contiguous().numpy()):08x}",
+        IMAGES: f"{len(test)}, digest {replace(inputs.data, train=test[:0], valid=test[:0]).description['digest']}",
         "network": f"{inputs.model.name}{head}",
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }

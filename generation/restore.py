@@ -20,9 +20,9 @@ from utils import UserError
 def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Generator) -> StartImages:
     """Chains from images uint8 (N, C, H, W) with noise added, or with what ``--start`` draws for unknown pixels.
 
-    Gaussians draw these given the known ones. If y is empty, the network tells the classes by what it is given.
+    A Gaussian draws these given the known ones. If y is empty, the network tells the classes by what it is given.
     """
-    cfg, x = run.cfg, data.to_float(images)
+    cfg, x, run.shape = run.cfg, data.to_float(images), tuple(images.shape[1:])  # another program's file assumes one
     if cfg.denoise:
         x = x + cfg.denoise * normal_like(x, rng)
         y = y or predict(run.model, x).argmax(1).tolist()

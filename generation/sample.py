@@ -16,7 +16,7 @@ import data
 import distributed
 import image_folder
 import utils
-from checkpoints.load import Trained, load_data
+from checkpoints.load import Trained
 from config import Config
 from generation.chains import ChainResult, StartImages, recorded_steps, run_chains
 from generation.restore import restoration_picture, restoration_start
@@ -80,14 +80,14 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
             _, images = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
             y, kind = [], f"pictures of {cfg.images}"
         else:
-            test = load_data(cfg, run.path, run.content, run.device).test
+            test = run.load_images().test
             y = test.labels.tolist() if cfg.class_cond else []
             images, kind = test.images, f"test images of {cfg.dataset}"
-        n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, len(images)))
+        n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, max(1, len(images))))
         if n > len(images):
             raise UserError(f"--n_samples {n} is more than the {len(images)} {kind}")
         chosen = [i * len(images) // n for i in range(n)]
-        return restoration_start(run, images[chosen].to(run.device), [y[i] for i in chosen if y], rng)
+        return restoration_start(run, images[chosen].to(run.device), [y[i] for i in chosen] if y else [], rng)
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class TrainedRun:
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
         self.model = frozen(*trained, self.device)
+        self.load_images = cache(lambda: load_data(*trained, self.device))
 
     def logits(self, images: Tensor) -> Tensor:
         """f(x), float32 (N, K): their softmax is p(y|x)."""
@@ -91,10 +92,9 @@ class TrainedRun:
 
     def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
         """Images moved up log p(x|y) (DAT), at most by L2 ``eps`` on the [0, 1] scale: (N, C, H, W) in [-1, 1]."""
-
         (y,) = self.classes([y] if np.ndim(y) else y)
 
-        def log_p(x: Tensor) -> Tensor:
+        def log_p(x: Tensor) -> Tensor:  # log p(x, y), whose gradient in x is that of log p(x|y)
             return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()
 
         batches = self.checked(images).split(self.cfg.batch_size)
@@ -119,7 +119,7 @@ class TrainedRun:
         """What ``--start`` names, in words and for chains: of the file, where it has it, or of training images."""
         cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
         if not cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
-            return cfg.start, build_chain_init(cfg, load_data(cfg, self.path, self.content, self.device))
+            return cfg.start, build_chain_init(cfg, self.load_images())
         ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
         name = f"{cfg.start} of rank {ranks[0]}, from {self.path.name}" if ranks else cfg.start
         return name, build_chain_init(cfg, stored)

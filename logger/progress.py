@@ -40,7 +40,7 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
     if before.get("precision", ran["precision"]) != ran["precision"]:
         lines["note"] = f"the run computed in {before['precision']} before: it goes on with other rounding errors"
     if cfg.warmup_steps >= trainer.total_steps:
-        lines["rate"] = f"all steps are warm-up, so it stays below --lr: give --warmup_steps below {cfg.warmup_steps}"
+        lines["rate"] = f"all steps are warm-up: give --warmup_steps below {trainer.total_steps}"
     for name, text in lines.items():
         print(f"{name:8} {text}", flush=True)
 

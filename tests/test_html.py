@@ -187,7 +187,7 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
         section.measurements().keys() & report.other.sections[name].measurements().keys()
         for name, section in report.sections.items()
     ]
-    assert text.count("≠") == 1 + sum(map(len, pairs)) and re.search(r"\| 360, CRC-32 \w{8} \| other ones", text)
+    assert text.count("≠") == 1 + sum(map(len, pairs)) and re.search(r"\| 360, digest \w{32} \| other ones", text)
 
 
 NUMBER = {"value": "one", "interval": None, "n": 2, "protocol": "p"}

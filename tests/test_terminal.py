@@ -175,7 +175,7 @@ class TestSignals:
     def test_ctrl_c_while_the_program_starts_is_silent(self, tmp_path):
         ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": HERE}
         process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, **ready)
-        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
