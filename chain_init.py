@@ -164,31 +164,32 @@ class GaussianInit:
     def __init__(self, gaussians: list[Gaussian], shape: Shape):
         self.gaussians, self.shape = gaussians, shape
 
-    def __call__(self, classes: Sequence[int], rng: Generator, limit: float = 1.0) -> Tensor:
-        if len(self.gaussians) == 1:
-            classes = [0] * len(classes)
+    def __call__(self, classes: Sequence[int], rng: Generator) -> Tensor:
+        return self._unclamped(classes, rng).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+
+    def _groups(self, classes: Sequence[int]) -> list[tuple[Gaussian, list[int]]]:
+        """The Gaussians of these classes, each with the places of its images."""
+        classes = classes if len(self.gaussians) > 1 else [0] * len(classes)
+        return [(self.gaussians[k], [i for i, c in enumerate(classes) if c == k]) for k in dict.fromkeys(classes)]
+
+    def _unclamped(self, classes: Sequence[int], rng: Generator) -> Tensor:
         rows = [None] * len(classes)
-        for k in dict.fromkeys(classes):
-            own = [i for i, of_class in enumerate(classes) if of_class == k]
-            mean, factor, noise = self.gaussians[k]
+        for (mean, factor, noise), own in self._groups(classes):
             x = mean + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
             if noise:
                 x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
-            for i, row in zip(own, x.clamp(-limit, limit), strict=True):
+            for i, row in zip(own, x, strict=True):
                 rows[i] = row  # an index on the device would wait for it
-        return torch.stack(rows).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
+        return torch.stack(rows).unflatten(1, self.shape)
 
     def given(self, x: Tensor, known: Tensor, classes: Sequence[int], rng: Generator) -> Tensor:
         """Images x, float (N, C, H, W), whose pixels outside ``known``, bool (H, W), are drawn given those inside.
 
         These count as seen with noise of 0.05, since images are no Gaussians.
         """
-        classes = classes if len(self.gaussians) > 1 else [0] * len(classes)
-        start, mask = self(classes, rng, float("inf")).flatten(1), known.expand(self.shape).flatten()
+        start, mask = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten()
         missed = x.flatten(1) + 0.05 * torch.randn(start.shape, generator=rng, device=rng.device) - start
-        for k in dict.fromkeys(classes):  # Matheron's rule: a sample, moved by what it has missed of the known pixels
-            own = [i for i, of_class in enumerate(classes) if of_class == k]
-            _, factor, noise = self.gaussians[k]
+        for (_, factor, noise), own in self._groups(classes):  # Matheron's rule: a sample, moved by what it has missed
             seen, variance = factor[:, mask], noise**2 + 0.05**2  # (R, known pixels)
             precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
             start[own] += torch.linalg.solve(precision, seen @ missed[own][:, mask].T / variance).T @ factor

@@ -30,12 +30,10 @@ def joint_loss(
     (outlier exposure for energies: Liu et al., NeurIPS 2020, there with squared hinges).
 
     Args:
-        cfg: a Config, or anything with its options mode, generative, and the weights.
+        cfg: a Config, or anything with its options generative and the weights.
         logits: of N labelled images, P real ones of log p(x), M samples and Q outliers.
-        y: the labels, int64 (N,).
-        y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
-        energy_l2: the weight of that penalty, which may grow in a run.
-        mean: of a tensor over all processes, if there are several.
+        y: the labels, int64 (N,). y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
+        energy_l2: the weight of that penalty, which may grow in a run. mean: of a tensor over all processes.
         y_real: the classes of the P real images. With them and ``y_sampled``, ``sgld/auroc`` is by log p(x, y), which
             chains of p(x|y) climb; or else by log p(x).
 
@@ -50,10 +48,8 @@ def joint_loss(
         "log_density/real": real.mean(),
         "log_density/real_std": real.std(correction=0),
     }
-    log_densities = [real]
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
-        log_densities.append(sampled)
         generative, climbed = sampled.mean() - real.mean(), (real, sampled)
         if y_sampled is not None and y_real is not None:
             climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
@@ -79,9 +75,9 @@ def joint_loss(
         parts |= {"loss/outliers": apart, "log_density/outliers": outliers.mean()}
         parts["outliers/auroc"] = auroc(real, outliers).float()
     if logits.sampled is not None:
-        loss = loss + energy_l2 * torch.cat(log_densities).square().mean()
+        loss = loss + energy_l2 * torch.cat([real, sampled]).square().mean()
         if cfg.mean_energy_l2:
-            squares = mean(torch.stack([values.mean() for values in log_densities])).square()
+            squares = mean(torch.stack([real.mean(), sampled.mean()])).square()
             if cfg.mean_energy_form == "real_squares":
                 squares = torch.cat([real.square().mean()[None], squares[1:]])
             loss = loss + cfg.mean_energy_l2 * squares.sum()

@@ -387,11 +387,10 @@ class Trainer:
         if self.one_process_forward.norm_statistics == "running":
             self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
-        classes = [i % self.n_classes for i in range(16)]
-        y = torch.tensor(classes, device=self.device) if self.cfg.class_cond else None
-        options = self.cfg.sgld_lr, self.cfg.sgld_std, rng, FRAME_EVERY, y
-        frames = annealed_chain(self.gif_engine, self.start(classes, rng), *options)
-        self.logger.gif(self.step, frames, FRAME_EVERY)
+        cfg, classes = self.cfg, [i % self.n_classes for i in range(16)]
+        y = torch.tensor(classes, device=self.device) if cfg.class_cond else None
+        film = annealed_chain(self.gif_engine, self.start(classes, rng), cfg.sgld_lr, cfg.sgld_std, rng, FRAME_EVERY, y)
+        self.logger.gif(self.step, film, FRAME_EVERY)
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy; best.pt is chosen by the first, never by the second."""

@@ -82,9 +82,8 @@ def authors_file(cfg: Config, program: str, weights: dict[str, torch.Tensor], co
     """What the scripts of a program read: weights and replay buffer, or of robust classifiers just the weights."""
     written = authors_weights(weights, program)
     if program != "robust":
-        images = uniform_images(FRESH, content["data"]["shape"], torch.Generator().manual_seed(cfg.seed))
-        if "buffer" in content["state"]:
-            images = content["state"]["buffer"]["images"].float()
+        rng, held = torch.Generator().manual_seed(cfg.seed), content["state"].get("buffer")
+        images = held["images"].float() if held else uniform_images(FRESH, content["data"]["shape"], rng)
         written = {"model_state_dict": written, "replay_buffer": images.contiguous()}
     file = io.BytesIO()
     torch.save(written, file)

@@ -118,7 +118,8 @@ class Config(Options):
                 several = "several, each once, with shares above 0, as gaussian:0.8,uniform:0.2"
                 raise UserError(f"--{name} takes one of {', '.join(STARTS)}, or {several}, not {word.strip()!r}")
             found[start] = share
-        return {start: share / sum(found.values()) for start, share in found.items()}
+        total = sum(found.values())
+        return {start: share / total for start, share in found.items()}
 
     @property
     def samples(self) -> bool:

@@ -28,8 +28,7 @@ RECIPES = {
     ),
     "m-jem": Recipe(
         "Yang et al., PAKDD 2023, arXiv 2303.04343",
-        "as jem++ with chains of 5 steps from one Gaussian, clean images for p(x), a head of its own for log p(x), and "
-        "a penalty on its means",
+        "as jem++, but 5 steps from one Gaussian, clean images for p(x), a head of its own for log p(x), and a penalty",
         dict(CHAINS | SGD | CLEAN | EPOCHS, sgld_step=5, start="gaussian", separate_energy=True, mean_energy_l2=0.5)
         | {"mean_energy_form": "real_squares"},
     ),

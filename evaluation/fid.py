@@ -74,9 +74,6 @@ class ClassifierSpace:
         return {"features": predict(self.backbone, images)}
 
 
-Space = InceptionSpace | ClassifierSpace
-
-
 def feature_statistics(features: Tensor) -> dict[str, np.ndarray]:
     """Mean and covariance, float64, of features (N, D), N above 1, as torch-fidelity has them."""
     from torch_fidelity.metric_fid import fid_features_to_statistics

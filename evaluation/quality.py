@@ -129,7 +129,9 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     return sets
 
 
-def add_distances(section: Section, space: fid.Space, sets: dict[str, ImageSet], real: ImageSet) -> None:
+def add_distances(
+    section: Section, space: fid.InceptionSpace | fid.ClassifierSpace, sets: dict[str, ImageSet], real: ImageSet
+) -> None:
     """A row for each set: its distances to the real images and, where there are logits, IS."""
     real_features, few = space.outputs(real.images)["features"], []
     statistics = fid.feature_statistics(real_features) if len(real_features) >= FEWEST else {}

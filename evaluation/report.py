@@ -25,7 +25,7 @@ from utils import UserError, printable
 
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 IN_FILE = ("results", "notes", "absent", "pictures")  # what results.json holds of a section
-RUNS, IMAGES = ("this run", "other run"), "test images"
+RUNS = ("this run", "other run")
 Interval = tuple[float, float]  # of 95 %
 NOT_SHOWN = ("mode", "logdir", "note", "no_log", "load_ckpt", "compare")  # options that do not change a measurement
 
@@ -211,7 +211,7 @@ def tables(report: Report, name: str) -> list[Table]:
             if report.other:
                 row, column = (row if table == ALONE else f"{row}, {column}"), run
             found.setdefault(table, {}).setdefault(row, {})[column] = measurement
-    same_images = report.other and report.header["about"][IMAGES] == report.other.header["about"].get(IMAGES)
+    same_images = report.other and report.header["about"]["images"] == report.other.header["about"].get("images")
     signs, filled = protocols(report, name), []
     for table, rows in found.items():
         columns, lines = (list(RUNS) if report.other else unique(rows.values())), []

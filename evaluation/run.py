@@ -17,7 +17,7 @@ from checkpoints.load import frozen, load_data, load_feature_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
-from evaluation.report import IMAGES, Report, Section, read_report
+from evaluation.report import Report, Section, read_report
 from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
 from sgld import finite_images
@@ -96,7 +96,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         "weights": "moving average" if "ema" in state else "as trained",
         "arithmetic": "float32" if inputs.device.type == "cpu" else "TF32, likelihood in float32",
         "data set": (f"{cfg.data_dir}, {width}x{height}" if cfg.dataset == "folder" else cfg.dataset) + others,
-        IMAGES: f"{len(test)}, digest {replace(inputs.data, train=test[:0], valid=test[:0]).description['digest']}",
+        "images": f"{len(test)}, digest {replace(inputs.data, train=test[:0], valid=test[:0]).description['digest']}",
         "network": f"{inputs.model.name}{head}",
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }

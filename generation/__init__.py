@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-folders = ("checkpoints", "config", "evaluation", "logger", "models")
-for name in (*folders, *sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "main")):
+packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+for name in sorted(packages | {path.stem for path in ROOT.glob("*.py")} - {"main"}):
     found = Path(getattr(find_spec(name), "origin", None) or name).resolve()
     if ROOT not in found.parents:  # a user's own module, in a folder that comes first or imported before
         advice = f"rename it, or put {ROOT} first in sys.path before it is imported"

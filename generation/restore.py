@@ -22,7 +22,7 @@ def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Genera
 
     A Gaussian draws these given the known ones. If y is empty, the network tells the classes by what it is given.
     """
-    cfg, x, run.shape = run.cfg, data.to_float(images), tuple(images.shape[1:])  # another program's file assumes one
+    cfg, x = run.cfg, data.to_float(images)
     if cfg.denoise:
         x = x + cfg.denoise * normal_like(x, rng)
         y = y or predict(run.model, x).argmax(1).tolist()

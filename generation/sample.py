@@ -80,7 +80,7 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
             _, images = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
             y, kind = [], f"pictures of {cfg.images}"
         else:
-            test = run.load_images().test
+            test = run.images.test
             y = test.labels.tolist() if cfg.class_cond else []
             images, kind = test.images, f"test images of {cfg.dataset}"
         n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, max(1, len(images))))

@@ -57,7 +57,7 @@ def low_log_density(run: TrainedRun) -> float:
     """The ``LOW`` quantile of the training images' log p(x): from the file, or from the images, a UserError without."""
     if run.low_log_density is not None:
         return run.low_log_density
-    images = run.load_images()
+    images = run.images
     if images.description["digest"] != run.content["data"].get("digest"):
         raise UserError(f"those of {run.cfg.dataset} are others")
     return run.log_density(images.train.images[:TRAINING_IMAGES]).quantile(LOW).item()  # they are in random order

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,6 @@ class TrainedRun:
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
         self.model = frozen(*trained, self.device)
-        self.load_images = cache(lambda: load_data(*trained, self.device))
 
     def logits(self, images: Tensor) -> Tensor:
         """f(x), float32 (N, K): their softmax is p(y|x)."""
@@ -115,11 +114,18 @@ class TrainedRun:
         return frozen_sampler_model(self.model, self.dtype, self.cfg.norm_statistics)
 
     @cached_property
+    def images(self) -> data.ImageData:
+        """The data set. Another program's file assumes the size of its images: from here on it is that of these."""
+        images = load_data(self.cfg, self.path, self.content, self.device)
+        self.shape = images.shape
+        return images
+
+    @cached_property
     def fresh_start(self) -> tuple[str, ChainInit]:
         """What ``--start`` names, in words and for chains: of the file, where it has it, or of training images."""
         cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
         if not cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
-            return cfg.start, build_chain_init(cfg, self.load_images())
+            return cfg.start, build_chain_init(cfg, self.images)
         ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
         name = f"{cfg.start} of rank {ranks[0]}, from {self.path.name}" if ranks else cfg.start
         return name, build_chain_init(cfg, stored)

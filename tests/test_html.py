@@ -181,7 +181,7 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
     newer = shutil.copytree(tmp_path / "eval", tmp_path / "eval-2", copy_function=shutil.copyfile)
     assert read_report(str(tmp_path)).directory == newer
     report.directory = tmp_path
-    report.other.header["about"]["test images"] = "other ones"
+    report.other.header["about"]["images"] = "other ones"
     text = files_of(report)[1]
     pairs = [
         section.measurements().keys() & report.other.sections[name].measurements().keys()

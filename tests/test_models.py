@@ -27,7 +27,7 @@ def tiny(**options):
 def loss_options(**changes):
     """The options that ``joint_loss`` reads, as plain JEM has them."""
     weights = {"p_y_x_weight": 1.0, "p_x_weight": 1.0, "p_x_y_weight": 0.0, "mean_energy_l2": 0.0}
-    words = {"mode": "energy_train", "generative": "difference", "mean_energy_form": "means"}
+    words = {"generative": "difference", "mean_energy_form": "means"}
     return SimpleNamespace(**words | weights | changes)
 
 
