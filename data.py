@@ -36,6 +36,10 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def __post_init__(self):
+        if len(self.images) != len(self.labels):
+            raise UserError(f"a data set has {len(self.images)} images and {len(self.labels)} labels")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -60,7 +64,7 @@ class ImageData:
         for images, labels in ((part.images, part.labels) for part in (self.train, self.valid, self.test)):
             right = images.dtype == torch.uint8 and images.ndim == 4 and labels.dtype == torch.int64
             first, last = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
-            if not right or len(labels) != len(images) or first < 0 or last >= len(self.class_names):
+            if not right or first < 0 or last >= len(self.class_names):
                 found = f"images {images.dtype} {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}"
                 needed = f"images uint8 (N, C, H, W) and labels int64 (N,), 0 to {len(self.class_names) - 1}"
                 raise UserError(f"a data set has {needed}, not {found}, {first} to {last}")
@@ -170,8 +174,7 @@ def load(
     """
     root = Path(data_dir).expanduser()
     class_names, parts = DATASETS[name].read(root, image_size)
-    undivided = parts.pop("all", None)
-    if undivided is not None:
+    if (undivided := parts.pop("all", None)) is not None:
         parts = _divide(undivided, root, trained_on is None)
     if trained_on is not None:
         parts = _as_in_training(parts, undivided, class_names, trained_on, root)
@@ -339,8 +342,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
 def _unpack_idx(cls: type, root: Path, scratch: Path) -> Path:
     """Lay MNIST's idx files that lie in ``root`` itself out in ``scratch``, as torchvision wants; returns its root."""
     bare = list(root.glob("*-idx?-ubyte*")) if issubclass(cls, datasets.MNIST) else []
-    raw = scratch / cls.__name__ / "raw"
-    raw.mkdir(parents=True)
+    (raw := scratch / cls.__name__ / "raw").mkdir(parents=True)
     for path in bare:
         extract_archive(path, raw) if path.suffix == ".gz" else shutil.copy(path, raw)
     return scratch if len({path.name.removesuffix(".gz") for path in bare}) == 4 else root
@@ -363,8 +365,6 @@ def _as_split(dataset: datasets.VisionDataset) -> Split:
     elif images.shape[-1] == 3:  # CIFAR: (N, H, W, C)
         images = images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(dataset.labels if isinstance(dataset, datasets.SVHN) else dataset.targets)
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images but {len(labels)} labels")
     return Split(images.contiguous(), labels)
 
 

@@ -51,7 +51,6 @@ class Graph:
         ({"mode": "baseline_train", "norm": "batch"}, 1),
         ({"adversarial_eps": 0.5, "adversarial_steps": 2, "norm": "batch", "dropout_rate": 0.2}, 1),
     ],
-    ids=["batch norm and SAM", "SAM", "baseline", "adversarial"],
 )
 def test_captured_gradients_train_as_the_loss_does(options, n_graphs, monkeypatch):
     """Warm-up leaves no trace, each pass of SAM has a graph of its own, and a remedy has new ones."""

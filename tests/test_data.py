@@ -74,6 +74,9 @@ def test_auto_augmentation_is_autoaugment_and_then_cutout(monkeypatch):
         assert fits
     assert len(areas) > 20  # squares end at edges
     assert (data.cutout(torch.ones(1, 1, 12, 20), torch.tensor([6]), torch.tensor([10])) == 0).sum() == 6 * 6
+    wide = data.augment(torch.full((200, 1, 8, 64), 200, dtype=torch.uint8), True, 0.0, rng, "auto")
+    holes = (wide == -1).any(2)  # (200, 1, 64), by column: squares of 4 wherever they fit, and no black edges
+    assert holes[..., :16].any() and holes[..., 48:].any() and holes.sum(-1).max() == 4
     monkeypatch.undo()
     torch.manual_seed(0)
     ramps = torch.arange(32 * 32 * 3).remainder(251).byte().view(1, 3, 32, 32).expand(60, -1, -1, -1)
@@ -124,9 +127,8 @@ def test_augment_stays_in_range_and_adds_gaussian_noise_of_the_generator():
 
 def rows(*splits):
     """Every (label, image) of the splits, as a sorted list."""
-    return sorted(
-        (int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.images, split.labels, strict=True)
-    )
+    pairs = [pair for split in splits for pair in zip(split.images, split.labels, strict=True)]
+    return sorted((int(y), x.numpy().tobytes()) for x, y in pairs)
 
 
 def test_digits_are_scikit_learns_stratified_whatever_the_users_seed():
@@ -329,6 +331,9 @@ def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkey
     ):
         add(one, other)
         assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")
+    for other in (labels[:30], labels.repeat(2)):
+        with pytest.raises(UserError, match=f"a data set has 40 images and {len(other)} labels"):
+            add(images, other)
 
 
 def write_pngs(root, *folders, n=10, side=8, level=None):

@@ -114,12 +114,13 @@ class TestDivergence:
         assert changes(mode="baseline_train")[0] == ["new randomness", *rates]
         assert changes(recipe="dat", sgld_step=10)[0][1] == rates[0]  # whose chains grow by themselves
         assert changes(energy_l2=0.5)[1]["energy_l2"] == 0.5
-        one, resumed = divergence.Recovery(main.Config()), divergence.Recovery(main.Config())
+        one = divergence.Recovery(main.Config())
         for step in range(3):
             one.keep({"step": step})
         assert one.go_back(5000)[0] == {"step": 1}
         one.keep({"step": 4})  # on the way to the next divergence
         for step in (5500, 5600):
+            resumed = divergence.Recovery(main.Config())
             resumed.load_state_dict(one.state_dict())
             (state, change), (_, same) = one.go_back(step), resumed.go_back(step)
             assert state == {"step": 1} and change == same

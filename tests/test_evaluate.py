@@ -258,9 +258,8 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     test, train, valid = (inputs.subset(part) for part in (inputs.data.test, inputs.data.train, inputs.data.valid))
     others = foreign_images("shuffled", test.images, inputs)
     with torch.no_grad():
-        of_test, of_train, of_valid, of_others = (
-            model(inputs.with_noise(images)) for images in (test.images, train.images, valid.images, others)
-        )
+        sets = (test.images, train.images, valid.images, others)
+        of_test, of_train, of_valid, of_others = (model(inputs.with_noise(images)) for images in sets)
     right = (of_test.argmax(1) == test.labels).double()
     assert found["classification"]["accuracy"]["value"] == pytest.approx(right.mean().item())
     pairs = list(zip(test.labels.tolist(), of_test.argmax(1).tolist(), strict=True))
@@ -291,13 +290,19 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     assert worst == pytest.approx(roc_auc_score(target, torch.cat([score[:80], moved])), abs=1e-3)
 
 
-def test_bits_count_the_grey_levels_of_the_data_set(inputs, monkeypatch, tmp_path):
-    levels = []
-    monkeypatch.setattr(likelihood, "add_bits", lambda *arguments: levels.append(arguments[4]))
+def test_bits_count_the_grey_levels_and_are_of_test_images_at_each_temperature(inputs, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(likelihood, "add_bits", lambda *arguments: asked.append(arguments[2:5]))
     for dataset in ("digits", "cifar10"):
         other, section = replace(inputs, cfg=replace(inputs.cfg, dataset=dataset)), Section("likelihood", tmp_path)
         likelihood.measure(other, section)
-    assert levels == [17, 256] and "likelihood at another temperature" in section.absent
+    assert [levels for *_, levels in asked] == [17, 256] and "likelihood at another temperature" in section.absent
+    other = replace(inputs, buffer=torch.zeros(2, *inputs.data.shape), cfg=replace(inputs.cfg, max_images=None))
+    for best in (1.0, 4.0):
+        curves = likelihood.Curves(np.array([best, 8.0]), dict.fromkeys(("forward", "reverse"), np.array([3.0, 4.0])))
+        monkeypatch.setattr(likelihood, "bits_by_temperature", lambda *_, curves=curves: curves)
+        likelihood.measure(other, Section("likelihood", tmp_path))
+    assert [(beta, len(on_test)) for beta, on_test, _ in asked[2:]] == [(1, 360), (1, 360), (4, 360)]
 
 
 @pytest.mark.slow

@@ -64,14 +64,12 @@ def test_numbers_and_images_are_those_of_the_command_line(run_dir, tmp_path):
 
 def by_hand(model, image: np.ndarray, y: int, radius: float, steps: int) -> torch.Tensor:
     """One image, uint8 (8, 8, 1), moved up f(x)[y] by projected gradient steps, all of it on the [0, 1] scale."""
-    start = torch.from_numpy(image[None, ..., 0] / 255)[None].float()
-    x = start
+    start = x = torch.from_numpy(image[None, ..., 0] / 255)[None].float()
     for _ in range(steps):
         x = x.detach().requires_grad_()
         model(2 * x - 1)[0, y].backward()
         change = x.detach() + 2.5 * radius / steps * x.grad / x.grad.norm() - start
-        if change.norm() > radius:
-            change *= radius / change.norm()
+        change *= (radius / change.norm()).clamp(max=1)
         x = (start + change).clamp(0, 1)
     return x
 

@@ -147,6 +147,25 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
     assert likelihood.Curves(np.array([1, 2, 4, 8, 16, 32.0]), bits).best() == 8
 
 
+@pytest.mark.parametrize("last, crossed", [([1.0, 2.0], True), ([9.0, 8.0], False)])
+def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
+    """Each estimate's bits follow from its own log Z; one that lies on the wrong side of the other is called that."""
+    forward = ais.AISResult(torch.tensor([[0.0, 2.0], [3.0, 7.0]]), 1, torch.tensor([0.5, 0.9]))
+    reverse = ais.AISResult(torch.tensor([last]), -1, torch.tensor([0.6, 0.8]))
+    monkeypatch.setattr(likelihood, "sandwich", lambda *_: {"forward": forward, "reverse": reverse})
+    cfg, section = SimpleNamespace(ais_chains=2, ais_temperatures=2), Section("likelihood", tmp_path)
+    inputs = SimpleNamespace(data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
+    likelihood.add_bits(inputs, section, 2.0, torch.tensor([1.0, 3.0]), 16, seeded())
+    found = {(row, column): cell["value"] for (_, row, column), cell in section.measurements().items()}
+    up, down = np.log(np.exp([3, 7]).mean()), -np.log(np.exp(np.negative(last)).mean())
+    assert found["1/T = 2", "bits"] == pytest.approx((down - up) / 4 / math.log(2)) and len(section.notes) == crossed
+    for name, log_z, lowest in (("forward", up, 0.5), ("reverse", down, 0.6)):
+        columns = ("log Z", "mean HMC acceptance", "lowest HMC acceptance", "bits")
+        bits = (log_z - 2 * 2) / 4 / math.log(2) + math.log2(16 / 2)
+        numbers = [found[f"1/T = 2, {name}", column] for column in columns]
+        assert numbers == pytest.approx([log_z, 0.7, lowest, bits])
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 def test_hmc_keeps_the_moments_of_the_path(beta):
     precision = (1 - beta) + beta / STD**2  # product of the base's and the model's Gaussians
@@ -224,6 +243,9 @@ def test_burn_in_carries_poor_samples_to_the_model():
     _, back, _ = annealed(gaussian_density, Gaussian((D,)), 64, 10, 18)
     exact, raw, burnt = back(gaussian_samples(512), 19), back(cold, 19), back(cold, 19, steps=50)
     assert mean(raw) > mean(exact) + 4 and mean(burnt) == pytest.approx(mean(exact), abs=1)
+    path = ais.GeometricPath(tilt, ais.Box((D,)), [0.0, 1e-6, 1.0])  # at its last temperature, no earlier one
+    y = ais.burn_in(path, torch.zeros(100, D), 50, torch.tensor(0.4), seeded())
+    assert y.tanh().mean().item() == pytest.approx(np.trapezoid(GRID * TILT, GRID) / TILT_CDF[-1], abs=0.05)
 
 
 def test_a_network_gets_no_parameter_gradients_even_under_no_grad():
@@ -248,9 +270,10 @@ def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_nev
 
 
 def test_what_cannot_be_estimated_is_refused():
-    with pytest.raises(UserError, match="not finite"):
-        path = ais.GeometricPath(lambda x: tilt(x) * math.nan, ais.Box((2,)))
-        ais.anneal(path, path.base.sample(4, seeded()), torch.full((1,), 0.1), seeded())
+    for infinite in (math.nan, math.inf):
+        path = ais.GeometricPath(lambda x, factor=infinite: tilt(x) * factor, ais.Box((2,)))
+        with pytest.raises(UserError, match="not finite"):
+            ais.anneal(path, path.base.sample(4, seeded()), torch.full((1,), 0.1), seeded())
 
 
 def test_bits_bound_the_code_length_and_are_tight_for_a_density_flat_in_each_cell():

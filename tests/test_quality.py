@@ -46,10 +46,6 @@ class Tiny(torch_fidelity.FeatureExtractorBase):
         return (images.flatten(1).float() @ self.weight,)
 
 
-def tiny_features(images):
-    return Tiny()(images)[0]
-
-
 @pytest.fixture
 def images():
     real = torch.randint(256, (300, 3, 4, 4), dtype=torch.uint8, generator=seeded(1))
@@ -71,7 +67,7 @@ def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monke
     how = dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True)  # the last: no processes of its own
     how |= dict.fromkeys(("cuda", "cache", "verbose"), False) | {"feature_extractor": "tiny", "kid_subset_size": 150}
     theirs = torch_fidelity.calculate_metrics(**sets, **how)
-    features = tiny_features(fake), tiny_features(real)
+    features = Tiny()(fake)[0], Tiny()(real)[0]
     found = {"FID": fid.frechet_distance(*map(fid.feature_statistics, features))}
     found |= fid.kid_precision_recall(*features, 150) | fid.inception_score(features[0])
     names = {"FID": "frechet_inception_distance", "precision": "precision", "recall": "recall"}

@@ -143,9 +143,7 @@ class TestResume:
         steps = [line["step"] for line in metrics(run)]
         assert steps == sorted(set(steps)) and steps[-1] == 45
 
-    @pytest.mark.parametrize(
-        "option", ["--width 2", "--dataset mnist", "--lr 0.5", "--norm batch", "--no_flip", "--mode baseline_train"]
-    )
+    @pytest.mark.parametrize("option", ["--width 2", "--dataset mnist", "--lr 0.5", "--mode baseline_train"])
     def test_another_run_is_refused(self, option, stopped, capsys):
         before = (stopped / "ckpt" / "last.pt").read_bytes()
         err = refused(capsys, "--resume", stopped, *option.split())

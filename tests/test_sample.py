@@ -65,11 +65,8 @@ def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The 8x8 images (rows, columns, 8, 8) of a grid at the bottom right of a picture (H, W, 3)."""
     side, gap = 64, 2
     grid = picture[-(rows * (side + gap) + gap) :, -(columns * (side + gap) + gap) :, 0]
-    starts = [gap + i * (side + gap) + side // 16 for i in range(max(rows, columns))]
-    pixels = np.arange(8) * 8
-    return np.stack(
-        [[grid[np.ix_(starts[r] + pixels, starts[c] + pixels)] for c in range(columns)] for r in range(rows)]
-    )
+    pixels = [gap + i * (side + gap) + side // 16 + 8 * np.arange(8) for i in range(max(rows, columns))]
+    return np.stack([[grid[np.ix_(pixels[r], pixels[c])] for c in range(columns)] for r in range(rows)])
 
 
 def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
