@@ -25,7 +25,7 @@ import utils
 from config import Config
 from data import Split, load
 from evaluation import classification, likelihood, ood, robustness
-from evaluation.calibration import calibration_errors, fit_temperature
+from evaluation.calibration import calibration_errors, fit_temperature, reliability_panel
 from evaluation.inputs import EvalInputs
 from evaluation.ood import converted, foreign_images
 from evaluation.report import Section, bootstrap, read_report, wilson
@@ -74,9 +74,10 @@ def test_calibration_errors_by_hand():
     labels = torch.tensor([0, 0, 1, 1, 1, 0])
     # bins of 0.05: 0.93 | 0.96 0.98 | 0.58 0.59 | 0.67
     gaps = [(1, abs(1 - 0.93)), (2, abs(0.5 - 0.97)), (2, abs(1 - 0.585)), (1, abs(0 - 0.67))]
-    ece, mce = calibration_errors(p, labels)
-    assert ece == pytest.approx(sum(n * gap for n, gap in gaps) / 6, abs=1e-6)
-    assert mce == pytest.approx(0.67, abs=1e-6)
+    assert calibration_errors(p, labels) == pytest.approx((sum(n * gap for n, gap in gaps) / 6, 0.67), abs=1e-6)
+    above, below = Figure().subplots(2)
+    reliability_panel((above, below), p, labels, "")
+    assert [bar.get_height() for bar in above.patches][11:] == [1, 0, 0, 0, 0, 0, 0, 1, 0.5]  # shares that are right
     p = torch.tensor([1.0] * 10 + [0.96] * 10)  # full confidence belongs to the last bin
     errors = calibration_errors(torch.stack([p, 1 - p], 1), torch.tensor([0] * 5 + [1] * 5 + [0] * 10))
     assert errors == pytest.approx((0.98 - 0.75, 0.98 - 0.75), abs=1e-6)
@@ -326,6 +327,7 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert same_network["value"] == 1
     nearest = results["quality"]["results"]["L2 distance to the nearest training image"]
     assert [nearest[row]["mean"]["n"] for row in ("fresh", "test images")] == [35, 30]  # samples whatever --max_images
+    assert 0 < nearest["test images"]["mean"]["value"] < 2 * 64**0.5  # of pixels in [-1, 1]
     (note,) = results["quality"]["notes"]
     assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     assert {(x.min().item(), x.max().item(), (x == x.round()).all().item()) for x in seen} == {(0, 16, True)}

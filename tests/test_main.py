@@ -102,7 +102,6 @@ class TestEnergyTrain:
     def test_config_curves_and_checkpoints(self, jem):
         assert jem.name.endswith("_energy_train_short run")
         content = json.loads((jem / "config.json").read_text())
-        assert content["options"]["sgld_step"] == 2 and content["options"]["sigma"] == 0.03
         assert content["options"].keys() == {f.name for f in fields(Config)}
         assert content["environment"]["torch"] == version("torch")
         assert {"git_commit", "device", "command"} <= content["environment"].keys()
@@ -132,7 +131,6 @@ def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples
     line = metrics(run)[0]
     assert line["loss/total"] == line["loss/classification"] and "log_density/sampled" not in line
     assert metrics(run)[-1]["accuracy/test"] > 0.3  # 84 steps of 16 images teach a classifier that much
-    assert {"test_accuracy.png", "loss.png"} <= {p.name for p in run.iterdir()}
 
 
 def parts_of(run):

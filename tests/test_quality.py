@@ -93,8 +93,12 @@ def test_distances_of_few_images_carry_a_warning_or_a_reason(images, tmp_path):
     (note,) = section.notes
     assert note.startswith("**FID means little here** (some)") and "fewer images than the 48 features" in note
     assert {row for _, row, _ in section.measurements()} == {"some"}
-    protocol = section.results["t"]["some"]["KID"]["protocol"]
-    assert protocol.startswith("drawn; pixels, against real ones; KID of 100 subsets of 46 images, precision")
+    found = section.results["t"]["some"]
+    features = (Space().outputs(part)["features"] for part in (fake[:70], real[:47]))
+    expected = fid.kid_precision_recall(*features, 46)
+    assert all(found[name]["value"] == pytest.approx(expected[name]) for name in ("precision", "recall"))
+    assert expected["precision"] != expected["recall"]
+    assert found["KID"]["protocol"].startswith("drawn; pixels, against real ones; KID of 100 subsets of 46 images")
 
 
 def test_without_inception_weights_one_line_says_where_to_get_them(network):

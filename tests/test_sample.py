@@ -95,9 +95,11 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
     assert (settings["start"], settings["target"], settings["weights"]) == ("uniform", "log p(x)", "last")
 
 
-def test_the_images_are_those_that_quality_measures(tmp_path, monkeypatch):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_the_images_are_those_that_quality_measures(statistics, tmp_path, monkeypatch):
     """With batch normalisation they depend on their batch, which is as large as the chains of training."""
-    run = train(tmp_path / "train", "--recipe", "sada-jem", "--batch_size", "20", "--p_x_batch_size", "16")
+    how = f"--recipe sada-jem --batch_size 20 --p_x_batch_size 16 --norm_statistics {statistics}"
+    run = train(tmp_path / "train", *how.split())
     measured, sample_sets = {}, quality.sample_sets
     monkeypatch.setattr(quality, "sample_sets", lambda *inputs: measured.update(sample_sets(*inputs)) or dict(measured))
     options = "--n_sample_steps 3 --seed 5".split()
