@@ -187,10 +187,10 @@ class GaussianInit:
 
         These count as seen with noise of 0.05, since images are no Gaussians.
         """
-        start, mask = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten()
-        missed = x.flatten(1) + 0.05 * torch.randn(start.shape, generator=rng, device=rng.device) - start
+        start, mask, blur = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten(), 0.05
+        missed = x.flatten(1) + blur * torch.randn(start.shape, generator=rng, device=rng.device) - start
         for (_, factor, noise), own in self._groups(classes):  # Matheron's rule: a sample, moved by what it has missed
-            seen, variance = factor[:, mask], noise**2 + 0.05**2  # (R, known pixels)
+            seen, variance = factor[:, mask], noise**2 + blur**2  # (R, known pixels)
             precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
             start[own] += torch.linalg.solve(precision, seen @ missed[own][:, mask].T / variance).T @ factor
         return torch.where(known, x, start.clamp(-1, 1).view_as(x))

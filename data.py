@@ -31,7 +31,7 @@ FIRST_LABELS = {datasets.MNIST: [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], datasets.Fashion
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 (N, C, H, W), and their labels, int64 (N,), on one device."""
+    """Images, uint8 (N, C, H, W), and their labels, int64 (N,), on one device. UserError if they are not as many."""
 
     images: Tensor
     labels: Tensor

@@ -270,8 +270,8 @@ def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_nev
 
 
 def test_what_cannot_be_estimated_is_refused():
-    for infinite in (math.nan, math.inf):
-        path = ais.GeometricPath(lambda x, factor=infinite: tilt(x) * factor, ais.Box((2,)))
+    for factor in (math.nan, math.inf):
+        path = ais.GeometricPath(lambda x, factor=factor: tilt(x) * factor, ais.Box((2,)))
         with pytest.raises(UserError, match="not finite"):
             ais.anneal(path, path.base.sample(4, seeded()), torch.full((1,), 0.1), seeded())
 

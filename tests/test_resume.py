@@ -143,11 +143,11 @@ class TestResume:
         steps = [line["step"] for line in metrics(run)]
         assert steps == sorted(set(steps)) and steps[-1] == 45
 
-    @pytest.mark.parametrize("option", ["--width 2", "--dataset mnist", "--lr 0.5", "--mode baseline_train"])
+    @pytest.mark.parametrize("option", "width 2,dataset mnist,lr 0.5,norm batch,no_flip,mode baseline_train".split(","))
     def test_another_run_is_refused(self, option, stopped, capsys):
         before = (stopped / "ckpt" / "last.pt").read_bytes()
-        err = refused(capsys, "--resume", stopped, *option.split())
-        assert option.split()[0] in err and "needs a new run" in err
+        err = refused(capsys, "--resume", stopped, *f"--{option}".split())
+        assert f"--{option}".split()[0] in err and "needs a new run" in err
         assert (stopped / "ckpt" / "last.pt").read_bytes() == before
 
     def test_other_data_is_refused(self, stopped, monkeypatch, capsys):

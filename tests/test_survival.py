@@ -48,7 +48,7 @@ def recorded_checkpoints(monkeypatch):
 
 
 class TestSignals:
-    @pytest.mark.parametrize("number, status, step", [(2, 130, 1), (15, 143, 17), (2, 130, 26)])
+    @pytest.mark.parametrize("number, status, step", [(2, 130, 1), (15, 143, 17), (2, 130, 26)])  # SIGINT, SIGTERM
     def test_stop_and_resume_is_bit_for_bit(self, number, status, step, tmp_path, monkeypatch, undisturbed):
         signal_at_step(monkeypatch, step, number)
         before = signal.getsignal(number)
