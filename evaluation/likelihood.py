@@ -40,8 +40,8 @@ class Curves(NamedTuple):
         Only of those before they are ``LARGEST_GAP`` apart: at colder T no chain arrives, and either may be too low.
         """
         forward, reverse = self.bits.values()
-        apart = np.append(np.abs(reverse - forward) > LARGEST_GAP, True)
-        best = np.maximum(forward, reverse)[: max(1, apart.argmax())].argmin()
+        near = np.logical_and.accumulate(np.abs(reverse - forward) <= LARGEST_GAP)
+        best = np.where(near, np.maximum(forward, reverse), np.inf).argmin()  # the first if none is near
         return float(f"{self.betas[best]:.3g}")
 
 

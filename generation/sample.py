@@ -107,17 +107,17 @@ def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
         n = min(n, len(images))
     if n > len(images):
         raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
-    order = torch.randperm(len(images), generator=rng, device=rng.device)
+    images = images[torch.randperm(len(images), generator=rng, device=rng.device)]
     if run.cfg.class_cond:
-        order = by_class(predict(run.model, images[order]).argmax(1), n, run.class_names, order)
-    return images[order[:n]]
+        images = images[by_class(predict(run.model, images).argmax(1), n, run.class_names)]
+    return images[:n]
 
 
-def by_class(predicted: Tensor, n: int, names: Sequence[str], order: Tensor) -> Tensor:
-    """Of places ``order`` (M,) with classes ``predicted`` (M,), the first n of all classes in turn, or a UserError."""
+def by_class(predicted: Tensor, n: int, names: Sequence[str]) -> Tensor:
+    """Places of n images with classes ``predicted`` (M,), the first of each class, classes in turn; or a UserError."""
     n_each, places = n // len(names), []
     for k, name in enumerate(names):
-        places.append(order[predicted == k][:n_each])
+        places.append((predicted == k).nonzero().flatten()[:n_each])
         if len(places[k]) < n_each:
             found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])}"
             raise UserError(f"{found} in the replay buffer: give a smaller --n_samples")

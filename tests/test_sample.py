@@ -142,10 +142,10 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
 
 
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
-    predicted, order = torch.tensor([2, 0, 1, 2, 0, 1, 1]), torch.tensor([6, 5, 4, 3, 2, 1, 0])
-    assert by_class(predicted, 6, ("a", "b", "c"), order).tolist() == [5, 4, 6, 2, 1, 3]  # a, b, c, a, b, c
+    predicted = torch.tensor([2, 0, 1, 2, 0, 1, 1])
+    assert by_class(predicted, 6, ("a", "b", "c")).tolist() == [1, 2, 0, 4, 5, 3]  # a, b, c, a, b, c
     with pytest.raises(UserError, match="needs 3 images of the class a, but the model finds only 2 in"):
-        by_class(predicted, 9, ("a", "b", "c"), order)
+        by_class(predicted, 9, ("a", "b", "c"))
     options = "--mode sample --gpu cpu --from_buffer --class_cond --n_samples 60 --n_sample_steps 0".split()
     err = refused(capsys, *options, "--load_ckpt", jem, "--logdir", tmp_path)
     assert "give a smaller --n_samples" in err  # after four steps of training the classes are far from even
