@@ -18,6 +18,7 @@ def joint_loss(
     energy_l2: float = 0.0,
     mean: Callable[[Tensor], Tensor] = lambda x: x,
     y_real: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 4: log p(x) + log p(y|x)) and its family, and its parts.
 
@@ -34,6 +35,8 @@ def joint_loss(
         logits: of N labelled images, P real ones of log p(x), M samples and Q outliers.
         y: the labels, int64 (N,). y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run. mean: of a tensor over all processes.
+        class_weights: float (K,), how much samples of each class count, if ``y_sampled`` names their classes: chains
+            are as many for each, so without these a class would be as frequent in samples, however rare in the data.
         y_real: the classes of the P real images. With them and ``y_sampled``, ``sgld/auroc`` is by log p(x, y), which
             chains of p(x|y) climb; or else by log p(x).
 
@@ -50,21 +53,23 @@ def joint_loss(
     }
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
-        generative, climbed = sampled.mean() - real.mean(), (real, sampled)
+        weights = 1 if y_sampled is None or class_weights is None else class_weights[y_sampled]
+        mean_sampled = (weights * sampled).mean()
+        generative, climbed = mean_sampled - real.mean(), (real, sampled)
         if y_sampled is not None and y_real is not None:
             climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
-        logistic = 0.5 * (F.softplus(-real).mean() + F.softplus(sampled).mean())
+        logistic = 0.5 * (F.softplus(-real).mean() + (weights * F.softplus(sampled)).mean())
         loss = loss + cfg.p_x_weight * (logistic if cfg.generative == "logistic" else generative)
         parts |= {
             "loss/generative": generative,
             "loss/logistic": logistic,
             "sgld/auroc": auroc(*climbed).float(),
-            "log_density/sampled": sampled.mean(),
+            "log_density/sampled": mean_sampled,
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
         }
     if y_sampled is not None:
-        joint = log_density(logits.sampled, y_sampled).mean() - log_density(logits.labelled, y).mean()
+        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - log_density(logits.labelled, y).mean()
         loss = loss + cfg.p_x_y_weight * joint
         parts["loss/joint"] = joint
         parts["accuracy/sampled"] = (logits.sampled.argmax(1) == y_sampled).float().mean()
@@ -77,7 +82,7 @@ def joint_loss(
     if logits.sampled is not None:
         loss = loss + energy_l2 * torch.cat([real, sampled]).square().mean()
         if cfg.mean_energy_l2:
-            squares = mean(torch.stack([real.mean(), sampled.mean()])).square()
+            squares = mean(torch.stack([real.mean(), mean_sampled])).square()
             if cfg.mean_energy_form == "real_squares":
                 squares = torch.cat([real.square().mean()[None], squares[1:]])
             loss = loss + cfg.mean_energy_l2 * squares.sum()

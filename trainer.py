@@ -87,6 +87,8 @@ class Trainer:
     def build_batches(self) -> None:
         cfg, images, world = self.cfg, self.data, self.world
         labelled = data.some_of_each_class(images.train, cfg.labels_per_class, self.n_classes)
+        counts = labelled.labels.to(self.device).bincount(minlength=self.n_classes)
+        self.class_weights = counts * self.n_classes / len(labelled)  # 1 where classes are of one size
         n_images = {"batch_size": len(labelled)} | ({"p_x_batch_size": len(images.train)} if cfg.separate_p_x else {})
         check_sizes(cfg, n_images, self.n_classes, world.size, images.shape)
         flip = images.flip and not cfg.no_flip
@@ -276,7 +278,8 @@ class Trainer:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
         logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, batch.y_real)
+        classes = {"y_real": batch.y_real, "class_weights": self.class_weights}
+        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, **classes)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_running_stats(self.model)  # before SAM's next pass, in which processes would get those of rank 0

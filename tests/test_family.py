@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from config.checks import unused
 from config.cli import parse
 from config.recipes import RECIPES
 from logger.metrics_log import read_log
-from losses import auroc
+from losses import auroc, joint_loss
 from pgd import adversarial_images, pgd
 
 SMALL = (
@@ -103,6 +104,21 @@ def test_the_commands_of_the_papers_to_the_letter():
     rates = [optim.learning_rate(first, 390 * epoch, 390, 390 * first.epochs) for epoch in (0.01, 150, 300)]
     assert first.epochs == 300 and rates == pytest.approx([0.1, 0.05, 0], abs=2e-6)
     assert (dat.adversarial_steps, dat.adversarial_step_size, dat.sgld_lr, dat.sgld_step_auroc) == (10, 0.1, 0.2, 0.8)
+
+
+def test_chains_of_a_rare_class_count_less(monkeypatch):
+    digits, seen = data.load("digits"), []
+    train = digits.train[(digits.train.labels != 3) | (torch.rand(len(digits.train), generator=seeded()) < 0.2)]
+
+    def spy(*args, **given):
+        seen.append(given["class_weights"])
+        return joint_loss(*args, **given)
+
+    monkeypatch.setattr(trainer, "joint_loss", spy)
+    trained(1, replace(digits, train=train), class_cond=True, p_x_y_weight=1.0, buffer_size=100)
+    torch.testing.assert_close(seen[0], 10 * train.labels.bincount() / len(train))
+    trained(1, replace(digits, train=train), class_cond=True, labels_per_class=20, buffer_size=100)
+    assert seen[0][3] < 0.3 and (seen[1] == 1).all()
 
 
 def test_what_a_recipe_switches_on_can_be_switched_off():
@@ -196,8 +212,9 @@ def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p
     parts, log_density = run.backward(inputs), run.model.log_density
     with torch.no_grad():
         sampled, real = log_density(inputs.samples), log_density(inputs.x_real)
-        joint = log_density(inputs.samples, inputs.y_sampled).mean() - log_density(inputs.x, inputs.y).mean()
-    difference, penalty = sampled.mean() - real.mean(), 0.2 * torch.cat([sampled, real]).square().mean()
+        weights, climbed = run.class_weights[inputs.y_sampled], log_density(inputs.samples, inputs.y_sampled)
+        joint = (weights * climbed).mean() - log_density(inputs.x, inputs.y).mean()
+    difference, penalty = (weights * sampled).mean() - real.mean(), 0.2 * torch.cat([sampled, real]).square().mean()
     assert parts["loss/generative"].item() == pytest.approx(difference.item(), abs=1e-5)
     assert parts["loss/joint"].item() == pytest.approx(joint.item(), abs=1e-5)
     expected = parts["loss/classification"] + difference + 0.5 * joint + penalty

@@ -196,6 +196,15 @@ def test_joint_loss_against_a_direct_computation():
     assert loss.item() == pytest.approx(0.5 * (d_real.square().mean() + m_sampled**2).item(), rel=1e-5)
     won = (real[range(5), y_real][:, None] > climbed).double().mean().item()
     assert parts["sgld/auroc"].item() == pytest.approx(won, abs=1e-6)
+    weights = torch.tensor([0.5, 2.0, 0.5])  # of classes 0, 1, 2; chains are of 0, 1, 2, 2, 1, 0
+    for generative in ("difference", "logistic"):
+        cfg = loss_options(p_x_weight=1.3, p_x_y_weight=0.4, mean_energy_l2=0.2, generative=generative)
+        loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, class_weights=weights)
+        again = torch.tensor([0, 1, 1, 1, 1, 2, 4, 4, 4, 4, 3, 5])  # each sample as often as its class's weight says
+        repeated = Logits(labelled, real, sampled[again])
+        expected, _ = joint_loss(cfg, repeated, y, y_sampled[again])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert parts["log_density/sampled"].item() == pytest.approx(d_sampled[again].mean().item(), rel=1e-5)
 
 
 def test_gradient_of_the_joint_loss_against_finite_differences():
