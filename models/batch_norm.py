@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import distributed
 
 
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 @contextmanager
@@ -45,17 +46,20 @@ def average_running_stats(model: nn.Module) -> None:
         torch._foreach_copy_(kept, list(together.split([len(buffer) for buffer in kept])))
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
+class SyncedBatchNorm(_BatchNorm):
     """Batch normalisation by all processes' batches, of one size, together; ``nn.SyncBatchNorm`` is for GPUs alone."""
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Images' channels (N, C, H, W) in any float type; the arithmetic is float32, the result of x's type."""
+        """Channels (N, C, ...) in any float type; the arithmetic is float32, the result of x's type."""
         if not self.training:
             return super().forward(x)
         n = distributed.current_world().size * x.numel() // x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             h = x.float()
-            variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+            variance, mean = torch.var_mean(h, (0, *range(2, h.ndim)), correction=0)
             near = self.running_mean.clone()  # the same in all processes; squares far from 0 would lose digits
             mean, square = distributed.all_reduce_mean(torch.stack([mean, variance + (mean - near).square()]))
             variance = (square - (mean - near).square()).clamp(min=0)
@@ -65,8 +69,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
                 with torch.no_grad():
                     self.running_mean.lerp_(mean, share)
                     self.running_var.lerp_(variance * n / (n - 1), share)
-            scale = self.weight * (variance + self.eps).rsqrt()
-            h = h * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+            scale, of_all = self.weight * (variance + self.eps).rsqrt(), (-1, *(1,) * (h.ndim - 2))
+            h = h * scale.view(of_all) + (self.bias - mean * scale).view(of_all)
         return h.to(x.dtype)
 
 

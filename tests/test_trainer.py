@@ -24,8 +24,9 @@ from data import Split
 from distributed import World
 from logger import progress
 from logger.meter import Meter
-from models import build_model, frozen_sampler_model
-from models.wide_resnet import NORMS
+from models import BACKBONES, build_model, frozen_sampler_model
+from models.batch_norm import convert_sync_batchnorm
+from models.wide_resnet import NORMS, WideResNet
 from sgld import ReplayBuffer, Sampler, uniform_images
 
 
@@ -113,6 +114,25 @@ def test_sampler_and_loss_see_one_energy(options, precision):
     scored = run.backward(trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), x_real, samples, None))
     for name in ("log_density/real", "log_density/sampled"):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=1e-5)
+
+
+class NormalisedFeatures(WideResNet):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.last = torch.nn.BatchNorm1d(self.n_features)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
+
+
+def test_batch_normalisation_of_features_is_one_too(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "jem", NormalisedFeatures)
+    test_sampler_and_loss_see_one_energy({"norm": "none"}, "fp32")
+    for kind, shape in ((torch.nn.BatchNorm1d, (6, 5)), (torch.nn.BatchNorm2d, (6, 5, 2, 3))):
+        x, own, synced = torch.randn(shape), kind(5), kind(5)
+        convert_sync_batchnorm(synced)
+        torch.testing.assert_close(synced(x), own(x))
+        torch.testing.assert_close(synced.eval()(x), own.eval()(x))  # by running statistics
 
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
