@@ -23,6 +23,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--note becomes part of a directory's name: no slashes or unprintable characters, and at most 200 bytes"
     if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
+    if cfg.mode in TRAINING and cfg.norm == "act" and not cfg.load_ckpt:
+        yield "--norm act needs --load_ckpt, a network that another program has started: here it would start as none"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
     if cfg.attacks not in ("all", None) and cfg.refinements and not cfg.refine_steps:

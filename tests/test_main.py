@@ -374,6 +374,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
         ("--labels_per_class 5 --p_y_x_weight 0", "--labels_per_class need labels"),
+        ("--norm act", "--norm act needs --load_ckpt"),
         ("--norm batch --norm_statistics running --class_cond --p_x_y_weight 1", "--norm_statistics batch or frozen"),
         ("--start gaussian:0.5,gaussian:0.5", "each once"),
         ("--note a/b", "--note"),
