@@ -61,7 +61,7 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     train, gaussians = some_of_each_class(images.train, cfg.labels_per_class, len(images.class_names)), []
     for k, name in enumerate(images.class_names):
         if not (images.train.labels == k).any():
-            raise UserError(f"--start class_gaussian: the class {name} has no training images: lower --n_valid")
+            raise UserError(f"--start class_gaussian: the class {name} has no training images")
         gaussians.append(fit(train.images[train.labels == k], device))
     return GaussianInit(gaussians, images.shape)
 

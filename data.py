@@ -170,7 +170,7 @@ def load(
         trained_on: for a set to measure, the ``description`` of the images that the model was trained on. Of other
             images there is only the test part then, or, of a folder of <class>/*, all as test images.
 
-    Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves nothing to train on.
+    Raises UserError if files are missing, broken or unusable, or ``n_valid`` leaves a class without training images.
     """
     root = Path(data_dir).expanduser()
     class_names, parts = DATASETS[name].read(root, image_size)
@@ -291,10 +291,12 @@ def _hold_out(parts: Parts, n_valid: int | None, root: Path) -> Parts:
         n_valid = 0 if "valid" in parts else min(5000, len(train) // 10)
     elif "valid" in parts:
         raise UserError(f"there is a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
-    if not 0 <= n_valid < len(train):
-        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
     order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
-    return {"valid": train[order[:n_valid]], **parts, "train": train[order[n_valid:]]}
+    left = train[order[n_valid:]]
+    if n_valid < 0 or len(left.labels.unique()) < len(train.labels.unique()):
+        needed = "must be at least 0 and leave training images of each class"
+        raise UserError(f"--n_valid {n_valid} (by default a tenth) {needed}: {root} has {len(train)} in all")
+    return {"valid": train[order[:n_valid]], **parts, "train": left}
 
 
 def read_digits(root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:

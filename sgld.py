@@ -168,8 +168,10 @@ class ReplayBuffer:
     def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
         """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
         size, k, device = len(self.images), self.n_classes, y.device
-        first = (torch.arange(k, device=device) * size + k - 1) // k  # each class's first place, (K,)
-        shuffled = torch.rand(k, size // k, generator=generator, device=device).argsort(1)  # all have size // k places
+        first = (torch.arange(k + 1, device=device) * size + k - 1) // k  # each class's first place; the end, (K + 1,)
+        order = torch.rand(k, -(-size // k), generator=generator, device=device)
+        order[:, -1].masked_fill_(first.diff() < order.shape[1], 2.0)  # not in turn: a class may have a place less
+        shuffled = order.argsort(1)
         turn = torch.arange(len(y), device=device) // k  # how many of its class come before it, (n,)
         return first[y] + shuffled[y, turn]
 

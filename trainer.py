@@ -380,7 +380,8 @@ class Trainer:
         values, speed = self.meter.read(), self.logger.speed(self.step)
         if self.sampler is not None:
             values["sgld/steps"] = self.sgld_steps
-            if self.sgld_step < (self.cfg.sgld_step_max or 0) and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
+            grows = self.sgld_step < (self.cfg.sgld_step_max or 0) and self.step % LOG_EVERY == 0  # not by a run's end
+            if grows and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on
         return values | {"lr": self.lr, "speed/images_per_second": speed}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint, is_ours
 from config import Config
+from data import to_float
 from models import build_model
 from utils import UserError
 
@@ -81,7 +82,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     side = given.get("image_size") or sides.get(options["dataset"], 32 if options["stages"] == 3 else 64)
     buffer = raw.get("replay_buffer")
     if isinstance(buffer, Tensor) and buffer.ndim == 4 and buffer.shape[1] == channels:
-        state["buffer"] = {"images": buffer.float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
+        state["buffer"] = {"images": to_float(buffer).float(), "age": torch.zeros(len(buffer), dtype=torch.int64)}
         side = buffer.shape[-1]
     told = ["--depth {depth} --width {width} --norm {norm} --recipe {recipe} --dataset {dataset}".format(**options)]
     told += ["its averaged weights"] if "ema" in state else []

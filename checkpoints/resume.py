@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 import distributed
-from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint
+from checkpoints.files import CHECKPOINT_FORMAT, find_checkpoint, is_ours
 from config import Config
 from config.cli import as_typed
 from distributed import World
@@ -47,8 +47,8 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     """
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
-    if content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
-        raise UserError(f"{path} is of an older version or holds only weights: it can start a new run with --load_ckpt")
+    if not is_ours(content) or content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
+        raise UserError(f"{path} is of another version, or holds only weights: it can start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
     others = sorted(changed.keys() - RESUMABLE)
@@ -100,7 +100,9 @@ def priority(run: Path) -> tuple[bool, float]:
     """Whether a run was interrupted, and when it was saved last (seconds since 1970): the larger, the sooner."""
     try:
         path, content = find_checkpoint(str(run))
-    except UserError:  # ``continued`` says why
+    except UserError:
+        content = None
+    if not is_ours(content):  # ``continued`` says why
         return False, 0.0
     interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
     return interrupted, content.get("time") or path.stat().st_mtime

@@ -311,12 +311,12 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
     run.logger = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
     seen, made, original = [], [], trainer.SGLD.__call__
     monkeypatch.setattr(trainer.SGLD, "__call__", lambda self, x, n, *a: made.append(n) or original(self, x, n, *a))
-    for told_apart in (0.7, 0.5, 0.9, 0.9, 0.9):
+    for run.step, told_apart in ((10, 0.7), (20, 0.5), (25, 0.9), (30, 0.9), (40, 0.9), (50, 0.9)):  # 25 is a run's end
         run.meter.__init__()
         run.training_step()
         run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
         seen.append(run.measurements()["sgld/steps"])
-    assert seen == made == [2, 3, 3, 4, 4] and run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
+    assert seen == made == [2, 3, 3, 3, 4, 4] and run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
 
 
 def test_images_of_another_folder_are_cropped_and_flipped():
@@ -383,7 +383,7 @@ def test_step_schedule(tmp_path):
         ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "needs --adversarial_eps 0"),
         ("--stages 4 --norm instance", "--norm instance has one value of each channel"),
         ("--stages 4 --norm batch --p_x_batch_size 1", "or, for batch, larger batches"),
-        ("--start class_gaussian --n_valid 1430 --batch_size 5", "has no training images: lower --n_valid"),
+        ("--n_valid 1430 --batch_size 5", "must be at least 0 and leave training images of each class"),
         ("--labels_per_class 500", "--labels_per_class 500 is too many"),
         ("--labels_per_class 1", "--batch_size 20 is larger than the 10 training images"),
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than the 101 chains"),

@@ -281,7 +281,10 @@ def test_what_is_none_of_these_is_refused_in_one_line(tmp_path, monkeypatch, cap
 def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     write_pngs(tmp_path / "data", "train/a", "train/b", "test/a", "test/b", n=12, side=32)
     w = weights_of("batch", classes=2)
-    torch.save({"model_state_dict": w, "replay_buffer": 2 * torch.randn(16, 3, 32, 32)}, tmp_path / "theirs.pt")
+    buffer = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    torch.save({"model_state_dict": w, "replay_buffer": buffer}, tmp_path / "theirs.pt")
+    held = open_checkpoint(str(tmp_path / "theirs.pt"), {})[1]["state"]["buffer"]["images"]
+    assert torch.equal(held, buffer / 127.5 - 1)
     common = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--n_valid", "4", "--gpu", "cpu"]
     common += ["--logdir", str(tmp_path / "runs"), "--load_ckpt", str(tmp_path / "theirs.pt")]
     assert main([*common, "--mode", "sample", "--n_samples", "4", "--n_sample_steps", "2"]) == 0

@@ -250,6 +250,9 @@ class TestResume:
             (run / "ckpt" / name).unlink()
         sample = ["--mode", "sample", "--load_ckpt", str(run), "--n_samples", "2", "--n_sample_steps", "1"]
         assert main.main([*sample, "--gpu", "cpu", "--logdir", str(tmp_path)]) == 0
-        assert "best.pt is of an older version or holds only weights" in refused(capsys, "--resume", run)
+        other = "is of another version, or holds only weights"
+        assert f"best.pt {other}" in refused(capsys, "--resume", run)
+        torch.save({"f.conv1.weight": torch.zeros(2)}, run / "ckpt" / "last.pt")  # another program's
+        assert f"last.pt {other}" in refused(capsys, "--resume", run)
         auto(tmp_path / "runs", "--max_steps", "35")
         assert "starting a new one" in capsys.readouterr().out

@@ -157,6 +157,7 @@ class TestSampler:
             one.buffer.store(index, x)
             counts += y.bincount(minlength=n_classes)
         assert counts.max() - counts.min() <= 25
+        assert len(set(torch.cat([one.draw(12, class_cond=True)[1] for _ in range(99)]).tolist())) == size
 
     @pytest.mark.parametrize("class_cond", [False, True])
     @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 1.0])

@@ -96,7 +96,8 @@ def test_batch_norm_keeps_real_and_sampled_statistics_apart():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "options",
-    [*({"norm": norm, "load_ckpt": "."} for norm in NORMS), {"norm": "batch", "backbone": "robust"}, {"separate_energy": True}]
+    [{"norm": norm, "load_ckpt": "."} for norm in NORMS]
+    + [{"norm": "batch", "backbone": "robust"}, {"separate_energy": True}]
     + [{"norm": "batch", "norm_statistics": statistics, "load_ckpt": "."} for statistics in ("running", "frozen")]
     + [{"dropout_rate": 0.5, "norm": "none"}, {"dropout_rate": 0.5, "norm": "batch"}],
     ids=lambda options: " ".join(map(str, options.values())),
