@@ -82,7 +82,12 @@ class ImageData:
             digest.update(part.images.cpu().contiguous().numpy())
             digest.update(part.labels.cpu().numpy())
         sizes = {"shape": list(self.shape), "images": [len(part) for part in parts]}
-        return sizes | {"class_names": list(self.class_names), "digest": digest.hexdigest()}
+        digests = {"digest": digest.hexdigest(), "some_training_images": image_digests(self.train.images[:100])}
+        return sizes | {"class_names": list(self.class_names)} | digests
+
+
+def image_digests(images: Tensor) -> list[str]:
+    return [hashlib.blake2b(image, digest_size=8).hexdigest() for image in images.cpu().contiguous().numpy()]
 
 
 def some_of_each_class(split: Split, n: int | None, n_classes: int) -> Split:
@@ -275,12 +280,19 @@ def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], tra
     if "train" in parts and (n_valid or 0) < len(parts["train"]):
         own = _hold_out(parts, n_valid, root)
         known = ImageData(**own, class_names=tuple(names), flip=False).description
-        if known | trained_on == known or (trained_on.get("assumed") and undivided is None):
+        if trained_on.items() <= known.items() or (trained_on.get("assumed") and undivided is None):
             return own
         if known["images"] == trained_on.get("images"):
             undivided = None  # in the same places may be the same images, decoded in another way
+    others = parts["test"] if undivided is None else undivided
+    known = trained_on.get("some_training_images", [])
+    found = set(known) & set(image_digests(others.images) if known else ())
+    if len(found) > len(known) / 10:
+        raise UserError(
+            f"{root} has training images among those to measure ({len(found)} of {len(known)}): remove them"
+        )
     image_folder.note(f"{root} holds other images than those of the training: only test images are used")
-    return {"test": parts["test"] if undivided is None else undivided}
+    return {"test": others}
 
 
 def _hold_out(parts: Parts, n_valid: int | None, root: Path) -> Parts:

@@ -89,6 +89,8 @@ def run(arguments: list[str]) -> int:
     if mode in ("export", "score") and distributed.current_world().size > 1:
         raise UserError(f"--mode {mode} takes one process: start it without torchrun")
     trained = distributed.broadcast_from_rank0(lambda: open_trained(given))
+    if trained.content["data"].get("assumed"):  # another program's file does not tell the size of its images
+        given.pop("image_size", None)
     note_unused(given, trained.cfg)
     return USES[mode](*trained)
 
@@ -109,7 +111,7 @@ def train(given: dict[str, Any]) -> int:
         resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
         cfg = resumed.cfg if resumed else cfg
     note_unused(given, cfg)
-    if resumed and resumed.content["data"] != images.description:
+    if resumed and not resumed.content["data"].items() <= images.description.items():
         raise UserError(f"{resumed.path} was trained on other images than those in {cfg.data_dir}: change --data_dir")
     trainer = Trainer(cfg, images, device, distributed.current_world())
     if resumed is None:

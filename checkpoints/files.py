@@ -64,7 +64,7 @@ def load_checkpoint(path: Path) -> Any:
 
     Raises UserError for a file that is missing, torn, corrupted, or of a format that this version does not know.
     """
-    if not os.path.exists(path):
+    if not os.path.isfile(path):  # reading from a pipe would wait
         raise UserError(f"no checkpoint at {path}, or none that may be read")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if not is_ours(content):

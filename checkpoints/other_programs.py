@@ -47,6 +47,7 @@ ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm_sta
 LAYOUTS = (  # how names begin in the files of a program, and options that these do not tell
     (r"block1\.", ROBUST),  # robust classifiers
     (r"(main\.0|resnet)\.", {"dropout_rate": 0.25}),  # the re-implementation
+    (r"bn1\.running_mean", {"dropout_rate": 0.3, "activation": "relu"}),  # the classifier that these were made of
     (r"layer1\.", {"dropout_rate": 0.3}),  # VERA
     (r"f\.", {}),  # JEM
 )
@@ -157,9 +158,8 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
         "dataset": "mnist" if stem.shape[1] == 1 else dataset,
     }
     options["recipe"] = "jem++" if options["norm"] == "batch" else "jem"
-    if "activation" in untold and given.get("activation") == "silu":
-        untold = untold | {"activation": "silu"}
-    return options | untold | {name: given[name] for name in ("recipe", "dataset") if name in given}
+    names = ("recipe", "dataset", *(["activation"] if "activation" in untold else []))
+    return options | untold | {name: given[name] for name in names if name in given}
 
 
 def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict:

@@ -43,7 +43,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
 
 def confusion_figure(counts: Tensor, names: tuple[str, ...]) -> Figure:
     """counts (K, K): true class, predicted class."""
-    side = 3.5 + 0.3 * min(len(names), 30)
+    side, names = 3.5 + 0.3 * min(len(names), 30), [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)

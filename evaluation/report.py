@@ -228,7 +228,8 @@ def tables(report: Report, name: str) -> list[Table]:
 
 def value_and_interval(value: float, interval: Interval | None, n: int, protocol: str) -> str:
     """A measurement in words."""
-    return f"{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else f"{value:.4g}"
+    shown, *ends = (f"{x:.4g}" if abs(x) < 1e4 else f"{x:.1f}" for x in (value, *(interval or ())))
+    return f"{shown} [{', '.join(ends)}]" if ends else shown
 
 
 def unique(groups: Iterable[Iterable[str]]) -> list[str]:

@@ -104,7 +104,7 @@ def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
         raise UserError(f"{run.path} has no replay buffer; only last.pt of --mode energy_train has: name such a run")
     images = finite_images(run.content["state"]["buffer"]["images"]).to(run.device)
     if not (run.cfg.n_samples or run.cfg.class_cond):
-        n = min(n, len(images))
+        n = min(n, max(1, len(images)))
     if n > len(images):
         raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
     images = images[torch.randperm(len(images), generator=rng, device=rng.device)]

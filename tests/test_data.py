@@ -389,7 +389,7 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
     assert report.count("these data are test images alone") == 2 and "; other images than those of the train" in report
     write_pngs(tmp_path / "own", "a", n=21)
-    assert "has changed since the training" in refused(capsys, *test)
+    assert "training images among those to measure (16 of 32)" in refused(capsys, *test)
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
     grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
     assert grey.shape == (3, 8, 8) and len(grey.test) == 10

@@ -28,7 +28,7 @@ from evaluation import classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, fit_temperature, reliability_panel
 from evaluation.inputs import EvalInputs
 from evaluation.ood import converted, foreign_images
-from evaluation.report import Section, bootstrap, read_report, wilson
+from evaluation.report import Section, bootstrap, read_report, value_and_interval, wilson
 from losses import auroc
 from main import main
 from models import build_model
@@ -244,6 +244,12 @@ def quick(monkeypatch):
         monkeypatch.setattr(robustness, name, value)
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", lambda self, x, y, batch_size: (x, y))
     monkeypatch.setattr(likelihood, "AIS_BURN_IN", 2)
+
+
+def test_long_names_and_large_numbers_are_shown():
+    figure = classification.confusion_figure(torch.eye(2, dtype=torch.int64), ("a" * 40, "b"))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a" * 19 + "…", "b"]
+    assert value_and_interval(12345.44, (-12346.0, 7.12345), 1, "") == "12345.4 [-12346.0, 7.123]"
 
 
 def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):

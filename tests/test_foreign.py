@@ -181,6 +181,14 @@ def test_second_names(tmp_path):
         opened(tmp_path, w | {"module.class_output.bias": w["class_output.bias"] + 1})
 
 
+def test_the_activation_of_a_plain_classifier_is_assumed(tmp_path, capsys):
+    w, x = weights_of("batch", extra=False), torch.rand(2, 3, 32, 32)
+    plain = {n.removeprefix("f.").replace("class_output", "linear"): v for n, v in w.items() if "energy" not in n}
+    assert opened(tmp_path, plain)[1]["config"]["activation"] == "relu"
+    assert "--activation assumed" in capsys.readouterr().err
+    assert_same(opened(tmp_path, plain, activation="leaky_relu")[0], x, logits_of(w, x))
+
+
 @pytest.mark.parametrize("form", ["bare", "average", "both", "empty"])
 def test_robust_classifiers(tmp_path, capsys, form):
     w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
@@ -297,6 +305,10 @@ def test_sampling_measuring_and_training_go_on_from_them(tmp_path, capsys):
     assert main([*common, *train]) == 0 and "Starting from the weights of" in capsys.readouterr().out
     assert main([*common, *train, "--norm", "none"]) == 2
     assert "holds another network: give --norm batch" in capsys.readouterr().err
+    torch.save(weights_of(), tmp_path / "ten.pt")  # 10 classes, so CIFAR-10, but of another size
+    short = ["--n_samples", "2", "--n_sample_steps", "1", "--image_size", "16", "--load_ckpt", str(tmp_path / "ten.pt")]
+    assert main(["--mode", "sample", "--gpu", "cpu", "--logdir", str(tmp_path / "ten"), *short]) == 0
+    assert "does not use" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [lambda: weights_of("batch"), lambda: weights_of("act"), robust_weights])

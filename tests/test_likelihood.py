@@ -151,7 +151,7 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
 def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
     """Each estimate's bits follow from its own log Z; one that lies on the wrong side of the other is called that."""
     forward = ais.AISResult(torch.tensor([[0.0, 2.0], [3.0, 7.0]]), 1, torch.tensor([0.5, 0.9]))
-    reverse = ais.AISResult(torch.tensor([last]), -1, torch.tensor([0.6, 0.8]))
+    reverse = ais.AISResult(torch.tensor([last])[:, [0, 1, 0, 1]], -1, torch.tensor([0.6, 0.8]))
     monkeypatch.setattr(likelihood, "sandwich", lambda *_: {"forward": forward, "reverse": reverse})
     cfg, section = SimpleNamespace(ais_chains=2, ais_temperatures=2), Section("likelihood", tmp_path)
     inputs = SimpleNamespace(data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
@@ -164,6 +164,7 @@ def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
         bits = (log_z - 2 * 2) / 4 / math.log(2) + math.log2(16 / 2)
         numbers = [found[f"1/T = 2, {name}", column] for column in columns]
         assert numbers == pytest.approx([log_z, 0.7, lowest, bits])
+    assert "; 2 and 4 chains, 2 temperatures" in section.results["gap"]["1/T = 2"]["bits"]["protocol"]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])

@@ -238,7 +238,7 @@ def changed_checkpoint(run: Path, path: Path, **options) -> Path:
     return path
 
 
-def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):
+def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path, capsys):
     content = torch.load(jem / "ckpt" / "last.pt", weights_only=True)
     buffer = content["state"]["buffer"]["images"]
     buffer[5:60, 0, 3, 3] = math.nan
@@ -246,6 +246,10 @@ def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path):
     _, found = sample(tmp_path / "nan.pt", tmp_path, "--from_buffer", "--n_sample_steps", "0")
     finite = torch.cat([buffer[:5], buffer[60:]]).numpy()
     assert sorted(x.tobytes() for x in found["x"]) == sorted(x.tobytes() for x in finite)
+    buffer.fill_(math.nan)
+    torch.save(content, tmp_path / "nan.pt")
+    options = "--mode sample --gpu cpu --from_buffer --load_ckpt".split()
+    assert "more than the 0 images" in refused(capsys, *options, tmp_path / "nan.pt", "--logdir", tmp_path)
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
