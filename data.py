@@ -63,11 +63,14 @@ class ImageData:
     def __post_init__(self):
         for images, labels in ((part.images, part.labels) for part in (self.train, self.valid, self.test)):
             right = images.dtype == torch.uint8 and images.ndim == 4 and labels.dtype == torch.int64
+            right = right and images.shape[1] in (1, 3) and not any(side % 4 for side in images.shape[2:])
             first, last = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
             if not right or first < 0 or last >= len(self.class_names):
                 found = f"images {images.dtype} {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}"
-                needed = f"images uint8 (N, C, H, W) and labels int64 (N,), 0 to {len(self.class_names) - 1}"
-                raise UserError(f"a data set has {needed}, not {found}, {first} to {last}")
+                needed = "images uint8 (N, C, H, W), C 1 or 3, H and W multiples of 4, and labels int64 (N,)"
+                raise UserError(
+                    f"a data set has {needed}, 0 to {len(self.class_names) - 1}, not {found}, {first} to {last}"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -184,7 +187,9 @@ def load(
     if trained_on is not None:
         parts = _as_in_training(parts, undivided, class_names, trained_on, root)
     else:
-        parts = _hold_out(parts, n_valid, root)
+        whole, parts = parts, _hold_out(parts, n_valid, root)
+        if len(parts["train"].labels.unique()) < len(whole["train"].labels.unique()):
+            raise UserError(f"{len(parts['valid'])} validation images take all images of a class: give --n_valid 0")
     train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
@@ -285,12 +290,10 @@ def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], tra
         if known["images"] == trained_on.get("images"):
             undivided = None  # in the same places may be the same images, decoded in another way
     others = parts["test"] if undivided is None else undivided
-    known = trained_on.get("some_training_images", [])
-    found = set(known) & set(image_digests(others.images) if known else ())
-    if len(found) > len(known) / 10:
-        raise UserError(
-            f"{root} has training images among those to measure ({len(found)} of {len(known)}): remove them"
-        )
+    some = trained_on.get("some_training_images", [])
+    found = set(some) & set(image_digests(others.images) if some else ())
+    if len(found) > len(some) / 10:
+        raise UserError(f"{root} has training images among those to measure ({len(found)} of {len(some)}): remove them")
     image_folder.note(f"{root} holds other images than those of the training: only test images are used")
     return {"test": others}
 
@@ -303,12 +306,10 @@ def _hold_out(parts: Parts, n_valid: int | None, root: Path) -> Parts:
         n_valid = 0 if "valid" in parts else min(5000, len(train) // 10)
     elif "valid" in parts:
         raise UserError(f"there is a validation folder, so --n_valid {n_valid} cannot be used: leave it out")
+    if not 0 <= n_valid < len(train):
+        raise UserError(f"--n_valid {n_valid} must be at least 0 and below {len(train)}, the training images")
     order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
-    left = train[order[n_valid:]]
-    if n_valid < 0 or len(left.labels.unique()) < len(train.labels.unique()):
-        needed = "must be at least 0 and leave training images of each class"
-        raise UserError(f"--n_valid {n_valid} (by default a tenth) {needed}: {root} has {len(train)} in all")
-    return {"valid": train[order[:n_valid]], **parts, "train": left}
+    return {"valid": train[order[:n_valid]], **parts, "train": train[order[n_valid:]]}
 
 
 def read_digits(root: Path, image_size: int | None) -> tuple[list[str], dict[str, Split]]:
@@ -345,7 +346,9 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = f"put {downloads} there, or give another --data_dir (with --load_ckpt its own is the default)"
+        advice = (
+            f"put {downloads} there, or give --dataset folder (of images) or another --data_dir (default: a run's own)"
+        )
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:

@@ -12,18 +12,14 @@ from data import to_float
 from models.batch_norm import attribute_set
 from models.predict import images_per_batch
 
-FINAL_LR = 1e-6
 REFIT_IMAGES = 5000  # enough for means and variances of channels
 
 
 def build_optimizer(cfg: Any, model: nn.Module) -> "torch.optim.Optimizer | SAM":
     """What ``--optimizer`` names; inside SAM with ``--sam_rho``."""
-    shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    if cfg.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), fused=True, **shared)
-    else:
-        shared |= {"momentum": 0.9, "nesterov": cfg.optimizer == "sgd"}
-        optimizer = torch.optim.SGD(model.parameters(), fused=True, **shared)
+    momentum = {"momentum": 0.9, "nesterov": cfg.optimizer == "sgd"}
+    kind, options = (torch.optim.Adam, {}) if cfg.optimizer == "adam" else (torch.optim.SGD, momentum)
+    optimizer = kind(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True, **options)
     return SAM(optimizer, cfg.sam_rho, cfg.sam_adaptive) if cfg.sam_rho else optimizer
 
 
@@ -70,7 +66,7 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -
     if cfg.schedule == "step":
         return warm_up * cfg.lr * cfg.decay_rate ** sum(step > epoch * steps_per_epoch for epoch in cfg.decay_at)
     done = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # from 0 to 1
-    final = min(FINAL_LR, cfg.lr)
+    final = min(1e-6, cfg.lr)
     return warm_up * (final + (cfg.lr - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

@@ -77,22 +77,15 @@ class SGLD:
 
     A graph reads the weights where they were when it was captured, so they must be updated in place. A network that
     communicates with other processes needs ``capture`` False: no graphs. Nothing in a chain waits for the device.
+    ``limits``: those of each step, by the names that ``langevin_step`` gives them.
     """
 
-    def __init__(
-        self,
-        log_density: LogDensity,
-        grad_clamp: float | None = None,
-        clamp: bool = False,
-        normalize: bool = False,
-        compile: bool = False,
-        capture: bool = True,
-    ):
+    def __init__(self, log_density: LogDensity, compile: bool = False, capture: bool = True, **limits: Any):
         self.capture = capture
 
         def step(x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
             grad = input_gradient(log_density, x, y)  # no self: graphs and their memory go when the engine goes
-            return langevin_step(x, grad, noise, size, std, grad_clamp, clamp, normalize), grad
+            return langevin_step(x, grad, noise, size, std, **limits), grad
 
         self.step = CompiledOrEager(step) if compile else step
         self.graphs: dict[tuple, CUDAGraphStep] = {}

@@ -20,13 +20,8 @@ from utils import UserError, printable
 FRESH = 1000  # images of a replay buffer, where the checkpoint has none
 
 # What each program of --export_for is called, and the values that options of its network can have.
-FAMILY = {
-    "backbone": ("jem",),
-    "norm": ("none", "batch", "instance", "layer", "act"),
-    "activation": ("leaky_relu",),
-    "stages": (3,),
-    "separate_energy": (False, True),
-}
+FAMILY = {"backbone": ("jem",), "norm": ("none", "batch", "instance", "layer", "act"), "activation": ("leaky_relu",)}
+FAMILY |= {"stages": (3,), "separate_energy": (False, True)}
 ROBUST = {"backbone": ("robust",), "norm": ("batch",), "activation": ("relu", "silu"), "separate_energy": (False,)}
 PROGRAMS = {
     "jem": ("JEM", FAMILY),

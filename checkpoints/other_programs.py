@@ -38,9 +38,7 @@ TO_ROBUST: Rules = (
 )
 TO_SECOND: Rules = (  # names that JEM++'s network gives to the same weights once more
     (r"f\.conv1\.", "f.layer_one."),
-    (r"f\.layer1\.", "f.other_layers.0."),
-    (r"f\.layer2\.", "f.other_layers.1."),
-    (r"f\.layer3\.", "f.other_layers.2."),
+    *((rf"f\.layer{i + 1}\.", f"f.other_layers.{i}.") for i in range(3)),
     (r"f\.bn1\.", "f.other_layers.3."),
 )
 ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm_statistics": "running"}

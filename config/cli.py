@@ -89,7 +89,7 @@ def option_names(f: Field) -> list[str]:
 
 def as_typed(name: str, value: Any) -> str:
     """An option with a value, as a command line has it."""
-    return f"--{name} {'off' if value is None else value}"
+    return f"--{name}" if value is True else f"--{name} {'off' if value is None else value}"
 
 
 class Switch(argparse.Action):

@@ -27,6 +27,7 @@ EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "refined_straight", "autoattack")
 START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
+RESUME_HELP = "run or checkpoint to continue; auto: the last one in --logdir with these options and note, or a new run"
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
 run = partial(option, "run", modes=MODES, resumable=True)
@@ -51,6 +52,7 @@ refinement = partial(test, needs=("refinements",))
 quality = partial(test, needs=("metrics=quality",))
 likelihood = partial(test, needs=("metrics=likelihood",))
 sample = partial(option, "sample", modes=("sample",), resumable=True)
+pictures = partial(sample, modes=("sample", "score"), needs=("inpaint", "denoise", "mode=score"))
 WITH_NOISE = ("metrics=classification", "metrics=calibration", "metrics=ood", "refinements")
 QUALITY = ("quality_every", "metrics=quality", "mode=sample")
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
@@ -70,13 +72,7 @@ class Options:
     note: str = run("", "words added to the run directory's name")
     no_log: bool = run(False, "write no TensorBoard events", modes=TRAINING)
     load_ckpt: str = run("", "checkpoint or run directory whose weights and replay buffer to take", is_path=True)
-    resume: str = run(
-        "",
-        "run or checkpoint to continue; auto: the last one in --logdir of these options, images and note, or a new run",
-        ("auto",),
-        is_path=True,
-        modes=TRAINING,
-    )
+    resume: str = run("", RESUME_HELP, ("auto",), is_path=True, modes=TRAINING)
 
     dataset: str = data_set("cifar10", "training and test images", tuple(DATASETS))
     data_dir: str = data_set("data", "where the data set's files are, or a download goes", is_path=True, resumable=True)
@@ -144,10 +140,7 @@ class Options:
 
     p_x_weight: float = energy(1.0, "weight of log p(x); with 0, and p_x_y_weight 0, no samples", minimum=0)
     generative: str = energy(
-        "difference",
-        "the generative term: a difference of two means, or the cross-entropy of telling real images from samples",
-        ("difference", "logistic"),
-        needs=("p_x_weight",),
+        "difference", "of two means, or a logistic loss, as in DAT", ("difference", "logistic"), needs=("p_x_weight",)
     )
     adversarial_eps: float = classifier(
         0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
@@ -201,16 +194,12 @@ class Options:
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
-        None, "images to draw or to take (default: 100; of test images 10; 2000 in training, 10000 in test)", minimum=1
+        None,
+        "images to draw or take (default: 100, or 10 a class, or of the test set; 2000 in training, 10000 in test)",
+        minimum=1,
     )
     n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat: 50; --denoise: 1 x", minimum=0)
-    images: str = sample(
-        "",
-        "your own pictures, a file or a folder: to score, or to fill in or clean instead of test images",
-        is_path=True,
-        modes=("sample", "score"),
-        needs=("inpaint", "denoise", "mode=score"),
-    )
+    images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
     denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)

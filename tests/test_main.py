@@ -364,7 +364,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         (f"--note {'x' * 201}", "at most 200 bytes"),
         ("--class_cond --p_y_x_weight 0", "need labels"),
         ("--depth 12", "6n + 4"),
-        ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
+        ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than 1337"),
         ("--buffer_size 8", "--buffer_size 8 is smaller than the 16 chains"),
         ("--lr nan", "--lr must be above 0, not nan"),
         ("--width 1e400", "--width takes a whole number"),

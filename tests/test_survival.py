@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import HARSH, TINY, assert_same_run, at_step, equal, metrics, refused, signal_at_step, start, state
+from small_runs import TINY, assert_same_run, at_step, equal, metrics, refused, signal_at_step, start, state
 
 import divergence
 import main
@@ -188,21 +188,15 @@ def test_a_process_that_does_not_write_has_the_same_methods(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], HARSH] if "SURVIVAL_KILLS" in os.environ else [[]], ids=lambda s: " ".join(s))
-def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
-    """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's.
-
-    States to go back to after a divergence are in memory, so where training diverges, other recoveries follow.
-    """
-    ckpt_every = 13 if settings is HARSH else 3  # a checkpoint on the way to a divergence would be no way back
-    dumps = f"--ckpt_every {ckpt_every} --sample_every 3 --gif_every 30".split()
-    n_steps = 30 * (KILLS + 1)
-    options = [*TINY, *settings, *dumps, "--max_steps", str(n_steps)]
+def test_killed_at_random_moments(tmp_path, monkeypatch):
+    """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's."""
+    dumps = "--ckpt_every 3 --sample_every 3 --gif_every 30 --max_steps".split()
+    options = [*TINY, *dumps, str(24 * (KILLS + 1))]
     monkeypatch.setattr(divergence, "STATE_EVERY", 10)
     frequent = "import sys, main, divergence, trainer; divergence.STATE_EVERY, trainer.MIN_EPOCH = 10, 1; "
     program = [sys.executable, "-c", frequent + "sys.exit(main.main(sys.argv[1:]))"]
     status, whole = start(tmp_path / "whole", *options)
-    assert status == 0 and (state(whole)["recovery"]["recoveries"] > 0) == (settings is HARSH)
+    assert status == 0
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     killed.mkdir()
 
@@ -226,8 +220,4 @@ def test_killed_at_random_moments(settings, tmp_path, monkeypatch):
         kills += 1
     assert kills == KILLS  # or the run was too short for them
     (run,) = killed.iterdir()
-    if settings is HARSH:
-        steps = [line["step"] for line in metrics(run) if "event" not in line]
-        assert steps == sorted(set(steps)) and steps[-1] == state(run)["step"] == n_steps
-    else:
-        assert_same_run(run, whole)
+    assert_same_run(run, whole)
