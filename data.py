@@ -346,9 +346,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = (
-            f"put {downloads} there, or give --dataset folder (of images) or another --data_dir (default: a run's own)"
-        )
+        advice = f"put {downloads} there, or give another --data_dir (default: a run's own), or --dataset folder"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:

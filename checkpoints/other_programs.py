@@ -156,8 +156,8 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
         "dataset": "mnist" if stem.shape[1] == 1 else dataset,
     }
     options["recipe"] = "jem++" if options["norm"] == "batch" else "jem"
-    names = ("recipe", "dataset", *(["activation"] if "activation" in untold else []))
-    return options | untold | {name: given[name] for name in names if name in given}
+    names = {"recipe", "dataset", *({"activation"} & untold.keys())}
+    return options | untold | {name: given[name] for name in names & given.keys()}
 
 
 def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict:

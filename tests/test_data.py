@@ -261,7 +261,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 def test_no_files_and_no_network(tmp_path, network):
     message = refuses(f"from --data_dir {tmp_path}, which holds no files: put ", "svhn", tmp_path)
-    words = ": put train_32x32.mat and test_32x32.mat there, or give --dataset folder (of images) or another --data_dir"
+    words = ": put train_32x32.mat and test_32x32.mat there, or give another --data_dir (default: a run's own), "
     assert words in message and "no network>)" in message and network
 
 
