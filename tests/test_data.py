@@ -178,7 +178,7 @@ def write_cifar(cls, prefix, n_classes, root, monkeypatch):
     for part in ("train_list", "test_list"):
         sums = []
         for name, _ in getattr(cls, part):
-            images[name] = random_images(4, 3, 32, 32), RNG.integers(0, n_classes, 4).tolist()
+            images[name] = random_images(4, 3, 32, 32), RNG.permutation(4).tolist()
             batch = {"data": images[name][0].reshape(4, -1), f"{prefix}labels": images[name][1], "batch_label": name}
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
             sums.append([name, md5(folder / name)])

@@ -4,7 +4,6 @@
 """
 
 import errno
-import math
 import os
 import random
 import re
@@ -172,19 +171,6 @@ def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
         if more:
             wait(record.jobs)
             record.checkpoint(lambda *_: pytest.fail("written after one that failed"), "last.pt", {})
-
-
-def test_a_process_that_does_not_write_has_the_same_methods(capsys):
-    """Those of training are called in test_processes.py, too."""
-    with run_logger(None) as record:
-        assert math.isnan(record.speed(10))
-        record.samples(1, torch.zeros(2, 3, 8, 8))
-        record.gif(1, torch.zeros(2, 3, 3, 8, 8), 10)
-        record.checkpoint(pytest.fail, "last.pt", {})
-        record.recovery(10, 5, "new randomness")
-        record.values(10, {})
-        record.end(10, 0)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -160,18 +160,6 @@ class TestSignals:
         process.communicate(timeout=60)
         assert process.returncode == 143
 
-    @pytest.mark.slow
-    def test_sigusr1_is_harmless_while_the_program_starts(self, begin, tmp_path):
-        process = begin(command(tmp_path / "runs"))
-        time.sleep(0.5)  # Python itself has started, torch is being imported
-        maps = Path(f"/proc/{process.pid}/maps")
-        while process.poll() is None and maps.exists() and "torch" not in maps.read_text():
-            time.sleep(0.05)
-        while process.poll() is None:
-            process.send_signal(signal.SIGUSR1)
-            time.sleep(0.05)
-        assert process.returncode == 0, process.stderr.read()
-
     def test_ctrl_c_while_the_program_starts_is_silent(self, tmp_path):
         ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": HERE}
         process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, **ready)
