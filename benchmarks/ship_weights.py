@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--licence", default="", help="of the file, for the .json")
     args = parser.parse_args()
 
+    if args.file.exists():
+        raise SystemExit(f"error: {args.file} exists: name a new file")
     given = {"mode": "sample", "load_ckpt": args.run, "gpu": "cpu"}
     if args.data_dir:
         given["data_dir"] = args.data_dir
