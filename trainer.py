@@ -158,7 +158,7 @@ class Trainer:
         if not (self.compiles or distributed.is_distributed()):
             return
         state = tree_to(self.state_dict())
-        batch, _ = self.next_inputs(sgld_steps=1)  # a chain compiles itself
+        batch, _ = self.next_inputs(chain_length=1)  # a chain compiles itself
         if self.compiles:
             try:  # the network alone: in joint_forward processes would wait for each other
                 logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
@@ -225,7 +225,7 @@ class Trainer:
 
     def training_step(self) -> Tensor | None:
         """One update; returns the negative samples (N, C, H, W), or None. Waits for nothing but images on the host."""
-        batch, chain_values = self.next_inputs(self.sgld_steps)
+        batch, chain_values = self.next_inputs(self.chain_length)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         backward = self.backward if self.cuda_graphs is None else partial(self.cuda_graphs, self.backward)
@@ -240,7 +240,7 @@ class Trainer:
         self.meter.add(parts | chain_values)
         return batch.samples
 
-    def next_inputs(self, sgld_steps: int) -> tuple[StepBatch, dict[str, Tensor]]:
+    def next_inputs(self, chain_length: int) -> tuple[StepBatch, dict[str, Tensor]]:
         """The images of a step, and what the log says of the chains."""
         cfg = self.cfg
         x, y = self.batches.next()
@@ -261,7 +261,7 @@ class Trainer:
                 self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
             average_running_stats(self.model)  # and in all processes
         copy_weights(self.model, self.sampler_model)
-        samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, sgld_steps, cfg.class_cond)
+        samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, chain_length, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
         return StepBatch(x, y, x_real, samples, y_sampled, outliers, y_real), measured
 
@@ -295,7 +295,7 @@ class Trainer:
         return rate * self.recovery.remedies["lr_factor"]
 
     @property
-    def sgld_steps(self) -> int:
+    def chain_length(self) -> int:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
@@ -379,7 +379,7 @@ class Trainer:
         """Means over the steps since the last call, where training stands, longer chains. Waits for the device."""
         values, speed = self.meter.read(), self.logger.speed(self.step)
         if self.sampler is not None:
-            values["sgld/steps"] = self.sgld_steps
+            values["sgld/steps"] = self.chain_length
             grows = self.sgld_step < (self.cfg.sgld_step_max or 0) and self.step % LOG_EVERY == 0  # not by a run's end
             if grows and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
                 self.sgld_step += 1  # samples lag behind: from the next step on

@@ -16,7 +16,7 @@ from config.cli import as_typed
 from models import JEM, build_model
 from utils import UserError
 
-NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])  # that make other weights
+OF_NETWORK = tuple(f.name for f in fields(Config) if f.metadata["of_network"])  # that make other weights
 OF_TRAINING = ("data", "model", "optimisation", "SGLD", "objective")  # groups of options that a checkpoint brings along
 
 
@@ -58,7 +58,7 @@ def open_trained(given: dict[str, Any]) -> Trained:
 
 def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
     """The network of these options, freshly initialised. Raises UserError if there is no such network."""
-    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in (*NETWORK, "dropout_rate")})
+    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in (*OF_NETWORK, "dropout_rate")})
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
@@ -74,7 +74,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     With ``new_head`` its last layer, which tells classes apart, stays as it is. Raises UserError if the checkpoint is
     of another network. Its options are compared, too, because weights of another network can have the same shapes.
     """
-    own = {name: content["config"].get(name, getattr(Config, name)) for name in NETWORK}  # older ones lack the newest
+    own = {name: content["config"].get(name, getattr(Config, name)) for name in OF_NETWORK}  # older ones lack some
     channels, weights = content["data"]["shape"][0], content["state"].get("ema", content["state"]["model"])
     options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
     if options:

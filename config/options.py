@@ -11,8 +11,8 @@ from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
-NETWORK = (*TRAINING, "test", "sample")  # modes that compute with it
-MODES = (*NETWORK, "score", "export")
+COMPUTING = (*TRAINING, "test", "sample")  # modes that compute with a network
+MODES = (*COMPUTING, "score", "export")
 STARTS = {  # images that are no samples, and what reports call them
     "uniform": "uniform noise",
     "gaussian": "a Gaussian fitted to the training images",
@@ -30,7 +30,7 @@ START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
 RESUME_HELP = "run or checkpoint to continue; auto: the last one in --logdir with these options and note, or a new run"
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
-run = partial(option, "run", modes=MODES, resumable=True)
+run = partial(option, "run", modes=(*COMPUTING, "score"), resumable=True)
 settings = partial(option, "run", modes=MODES)
 data_set = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
@@ -57,7 +57,7 @@ WITH_NOISE = ("metrics=classification", "metrics=calibration", "metrics=ood", "r
 QUALITY = ("quality_every", "metrics=quality", "mode=sample")
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
 exported = partial(option, "export", modes=("export",), resumable=True)
-speed = partial(option, "speed", modes=NETWORK)
+speed = partial(option, "speed", modes=COMPUTING)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Options:
     logdir: str = run("runs", "folder in which each run makes its own directory", is_path=True)
     note: str = run("", "words added to the run directory's name")
     no_log: bool = run(False, "write no TensorBoard events", modes=TRAINING)
-    load_ckpt: str = run("", "checkpoint or run directory whose weights and replay buffer to take", is_path=True)
+    load_ckpt: str = run("", "checkpoint or run whose weights and replay buffer to take", is_path=True, modes=MODES)
     resume: str = run("", RESUME_HELP, ("auto",), is_path=True, modes=TRAINING)
 
     dataset: str = data_set("cifar10", "training and test images", tuple(DATASETS))
@@ -108,7 +108,7 @@ class Options:
     activation: str = network("leaky_relu", "nonlinearity", tuple(ACTIVATIONS))
 
     lr: float = optim(1e-4, "peak learning rate", above=0, flags=("-l",))
-    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=NETWORK)
+    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=COMPUTING)
     epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
     max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
     optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum"))

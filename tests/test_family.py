@@ -285,7 +285,7 @@ def test_chains_of_log_p_x_y_grow_from_no_step_by_what_they_climb():
     """Without a step samples are fresh starts; the AUROC that makes them grow is that of log p(x, y)."""
     run = trained(class_cond=True, sgld_step=0, sgld_step_max=3, reinit_freq=1.0, p_x_batch_size=40, norm="batch")
     rng = run.rng.sgld.get_state()
-    inputs = run.next_inputs(run.sgld_steps)[0]
+    inputs = run.next_inputs(run.chain_length)[0]
     run.rng.sgld.set_state(rng)
     starts, _, y = run.sampler.draw(40, True)
     assert torch.equal(starts, inputs.samples) and y.bincount().tolist() == [4] * 10

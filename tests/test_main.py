@@ -309,7 +309,7 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "test", "n_samples": 9, "ais_chains": 5, "eval": "ood"}, ["n_samples", "ais_chains"]),
         ({"mode": "test", "eval": "calibration", "precision": "bf16", "sgld_lr": 3, "start": "gaussian"},) * 2,
         ({"mode": "test", "eval": "robustness", "sgld_normalize": True, "sigma_test": 0.1, "refine_steps": 5}, []),
-        ({"mode": "export", "load_ckpt": "a", "export": "a.safetensors", "export_for": "jem"}, ["export_for"]),
+        ({"mode": "export", "note": "b", "export": "a.safetensors", "export_for": "jem"}, ["note", "export_for"]),
         ({"outlier_weight": 1.0, "outlier_images": "folder", "start_dir": "a", "norm": "none"}, []),
         ({"mode": "test", "eval": "robustness", "attacks": "pgd", "sigma_test": 0.1, "refine_steps": 5},) * 2,
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),

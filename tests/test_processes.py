@@ -135,7 +135,7 @@ class TestTwoProcesses:
             assert torch.equal(one[part], other[part]), part
         assert not (one["buffer"] == other["buffer"]).flatten(1).all(1).any()
         assert len(one["buffer"]) == len(other["buffer"]) == (COMMON | CONFIGS[name])["buffer_size"] // 2
-        whole = run_of(name, digits).next_inputs(sgld_steps=1)[0]
+        whole = run_of(name, digits).next_inputs(chain_length=1)[0]
         for part, expected in zip(joined(ranks[name]), whole, strict=True):
             if part is not None and part.shape[1:] == whole.x.shape[1:] and expected is not whole.samples:
                 assert torch.equal(part, expected)
