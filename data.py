@@ -85,8 +85,8 @@ class ImageData:
             digest.update(part.images.cpu().contiguous().numpy())
             digest.update(part.labels.cpu().numpy())
         sizes = {"shape": list(self.shape), "images": [len(part) for part in parts]}
-        digests = {"digest": digest.hexdigest(), "some_training_images": image_digests(self.train.images[:100])}
-        return sizes | {"class_names": list(self.class_names)} | digests
+        names, some = list(self.class_names), " ".join(image_digests(self.train.images[:100]))
+        return sizes | {"class_names": names, "digest": digest.hexdigest(), "some_training_images": some}
 
 
 def image_digests(images: Tensor) -> list[str]:
@@ -188,8 +188,10 @@ def load(
         parts = _as_in_training(parts, undivided, class_names, trained_on, root)
     else:
         whole, parts = parts, _hold_out(parts, n_valid, root)
-        if len(parts["train"].labels.unique()) < len(whole["train"].labels.unique()):
-            raise UserError(f"{len(parts['valid'])} validation images take all images of a class: give --n_valid 0")
+        if lost := set(whole["train"].labels.tolist()) - set(parts["train"].labels.tolist()):
+            raise UserError(
+                f"{len(parts['valid'])} validation images take all of {class_names[min(lost)]}: lower --n_valid"
+            )
     train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
@@ -290,10 +292,10 @@ def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], tra
         if known["images"] == trained_on.get("images"):
             undivided = None  # in the same places may be the same images, decoded in another way
     others = parts["test"] if undivided is None else undivided
-    some = trained_on.get("some_training_images", [])
+    some = trained_on.get("some_training_images", "").split()
     found = set(some) & set(image_digests(others.images) if some else ())
     if len(found) > len(some) / 10:
-        raise UserError(f"{root} has training images among those to measure ({len(found)} of {len(some)}): remove them")
+        raise UserError(f"{root} has training images among those to measure ({len(found)} of {len(some)}): restore it")
     image_folder.note(f"{root} holds other images than those of the training: only test images are used")
     return {"test": others}
 
@@ -346,7 +348,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = f"put {downloads} there, or give another --data_dir (default: a run's own), or --dataset folder"
+        advice = f"put {downloads} there, or give --dataset folder, or another --data_dir (--load_ckpt brings its own)"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:

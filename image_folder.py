@@ -113,7 +113,7 @@ def _list(root: Path, option: str) -> list[Names]:
     """Every file below ``root``, sorted. Links are followed, but not in circles."""
 
     def fail(error: OSError) -> None:
-        own = " (with --load_ckpt its own is the default)" if "data_dir" in option else ""
+        own = " (with --load_ckpt or --resume its own is the default)" if "data_dir" in option else ""
         raise UserError(f"cannot read {option}{error.filename}: {error.strerror}{own}") from error
 
     paths, left_out = [], Counter()

@@ -35,8 +35,8 @@ def joint_loss(
         logits: of N labelled images, P real ones of log p(x), M samples and Q outliers.
         y: the labels, int64 (N,). y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
         energy_l2: the weight of that penalty, which may grow in a run. mean: of a tensor over all processes.
-        class_weights: float (K,), how much samples of each class count, if ``y_sampled`` names their classes: chains
-            are as many for each, so without these a class would be as frequent in samples, however rare in the data.
+        class_weights: float (K,), how much a sample of each class counts, where ``y_sampled`` names the classes: there
+            are as many chains for each class, but the data may have more images of one than of another.
         y_real: the classes of the P real images. With them and ``y_sampled``, ``sgld/auroc`` is by log p(x, y), which
             chains of p(x|y) climb; or else by log p(x).
 
@@ -53,7 +53,10 @@ def joint_loss(
     }
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
-        weights = 1 if y_sampled is None or class_weights is None else class_weights[y_sampled]
+        weights = torch.ones_like(sampled)
+        if y_sampled is not None and class_weights is not None:
+            weights = class_weights[y_sampled]
+            weights = weights / mean(weights.mean()).clamp(min=1e-6)  # or a constant in log p(x) would change the loss
         mean_sampled = (weights * sampled).mean()
         generative, climbed = mean_sampled - real.mean(), (real, sampled)
         if y_sampled is not None and y_real is not None:
@@ -63,7 +66,7 @@ def joint_loss(
         parts |= {
             "loss/generative": generative,
             "loss/logistic": logistic,
-            "sgld/auroc": auroc(*climbed).float(),
+            "sgld/auroc": auroc(*climbed, weights).float(),
             "log_density/sampled": mean_sampled,
             "log_density/sampled_std": sampled.std(correction=0),
             "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
@@ -89,8 +92,10 @@ def joint_loss(
     return loss, {"loss/total": loss, **parts}
 
 
-def auroc(real: Tensor, sampled: Tensor) -> Tensor:
-    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,); ties count half; float64, 0-dim."""
-    ordered = sampled.detach().sort().values
-    below, not_above = (torch.searchsorted(ordered, real.detach(), right=right) for right in (False, True))
-    return (below + not_above).double().mean() / (2 * len(sampled))
+def auroc(real: Tensor, sampled: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,), drawn by weight; ties: half."""
+    ordered, order = sampled.detach().sort()
+    weights = torch.ones_like(ordered) if weights is None else weights[order]
+    total = F.pad(weights.double().cumsum(0), (1, 0))  # of the samples before each place, (M + 1,)
+    below, not_above = (total[torch.searchsorted(ordered, real.detach(), right=right)] for right in (False, True))
+    return (below + not_above).mean() / (2 * total[-1])

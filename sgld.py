@@ -80,7 +80,7 @@ class SGLD:
     ``limits``: those of each step, by the names that ``langevin_step`` gives them.
     """
 
-    def __init__(self, log_density: LogDensity, compile: bool = False, capture: bool = True, **limits: Any):
+    def __init__(self, log_density: LogDensity, *, compile: bool = False, capture: bool = True, **limits: Any):
         self.capture = capture
 
         def step(x: Tensor, y: Tensor | None, noise: Tensor, size: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,10 +161,10 @@ class ReplayBuffer:
     def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
         """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
         size, k, device = len(self.images), self.n_classes, y.device
-        first = (torch.arange(k + 1, device=device) * size + k - 1) // k  # each class's first place; the end, (K + 1,)
-        order = torch.rand(k, -(-size // k), generator=generator, device=device)
-        order[:, -1].masked_fill_(first.diff() < order.shape[1], 2.0)  # not in turn: a class may have a place less
-        shuffled = order.argsort(1)
+        first = (torch.arange(k + 1, device=device) * size + k - 1) // k  # where classes begin, and the end, (K + 1,)
+        keys = torch.rand(k, -(-size // k), generator=generator, device=device)
+        keys[:, -1].masked_fill_(first.diff() < keys.shape[1], 2.0)  # a place that a smaller class lacks comes last
+        shuffled = keys.argsort(1)
         turn = torch.arange(len(y), device=device) // k  # how many of its class come before it, (n,)
         return first[y] + shuffled[y, turn]
 

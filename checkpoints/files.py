@@ -141,4 +141,4 @@ def find_checkpoint(path: str) -> tuple[Path, Any]:
             if file == there[-1]:
                 raise
             print(f"Warning: {error}; taking {there[-1]} instead.", file=sys.stderr)
-    raise UserError(f"no checkpoint in {path}: name the folder of a training run, or a file as ckpt/last.pt in it")
+    raise UserError(f"no checkpoint in {path}: name a training run (looked for ckpt/last.pt, previous.pt and best.pt)")

@@ -45,7 +45,7 @@ ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm_sta
 LAYOUTS = (  # how names begin in the files of a program, and options that these do not tell
     (r"block1\.", ROBUST),  # robust classifiers
     (r"(main\.0|resnet)\.", {"dropout_rate": 0.25}),  # the re-implementation
-    (r"bn1\.running_mean", {"dropout_rate": 0.3, "activation": "relu"}),  # the classifier that these were made of
+    (r"bn1\.running_mean", {"dropout_rate": 0.3, "activation": "relu"}),  # plain classifiers
     (r"layer1\.", {"dropout_rate": 0.3}),  # VERA
     (r"f\.", {}),  # JEM
 )
@@ -156,8 +156,9 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
         "dataset": "mnist" if stem.shape[1] == 1 else dataset,
     }
     options["recipe"] = "jem++" if options["norm"] == "batch" else "jem"
-    names = {"recipe", "dataset", *({"activation"} & untold.keys())}
-    return options | untold | {name: given[name] for name in names & given.keys()}
+    if "activation" in untold and given.get("activation") == "silu":
+        untold = untold | {"activation": "silu"}
+    return options | untold | {name: given[name] for name in ("recipe", "dataset") if name in given}
 
 
 def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict:

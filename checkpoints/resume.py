@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
     if not is_ours(content) or content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
-        raise UserError(f"{path} is of another version, or holds only weights: it can start a new run with --load_ckpt")
+        raise UserError(f"{path} is of another program or version, or weights alone: start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
     others = sorted(changed.keys() - RESUMABLE)
@@ -98,14 +99,12 @@ def same_runs(cfg: Config, description: dict[str, Any]) -> Iterator[Path]:
 
 def priority(run: Path) -> tuple[bool, float]:
     """Whether a run was interrupted, and when it was saved last (seconds since 1970): the larger, the sooner."""
-    try:
+    with suppress(UserError):  # ``continued`` says why
         path, content = find_checkpoint(str(run))
-    except UserError:
-        content = None
-    if not is_ours(content):  # ``continued`` says why
-        return False, 0.0
-    interrupted = content["state"]["step"] < content.get("total_steps", math.inf)  # older ones lack this, and the time
-    return interrupted, content.get("time") or path.stat().st_mtime
+        if is_ours(content):
+            interrupted = content["state"]["step"] < content.get("total_steps", math.inf)
+            return interrupted, content.get("time") or path.stat().st_mtime  # older ones lack the time, and the length
+    return False, 0.0
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:

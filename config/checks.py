@@ -23,8 +23,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--note becomes part of a directory's name: no slashes or unprintable characters, and at most 200 bytes"
     if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
-    if cfg.mode in TRAINING and cfg.norm == "act" and not cfg.load_ckpt:
-        yield "--norm act needs --load_ckpt, a network that another program has started: here it would start as none"
+    if cfg.mode in TRAINING and cfg.norm == "act" and not cfg.load_ckpt and cfg.resume in ("", "auto"):
+        yield "--norm act has no first values of its own: give --load_ckpt, a trained network with act norm"
     if cfg.mode in TRAINING and cfg.schedule == "step" and not cfg.decay_at:
         yield "--schedule step needs --decay_epochs, the epochs after which the learning rate falls"
     if cfg.attacks not in ("all", None) and cfg.refinements and not cfg.refine_steps:
@@ -46,7 +46,7 @@ def contradictions(cfg) -> Iterator[str]:
     if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
-        yield "--norm_statistics frozen (as in oe-jem, a second phase) needs --load_ckpt, a run of m-jem or sada-jem"
+        yield "--norm_statistics frozen (as in oe-jem, a second phase) needs --load_ckpt, a trained run, as of m-jem"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     other_function = cfg.adversarial_eps or cfg.dropout_rate or cfg.norm == "batch" and cfg.norm_statistics == "running"
@@ -100,9 +100,9 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     ``n_images``: how many training images each batch draws from, by the option that is its size; ``shape``: (C, H, W).
     """
     sizes = {name: cfg.n_chains if name == "p_x_batch_size" else cfg.batch_size for name in n_images}
-    too_large = [f"--{name} {sizes[name]} is larger than {n}" for name, n in n_images.items() if sizes[name] > n]
-    if too_large:
-        raise UserError(f"{' and '.join(too_large)}, the training images that it draws from")
+    few = {name: n for name, n in n_images.items() if n < sizes[name]}
+    if few:
+        raise UserError("; ".join(f"--{k} {sizes[k]} is larger than its {few[k]} training images" for k in few))
     check_variance(cfg, shape, min(sizes.values()) // n_processes)
     sizes |= {"buffer_size": cfg.buffer_size} if cfg.samples else {}
     sizes |= {"outlier_batch_size": cfg.outlier_batch_size} if cfg.outlier_shares else {}

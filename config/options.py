@@ -11,8 +11,8 @@ from models.wide_resnet import ACTIVATIONS, NORMS
 from pgd import NORMS as ADVERSARIAL_NORMS
 
 TRAINING = ("energy_train", "baseline_train")
-COMPUTING = (*TRAINING, "test", "sample")  # modes that compute with a network
-MODES = (*COMPUTING, "score", "export")
+BATCHED = (*TRAINING, "test", "sample")  # modes that read --batch_size and --precision
+MODES = (*BATCHED, "score", "export")
 STARTS = {  # images that are no samples, and what reports call them
     "uniform": "uniform noise",
     "gaussian": "a Gaussian fitted to the training images",
@@ -27,10 +27,10 @@ EXPORT_FOR = ("auto", "jem", "jem++", "sada-jem", "robust")
 METRICS = ("classification", "calibration", "ood", "robustness", "quality", "likelihood")  # modules of evaluation/
 ATTACKS = ("pgd", "refined", "refined_straight", "autoattack")
 START_HELP = "; ".join(f"{name} ({text})" for name, text in STARTS.items())
-RESUME_HELP = "run or checkpoint to continue; auto: the last one in --logdir with these options and note, or a new run"
+RESUME_HELP = "run or checkpoint to continue; auto: the last run of these options, images and note, or a new one"
 RECIPE_HELP = "; ".join(f"{name}: {recipe.summary} ({recipe.paper})" for name, recipe in RECIPES.items())
 
-run = partial(option, "run", modes=(*COMPUTING, "score"), resumable=True)
+run = partial(option, "run", modes=(*BATCHED, "score"), resumable=True)
 settings = partial(option, "run", modes=MODES)
 data_set = partial(option, "data", modes=MODES)
 training_images = partial(option, "data", modes=TRAINING)
@@ -57,7 +57,7 @@ WITH_NOISE = ("metrics=classification", "metrics=calibration", "metrics=ood", "r
 QUALITY = ("quality_every", "metrics=quality", "mode=sample")
 samples = partial(option, "sample", modes=("energy_train", "test", "sample"), resumable=True, needs=QUALITY)
 exported = partial(option, "export", modes=("export",), resumable=True)
-speed = partial(option, "speed", modes=COMPUTING)
+speed = partial(option, "speed", modes=BATCHED)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Options:
     activation: str = network("leaky_relu", "nonlinearity", tuple(ACTIVATIONS))
 
     lr: float = optim(1e-4, "peak learning rate", above=0, flags=("-l",))
-    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=COMPUTING)
+    batch_size: int = optim(128, "images and chains of a step; in test, sample: chains", minimum=1, modes=BATCHED)
     epochs: int = optim(200, "passes over the training images", minimum=1, resumable=True)
     max_steps: int | None = optim(None, "stop after so many steps, if epochs last longer", minimum=1, resumable=True)
     optimizer: str = optim("adam", "sgd: with Nesterov momentum 0.9", ("adam", "sgd", "momentum"))
@@ -140,7 +140,7 @@ class Options:
 
     p_x_weight: float = energy(1.0, "weight of log p(x); with 0, and p_x_y_weight 0, no samples", minimum=0)
     generative: str = energy(
-        "difference", "of two means, or a logistic loss, as in DAT", ("difference", "logistic"), needs=("p_x_weight",)
+        "difference", "a difference of two means, or a logistic loss", ("difference", "logistic"), needs=("p_x_weight",)
     )
     adversarial_eps: float = classifier(
         0.0, "distance of adversarial training images, pixels in [0, 1]; 0 is off", minimum=0, needs=("p_y_x_weight",)
@@ -194,9 +194,7 @@ class Options:
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
-        None,
-        "images to draw or take (default: 100, or 10 a class, or of the test set; 2000 in training, 10000 in test)",
-        minimum=1,
+        None, "images to draw (default: 100, or 10 a class; of test images 10; training: 2000, test: 10000)", minimum=1
     )
     n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat: 50; --denoise: 1 x", minimum=0)
     images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)

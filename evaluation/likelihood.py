@@ -126,12 +126,10 @@ def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor,
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     dim, temperatures = math.prod(inputs.data.shape), inputs.cfg.ais_temperatures
     runs = sandwich(inputs, beta, ais.sigmoid_schedule(temperatures), 20, rng)
-    counts = dict.fromkeys(str(run.log_weights.shape[1]) for run in runs.values())  # fewer from a small buffer
-    ran = f"{' and '.join(counts)} chains, {temperatures} temperatures"
     log_z = {name: run.log_z()[-1].item() for name, run in runs.items()}
     bits_protocol = (
-        f"test images dequantised from {levels} grey levels; {ran}; uniform density: {math.log2(levels):.4g} bits; the "
-        "interval covers the choice of test images, not the error of AIS nor the choice of the temperature"
+        f"test images dequantised from {levels} grey levels; log Z as above; uniform density: {math.log2(levels):.4g} "
+        "bits; the interval covers the choice of test images, not the error of AIS nor the choice of the temperature"
     )
     for name, run in runs.items():
         row, n = f"1/T = {beta:g}, {name}", run.log_weights.shape[1]
@@ -146,7 +144,7 @@ def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor,
         section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
         return
     gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)
-    protocol = f"reverse minus forward estimate of log Z, in bits per dimension; {ran}"
+    protocol = f"reverse minus forward estimate of log Z, in bits per dimension; {temperatures} temperatures"
     section.add("gap", gap, n, protocol, at=(f"1/T = {beta:g}", "bits"))
     if gap < -0.01:
         section.note(

@@ -228,7 +228,7 @@ def tables(report: Report, name: str) -> list[Table]:
 
 def value_and_interval(value: float, interval: Interval | None, n: int, protocol: str) -> str:
     """A measurement in words."""
-    shown, *ends = (f"{x:.4g}" if abs(x) < 1e4 else f"{x:.1f}" for x in (value, *(interval or ())))
+    shown, *ends = (f"{x:.4g}" if abs(x) < 9999.5 else f"{x:.1f}" for x in (value, *(interval or ())))
     return f"{shown} [{', '.join(ends)}]" if ends else shown
 
 

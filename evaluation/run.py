@@ -33,8 +33,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     utils.set_speed_options(device)
     model = frozen(cfg, path, content, device)
     images = load_data(cfg, path, content, device)
-    kept = finite_images(state["buffer"]["images"]) if "buffer" in state else ()
-    buffer = kept.to(device) if len(kept) else None
+    buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     trained = Config.from_dict(content["config"], str(path))

@@ -102,7 +102,7 @@ def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
     if not (run.cfg.n_samples or run.cfg.class_cond):
         n = min(n, max(1, len(images)))
     if n > len(images):
-        raise UserError(f"{n} samples are more than the {len(images)} images of the replay buffer: give --n_samples")
+        raise UserError(f"the replay buffer has {len(images)} good images, fewer than {n}: give a smaller --n_samples")
     images = images[torch.randperm(len(images), generator=rng, device=rng.device)]
     if run.cfg.class_cond:
         images = images[by_class(predict(run.model, images).argmax(1), n, run.class_names)]

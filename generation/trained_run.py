@@ -92,8 +92,6 @@ class TrainedRun:
     def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
         """Images moved up log p(x|y) (DAT), at most by L2 ``eps`` on the [0, 1] scale: (N, C, H, W) in [-1, 1]."""
         (y,) = self.classes([y] if np.ndim(y) else y)
-        if not (0 < eps < np.inf and steps >= 1):
-            raise UserError(f"eps is a distance above 0, and steps are at least 1: not {eps} and {steps}")
 
         def log_p(x: Tensor) -> Tensor:  # log p(x, y), whose gradient in x is that of log p(x|y)
             return self.model.log_density(x, torch.full((len(x),), y, device=x.device)).sum()

@@ -161,7 +161,7 @@ def test_n_valid_moves_images_out_of_train_only():
     held = data.load("digits", n_valid=300)
     assert len(held.valid) == 300 and rows(held.train, held.valid) == rows(full.train)
     assert torch.equal(held.test.images, full.test.images) and len(data.load("digits", n_valid=1300).train) == 137
-    refuses("take all images of a class", "digits", n_valid=1436)
+    refuses("validation images take all of", "digits", n_valid=1436)
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
 
@@ -261,7 +261,7 @@ def test_an_archive_in_place_is_unpacked_without_the_network(tmp_path, monkeypat
 
 def test_no_files_and_no_network(tmp_path, network):
     message = refuses(f"from --data_dir {tmp_path}, which holds no files: put ", "svhn", tmp_path)
-    words = ": put train_32x32.mat and test_32x32.mat there, or give another --data_dir (default: a run's own), "
+    words = ": put train_32x32.mat and test_32x32.mat there, or give --dataset folder, or another --data_dir (--l"
     assert words in message and "no network>)" in message and network
 
 
@@ -354,6 +354,8 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
     trained_on = data.load("folder", write_pngs(tmp_path / "own", "a", "b"), n_valid=3).description
     same = data.load("folder", tmp_path / "own", n_valid=5, trained_on=trained_on)
     assert [len(part) for part in (same.train, same.valid, same.test)] == [13, 3, 4]  # --n_valid of the training
+    older = {name: value for name, value in trained_on.items() if name != "some_training_images"}
+    assert len(data.load("folder", tmp_path / "own", trained_on=older).train) == 13
     assert "other images than those" not in capsys.readouterr().out
     write_pngs(tmp_path / "own", "a", "b")  # in the same places, but other pixels: perhaps the same images, saved again
     assert len(data.load("folder", tmp_path / "own", trained_on=trained_on).test) == 4
@@ -393,6 +395,8 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert report.count("these data are test images alone") == 2 and "; other images than those of the train" in report
     write_pngs(tmp_path / "own", "a", n=21)
     assert "training images among those to measure (16 of 32)" in refused(capsys, *test)
+    write_pngs(tmp_path / "own", "b", n=21)  # none of these images was there before
+    assert "has changed since the training" in refused(capsys, *test)
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
     grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
     assert grey.shape == (3, 8, 8) and len(grey.test) == 10

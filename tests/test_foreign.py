@@ -182,11 +182,13 @@ def test_second_names(tmp_path):
 
 
 def test_the_activation_of_a_plain_classifier_is_assumed(tmp_path, capsys):
-    w, x = weights_of("batch", extra=False), torch.rand(2, 3, 32, 32)
+    w = weights_of("batch", extra=False, channels=1)
     plain = {n.removeprefix("f.").replace("class_output", "linear"): v for n, v in w.items() if "energy" not in n}
     assert opened(tmp_path, plain)[1]["config"]["activation"] == "relu"
     assert "--activation assumed" in capsys.readouterr().err
-    assert_same(opened(tmp_path, plain, activation="leaky_relu")[0], x, logits_of(w, x))
+    common = f"--dataset digits --gpu cpu --depth 10 --width 1 --norm batch --load_ckpt {tmp_path / 'theirs.pt'}"
+    assert main([*common.split(), "--logdir", str(tmp_path)]) == 2
+    assert "give --activation relu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["bare", "average", "both", "empty"])
@@ -358,4 +360,4 @@ def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
     shutil.copy(old, tmp_path / "run" / "ckpt" / "last.pt")
     (tmp_path / "run" / "config.json").write_text("{}")
     capsys.readouterr()
-    assert "can start a new run with --load_ckpt" in refused(capsys, "--resume", str(tmp_path / "run"))
+    assert ": start a new run with --load_ckpt" in refused(capsys, "--resume", str(tmp_path / "run"))

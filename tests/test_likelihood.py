@@ -164,7 +164,7 @@ def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
         bits = (log_z - 2 * 2) / 4 / math.log(2) + math.log2(16 / 2)
         numbers = [found[f"1/T = 2, {name}", column] for column in columns]
         assert numbers == pytest.approx([log_z, 0.7, lowest, bits])
-    assert "; 2 and 4 chains, 2 temperatures" in section.results["gap"]["1/T = 2"]["bits"]["protocol"]
+    assert [cells["log Z"]["n"] for cells in section.results["log Z (nats)"].values()] == [2, 4]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])

@@ -202,7 +202,8 @@ def test_joint_loss_against_a_direct_computation():
         loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, class_weights=weights)
         again = torch.tensor([0, 1, 1, 1, 1, 2, 4, 4, 4, 4, 3, 5])  # each sample as often as its class's weight says
         repeated = Logits(labelled, real, sampled[again])
-        expected, _ = joint_loss(cfg, repeated, y, y_sampled[again])
+        expected, others = joint_loss(cfg, repeated, y, y_sampled[again], class_weights=3 * torch.ones(3))
+        assert parts["sgld/auroc"].item() == pytest.approx(others["sgld/auroc"].item())
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert parts["log_density/sampled"].item() == pytest.approx(d_sampled[again].mean().item(), rel=1e-5)
 

@@ -249,14 +249,14 @@ def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path, caps
     buffer.fill_(math.nan)
     torch.save(content, tmp_path / "nan.pt")
     options = "--mode sample --gpu cpu --from_buffer --load_ckpt".split()
-    assert "more than the 0 images" in refused(capsys, *options, tmp_path / "nan.pt", "--logdir", tmp_path)
+    assert "has 0 good images, fewer than 1" in refused(capsys, *options, tmp_path / "nan.pt", "--logdir", tmp_path)
 
 
 BAD = {  # the checkpoint and other options, and what is said of them
     "torn": (["torn.pt"], "torn.pt was refused: it is broken, incomplete"),
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
     "no buffer": (["BEST", "--from_buffer"], "best.pt has no replay buffer"),
-    "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "more than the 64 images"),
+    "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "has 64 good images, fewer than 65"),
     "no mask": (["JEM", "--inpaint", "right"], "right: [Errno 2] No such file"),
     "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),

@@ -157,16 +157,13 @@ def test_metrics_that_are_removed_begin_again(tmp_path, monkeypatch):
     assert [line["step"] for line in metrics(run)] == [20, 26, 30]
 
 
-def run_logger(run):
-    return RunLogger(run, Config(no_log=True), step=0, total_steps=10, log_position=0)
-
-
 @pytest.mark.parametrize("more", [False, True])
 def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
     def fail(*_):
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), run_logger(RunDir.create(str(tmp_path), "energy_train", "")) as record:
+    logger = RunLogger(RunDir.create(str(tmp_path), "energy_train", ""), Config(no_log=True), 0, 10, 0)
+    with pytest.raises(OSError, match="full"), logger as record:
         record.checkpoint(fail, "last.pt", {})
         if more:
             wait(record.jobs)

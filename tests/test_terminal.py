@@ -215,5 +215,7 @@ class TestPaths:
         (tmp_path / "pictures").rename(tmp_path / "moved")
         more = ["--resume", str(run), "--max_steps", "9"]
         for arguments in (more, ["--mode", "test", "--load_ckpt", run, "--gpu", "cpu"]):
-            assert "No such file or directory (with --load_ckpt its own is the default)" in refused(capsys, *arguments)
+            assert "No such file or directory (with --load_ckpt or --resume its own is the default)" in refused(
+                capsys, *arguments
+            )
         assert main.main([*more, "--data_dir", str(tmp_path / "moved")]) == 0

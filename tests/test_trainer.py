@@ -25,7 +25,7 @@ from distributed import World
 from logger import progress
 from logger.meter import Meter
 from models import BACKBONES, build_model, frozen_sampler_model
-from models.batch_norm import convert_sync_batchnorm
+from models.batch_norm import SyncedBatchNorm, convert_sync_batchnorm
 from models.wide_resnet import NORMS, WideResNet
 from sgld import ReplayBuffer, Sampler, uniform_images
 
@@ -132,6 +132,7 @@ def test_batch_normalisation_of_features_is_one_too(monkeypatch):
     for kind, shape in ((torch.nn.BatchNorm1d, (6, 5)), (torch.nn.BatchNorm2d, (6, 5, 2, 3))):
         x, own, synced = torch.randn(shape), kind(5), kind(5)
         convert_sync_batchnorm(synced)
+        assert type(synced) is SyncedBatchNorm
         torch.testing.assert_close(synced(x), own(x))
         torch.testing.assert_close(synced.eval()(x), own.eval()(x))  # by running statistics
 
