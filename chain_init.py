@@ -199,7 +199,9 @@ def fit(images: Tensor, device: torch.device) -> Gaussian:
     images: uint8 (N, C, H, W). If N > D, the factor is the Cholesky factor of the covariance plus 1e-4 I, and noise 0.
     If not, it is the centred images over sqrt(N), and noise 0.01. At most ``MAX_ROWS`` random images represent more.
     """
-    n, d = len(images), images[0].numel()
+    n, d = len(images), images.shape[1:].numel()
+    if not n:
+        raise UserError("--start class_gaussian: a class has no training images")
     if min(n, d) > MAX_ROWS:
         chosen = torch.randperm(n, generator=Generator().manual_seed(0))[:MAX_ROWS]
         images, n = images[chosen.to(images.device)], MAX_ROWS

@@ -61,16 +61,15 @@ class ImageData:
     flip: bool  # whether a horizontal flip keeps an image's label
 
     def __post_init__(self):
+        n_classes = len(self.class_names)
         for images, labels in ((part.images, part.labels) for part in (self.train, self.valid, self.test)):
             right = images.dtype == torch.uint8 and images.ndim == 4 and labels.dtype == torch.int64
             right = right and images.shape[1] in (1, 3) and not any(side % 4 for side in images.shape[2:])
             first, last = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
-            if not right or first < 0 or last >= len(self.class_names):
+            if not right or first < 0 or last >= n_classes:
                 found = f"images {images.dtype} {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}"
                 needed = "images uint8 (N, C, H, W), C 1 or 3, H and W multiples of 4, and labels int64 (N,)"
-                raise UserError(
-                    f"a data set has {needed}, 0 to {len(self.class_names) - 1}, not {found}, {first} to {last}"
-                )
+                raise UserError(f"a data set has {needed}, 0 to {n_classes - 1}, not {found}, {first} to {last}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -189,9 +188,7 @@ def load(
     else:
         whole, parts = parts, _hold_out(parts, n_valid, root)
         if lost := set(whole["train"].labels.tolist()) - set(parts["train"].labels.tolist()):
-            raise UserError(
-                f"{len(parts['valid'])} validation images take all of {class_names[min(lost)]}: lower --n_valid"
-            )
+            raise UserError(f"no training images of {class_names[min(lost)]} are left: lower --n_valid")
     train, valid, test = (parts.get(part, parts["test"][:0]) for part in ("train", "valid", "test"))
     if name == "folder":
         counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"

@@ -51,6 +51,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     settings |= {"target": "log p(x|y)" if cfg.class_cond else "log p(x)", "batch_size": cfg.n_chains}
     settings |= {f"sgld_{name}": value for name, value in chain_options(cfg).items()}
     settings |= {name: getattr(cfg, name) for name in ("sgld_lr", "sgld_std", "start_dir", "seed")}
+
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     result = run_chains(model, start, steps, cfg, rng, max(PICTURE_IMAGES, PICTURE_COLUMNS * len(trained.class_names)))
     if distributed.current_world().rank:

@@ -1,8 +1,12 @@
-"""What can be seen of CUDA graphs and the compiler without a GPU."""
+"""What can be seen of CUDA graphs without a GPU, and the memory of a CPU."""
 
 import gc
+import re
+import subprocess
+import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +104,11 @@ def test_what_is_compiled():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert compiles("on", cpu, 1) and compiles("auto", gpu, 20_000)
     assert not (compiles("off", gpu, 10**6) or compiles("auto", cpu, 10**6) or compiles("auto", gpu, 19_999))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages")
+def test_buffers_on_a_cpu_get_large_pages():
+    code = "import torch, utils; utils.set_speed_options(torch.device('cpu')); print(open('/proc/self/smaps').read())"
+    maps = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True)
+    sizes = re.findall(r"^Size: +(\d+) kB\n(?:(?!Size|VmFlags).*\n)*VmFlags:.* hg\b", maps, re.MULTILINE)
+    assert max(map(int, sizes)) > 2_000_000

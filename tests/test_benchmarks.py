@@ -11,12 +11,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import chain_length, gpu, throughput, time_to_quality
 from benchmarks.command import device_named
 from config.recipes import RECIPES
 from main import main
+from models import build_model
 from utils import UserError
 
 HERE = Path(__file__).parent.parent
@@ -43,22 +45,29 @@ def test_throughput(tmp_path):
     assert 1 < rows["training step"]["flops"] / rows["sampler"]["flops"] < 4
 
 
+def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
+    seconds = iter([1.0, 0.5, 4.0, 1e-3])
+    monkeypatch.setattr(throughput, "measure", lambda functions, device, repeats: {"rate": [9.0, next(seconds)]})
+    rate, what = throughput.ceiling(build_model(3, 10, 10, 1), torch.zeros(2, 3, 32, 32))
+    assert what == "a 3x3 convolution of 16 to 16 channels at 32x32" and rate == 2 * 2 * 32 * 32 * 16 * 16 * 9 / 1e-3
+
+
 def test_recipe_steps():
-    options = "--device cpu --repeats 1 --depth 10 --width 1 --recipes oe-jem --command".split()
+    options = "--device cpu --repeats 1 --depth 10 --width 1 --recipes m-jem oe-jem --command".split()
     options += ["--dataset digits --depth 10 --width 1 --batch_size 16 --buffer_size 20 --sgld_step 1"]
     rows = [json.loads(line) for line in run("recipe_steps", *options).splitlines()]
-    assert [row["name"] for row in rows] == ["command", "oe-jem"]
+    assert [row["name"] for row in rows] == ["command", "m-jem", "oe-jem"]
     assert rows[0]["seconds"] * rows[0]["images_per_second"] == pytest.approx(16)
 
 
 def test_profile():
     assert "convolution" in run("profile_step", *SMALL)
-    with pytest.raises(UserError, match="--device"):
-        device_named("gpu")
+    for name in ("gpu", "cuda:x"):
+        with pytest.raises(UserError, match="--device"):
+            device_named(name)
 
 
 def test_scaling(tmp_path):
-    """Two processes have twice the images of a step, and its gradients are exchanged."""
     file = tmp_path / "numbers.json"
     small = "--depth 10 --width 1 --batch_size 4 --image_size 8 --steps 2 --recipe m-jem --device cpu --processes 2"
     subprocess.run([sys.executable, HERE / "benchmarks" / "scaling.py", *small.split(), "--json", file], check=True)
@@ -69,7 +78,7 @@ def test_scaling(tmp_path):
     assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
 
 
-def test_time_to_quality(tmp_path, monkeypatch):
+def test_time_to_quality(tmp_path, monkeypatch, capsys):
     """Curves are the log's numbers at the log's times; a run without a measurement has no curve of it."""
     for name, accuracies in {"one": [0.2, 0.4], "other": []}.items():
         with SummaryWriter(str(tmp_path / name)) as log:
@@ -88,6 +97,15 @@ def test_time_to_quality(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *picture, str(tmp_path / "lr=0.1"), f"b={tmp_path / 'one'}"])
     time_to_quality.main()
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+    for runs, message in (
+        ([tmp_path / "other"], "none of these runs has measured"),
+        ([tmp_path / "one", f"one={tmp_path / 'other'}"], "two runs have the name one"),
+        ([tmp_path / "nowhere"], "there is no run directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["", *picture, *map(str, runs)])
+        with pytest.raises(SystemExit, match="2"):
+            time_to_quality.main()
+        assert message in capsys.readouterr().err
 
 
 def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
@@ -131,7 +149,6 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
 
 
 def test_log_density_and_chain_length(tmp_path):
-    """Both read a run; with noise and without, chains have the same starts."""
     options = f"--dataset digits --gpu cpu --depth 10 --width 1 --sgld_step 2 --buffer_size 100 --logdir {tmp_path}"
     options += " --batch_size 50 --lr 1e-3 --max_steps 5 --warmup_steps 1 --p_x_batch_size 20 --no_log"
     assert main(options.split()) == 0

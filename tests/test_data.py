@@ -161,7 +161,7 @@ def test_n_valid_moves_images_out_of_train_only():
     held = data.load("digits", n_valid=300)
     assert len(held.valid) == 300 and rows(held.train, held.valid) == rows(full.train)
     assert torch.equal(held.test.images, full.test.images) and len(data.load("digits", n_valid=1300).train) == 137
-    refuses("validation images take all of", "digits", n_valid=1436)
+    refuses("are left: lower", "digits", n_valid=1436)
     refuses("--n_valid 1437", "digits", n_valid=1437)
     refuses("--n_valid -1", "digits", n_valid=-1)
 
@@ -280,7 +280,6 @@ def test_a_damaged_file_is_named_and_kept(name_and_file, content, tmp_path, monk
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_mnist_and_fashion_mnist_are_told_apart_by_their_labels(packed, tmp_path, monkeypatch):
-    """Their files have the same names."""
     write_idx(tmp_path, [], packed)
     monkeypatch.setitem(data.FIRST_LABELS, datasets.MNIST, FIRST_LABELS[datasets.MNIST])
     refuses(f"{tmp_path} holds another set than MNIST", "mnist", tmp_path)
@@ -379,7 +378,6 @@ def test_a_folder_that_is_only_measured_is_not_cut(tmp_path, capsys):
 
 
 def test_another_test_set_is_measured_whole(tmp_path, capsys):
-    """By the command line. Grey images in a network for colour, too; where images do not fit, the advice helps."""
     write_pngs(tmp_path / "own", "a", "b", n=20)
     write_pngs(tmp_path / "other", "a", "b", n=9)
     write_pngs(tmp_path / "three", "a", "b", "c")

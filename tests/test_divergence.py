@@ -163,7 +163,6 @@ class TestDivergence:
 
     @pytest.mark.slow
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
-        """A high learning rate and chains of one step: lost without recovery, a usable model with it."""
         harsh = [*HARSH, "--max_steps", "120", "--sample_every", "1000"]
         status, _ = start(tmp_path / "without", *harsh, "--max_recoveries", "0")
         assert status == 1
@@ -222,7 +221,6 @@ class TestDivergence:
         assert seen[0] == 0 and min(seen[1:]) > 0  # of the first step's weights there is nothing to estimate yet
 
     def test_the_best_score_outlives_a_recovery(self, tmp_path, monkeypatch):
-        """best.pt stays on disk, so a worse model of after the recovery must not replace it."""
         scores = iter([0.9, 1.0, 0.5, 1.0, 0.5, 1.0])  # of validation and test images, in turn
         monkeypatch.setattr(trainer, "accuracy", lambda *_: next(scores))
         at_step(monkeypatch, 15, nan_gradients)

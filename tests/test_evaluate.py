@@ -247,7 +247,6 @@ def quick(monkeypatch):
 
 
 def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
-    """Of noisy images, from the checkpoint's averaged weights."""
     seen, drawn = [], classification.confusion_figure
     monkeypatch.setattr(classification, "confusion_figure", lambda *a: seen.append(a[0]) or drawn(*a))
     command = "--eval classification,calibration,ood --sigma_test 0.3 --ood_datasets shuffled --max_images 80"
@@ -455,7 +454,9 @@ def test_an_attack_gives_alone_what_it_gives_among_others(run, quick):
 
     everything, absent = measured()
     assert absent == {} and {column for *_, column in everything} == set(robustness.TITLES.values())
-    for attacks, titles in (("autoattack, pgd", {"AutoAttack", "PGD"}), ("refined_straight", {"PGD past refinement"})):
+    assert {row for table, row, _ in everything if table == "accuracy under L2 attack"} == {"0", "0.5", "4 (check)"}
+    alone = [(name, {title}) for name, title in robustness.TITLES.items()]
+    for attacks, titles in [*alone, ("autoattack, pgd", {"AutoAttack", "PGD"})]:
         found, absent = measured("--attacks", attacks)
         assert found == {at: number for at, number in everything.items() if at[2] in titles}
         assert absent == dict.fromkeys(set(robustness.TITLES.values()) - titles, "left out by --attacks")
@@ -532,7 +533,6 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
 
 
 def test_test_images_are_no_other_images(inputs, tmp_path, capsys):
-    """As a named set and as a folder; a few among others are only noted."""
     test = inputs.data.test.images
     (tmp_path / "some").mkdir()
     for i in range(20):
@@ -547,7 +547,6 @@ def test_test_images_are_no_other_images(inputs, tmp_path, capsys):
 
 
 def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypatch, capsys):
-    """Every place where the name of a class or a folder turns up, from training to the report."""
     names = ["$x$ <b>and $\\frac$", "_hidden", os.fsdecode(b"caf\xe9"), "two\nlines"]
     data_dir = tmp_path / os.fsdecode(b"images\xff")
     write_pngs(data_dir, *names, n=24)

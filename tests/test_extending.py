@@ -38,7 +38,6 @@ def run(program, *options):
 
 
 def test_the_examples_train_and_measure(extended, tmp_path):
-    """The last commands of the page, made small."""
     train, measure = re.findall(r"^python main\.py (.*)$", PAGE, re.MULTILINE)
     out = run(extended, *train.split(), *SMALL, tmp_path)
     assert "stripes 1x8x8: 288 train, 32 valid, 80 test" in out and "CNN-1" in out and "diverged" not in out

@@ -81,7 +81,6 @@ def test_recipes_are_what_their_papers_say():
 
 
 def test_the_commands_of_the_papers_to_the_letter():
-    """Those in docs/family.md are understood whole, and say what the authors' scripts and papers say."""
     text = (Path(main.__file__).parent / "docs" / "family.md").read_text()
     block = text.partition("to the letter")[2].partition("```sh\n")[2].partition("```")[0]
     lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
@@ -152,7 +151,6 @@ def test_chains_start_from_the_chosen_gaussian():
 
 
 def test_outliers_move_up_log_p_x_before_they_count():
-    """Nearby, and more likely; their number and what they are follow the options."""
     changes = {"norm": "batch", "norm_statistics": "running", "outlier_weight": 1.0, "outlier_batch_size": 7}
     changes["outlier_steps"] = 2
     for eps in (0.0, 0.3):
@@ -183,7 +181,6 @@ def test_clamps_hold_in_training():
 
 
 def test_a_stream_of_its_own_for_log_p_x():
-    """A size, an order and, without augmentation, exact images of its own; the labelled stream stays as it was."""
     changes = ({}, {"p_x_batch_size": 24}, {"p_x_no_augment": True})
     plain, own, clean = (trained(**options).next_inputs(1)[0] for options in changes)
     assert plain.x_real is None and torch.equal(plain.x, own.x) and torch.equal(plain.y, clean.y)
@@ -201,7 +198,6 @@ def test_a_stream_of_its_own_for_log_p_x():
 
 
 def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p_x_y():
-    """--p_x_y_weight adds mean log p(x, y) of samples of p(x|y) less that of labelled images."""
     options = {"p_x_y_weight": 0.5, "p_x_no_augment": True, "p_x_batch_size": 32, "energy_l2": 0.2}
     run = trained(class_cond=True, **options)
     inputs = run.next_inputs(1)[0]
@@ -248,7 +244,6 @@ def test_separate_energy_is_kept_by_the_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
 def test_adversarial_images_of_a_linear_classifier(norm):
-    """There the best change within the ball is known: along the gradient, or its sign."""
     torch.manual_seed(0)
     w = torch.randn(2, 48)
     x, y = torch.rand(5, 3, 4, 4) - 0.5, torch.tensor([0, 1, 0, 1, 1])  # far from the walls at -1 and 1
@@ -381,7 +376,7 @@ def test_step_schedule(tmp_path):
         ("--class_cond --p_x_y_weight 1 --adversarial_eps 0.5", "needs --adversarial_eps 0"),
         ("--stages 4 --norm instance", "--norm instance has one value of each channel"),
         ("--stages 4 --norm batch --p_x_batch_size 1", "or, for batch, larger batches"),
-        ("--n_valid 1430 --batch_size 5", "1430 validation images take all of "),
+        ("--n_valid 1430 --batch_size 5", "are left: lower --n_valid"),
         ("--labels_per_class 500", "--labels_per_class 500 is too many"),
         ("--labels_per_class 1", "--batch_size 20 is larger than its 10 training images"),
         ("--p_x_batch_size 101", "--buffer_size 100 is smaller than the 101 chains"),

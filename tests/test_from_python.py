@@ -299,7 +299,6 @@ except SystemExit as end: print("alive", end.code, sys.stdout is before)
 
 @pytest.mark.slow
 def test_the_tour_runs(tmp_path, monkeypatch):
-    """On a small network of random weights; what it trains is short."""
     checkpoint(tmp_path / "a.pt", recipe="sada-jem", norm="batch", batch_size=10)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["data"]["class_names"] = CIFAR10
@@ -319,7 +318,6 @@ def test_the_tour_runs(tmp_path, monkeypatch):
 
 
 def test_the_network_that_ships_is_small_and_knows_noise():
-    """Images of its buffer are likely and of all classes, noise and one colour are not."""
     file = ROOT / "assets" / "cifar10_cpu_robust_oe.safetensors"
     assert file.stat().st_size <= 4e6
     run = load_run(file, gpu="cpu")

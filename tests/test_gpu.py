@@ -199,7 +199,6 @@ def test_a_process_group_of_one_changes_nothing(compile, digits, tmp_path):
 
 
 def test_batches_from_the_host_are_those_on_the_device(digits):
-    """In the same order and with the same augmentation."""
 
     def batches(split):
         return data.Batches(split, 200, True, 0.1, torch.Generator("cuda").manual_seed(1))

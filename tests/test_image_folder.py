@@ -141,7 +141,6 @@ def test_folder_reads_each_kind_of_lossless_file(kind, tmp_path):
 
 
 def test_folder_with_both_parts(tmp_path):
-    """Labels follow the class names in order; names of files and of their extensions mean nothing."""
     train, test = ("train/b/1", "train/a/9", "train/b/0"), ("test/a/x", "test/b/y")
     images = {name: random_images(8, 8, 3) for name in (*train, *test)}
     loaded = load_folder(write_files(tmp_path, {f"{name}.jpg": encode(image) for name, image in images.items()}))
@@ -162,7 +161,6 @@ def test_folder_of_classes_alone_is_split_by_class(tmp_path):
 
 
 def test_what_systems_put_there_is_left_out_with_a_line(tmp_path, capsys):
-    """Also by the names that a NAS, Windows, macOS and ext4 use; hidden files are left out without a word."""
     png = encode(RGB)
     litter = {f"train/{c}/@eaDir/image.png/SYNOPHOTO_THUMB_{size}.jpg": png for c in ("cat", "dog") for size in "SM"}
     litter |= dict.fromkeys(("$RECYCLE.BIN/S-1-5/x.png", "System Volume Information/x", "__MACOSX/y/._x.png"), png)
@@ -292,7 +290,6 @@ UNUSABLE = {  # content, and what is said about it
 
 
 def test_unusable_files_are_listed_with_their_reasons(tmp_path, capfd):
-    """And a single one is named."""
     files = {tmp_path / "train/dog" / f"{i:02}.png": UNUSABLE[kind] for i, kind in enumerate(UNUSABLE)}
     write_files(tmp_path, four(encode(RGB)) | {file: content for file, (content, _) in files.items()})
     refuses(f"{len(files)} of {len(files) + 4} files in {tmp_path} are unusable", "folder", tmp_path)

@@ -85,7 +85,6 @@ TILT_CDF = integrate.cumulative_trapezoid(TILT, GRID, initial=0)  # not normalis
 
 
 def test_log_z_is_sandwiched_to_a_tenth_of_a_nat():
-    """By quadrature."""
     expected, exact = D * math.log(TILT_CDF[-1]), np.random.default_rng(0).random((512, 1, 8, 8))
     exact = torch.tensor(np.interp(exact, TILT_CDF / TILT_CDF[-1], GRID), dtype=torch.float32)
     forward, back, _ = annealed(tilt, ais.Box((1, 8, 8)), 512, 200, 3)

@@ -114,7 +114,6 @@ class TestEnergyTrain:
 
 
 def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples(jem, tmp_path, digits_100):
-    """Of the averaged weights where there are some."""
     run = train(tmp_path, *"--mode baseline_train --max_steps 84 --lr 1e-2 --warmup_steps 83 --ema 0.9".split())
     for trained, name in ((jem, "model"), (run, "ema")):
         model, right = trainer_of(digits_100).model.eval(), {}
@@ -191,7 +190,6 @@ def test_when_it_evaluates_and_saves(options, min_epoch, saved_at, evaluated_at,
 
 
 def test_no_weights_are_kept_that_diverged_before_their_evaluation(tmp_path, monkeypatch):
-    """The evaluation of step 9 is neither a step of the log nor of a checkpoint."""
     monkeypatch.setattr(trainer, "MIN_EPOCH", 5)  # of epochs of 3 steps, each second one ends with a checkpoint
 
     def diverge(run):
@@ -246,6 +244,7 @@ def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):
 def test_gpu_that_is_not_there(monkeypatch, capsys):
     if not torch.cuda.is_available():
         assert utils.pick_device("0") == torch.device("cpu") and "running on the CPU" in capsys.readouterr().err
+    assert utils.pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "has GPUs 0 to 1" in refused(capsys, *TINY, "--gpu", "7")
@@ -328,7 +327,6 @@ def test_options_that_are_not_used(given, expected):
 
 
 def test_a_command_line_of_which_only_the_mode_was_changed(jem, tmp_path, capsys):
-    """It works, and one line names what it does not use; the chains of a batch are as many as in training."""
     options = [*TINY, "--lr", "1e-3", "--max_steps", "9", "--load_ckpt", str(jem), "--logdir", str(tmp_path)]
     for mode, more in (("sample", "--n_sample_steps 1"), ("test", "--eval classification --max_images 20")):
         assert main.main([*options, *more.split(), "--mode", mode]) == 0
@@ -437,7 +435,6 @@ OTHER = [("--activation", "leaky_relu", "silu"), ("--norm", "group", "instance")
 
 @pytest.mark.parametrize("option, own, other", OTHER)
 def test_another_network(option, own, other, tmp_path, capsys):
-    """The weights would fit another activation or norm, but the network would be another one."""
     run = train(tmp_path / "runs", "--max_steps", "1", option, own)
     capsys.readouterr()
     options = [option, other, "--load_ckpt", str(run), "--logdir", str(tmp_path / "new"), "--gpu", "cpu", "--mode"]

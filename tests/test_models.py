@@ -80,7 +80,6 @@ def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_all_images_of_a_step_in_one_call(norm):
-    """Each batch's logits are those of the batch by itself."""
     model = tiny(norm=norm).train()
     forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6, 7)]
     together = forward(*batches)
@@ -209,7 +208,6 @@ def test_joint_loss_against_a_direct_computation():
 
 
 def test_gradient_of_the_joint_loss_against_finite_differences():
-    """The classical check of JEM's objective: every kind of parameter of a small network, in float64."""
     model = tiny(activation="silu").double()  # smooth, so that finite differences hold everywhere
     torch.manual_seed(1)
     real, sampled, y = torch.rand(3, 1, 8, 8).double(), torch.rand(2, 1, 8, 8).double(), torch.tensor([0, 1, 2])
@@ -246,7 +244,6 @@ def test_sampling_copy_is_frozen_and_follows_the_weights():
 
 
 def test_separate_energy():
-    """log p(x) is the head's output, p(y|x) the classifier's; cross-entropy does not reach the energy head."""
     model, x = tiny(separate_energy=True), torch.rand(5, 1, 8, 8) * 2 - 1
     logits, features = model.logits(x), model.f(x)
     torch.testing.assert_close(model.log_density(x), model.energy_output(features).squeeze(1))

@@ -129,7 +129,6 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("name", CONFIGS)
     def test_keep_the_same_weights_and_share_the_batches_of_one_process(self, name, ranks, digits):
-        """Their chains are their own."""
         one, other = ranks[name]
         for part in one.keys() - {"inputs", "buffer", "age"}:
             assert torch.equal(one[part], other[part]), part
@@ -155,7 +154,6 @@ class TestTwoProcesses:
         assert (gradient(alone) - expected).norm() > 0.1 * expected.norm()  # the half of it is another one
 
     def test_divide_work_as_one_process_does_it(self, ranks):
-        """An error in one of them is an error in all."""
         results, after, kind, message = divided_work()
         assert kind == "ValueError" and len(results) == 5
         for rank, found in enumerate(ranks["divided"]):
@@ -203,7 +201,6 @@ class TestCommandLine:
 
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
     def test_signals_to_one_process_are_for_all(self, tmp_path):
-        """SIGUSR1 saves one checkpoint, SIGTERM too and ends all."""
         options = [*SMALL, "--batch_size", "2", "--max_steps", "100000", "--logdir", str(tmp_path / "runs")]
         process = torchrun(HERE.parent / "main.py", *options)
 
@@ -251,7 +248,6 @@ class TestPlace:
             distributed.remember("run", "there")
 
     def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
-        """Those of its recipe that another value replaced, too."""
         run = str(new_run(SMALL, tmp_path, *"--recipe sada-jem --p_x_batch_size 20 --max_steps 1".split()))
         monkeypatch.setattr(distributed, "remembered", lambda name: run)
         for given in ({"resume": run}, {"resume": "auto", "batch_size": 20}, {"load_ckpt": run, "sgld_step": 2}):

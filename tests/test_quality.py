@@ -59,7 +59,6 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_distances_and_inception_score_are_those_of_torch_fidelity(images, monkeypatch):
-    """Of its program as a whole, which is given images."""
     monkeypatch.setattr(fid, "CHUNK", 7)
     real, fake = images
     torch_fidelity.register_feature_extractor("tiny", Tiny)
@@ -201,7 +200,6 @@ DISTANCES = ["KID", "KID, standard deviation", "precision", "recall"]
 
 
 def test_one_row_a_protocol_and_one_column_a_measure(tmp_path, monkeypatch):
-    """Inception is a random projection of the images."""
 
     class Projection(torch.nn.Module):
         weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255

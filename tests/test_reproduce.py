@@ -56,3 +56,4 @@ def test_train_and_measure(tmp_path, monkeypatch, capsys):
     assert folder.name.endswith("_energy_train_digits")
     status, _, _ = run("--test", "--eval", "classification", "--max_images", "50")
     assert status == 0 and (folder / "eval" / "results.json").is_file()
+    assert run("--lr", "x")[0] == 2

@@ -46,7 +46,6 @@ class TestResume:
         return shutil.copytree(stopped_run, tmp_path / stopped_run.name)
 
     def test_load_ckpt_starts_from_the_averaged_weights_and_makes_another_run(self, tmp_path, undisturbed, capsys):
-        """Averaged weights are those that were measured, as everywhere else."""
         status, tuned = start(tmp_path, "--load_ckpt", str(undisturbed), "--max_steps", "1")
         first = load_checkpoint(tuned / "ckpt" / "previous.pt")["state"]
         assert equal(first["model"], state(undisturbed)["ema"]) and equal(first["ema"], state(undisturbed)["ema"])
@@ -68,7 +67,6 @@ class TestResume:
         assert start(tmp_path, "--max_steps", "1")[0] == 0
 
     def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
-        """As in cross-validation: the same options, another fold."""
         original = main.data.load
         status, first = start(tmp_path, "--max_steps", "2")
         monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
@@ -103,7 +101,6 @@ class TestResume:
         assert_same_run(stopped, undisturbed)
 
     def test_equal_jobs_that_were_stopped_each_find_a_run(self, stopped, tmp_path, undisturbed, capsys):
-        """One in use is passed over, a finished one comes after those that are not."""
         other, holder = shutil.copytree(stopped, tmp_path / "other"), RunDir.of(str(stopped))
         auto(tmp_path)
         auto(tmp_path)
@@ -115,7 +112,6 @@ class TestResume:
             assert_same_run(run, undisturbed)
 
     def test_auto_starts_from_weights_or_goes_on(self, tmp_path, undisturbed, monkeypatch, capsys):
-        """One command line for fine-tuning on a machine that may be taken away."""
         options = ["--load_ckpt", str(undisturbed), *"--max_steps 6 --warmup_steps 6 --resume auto".split()]
         signal_at_step(monkeypatch, 3)
         status, run = start(tmp_path, *options)
@@ -125,7 +121,6 @@ class TestResume:
         assert "continuing after step 3" in " ".join(capsys.readouterr().out.split()) and state(run)["step"] == 6
 
     def test_what_came_after_the_checkpoint_is_superseded(self, tmp_path, undisturbed):
-        """As after a crash: the log is ahead of the checkpoint, its last line torn."""
         run = shutil.copytree(undisturbed, tmp_path / "run")
         os.replace(run / "ckpt" / "previous.pt", run / "ckpt" / "last.pt")  # the one of step 26
         with open(run / "metrics.jsonl", "a") as file:

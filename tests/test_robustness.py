@@ -119,7 +119,6 @@ def test_a_linear_model_falls_exactly_where_its_margin_ends():
 
 
 def test_an_image_that_has_fallen_stays_fallen(monkeypatch):
-    """Of three starts the first two fool an image each, and the larger epsilon none."""
     left = iter([True, True])
 
     def fools_the_first(classifier, eps, norm, steps, rng, x, y):
@@ -172,7 +171,6 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
 
 @pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
 def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
-    """Without a gradient it stays where it started."""
     flat = TwoClasses(lambda x: 0 * x.sum((1, 2, 3)))
 
     def start(seed):
@@ -194,7 +192,6 @@ def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
 
 
 def test_the_gradient_goes_through_the_whole_chain():
-    """Of a density that is not linear, by finite differences."""
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded()).requires_grad_()
 
     def chain(x):
@@ -241,7 +238,6 @@ def test_masked_gradients_are_noticed(kind, unchecked, checked):
 
 
 def test_options_reach_the_attacks():
-    """The refinement runs the chains of training; --attack_images makes less of it all."""
     options = {"attack_images": 30, "max_images": 20, "sigma_test": 0.2}
     options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True, "sgld_lr": 0.5, "sgld_std": 0.2, "refine_steps": 4}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))

@@ -97,7 +97,6 @@ def test_chains_from_noise_agree_with_a_plain_loop(jem, tmp_path):
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_the_images_are_those_that_quality_measures(statistics, tmp_path, monkeypatch):
-    """With batch normalisation they depend on their batch, which is as large as the chains of training."""
     how = f"--recipe sada-jem --batch_size 20 --p_x_batch_size 16 --norm_statistics {statistics}"
     run = train(tmp_path / "train", *how.split())
     measured, sample_sets = {}, quality.sample_sets
@@ -190,7 +189,6 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
 
 
 def test_unknown_pixels_are_drawn_by_the_start_given_the_others(jem, tmp_path):
-    """The class is the image's own with --class_cond, else a guess."""
     options = "--inpaint left --n_samples 120 --n_sample_steps 0 --start".split()
     starts = ("uniform", "class_gaussian --class_cond", "class_gaussian")
     found = [sample(jem, tmp_path, *options, *start.split())[1] for start in starts]

@@ -109,7 +109,6 @@ def test_spectrum_of_smooth_noise(white):
 
 
 def test_starts_made_from_training_images():
-    """Patches keep the pixels and change their places; a mixed pair lies between its two images."""
     digits = data.load("digits")
     original = data.to_float(digits.train.images[:1])
     x = chain_init.patches_init(digits.train.images[:1], [0] * 20, generator())

@@ -90,7 +90,6 @@ def test_a_place_that_is_no_utf8_is_one_line(tmp_path):
 
 
 def test_the_commit_is_that_of_the_programs_own_repository(tmp_path, tmp_path_factory, monkeypatch):
-    """Not of one around a copy."""
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "main.py").write_text("")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):

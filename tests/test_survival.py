@@ -4,6 +4,7 @@
 """
 
 import errno
+import math
 import os
 import random
 import re
@@ -66,7 +67,6 @@ class TestSignals:
 
     @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
     def test_between_the_update_and_the_checkpoint(self, number, status, tmp_path, monkeypatch, undisturbed):
-        """A signal while step 20 is logged, when it is too late for a checkpoint of that step."""
         saved = recorded_checkpoints(monkeypatch)
         measure = trainer.Trainer.measurements
 
@@ -84,7 +84,6 @@ class TestSignals:
 
 class TestFullDisk:
     def test_while_saving(self, tmp_path, monkeypatch, capsys, undisturbed):
-        """The disk fills up during the save at step 26: the checkpoint of step 13 stays whole and can be resumed."""
         real = torch.save
 
         def full(content, file):
@@ -103,7 +102,6 @@ class TestFullDisk:
         assert_same_run(run, undisturbed)
 
     def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys, undisturbed):
-        """Training is worth more than its pictures: each that fails is a warning, and the run is the same."""
 
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -149,7 +147,6 @@ with contextlib.suppress(UserError): log.close()
 
 
 def test_metrics_that_are_removed_begin_again(tmp_path, monkeypatch):
-    """Somebody removes metrics.jsonl while training: it goes on, and so does a resumed run."""
     at_step(monkeypatch, 15, lambda _: next(tmp_path.glob("*/metrics.jsonl")).unlink())
     status, run = start(tmp_path, "--max_steps", "20")
     assert status == 0 and [line["step"] for line in metrics(run)] == [20]
@@ -168,6 +165,17 @@ def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
         if more:
             wait(record.jobs)
             record.checkpoint(lambda *_: pytest.fail("written after one that failed"), "last.pt", {})
+
+
+def test_a_process_that_does_not_write_has_the_same_methods(capsys):
+    with RunLogger(None, Config(no_log=True), 0, 10, 0) as record:
+        record.samples(1, torch.zeros(2, 3, 8, 8))
+        record.gif(1, torch.zeros(2, 3, 3, 8, 8), 10)
+        record.checkpoint(pytest.fail, "last.pt", {})
+        record.recovery(10, 5, "new randomness")
+        record.values(10, {})
+        record.end(10, 0)
+    assert math.isnan(record.speed(10)) and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -124,7 +124,6 @@ TENTH_STEP = "steps will take about"
 
 class TestSignals:
     def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(self, begin, tmp_path):
-        """Ends at once with 130, leaves nothing unfinished, and the run can be resumed."""
         _, _, *options = command(tmp_path / "runs", "--max_steps", "100000")
         process = begin([sys.executable, "-c", SLOW, *options], TENTH_STEP)
         process.send_signal(signal.SIGINT)
@@ -159,6 +158,18 @@ class TestSignals:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode == 143
+
+    @pytest.mark.slow
+    def test_sigusr1_is_harmless_while_the_program_starts(self, begin, tmp_path):
+        process = begin(command(tmp_path / "runs"))
+        time.sleep(0.5)  # Python itself has started, torch is being imported
+        maps = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and maps.exists() and "torch" not in maps.read_text():
+            time.sleep(0.05)
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        assert process.returncode == 0, process.stderr.read()
 
     def test_ctrl_c_while_the_program_starts_is_silent(self, tmp_path):
         ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": HERE}
@@ -215,7 +226,6 @@ class TestPaths:
         (tmp_path / "pictures").rename(tmp_path / "moved")
         more = ["--resume", str(run), "--max_steps", "9"]
         for arguments in (more, ["--mode", "test", "--load_ckpt", run, "--gpu", "cpu"]):
-            assert "No such file or directory (with --load_ckpt or --resume its own is the default)" in refused(
-                capsys, *arguments
-            )
+            own = "No such file or directory (with --load_ckpt or --resume its own is the default)"
+            assert own in refused(capsys, *arguments)
         assert main.main([*more, "--data_dir", str(tmp_path / "moved")]) == 0

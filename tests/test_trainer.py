@@ -85,7 +85,6 @@ def test_fifty_losses_equal_those_of_a_plain_loop_and_bf16_stays_near():
 
 
 def test_batch_norm_keeps_real_and_sampled_statistics_apart():
-    """Two forward passes with batch normalisation, one without."""
     for norm, sizes in (("batch", [16, 16]), ("group", [32])):
         run, seen = trained(norm=norm), []
         run.joint_forward.logits = lambda x, run=run, seen=seen: (seen.append(len(x)), run.model.logits(x))[1]
@@ -139,7 +138,6 @@ def test_batch_normalisation_of_features_is_one_too(monkeypatch):
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_running_statistics_are_those_of_real_images(statistics):
-    """The first step's: a tenth of the batch's, as if no samples had been there."""
     run, alone = trained(norm="batch", norm_statistics=statistics), trained(norm="batch", mode="baseline_train")
     assert torch.equal(run.model.f.bn1.running_mean, alone.model.f.bn1.running_mean)
     assert torch.equal(run.model.f.layer2[0].bn2.running_var, alone.model.f.layer2[0].bn2.running_var)
@@ -163,7 +161,6 @@ def test_averaged_weights_get_statistics_of_their_own(monkeypatch):
 
 
 def test_averaged_weights_have_them_where_they_are_used(monkeypatch):
-    """Where no samples are drawn, so that nothing is frozen; and in films between two evaluations. Of large images."""
     monkeypatch.setattr(optim, "images_per_batch", lambda *_: 1)
     for mode, statistics in (("baseline_train", "frozen"), ("energy_train", "running"), ("energy_train", "frozen")):
         run = trained(3, norm="batch", ema=0.9, mode=mode, norm_statistics=statistics, load_ckpt=".")
@@ -202,7 +199,6 @@ OPTIMIZERS = [{}, {"optimizer": "momentum"}, {"sam_rho": 0.7, "sam_adaptive": Tr
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_the_optimizer_of_a_run_written_out(options):
-    """Momentum of 0.9, Nesterov's or plain, weight decay, and SAM's second pass on the same images."""
     run, seen = trained(0, mode="baseline_train", lr=0.05, weight_decay=0.01, **({"optimizer": "sgd"} | options)), []
     cfg, model, original = run.cfg, copy.deepcopy(run.model), run.next_inputs
     run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
@@ -249,7 +245,6 @@ def test_a_plain_classifier_has_no_penalty_on_log_densities():
 
 
 def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(monkeypatch):
-    """The run goes on without it and says so; the trial leaves no trace."""
 
     class Broken(torch.autograd.Function):
         @staticmethod
@@ -374,7 +369,6 @@ def test_waiting_is_noticed():
     ids=["jem", "baseline", "sada-jem", "class_cond", "outliers"],
 )
 def test_no_step_waits_for_the_device(options):
-    """Between two lines of the log nothing turns a tensor into a number."""
     run = trained(0, **options)
     with Waits():
         for run.step in (1, 2):
