@@ -169,28 +169,36 @@ class GaussianInit:
         classes = classes if len(self.gaussians) > 1 else [0] * len(classes)
         return [(self.gaussians[k], [i for i, c in enumerate(classes) if c == k]) for k in dict.fromkeys(classes)]
 
-    def _unclamped(self, classes: Sequence[int], rng: Generator) -> Tensor:
+    def _unclamped(self, classes: Sequence[int], rng: Generator | None) -> Tensor:
         rows = [None] * len(classes)
         for (mean, factor, noise), own in self._groups(classes):
-            x = mean + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor  # (n, D)
-            if noise:
-                x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
+            x = mean.expand(len(own), -1)  # (n, D)
+            if rng is not None:
+                x = x + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor
+                if noise:
+                    x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
             for i, row in zip(own, x, strict=True):
                 rows[i] = row  # an index on the device would wait for it
         return torch.stack(rows).unflatten(1, self.shape)
 
-    def given(self, x: Tensor, known: Tensor, classes: Sequence[int], rng: Generator) -> Tensor:
-        """Images x, float (N, C, H, W), whose pixels outside ``known``, bool (H, W), are drawn given those inside.
+    def given(
+        self, x: Tensor, known: Tensor, std: float, classes: Sequence[int], rng: Generator | None = None
+    ) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1], drawn (without ``rng``: expected) given the pixels ``known``, bool (H, W).
 
-        These count as seen with noise of 0.05, since images are no Gaussians.
+        x, of the same shape, is what was seen of them, with normal noise of ``std``.
         """
-        start, mask, blur = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten(), 0.05
-        missed = x.flatten(1) + blur * torch.randn(start.shape, generator=rng, device=rng.device) - start
+        start, mask = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten()
+        missed = x.flatten(1) - start
+        if rng is not None:
+            missed += std * torch.randn(start.shape, generator=rng, device=rng.device)
         for (_, factor, noise), own in self._groups(classes):  # Matheron's rule: a sample, moved by what it has missed
-            seen, variance = factor[:, mask], noise**2 + blur**2  # (R, known pixels)
+            seen, variance, missing = factor[:, mask], noise**2 + std**2, missed[own][:, mask]  # (R, known pixels)
             precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
-            start[own] += torch.linalg.solve(precision, seen @ missed[own][:, mask].T / variance).T @ factor
-        return torch.where(known, x, start.clamp(-1, 1).view_as(x))
+            moved = torch.linalg.solve(precision, seen @ missing.T / variance).T @ factor
+            moved[:, mask] += noise**2 / variance * (missing - moved[:, mask])
+            start[own] += moved
+        return start.clamp(-1, 1).view_as(x)
 
 
 def fit(images: Tensor, device: torch.device) -> Gaussian:

@@ -80,7 +80,7 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
             unread -= {"sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize"}
     if cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
         unread |= {"sgld_step", "sgld_step_max"}
-    if cfg.mode == "sample" and (cfg.denoise or cfg.from_buffer):
+    if cfg.mode == "sample" and cfg.from_buffer:
         unread |= {"start", "start_dir"}
     return [name for name in given if name in unread]
 

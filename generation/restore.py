@@ -16,22 +16,31 @@ from models.predict import predict
 from sgld import normal_like
 from utils import UserError
 
+BLUR = 0.05  # the noise with which known pixels count as seen: images are no Gaussians
+
 
 def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Generator) -> StartImages:
     """Chains from images uint8 (N, C, H, W) with noise added, or with what ``--start`` draws for unknown pixels.
 
-    A Gaussian draws these given the known ones. If y is empty, the network tells the classes by what it is given.
+    If that is a Gaussian, from what it expects behind the noise, or draws given the known pixels. If y is empty, the
+    network tells the classes by what is given: noisy images, or images whose unknown pixels are grey.
     """
-    cfg, x = run.cfg, data.to_float(images)
+    cfg, x, (name, start) = run.cfg, data.to_float(images), run.fresh_start
     if cfg.denoise:
-        x = x + cfg.denoise * normal_like(x, rng)
-        y = y or predict(run.model, x).argmax(1).tolist()
-        return StartImages(f"denoise {cfg.denoise:g}", len(x), x, y, cfg.class_cond, originals=images)
-    known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
-    y = y or predict(run.model, x * known).argmax(1).tolist()  # the others grey
-    name, start = run.fresh_start
-    drawn = start.given(x, known, y, rng) if isinstance(start, GaussianInit) else torch.where(known, x, start(y, rng))
-    return StartImages(f"inpaint {cfg.inpaint} from {name}", len(x), drawn, y, cfg.class_cond, known, images)
+        given, known = x + cfg.denoise * normal_like(x, rng), None
+        everywhere = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device)
+    else:
+        known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
+        given = x * known
+    y = y or predict(run.model, given).argmax(1).tolist()
+    if not isinstance(start, GaussianInit):
+        first = given if cfg.denoise else torch.where(known, x, start(y, rng))
+    elif cfg.denoise:
+        first = start.given(given, everywhere, cfg.denoise, y)
+    else:
+        first = torch.where(known, x, start.given(x, known, BLUR, y, rng))
+    task = f"denoise {cfg.denoise:g}" if cfg.denoise else f"inpaint {cfg.inpaint}"
+    return StartImages(f"{task} from {name}", len(x), first, y, cfg.class_cond, known, images, given)
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:
@@ -61,13 +70,13 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     return unknown
 
 
-def restoration_picture(originals: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
-    """A row for each image: itself, the chain's start, some of its steps (most of them early), its end.
+def restoration_picture(originals: Tensor, given: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
+    """A row for each image: itself, what was given of it, its chain's start, some steps (most of them early), its end.
 
-    originals: uint8 (N, C, H, W); frames: uint8 (N, T, C, H, W), at the steps ``recorded`` (T).
+    originals, given: uint8 (N, C, H, W); frames: uint8 (N, T, C, H, W), at the steps ``recorded`` (T).
     """
     last = len(recorded) - 1
     during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
-    stages = torch.cat([originals[:, None], frames[:, [0, *during, last]]], 1)  # (N, stages, C, H, W)
-    names = ["original", "before", *(f"step {recorded[i]}" for i in during), "after"]
+    stages = torch.cat([originals[:, None], given[:, None], frames[:, [0, *during, last]]], 1)  # (N, stages, C, H, W)
+    names = ["original", "given", "start", *(f"step {recorded[i]}" for i in during), "end"]
     return captioned(image_grid(stages.flatten(0, 1), len(names)), columns=names)

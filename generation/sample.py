@@ -127,7 +127,8 @@ def write_pictures(
     """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
     frames, columns, rows = result.frames[:PICTURE_IMAGES], PICTURE_COLUMNS, []
     if start.originals is not None:
-        picture = restoration_picture(start.originals[:PICTURE_IMAGES].cpu(), frames, recorded)
+        first = (images[:PICTURE_IMAGES].cpu() for images in (start.originals, to_uint8(start.given)))
+        picture = restoration_picture(*first, frames, recorded)
     else:
         if start.class_cond:  # chain i has class i mod K; the picture has a row for each class
             columns, rows = min(columns, start.n // len(class_names)), class_names
@@ -148,22 +149,23 @@ def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -
         return text
     kind, truth = ("noisy" if start.known is None else "unknown"), data.to_float(start.originals).cpu()
     changed = torch.ones(truth.shape[2:], dtype=torch.bool) if start.known is None else ~start.known.cpu()
-    errors = [(x.clamp(-1, 1) - truth)[..., changed] for x in (result.start, result.x)]
-    before, after = (error.square().mean().sqrt() for error in errors)
-    return f"{text}\nroot mean square error of the {kind} pixels: {before:.3f} -> {after:.3f} ([-1, 1] scale)"
+    errors = [(x.cpu().clamp(-1, 1) - truth)[..., changed] for x in (start.given, result.start, result.x)]
+    given, before, after = (error.square().mean().sqrt() for error in errors)
+    errors = f"{given:.3f} as given, {before:.3f} at the start, {after:.3f} at the end"
+    return f"{text}\nroot mean square error of the {kind} pixels ([-1, 1] scale): {errors}"
 
 
 def write_archive(path: Path, start: StartImages, result: ChainResult, images: Tensor, settings: dict) -> None:
     """A compressed NumPy archive; equal results give equal bytes.
 
     It holds ``x`` and ``labels`` of the result; ``log_p_x`` of x alone and ``log_p_x_y`` with its label, float32 (N,),
-    unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of test images ``originals``, as ``images``, their
-    ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
+    unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of test images ``originals``, as ``images``, what
+    was ``given`` of them, their ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
     """
     arrays = {"x": result.x, "labels": result.labels, "images": images.permute(0, 2, 3, 1)}
     arrays |= {"log_p_x": log_density(result.logits), "log_p_x_y": log_density(result.logits, result.labels)}
     if start.originals is not None:
-        arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "start": result.start}
+        arrays |= {"originals": start.originals.permute(0, 2, 3, 1), "given": start.given, "start": result.start}
     if start.known is not None:
         arrays["known"] = start.known
     arrays = {name: array.cpu().contiguous().numpy() for name, array in arrays.items()}

@@ -212,7 +212,7 @@ def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypat
     run, content = sample(shipped, tmp_path / "out", *options)
     np.testing.assert_array_equal(content["originals"][..., 0], own)
     if task[0] == "--inpaint":
-        np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 4)[0, 0], own[0])
+        np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 5)[0, 0], own[0])
 
 
 def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, capsys):

@@ -18,6 +18,7 @@ import main
 from evaluation import quality
 from generation.restore import unknown_pixels
 from generation.sample import by_class
+from logger.images import to_uint8
 from models import build_model
 from sgld import uniform_images
 from utils import UserError
@@ -181,29 +182,36 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     for x in (content["start"], content["x"]):
         np.testing.assert_array_equal(x[..., ~unknown], truth[..., ~unknown])
     assert (content["start"] != content["x"])[..., unknown].all()
-    stages = tiles(pixels(run / "inpaint.png"), 5, 7)
+    stages = tiles(pixels(run / "inpaint.png"), 5, 8)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
-    np.testing.assert_array_equal(stages[:, :, ~unknown], stages[:, :1, ~unknown].repeat(7, 1))
+    np.testing.assert_array_equal(stages[:, :, ~unknown], stages[:, :1, ~unknown].repeat(8, 1))
     assert len(film_of(run / "inpaint.gif")) == 10
 
 
-def test_unknown_pixels_are_drawn_by_the_start_given_the_others(jem, tmp_path):
+def test_the_start_uses_what_is_given(jem, tmp_path, capsys):
     options = "--inpaint left --n_samples 120 --n_sample_steps 0 --start".split()
     starts = ("uniform", "class_gaussian --class_cond", "class_gaussian")
     found = [sample(jem, tmp_path, *options, *start.split())[1] for start in starts]
     error, of_class, guessed = (np.abs(c["start"] - originals_of(c))[..., :4].mean() for c in found)
     assert of_class < 0.33 * error and 1.05 * of_class < guessed < 0.6 * error
+    _, content = sample(jem, tmp_path, *"--denoise 0.5 --n_sample_steps 0 --class_cond --start class_gaussian".split())
+    errors = [np.clip(content[name], -1, 1) - originals_of(content) for name in ("given", "start", "x")]
+    given, before, after = (np.sqrt(np.square(error).mean()) for error in errors)
+    expected = f"pixels ([-1, 1] scale): {given:.3f} as given, {before:.3f} at the start, {after:.3f} at the end"
+    assert before < 0.6 * given and expected in capsys.readouterr().out
 
 
 def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
     run, content = sample(jem, tmp_path, "--denoise", "0.5", "--n_samples", "100", "--class_cond")
-    noise = content["start"] - originals_of(content)
+    noise = content["given"] - originals_of(content)
     assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
     assert json.loads(str(content["settings"]))["steps"] == 2  # the checkpoint's sgld_step
     np.testing.assert_array_equal(content["labels"], true_labels(content["originals"]))
-    stages = tiles(pixels(run / "denoise.png"), 100, 4)
+    np.testing.assert_array_equal(content["start"], content["given"])
+    stages = tiles(pixels(run / "denoise.png"), 100, 5)
     np.testing.assert_array_equal(stages[:, 0], content["originals"][..., 0])
+    np.testing.assert_array_equal(stages[:, 1], to_uint8(torch.from_numpy(content["given"]))[:, 0])
     np.testing.assert_array_equal(stages[:, -1], content["images"][..., 0])
 
 
