@@ -182,13 +182,14 @@ class GaussianInit:
         return torch.stack(rows).unflatten(1, self.shape)
 
     def given(
-        self, x: Tensor, known: Tensor, std: float, classes: Sequence[int], rng: Generator | None = None
+        self, x: Tensor, known: Tensor | None, std: float, classes: Sequence[int], rng: Generator | None = None
     ) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1], drawn (without ``rng``: expected) given the pixels ``known``, bool (H, W).
+        """Images (N, C, H, W) in [-1, 1], drawn (without ``rng``: expected) given some pixels.
 
-        x, of the same shape, is what was seen of them, with normal noise of ``std``.
+        x, of the same shape, has them where ``known``, bool (H, W), or everywhere, with normal noise of ``std``.
         """
-        start, mask = self._unclamped(classes, rng).flatten(1), known.expand(self.shape).flatten()
+        start = self._unclamped(classes, rng).flatten(1)
+        mask = slice(None) if known is None else known.expand(self.shape).flatten()
         missed = x.flatten(1) - start
         if rng is not None:
             missed += std * torch.randn(start.shape, generator=rng, device=rng.device)

@@ -34,17 +34,17 @@ class Recovery:
         Raises TrainingFailed if the run has used up its recoveries.
         """
         if self.recoveries >= self.cfg.max_recoveries:
-            advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.samples else "a lower --lr"
+            advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.draws_samples else "a lower --lr"
             raise TrainingFailed(f"training diverged at step {step} (recoveries: {self.recoveries}): try {advice}")
         self.close_failures = self.close_failures + 1 if step <= self.failed_at + 5 * STATE_EVERY else 1
         self.recoveries, self.failed_at, self.latest = self.recoveries + 1, step, self.proven
         return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 
     def _change_settings(self) -> str:
-        if self.close_failures == 2 and self.cfg.samples and not self.cfg.sgld_step_max:  # chains that do not grow
-            self.remedies["sgld_step_factor"] *= 2
+        if self.close_failures == 2 and self.cfg.draws_samples and not self.cfg.sgld_step_max:
+            self.remedies["sgld_step_factor"] *= 2  # of chains that do not grow
             return f"{self.remedies['sgld_step_factor']} times the SGLD steps"
-        if self.close_failures == 4 and self.cfg.samples:
+        if self.close_failures == 4 and self.cfg.draws_samples:
             self.remedies["energy_l2"] = max(0.1, self.remedies["energy_l2"])
             return f"energy_l2 {self.remedies['energy_l2']:g}"
         if self.close_failures >= 2:

@@ -34,7 +34,7 @@ def joint_loss(
         cfg: a Config, or anything with its options generative and the weights.
         logits: of N labelled images, P real ones of log p(x), M samples and Q outliers.
         y: the labels, int64 (N,). y_sampled: the class of each sample, (M,), or None where samples are of log p(x).
-        energy_l2: the weight of that penalty, which may grow in a run. mean: of a tensor over all processes.
+        energy_l2: the weight of that penalty. mean: what gives a tensor's mean over all processes.
         class_weights: float (K,), how much a sample of each class counts, where ``y_sampled`` names the classes: there
             are as many chains for each class, but the data may have more images of one than of another.
         y_real: the classes of the P real images. With them and ``y_sampled``, ``sgld/auroc`` is by log p(x, y), which

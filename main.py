@@ -140,7 +140,7 @@ def note_unused(given: dict[str, Any], cfg: Config) -> None:
     options = ", ".join(f"--{name}" for name in unused(given, cfg))
     if options:
         print(f"note: --mode {cfg.mode} does not use {options}", file=sys.stderr)
-    if cfg.recipe == "dat" and cfg.samples and "folder" not in cfg.start_shares:
+    if cfg.recipe == "dat" and cfg.draws_samples and "folder" not in cfg.start_shares:
         print(f"note: without --start_dir, images of other data, chains start from {cfg.start_name}", file=sys.stderr)
 
 

@@ -74,7 +74,7 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters, in place, with a short memory at first; ``step`` counts from 1.
 
-    Running statistics are not averaged: see ``recalibrate_batch_norm``.
+    Buffers are not averaged: see ``Trainer.complete_ema``.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
@@ -86,7 +86,7 @@ def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None
     least about ``least`` images. Neither the model's mode nor any random generator changes.
     """
     device = next(model.parameters()).device
-    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]  # none in what is evaluated
+    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]  # off, as in evaluation
     with torch.random.fork_rng([device] if device.type == "cuda" else []), attribute_set(dropouts, "p", 0.0):
         torch.manual_seed(0)  # for a network of one's own that draws
         images = images[:REFIT_IMAGES].to(device)

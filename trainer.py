@@ -40,7 +40,9 @@ from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from utils import Generators, Signals, tree_to
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
-LOG_EVERY = 10  # steps; besides pictures, the only regular moment at which the host waits for the device
+LOG_EVERY = (
+    10  # steps; besides pictures, the only regular moments at which the host waits for the device, or chains grow
+)
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
 
@@ -68,19 +70,20 @@ class Trainer:
         self.n_classes, self.dtype = len(images.class_names), utils.pick_dtype(cfg.precision, device)
         self.rng = Generators(device, world.rank)
         self.build_batches()
-        self.start = build_chain_init(cfg, images) if cfg.samples else None
+        self.start = build_chain_init(cfg, images) if cfg.draws_samples else None
         self.outlier_init = build_chain_init(cfg, images, cfg.outlier_shares) if cfg.outlier_shares else None
-        self.quality = SampleQuality(cfg, images, self.start, device) if cfg.quality_every and cfg.samples else None
+        measured = cfg.draws_samples and cfg.quality_every
+        self.quality = SampleQuality(cfg, images, self.start, device) if measured else None
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
         self.rng.seed(cfg.seed)
         self.buffer = self.sampler = None
         check_memory(self)
-        if cfg.samples:
+        if cfg.draws_samples:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
         names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer", "sampler")
-        self.parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}  # of a checkpoint
+        self.saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
@@ -106,12 +109,12 @@ class Trainer:
         cfg = self.cfg
         self.synced = cfg.sync_batch_norm and self.world.size > 1  # processes exchange numbers within the network
         self.compiles = compiles(cfg.compile, self.device, self.total_steps) and not self.synced
-        self.model = build_for(cfg, self.data.shape[0], self.n_classes).to(self.device)
+        self.model = build_for(cfg, self.data.shape, self.n_classes).to(self.device)
         self.model.dtype = self.dtype
         if self.synced:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
-        statistics, on_gpu = cfg.norm_statistics if cfg.samples else "batch", self.device.type == "cuda"
+        statistics, on_gpu = cfg.norm_statistics if cfg.draws_samples else "batch", self.device.type == "cuda"
         self.joint_forward = self.one_process_forward = JointForward(self.model, self.forward, statistics)
         if distributed.is_distributed():  # gradients become means over all processes
             self.joint_forward = DistributedDataParallel(self.joint_forward, [self.device] if on_gpu else None)
@@ -136,7 +139,7 @@ class Trainer:
         ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
         config = read_config(run.path)  # of a run that is resumed
         before = config.get("environment")
-        earlier = config.get("environments_before", []) + [before] * bool(before)
+        earlier = [*config.get("environments_before", []), *([before] if before else [])]
         announce(self, run.path, ran, before or ran)
         written = run if self.world.rank == 0 else None
         if written:
@@ -192,8 +195,10 @@ class Trainer:
                 continue
             epoch, found = self.step / self.steps_per_epoch, {}
             values = self.measurements() if log else {}
+            if self.step % LOG_EVERY == 0 and self.sgld_step < (cfg.sgld_step_max or 0):  # not by a run's end
+                self.sgld_step += values["sgld/auroc"] > cfg.sgld_step_auroc  # samples lag behind: longer chains
             if evaluate or measure or save:
-                self.recalibrate_ema()
+                self.complete_ema()
             if self.step % divergence.STATE_EVERY == 0:
                 self.recovery.keep(tree_to(self.state_dict(), "cpu"))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
@@ -229,7 +234,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         backward = self.backward if self.cuda_graphs is None else partial(self.cuda_graphs, self.backward)
-        parts = self.optimizer.step(partial(backward, batch))
+        parts = self.optimizer.step(partial(backward, batch))  # what backward returns; SAM calls it twice
         if self.ema is not None:
             update_ema(self.ema, self.model, self.cfg.ema, self.step)
 
@@ -249,7 +254,7 @@ class Trainer:
         adversarial = cfg.adversarial_eps and cfg.p_y_x_weight
         if self.sampler is not None and x_real is None and (adversarial or self.one_process_forward.dropouts):
             x_real = x  # log p(x) learns from the images themselves, without dropout
-        if adversarial:  # in evaluation mode: dropout, the batch hide no direction
+        if adversarial:  # in evaluation mode: dropout and the batch's statistics would disturb the gradient
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
             step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
             with evaluation_mode(self.model):
@@ -263,7 +268,7 @@ class Trainer:
         copy_weights(self.model, self.sampler_model)
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, chain_length, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
-        return StepBatch(x, y, x_real, samples, y_sampled, outliers, y_real), measured
+        return StepBatch(x, y, x_real, samples, y_sampled=y_sampled, outliers=outliers, y_real=y_real), measured
 
     def draw_outliers(self) -> Tensor:
         """Images (Q, C, H, W) far from the data, moved to where the model finds them most likely nearby."""
@@ -278,8 +283,8 @@ class Trainer:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
         logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
         energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        classes = {"y_real": batch.y_real, "class_weights": self.class_weights}
-        loss, parts = joint_loss(self.cfg, logits, batch.y, batch.y_sampled, energy_l2, mean, **classes)
+        classes = {"y_sampled": batch.y_sampled, "y_real": batch.y_real, "class_weights": self.class_weights}
+        loss, parts = joint_loss(self.cfg, logits, batch.y, energy_l2=energy_l2, mean=mean, **classes)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_running_stats(self.model)  # before SAM's next pass, in which processes would get those of rank 0
@@ -298,19 +303,24 @@ class Trainer:
     def chain_length(self) -> int:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
-    def recalibrate_ema(self) -> None:
-        if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
+    def complete_ema(self) -> None:
+        """Give the averaged weights their buffers: the model's, but running statistics of their own."""
+        if self.ema is None:
+            return
+        for old, new in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            old.copy_(new)
+        if self.one_process_forward.norm_statistics != "frozen":
             recalibrate_batch_norm(self.ema, self.data.train.images, self.cfg.batch_size // self.world.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever changes the next step."""
         state = {"step": self.step, "best": self.best, "sgld_step": self.sgld_step}
-        return state | {name: part.state_dict() for name, part in self.parts.items()} | {"rng": self.rng.state_dict()}
+        return state | {name: part.state_dict() for name, part in self.saved.items()} | {"rng": self.rng.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the moment of a ``state_dict``; ``state`` is left as it is and may be on another device."""
         self.step, self.best, self.sgld_step = state["step"], dict(state["best"]), state["sgld_step"]
-        for name, part in self.parts.items():
+        for name, part in self.saved.items():
             part.load_state_dict(tree_to(state[name], self.device))  # some of them keep the tensors they get
         try:
             self.rng.load_state_dict(state["rng"])
@@ -372,24 +382,19 @@ class Trainer:
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
         self.reseed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
         self.logger.recovery(diverged_at, self.step, change)
-        self.recalibrate_ema()
+        self.complete_ema()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
 
     def measurements(self) -> dict[str, float | list[int]]:
-        """Means over the steps since the last call, where training stands, longer chains. Waits for the device."""
-        values, speed = self.meter.read(), self.logger.speed(self.step)
-        if self.sampler is not None:
-            values["sgld/steps"] = self.chain_length
-            grows = self.sgld_step < (self.cfg.sgld_step_max or 0) and self.step % LOG_EVERY == 0  # not by a run's end
-            if grows and values["sgld/auroc"] > self.cfg.sgld_step_auroc:
-                self.sgld_step += 1  # samples lag behind: from the next step on
-        return values | {"lr": self.lr, "speed/images_per_second": speed}
+        """Means over the steps since the last call, and where training stands. Waits for the device."""
+        values = self.meter.read() | ({} if self.sampler is None else {"sgld/steps": self.chain_length})
+        return values | {"lr": self.lr, "speed/images_per_second": self.logger.speed(self.step)}
 
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
-        if self.one_process_forward.norm_statistics == "running":
-            self.recalibrate_ema()
+        if self.one_process_forward.norm_statistics != "batch":
+            self.complete_ema()
         copy_weights(self.eval_model, self.sampler_model)
         cfg, classes = self.cfg, [i % self.n_classes for i in range(16)]
         y = torch.tensor(classes, device=self.device) if cfg.class_cond else None

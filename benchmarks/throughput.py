@@ -194,7 +194,7 @@ def main() -> None:
     ours = Trainer(cfg, images, device)
     ours.step = 1
     torch.manual_seed(0)
-    network = build_model(3, 10, args.depth, args.width).to(device, memory_format=torch.contiguous_format)
+    network = build_model((3, 32, 32), 10, args.depth, args.width).to(device, memory_format=torch.contiguous_format)
     plain = PlainTraining(
         network, images.train.images, images.train.labels, cfg.buffer_size, args.batch_size, args.sgld_step
     )

@@ -38,7 +38,7 @@ def open_trained(given: dict[str, Any]) -> Trained:
     trained = Config.from_dict(content["config"], str(path))
     if given.get("recipe", trained.recipe) != trained.recipe:
         raise UserError(f"{path} was trained with --recipe {trained.recipe}: give single options for other chains")
-    if trained.separate_energy and not trained.samples:
+    if trained.separate_energy and not trained.draws_samples:
         print(f"Warning: {path} has a head for log p(x) that was not trained: that log p(x) is noise", file=sys.stderr)
     own = {f.name: getattr(trained, f.name) for f in fields(Config) if f.metadata["group"] in OF_TRAINING}
     n_chains = trained.n_chains // (1 if trained.sync_batch_norm else content.get("processes", 1))
@@ -56,14 +56,15 @@ def open_trained(given: dict[str, Any]) -> Trained:
     return Trained(Config(**own | {k: v for k, v in given.items() if k not in unread}), path, content)
 
 
-def build_for(cfg: Config, channels: int, n_classes: int) -> JEM:
+def build_for(cfg: Config, shape: tuple[int, int, int], n_classes: int) -> JEM:
     """The network of these options, freshly initialised. Raises UserError if there is no such network."""
-    return build_model(channels, n_classes, **{name: getattr(cfg, name) for name in (*OF_NETWORK, "dropout_rate")})
+    options = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.metadata["group"] == "model"}
+    return build_model(shape, n_classes, **options)
 
 
 def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
     """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
-    model = build_for(cfg, content["data"]["shape"][0], len(content["data"]["class_names"]))
+    model = build_for(cfg, tuple(content["data"]["shape"]), len(content["data"]["class_names"]))
     load_weights(model, cfg, path, content)
     return model
 

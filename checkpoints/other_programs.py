@@ -67,10 +67,9 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     """
     found = find_weights(raw)
     if found is None:
-        raise UserError(
-            f"{path} is not a checkpoint of this program, nor one of JEM, JEM++, M-JEM, SADA-JEM, VERA or DAT: looked "
-            f"for f.conv1.weight and class_output.weight, or their names elsewhere, directly or in {', '.join(HOLDERS)}"
-        )
+        programs, places = "JEM, JEM++, M-JEM, SADA-JEM, VERA or DAT", f"directly or in {', '.join(HOLDERS)}"
+        sought = f"looked for f.conv1.weight and class_output.weight, or their names elsewhere, {places}"
+        raise UserError(f"{path} is not a checkpoint of this program, nor one of {programs}: {sought}")
     weights, untold = found
     options = read_options(path, weights, untold, given)
     channels, n_classes = weights["f.conv1.weight"].shape[1], len(weights["class_output.weight"])
@@ -164,9 +163,9 @@ def read_options(path: Path, weights: StateDict, untold: dict[str, Any], given: 
 def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict:
     """Weights that the network of these options loads. Raises UserError if they are not those of such a network."""
     network = {name: value for name, value in options.items() if name not in ("recipe", "dataset", "norm_statistics")}
-    channels, n_classes = weights["f.conv1.weight"].shape[1], len(weights["class_output.weight"])
+    shape, n_classes = (weights["f.conv1.weight"].shape[1], 32, 32), len(weights["class_output.weight"])
     with torch.device("meta"):
-        expected = build_model(channels, n_classes, **network).state_dict()
+        expected = build_model(shape, n_classes, **network).state_dict()
     unused = UNUSED if options["separate_energy"] else (*UNUSED, "energy_output.")
     if options["norm"] == "none":
         unused += ("f.layer1.0.bn1.",)  # VERA has one in its first block

@@ -54,7 +54,7 @@ class Config(Options):
     def separate_p_x(self) -> bool:
         """Whether log p(x) has real images of its own."""
         own = self.p_x_batch_size or self.p_x_no_augment or self.labels_per_class or self.augment == "auto"
-        return self.samples and bool(own)
+        return self.draws_samples and bool(own)
 
     @property
     def n_chains(self) -> int:
@@ -98,7 +98,7 @@ class Config(Options):
     @property
     def outlier_shares(self) -> dict[str, float]:
         """The names in ``--outlier_images`` and their shares, which add up to 1; none without ``--outlier_weight``."""
-        return self._shares("outlier_images") if self.outlier_weight and self.samples else {}
+        return self._shares("outlier_images") if self.outlier_weight and self.draws_samples else {}
 
     @property
     def start_name(self) -> str:
@@ -122,7 +122,7 @@ class Config(Options):
         return {start: share / total for start, share in found.items()}
 
     @property
-    def samples(self) -> bool:
+    def draws_samples(self) -> bool:
         """Whether the run draws negative samples (and so has a replay buffer)."""
         return self.mode == "energy_train" and (self.p_x_weight > 0 or self.p_x_y_weight > 0)
 

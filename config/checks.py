@@ -21,7 +21,7 @@ def contradictions(cfg) -> Iterator[str]:
             yield f"--{name} folder needs --start_dir, a folder of images"
     if any(c in "/\\" or not c.isprintable() for c in cfg.note) or len(cfg.note.encode()) > 200:
         yield "--note becomes part of a directory's name: no slashes or unprintable characters, and at most 200 bytes"
-    if cfg.mode in TRAINING and not cfg.samples and cfg.p_y_x_weight == 0:
+    if cfg.mode in TRAINING and not cfg.draws_samples and cfg.p_y_x_weight == 0:
         yield "--p_y_x_weight is 0 and no samples are drawn: there is nothing to train"
     if cfg.mode in TRAINING and cfg.norm == "act" and not cfg.load_ckpt and cfg.resume in ("", "auto"):
         yield "--norm act has no first values of its own: give --load_ckpt, a trained network with act norm"
@@ -39,13 +39,13 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--mode export needs --export, a file whose name ends in .pt or .safetensors"
     if cfg.mode != "energy_train":
         return
-    if cfg.samples and cfg.buffer_size < cfg.n_chains:
+    if cfg.draws_samples and cfg.buffer_size < cfg.n_chains:
         yield f"--buffer_size {cfg.buffer_size} is smaller than the {cfg.n_chains} chains of a step"
-    if cfg.samples and cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
+    if cfg.draws_samples and cfg.sgld_step_max is not None and cfg.sgld_step_max <= cfg.sgld_step:
         yield f"--sgld_step_max {cfg.sgld_step_max} must be above --sgld_step {cfg.sgld_step}"
-    if cfg.samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
+    if cfg.draws_samples and cfg.sgld_step == 0 and cfg.sgld_step_max is None:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
-    if cfg.samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
+    if cfg.draws_samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen (as in oe-jem, a second phase) needs --load_ckpt, a trained run, as of m-jem"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
@@ -54,7 +54,7 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--p_x_y_weight needs --adversarial_eps 0, --dropout_rate 0, and --norm_statistics batch or frozen"
     if cfg.p_x_y_weight and not cfg.class_cond:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
-    if (cfg.samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
+    if (cfg.draws_samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
         yield "--class_cond and --labels_per_class need labels to learn from: give --p_y_x_weight or --p_x_y_weight"
     if cfg.quality_every and (cfg.fresh_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
         yield f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more"
@@ -70,7 +70,7 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     if "folder" not in cfg.start_shares | cfg.outlier_shares:
         unread.add("start_dir")
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
-    if cfg.mode in TRAINING and not cfg.samples:
+    if cfg.mode in TRAINING and not cfg.draws_samples:
         unread |= of_chains
     if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
         unread.add("export_for")
@@ -104,12 +104,12 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     if few:
         raise UserError("; ".join(f"--{k} {sizes[k]} is larger than its {few[k]} training images" for k in few))
     check_variance(cfg, shape, min(sizes.values()) // n_processes)
-    sizes |= {"buffer_size": cfg.buffer_size} if cfg.samples else {}
+    sizes |= {"buffer_size": cfg.buffer_size} if cfg.draws_samples else {}
     sizes |= {"outlier_batch_size": cfg.outlier_batch_size} if cfg.outlier_shares else {}
     for name, size in sizes.items():
         if size % n_processes:
             raise UserError(f"--{name} {size} cannot be divided evenly among {n_processes} processes")
-    if cfg.samples and cfg.class_cond:
+    if cfg.draws_samples and cfg.class_cond:
         buffer, parts = f"--buffer_size {cfg.buffer_size}", n_processes * n_classes
         if n_processes > 1 and cfg.buffer_size % parts:
             raise UserError(f"{buffer} cannot be divided evenly among {n_processes} processes and {n_classes} classes")

@@ -18,7 +18,7 @@ PROPERTIES = {  # of an option, where its line in options.py does not say otherw
     "is_path": False,  # of a file or folder; choices are words that are no paths
     "resumable": False,  # a resumed run may change it: where or how long it goes on, what it writes
     "of_network": False,  # with another value it is another network
-    "needs": (),  # it is not used unless one of these options, NAME or NAME=VALUE, is set
+    "needs": (),  # it is not used unless one of these attributes of Config, NAME or NAME=VALUE, is set
 }
 KINDS = {bool: "no value, or True or False", int: "a whole number", float: "a number", str: "a text"}
 SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}

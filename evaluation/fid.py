@@ -54,10 +54,8 @@ def load_inception() -> nn.Module:
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # of the network; the others of a torn file
-        raise UserError(
-            f"the Inception weights cannot be loaded or downloaded ({error}): put the file {URL_INCEPTION_V3} "
-            f"into {torch.hub.get_dir()}/checkpoints"
-        ) from None
+        advice = f"put the file {URL_INCEPTION_V3} into {torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"the Inception weights cannot be loaded or downloaded ({error}): {advice}") from None
 
 
 class ClassifierSpace:

@@ -44,7 +44,7 @@ class EvalInputs:
         seed = zlib.crc32(images.cpu().contiguous().numpy(), self.cfg.seed)  # others get other noise
         rng = Generator(self.device).manual_seed(seed)
         noise = torch.randn(images.shape, generator=rng, device=self.device)
-        return to_float(images).add_(noise, alpha=self.cfg.sigma_test)
+        return to_float(images) + self.cfg.sigma_test * noise
 
     @property
     def noise_protocol(self) -> str:

@@ -52,10 +52,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
             drawn[score][shown] = outside[score]
         moved = moved_towards_data(inputs.model, images[:MOVED])
         area = auroc(inside["log p(x)"], log_density(predict(inputs.model, moved)))
-        protocol = (
-            f"{len(test)} test images against {len(moved)} others, each moved up log p(x) by at most L2 1 "
-            f"([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent; test images {inputs.noise_protocol}"
-        )
+        protocol = f"{len(test)} test images, {inputs.noise_protocol}, against {len(moved)} others, each moved up "
+        protocol += f"log p(x) by at most L2 1 ([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
         section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(shown, "log p(x)"))
     for score, sets in drawn.items():
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")

@@ -243,11 +243,9 @@ def add_pgd(section: Section, norm: str, epsilons: dict[str, float], name: str, 
     title, table = TITLES[name], f"accuracy under {norm} attack"
     answers = target.predicted()
     grey = 0.5 if norm == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
-    protocol = (
-        f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale"
-        f"{target.protocol or '; no noise added'}; an image counts while it has withstood the smaller epsilons too; "
-        "one that has fallen stays fallen, whatever noise is drawn later"
-    )
+    protocol = f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale"
+    protocol += f"{target.protocol or '; no noise added'}; an image counts while it has withstood the smaller epsilons "
+    protocol += "too; one that has fallen stays fallen, whatever noise is drawn later"
     mask, shares = answers == target.y, []
     for label, eps in {"0": 0.0, **epsilons, f"{grey:.3g} (check)": grey}.items():
         attack = partial(pgd_attack, target.classifier, eps, norm, steps, target.rng)
@@ -275,9 +273,7 @@ def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) 
         return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
     mask = target.robust(moved, target.predicted() == target.y, f"{norm}, AutoAttack")
-    protocol = (
-        "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
-        f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
-    )
+    protocol = "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
+    protocol += f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
     section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES["autoattack"]))
     axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")

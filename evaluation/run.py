@@ -89,7 +89,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
     others = "" if len(inputs.data.train) else "; other images than those of the training, or a changed set"
     others += "" if same else "; other classes, so that what depends on labels means nothing"
     last, step = path.name == "last.pt" and "buffer" in state, state["step"]  # None: another program's file
-    head = ", its head for log p(x) untrained" if trained.separate_energy and not trained.samples else ""
+    head = ", its head for log p(x) untrained" if trained.separate_energy and not trained.draws_samples else ""
     about = {
         "checkpoint": f"{path}{' (the last of its run, to which the replay buffer belongs)' if last else ''}",
         "training steps": "not in the file" if step is None else str(step),

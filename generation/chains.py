@@ -39,7 +39,7 @@ class ChainResult(NamedTuple):
     logits_start: Tensor  # float32 (n, K), at their starts
     logits: Tensor  # float32 (n, K), at their ends
     labels: Tensor  # int64 (n,), the classes that the chains climb, or else the most probable at their ends
-    frames: Tensor | None = None  # the first M chains at the recorded steps, uint8 (M, T, C, H, W)
+    frames: Tensor  # the first M chains at the recorded steps, uint8 (M, T, C, H, W)
 
 
 def recorded_steps(steps: int) -> list[int]:

@@ -11,7 +11,6 @@ from chain_init import GaussianInit
 from generation.chains import StartImages
 from generation.trained_run import TrainedRun
 from image_folder import to_8_bits
-from logger.images import captioned, image_grid
 from models.predict import predict
 from sgld import normal_like
 from utils import UserError
@@ -20,25 +19,22 @@ BLUR = 0.05  # the noise with which known pixels count as seen: images are no Ga
 
 
 def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Generator) -> StartImages:
-    """Chains from images uint8 (N, C, H, W) with noise added, or with what ``--start`` draws for unknown pixels.
+    """Chains from noisy images, uint8 (N, C, H, W), or from images with what ``--start`` draws for unknown pixels.
 
     If that is a Gaussian, from what it expects behind the noise, or draws given the known pixels. If y is empty, the
     network tells the classes by what is given: noisy images, or images whose unknown pixels are grey.
     """
     cfg, x, (name, start) = run.cfg, data.to_float(images), run.fresh_start
     if cfg.denoise:
-        given, known = x + cfg.denoise * normal_like(x, rng), None
-        everywhere = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device)
+        given, known = x if cfg.images else x + cfg.denoise * normal_like(x, rng), None  # one's own are noisy
+        y = y or predict(run.model, given).argmax(1).tolist()
+        first = start.given(given, None, cfg.denoise, y) if isinstance(start, GaussianInit) else given
     else:
         known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
         given = x * known
-    y = y or predict(run.model, given).argmax(1).tolist()
-    if not isinstance(start, GaussianInit):
-        first = given if cfg.denoise else torch.where(known, x, start(y, rng))
-    elif cfg.denoise:
-        first = start.given(given, everywhere, cfg.denoise, y)
-    else:
-        first = torch.where(known, x, start.given(x, known, BLUR, y, rng))
+        y = y or predict(run.model, given).argmax(1).tolist()
+        drawn = start.given(x, known, BLUR, y, rng) if isinstance(start, GaussianInit) else start(y, rng)
+        first = torch.where(known, x, drawn)
     task = f"denoise {cfg.denoise:g}" if cfg.denoise else f"inpaint {cfg.inpaint}"
     return StartImages(f"{task} from {name}", len(x), first, y, cfg.class_cond, known, images, given)
 
@@ -68,15 +64,3 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown
-
-
-def restoration_picture(originals: Tensor, given: Tensor, frames: Tensor, recorded: list[int]) -> np.ndarray:
-    """A row for each image: itself, what was given of it, its chain's start, some steps (most of them early), its end.
-
-    originals, given: uint8 (N, C, H, W); frames: uint8 (N, T, C, H, W), at the steps ``recorded`` (T).
-    """
-    last = len(recorded) - 1
-    during = sorted({round(last ** (i / 4)) for i in range(4)} & set(range(1, last)))
-    stages = torch.cat([originals[:, None], given[:, None], frames[:, [0, *during, last]]], 1)  # (N, stages, C, H, W)
-    names = ["original", "given", "start", *(f"step {recorded[i]}" for i in during), "end"]
-    return captioned(image_grid(stages.flatten(0, 1), len(names)), columns=names)

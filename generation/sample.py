@@ -19,7 +19,7 @@ import utils
 from checkpoints.load import Trained
 from config import Config
 from generation.chains import ChainResult, StartImages, recorded_steps, run_chains
-from generation.restore import restoration_picture, restoration_start
+from generation.restore import restoration_start
 from generation.trained_run import TrainedRun
 from logger.files import replace_file
 from logger.images import captioned, image_grid, save_gif, save_png, to_uint8
@@ -42,12 +42,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     start = start_images(trained, rng)
     chain_steps = max(cfg.sgld_step, cfg.sgld_step_max or 0)  # of training
     steps = chain_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
-    settings = {
-        "checkpoint": str(path),
-        "training_steps": state["step"],
-        "weights": "ema" if "ema" in state else "last",
-    }
-    settings |= {"precision": str(trained.dtype).removeprefix("torch."), "start": start.name, "steps": steps}
+    settings = {"checkpoint": str(path), "training_steps": state["step"], "start": start.name, "steps": steps}
+    settings |= {"weights": "ema" if "ema" in state else "last", "precision": str(trained.dtype).removeprefix("torch.")}
     settings |= {"target": "log p(x|y)" if cfg.class_cond else "log p(x)", "batch_size": cfg.n_chains}
     settings |= {f"sgld_{name}": value for name, value in chain_options(cfg).items()}
     settings |= {name: getattr(cfg, name) for name in ("sgld_lr", "sgld_std", "start_dir", "seed")}
@@ -124,11 +120,12 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str]) -> Tensor:
 def write_pictures(
     directory: Path, name: str, start: StartImages, result: ChainResult, recorded: list[int], class_names: Sequence[str]
 ) -> None:
-    """``name``.png, the chains' ends (of test images also what was before), and ``name``.gif, the way."""
+    """``name``.png, the chains' ends (of test images also what they began with), and ``name``.gif, the way."""
     frames, columns, rows = result.frames[:PICTURE_IMAGES], PICTURE_COLUMNS, []
     if start.originals is not None:
-        first = (images[:PICTURE_IMAGES].cpu() for images in (start.originals, to_uint8(start.given)))
-        picture = restoration_picture(*first, frames, recorded)
+        stages = (start.originals.cpu(), to_uint8(start.given).cpu(), frames[:, 0], frames[:, -1])
+        tiles = torch.stack([images[:PICTURE_IMAGES] for images in stages], 1).flatten(0, 1)
+        picture = captioned(image_grid(tiles, len(stages)), columns=["original", "given", "start", "end"])
     else:
         if start.class_cond:  # chain i has class i mod K; the picture has a row for each class
             columns, rows = min(columns, start.n // len(class_names)), class_names
@@ -141,11 +138,11 @@ def write_pictures(
 
 
 def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -> str:
-    """How far the chains climbed and, of test images, how near they came to the originals."""
+    """How far the chains climbed and, where originals are known, how near they came to them."""
     before, after = (log_density(logits).mean() for logits in (result.logits_start, result.logits))
     text = f"{start.n} chains from {start.name}, {settings['steps']} steps on {settings['target']}: mean log p(x) "
     text += f"{before:.2f} -> {after:.2f} (unnormalised, nats)"
-    if start.originals is None:
+    if start.originals is None or torch.equal(start.given, data.to_float(start.originals)):
         return text
     kind, truth = ("noisy" if start.known is None else "unknown"), data.to_float(start.originals).cpu()
     changed = torch.ones(truth.shape[2:], dtype=torch.bool) if start.known is None else ~start.known.cpu()

@@ -19,7 +19,7 @@ class Meter:
         self.steps = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Values of one step: numbers, 0-dim, and counts, int64 (K,)."""
+        """Values of one step, in each step the same names: numbers, 0-dim, and counts, int64 (K,)."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.steps += 1

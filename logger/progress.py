@@ -54,7 +54,7 @@ def room(trainer) -> dict[str, int]:
     cfg, n_local = trainer.cfg, int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
     model, ema = sum(p.nbytes for p in trainer.model.parameters()), bool(cfg.ema)
     weights = model * (2 + (cfg.optimizer == "adam") + ema)  # with their moments in the optimizer, and their average
-    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) if cfg.samples else 0
+    buffer = 4 * cfg.buffer_size * math.prod(trainer.data.shape) if cfg.draws_samples else 0
     best = model * (1 + ema) * (1 + bool(cfg.quality_every))  # best.pt and best_quality.pt
     in_memory = n_local * (3 + (trainer.device.type == "cpu")) * (weights + buffer // trainer.world.size)
     return {"memory": in_memory, "disk": 3 * (weights + buffer) + best}

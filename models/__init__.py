@@ -13,7 +13,7 @@ BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}
 
 
 def build_model(
-    channels: int,
+    shape: tuple[int, int, int],
     n_classes: int,
     depth: int = 28,
     width: int = 10,
@@ -22,11 +22,11 @@ def build_model(
     separate_energy: bool = False,
     **options: Any,
 ) -> JEM:
-    """A JEM for images of ``channels`` channels, freshly initialised from PyTorch's global generator, channels_last.
+    """A JEM for images of ``shape`` (C, H, W), freshly initialised from PyTorch's global generator, channels_last.
 
-    The backbone takes depth, width and ``options``; it raises UserError if it cannot be built with them.
+    The backbone takes shape, depth, width and ``options``; it raises UserError if it cannot be built with them.
     """
-    features = BACKBONES[backbone](channels, depth=depth, width=width, **options)
+    features = BACKBONES[backbone](shape, depth=depth, width=width, **options)
     model = JEM(features, n_classes, separate_energy)
     if hasattr(features, "initialise"):
         model.apply(features.initialise)

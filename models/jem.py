@@ -21,7 +21,8 @@ class JEM(nn.Module):
 
     The backbone ``f`` maps float32 images to features (N, n_features), in float32 or under autocast. It has the
     attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for. A
-    function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
+    function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights. Dropout
+    must be layers of ``torch.nn``, which are off for log p(x): ``F.dropout`` would make it another function.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
@@ -63,13 +64,9 @@ class JEM(nn.Module):
 def check_backbone(model: JEM, shape: tuple[int, int, int]) -> None:
     """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features."""
     x, expected = torch.zeros(2, *shape, device=next(model.parameters()).device), (2, model.f.n_features)
-    try:
-        found = tuple(frozen_sampler_model(model, model.dtype).features(x).shape)
-        problem = "" if found == expected else f"gives features {found}, not {expected}"
-    except (RuntimeError, TypeError, ValueError) as error:
-        problem = f"fails in {model.dtype}: {' '.join(str(error).split())}"
-    if problem:
-        raise UserError(f"the network {model.name}, given images {tuple(x.shape)}, {problem}; see models/jem.py")
+    found = tuple(frozen_sampler_model(model, model.dtype).features(x).shape)
+    if found != expected:
+        raise UserError(f"the network {model.name} makes features {found} of images {tuple(x.shape)}, not {expected}")
 
 
 def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
@@ -94,7 +91,7 @@ class JointForward(nn.Module):
         super().__init__()
         self.model, self.logits = model, logits
         self.dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
-        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # no image depends on others
+        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # as if: no image depends on others
 
     def forward(
         self,
@@ -120,8 +117,9 @@ class JointForward(nn.Module):
                 sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
             return Logits(labelled, real, sampled, far)
         running = self.norm_statistics == "running"
-        if running or (self.dropouts and x_real is not None):
-            with running_stats_update(self.model, enabled=False) if running else running_stats_only(self.model):
+        if running or (self.dropouts and samples is not None):
+            statistics = running_stats_update(self.model, enabled=False) if running else running_stats_only(self.model)
+            with statistics:
                 labelled = self.logits(x)
             with running_stats_only(self.model), attribute_set(self.dropouts, "training", False):
                 return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))

@@ -87,13 +87,14 @@ class WideResNet(nn.Module):
 
     def __init__(
         self,
-        channels_in: int,
+        shape: tuple[int, int, int],
         depth: int = 28,
         width: int = 10,
         norm: str = "none",
         dropout_rate: float = 0.0,
         activation: str = "leaky_relu",
         stages: int = 3,
+        **of_other_networks,
     ):
         super().__init__()
         if (depth - 4) % 6:
@@ -105,8 +106,8 @@ class WideResNet(nn.Module):
             others = [self.block(c_out, c_out, 1, norm, dropout_rate, activation) for _ in range(n - 1)]
             return nn.Sequential(first, *others)
 
-        self.name, self.in_channels = f"WRN-{depth}-{width}", channels_in
-        self.conv1 = nn.Conv2d(channels_in, 16, 3, padding=1, bias=self.block.bias)
+        self.name, self.in_channels = f"WRN-{depth}-{width}", shape[0]
+        self.conv1 = nn.Conv2d(shape[0], 16, 3, padding=1, bias=self.block.bias)
         self.layer1 = stage(16, 16 * width, 1)
         self.layer2 = stage(16 * width, 32 * width, 2)
         self.layer3 = stage(32 * width, 64 * width, 2)
@@ -132,10 +133,10 @@ class RobustWideResNet(WideResNet):
 
     block = RobustBlock
 
-    def __init__(self, channels_in: int, *args, **options):
-        if channels_in != 3:
-            raise UserError(f"--backbone robust takes images of 3 channels, not of {channels_in}: give --backbone jem")
-        super().__init__(channels_in, *args, **options)
+    def __init__(self, shape: tuple[int, int, int], *args, **options):
+        if shape[0] != 3:
+            raise UserError(f"--backbone robust takes images of 3 channels, not of {shape[0]}: give --backbone jem")
+        super().__init__(shape, *args, **options)
         mean, deviation = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_DEVIATION)
         self.register_buffer("mean", (2 * mean - 1).view(3, 1, 1), persistent=False)
         self.register_buffer("deviation", (2 * deviation).view(3, 1, 1), persistent=False)

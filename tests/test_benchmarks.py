@@ -48,7 +48,7 @@ def test_throughput(tmp_path):
 def test_the_ceiling_is_the_best_of_several_rates(monkeypatch):
     seconds = iter([1.0, 0.5, 4.0, 1e-3])
     monkeypatch.setattr(throughput, "measure", lambda functions, device, repeats: {"rate": [9.0, next(seconds)]})
-    rate, what = throughput.ceiling(build_model(3, 10, 10, 1), torch.zeros(2, 3, 32, 32))
+    rate, what = throughput.ceiling(build_model((3, 32, 32), 10, 10, 1), torch.zeros(2, 3, 32, 32))
     assert what == "a 3x3 convolution of 16 to 16 channels at 32x32" and rate == 2 * 2 * 32 * 32 * 16 * 16 * 9 / 1e-3
 
 

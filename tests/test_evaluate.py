@@ -40,7 +40,7 @@ from utils import UserError
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return build_model(1, 10, depth=10, width=1).eval()
+    return build_model((1, 8, 8), 10, depth=10, width=1).eval()
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     monkeypatch.setattr(classification, "confusion_figure", lambda *a: seen.append(a[0]) or drawn(*a))
     command = "--eval classification,calibration,ood --sigma_test 0.3 --ood_datasets shuffled --max_images 80"
     found = {name: part.get("results") for name, part in new_report(run, *command.split())[0].items()}
-    model = build_model(1, 10, depth=10, width=1).eval()
+    model = build_model((1, 8, 8), 10, depth=10, width=1).eval()
     model.load_state_dict(torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]["ema"])
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=80, sigma_test=0.3)
     inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)

@@ -53,7 +53,7 @@ def documented(program, norm, depth, width, channels, classes, stages=3):
 def checkpoint(path, classes=10, shape=(3, 32, 32), buffer=None, **options):
     """A checkpoint of this program with random weights."""
     cfg, g = Config(depth=options.pop("depth", 10), width=1, load_ckpt=".", **options), torch.Generator().manual_seed(5)
-    model = build_for(cfg, shape[0], classes).eval()
+    model = build_for(cfg, shape, classes).eval()
     weights = model.state_dict()
     weights |= {n: torch.rand(v.shape, generator=g) / 2 + 0.1 for n, v in weights.items() if ".bn" in n and v.ndim}
     state = {"step": 3, "model": weights}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from logger.metrics_log import read_log
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 SMALL = "--gpu cpu --batch_size 16 --buffer_size 64 --warmup_steps 2 --no_log --logdir".split()
@@ -22,12 +24,14 @@ def extended(tmp_path_factory):
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
-    blocks = re.findall(r"```python\n# (at the end of )?(\S+)\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 6
-    for at_the_end, name, code in blocks:
-        assert (copy / name).exists() == bool(at_the_end)
-        with open(copy / name, "a") as file:
-            file.write("\n\n" + code)
+    blocks = re.findall(r"```python\n# (at the end of )?(\S+?)(, below `([^`]+)`)?\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 8
+    for at_the_end, name, below, line, code in blocks:
+        assert (copy / name).exists() == bool(at_the_end or below)
+        before, found, after = (copy / name).read_text().partition(line) if below else ("", "", "")
+        rest, _, after = after.partition("\n")
+        with open(copy / name, "w" if below else "a") as file:
+            file.write(f"{before}{found}{rest}\n{code}{after}" if below else "\n\n" + code)
     return copy
 
 
@@ -44,6 +48,7 @@ def test_the_examples_train_and_measure(extended, tmp_path):
     (run_dir,) = tmp_path.iterdir()
     options = json.loads((run_dir / "config.json").read_text())["options"]
     assert (options["recipe"], options["sgld_step"], options["start"]) == ("short-chains", 4, "gaussian")
+    assert all(line["loss/center"] >= 0 for line in read_log(run_dir / "metrics.jsonl") if "loss/total" in line)
     run(extended, *measure.replace("runs/<run>", str(run_dir)).split(), "--gpu", "cpu")
     results = json.loads((run_dir / "eval" / "results.json").read_text())
     assert 0.5 <= results["confidence"]["results"]["largest probability"]["value"] <= 1

@@ -5,7 +5,6 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -300,16 +299,16 @@ def test_chains_of_log_p_x_y_grow_from_no_step_by_what_they_climb():
 
 
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
-    run = trained(sgld_step=2, sgld_step_max=4, sgld_step_auroc=0.6)
-    run.logger = SimpleNamespace(speed=lambda step: 1.0, show=lambda *_: None)
-    seen, made, original = [], [], trainer.SGLD.__call__
+    run, made, original = trained(0, sgld_step=2, sgld_step_max=4, sgld_step_auroc=0.6), [], trainer.SGLD.__call__
+    run.logger, read = Mock(speed=lambda step: 1.0), trainer.Meter.read
     monkeypatch.setattr(trainer.SGLD, "__call__", lambda self, x, n, *a: made.append(n) or original(self, x, n, *a))
-    for run.step, told_apart in ((10, 0.7), (20, 0.5), (25, 0.9), (30, 0.9), (40, 0.9), (50, 0.9)):  # 25 is a run's end
-        run.meter.__init__()
-        run.training_step()
-        run.meter.sums["sgld/auroc"] = torch.tensor(told_apart)
-        seen.append(run.measurements()["sgld/steps"])
-    assert seen == made == [2, 3, 3, 3, 4, 4] and run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
+    told_apart = {10: 0.7, 20: 0.5, 25: 0.9, 30: 0.9, 40: 0.9, 50: 0.9}
+    monkeypatch.setattr(trainer.Meter, "read", lambda self: read(self) | {"sgld/auroc": told_apart[run.step]})
+    for run.total_steps in (25, 50):  # at a run's end they do not
+        run.loop(Mock(take=lambda: (False, 0)))
+    logged = [call.args[1]["sgld/steps"] for call in run.logger.values.call_args_list]
+    assert logged == [2, 3, 3, 3, 4, 4] and made == 10 * [2] + 20 * [3] + 20 * [4]
+    assert run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
 
 
 def test_images_of_another_folder_are_cropped_and_flipped():

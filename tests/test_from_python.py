@@ -211,8 +211,9 @@ def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypat
     options = [*task, "--images", str(tmp_path / "own.png"), "--n_sample_steps", "2"]
     run, content = sample(shipped, tmp_path / "out", *options)
     np.testing.assert_array_equal(content["originals"][..., 0], own)
+    assert task[0] == "--inpaint" or (content["given"] == data.to_float(own).numpy()).all()  # it is noisy as it is
     if task[0] == "--inpaint":
-        np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 5)[0, 0], own[0])
+        np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 4)[0, 0], own[0])
 
 
 def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, capsys):
@@ -235,7 +236,7 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, 
 class Small(nn.Module):
     in_channels, n_features, name = 1, 4, "small"
 
-    def __init__(self, channels, *, width, depth, **options):
+    def __init__(self, shape, *, width, depth, **options):
         super().__init__()
         self.layer, self.idle, self.dropout = nn.Conv2d(1, 4, 8), nn.Linear(4, 4), nn.Dropout2d()
 

@@ -35,7 +35,7 @@ def generator(seed=0):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return frozen_sampler_model(build_model(3, 4, 10, 1).cuda(), torch.float32)
+    return frozen_sampler_model(build_model((3, 32, 32), 4, 10, 1).cuda(), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_captured_chain_follows_the_weights(model):
     x, engine = uniform_images(4, SHAPE, generator()), SGLD(model.log_density)
     before = engine(x, 3, 1.0, 0.0, generator()).x
     torch.manual_seed(1)
-    copy_weights(build_model(3, 4, 10, 1).cuda(), model)
+    copy_weights(build_model((3, 32, 32), 4, 10, 1).cuda(), model)
     after = engine(x, 3, 1.0, 0.0, generator()).x
     expected = reference_chain(model.log_density, x, 3, 1.0, 0.0, generator()).x
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-4)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def tiny(**options):
     torch.manual_seed(0)
-    return build_model(1, 3, **({"depth": 10, "width": 1} | options))
+    return build_model((1, 8, 8), 3, **({"depth": 10, "width": 1} | options))
 
 
 def loss_options(**changes):
@@ -32,14 +32,14 @@ def loss_options(**changes):
 
 
 def test_wrn_28_10_has_the_published_size():
-    parameters = sum(p.numel() for p in build_model(3, 10, 28, 10).parameters())
+    parameters = sum(p.numel() for p in build_model((3, 32, 32), 10, 28, 10).parameters())
     assert round(parameters / 1e6, 1) == 36.5  # Zagoruyko & Komodakis, table 4
 
 
 def test_robust_networks_start_as_their_authors_do():
     """Weights of deviation sqrt(2 / (k * k * channels out)), no bias in the heads; as tight as so many allow."""
     torch.manual_seed(0)
-    model = build_model(3, 10, 16, 8, backbone="robust", norm="batch", separate_energy=True)
+    model = build_model((3, 32, 32), 10, 16, 8, backbone="robust", norm="batch", separate_energy=True)
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             n, w = layer.out_channels * layer.kernel_size[0] ** 2, layer.weight
@@ -48,14 +48,14 @@ def test_robust_networks_start_as_their_authors_do():
             assert (w.abs() > 3 * (2 / n) ** 0.5).any() or w.numel() < 2000  # normal, not uniform
         elif isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.Linear)):
             assert not layer.bias.any() and (isinstance(layer, torch.nn.Linear) or (layer.weight == 1).all())
-    assert build_model(3, 10, 10, 1).class_output.bias.any()  # other networks are as before
+    assert build_model((3, 32, 32), 10, 10, 1).class_output.bias.any()  # other networks are as before
 
 
 def test_a_network_says_what_it_is_and_refuses_what_it_cannot_be():
-    model = build_model(3, 7, 16, 2, backbone="robust")
+    model = build_model((3, 32, 32), 7, 16, 2, backbone="robust")
     assert (model.name, model.in_channels, model.n_classes) == ("WRN-16-2", 3, 7)
     with pytest.raises(UserError, match="--backbone robust"):
-        build_model(1, 7, 16, 2, backbone="robust")
+        build_model((1, 8, 8), 7, 16, 2, backbone="robust")
 
 
 def test_the_loss_imports_networks_and_nothing_else_of_the_program():
@@ -138,8 +138,8 @@ def test_predict_leaves_every_part_in_its_mode():
 
 @pytest.mark.parametrize("backbone, channels", [("jem", 1), ("robust", 3)])
 def test_dropout_acts_in_training_only(backbone, channels):
-    model, x = build_model(channels, 3, 10, 1, backbone=backbone, dropout_rate=0.5), torch.rand(2, channels, 8, 8)
-    model.train()
+    shape = (channels, 8, 8)
+    model, x = build_model(shape, 3, 10, 1, backbone=backbone, dropout_rate=0.5).train(), torch.rand(2, *shape)
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))

@@ -148,7 +148,8 @@ def test_nearest_is_the_slow_loop():
 def inputs_with(buffer=None, **options):
     torch.manual_seed(0)
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
-    return EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), buffer, None, torch.device("cpu"), True)
+    model = build_model((1, 8, 8), 10, 10, 1).eval()
+    return EvalInputs(cfg, model, load("digits"), buffer, None, torch.device("cpu"), True)
 
 
 def rows(images):
@@ -251,7 +252,7 @@ def test_quality_while_training(tmp_path, monkeypatch):
     assert scores.keys() == {"best.pt", "best_quality.pt"}
     for n, best in ((150, scores), (149, {"best.pt": scores["best.pt"]})):
         assert continued({"resume": str(run), "n_samples": n}, str(run)).content["state"]["best"] == best
-    model, network, images = build_model(1, 10, 10, 1), build_model(1, 10, 10, 1), load("digits", n_valid=100)
+    (model, network), images = (build_model((1, 8, 8), 10, 10, 1) for _ in "ab"), load("digits", n_valid=100)
     model.load_state_dict(weights)
     network.load_state_dict(state(features, "best.pt")["model"])
     rng, starts, fresh = seeded(1 + 39), [], []

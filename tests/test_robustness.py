@@ -60,7 +60,7 @@ def column(classifier, norm, x, y, epsilons, batch_size=8):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = build_model(3, 4, depth=10, width=1).eval().requires_grad_(False)
+    model = build_model((3, 32, 32), 4, depth=10, width=1).eval().requires_grad_(False)
     model.class_output.weight *= 20  # confident enough to be attacked
     return model
 
@@ -88,7 +88,7 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
 @pytest.mark.parametrize("options", [{"norm": "batch"}, {"dropout_rate": 0.5}], ids=["batch", "dropout"])
 def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
     torch.manual_seed(0)
-    model = build_model(3, 4, depth=10, width=1, **options).eval().requires_grad_(False)
+    model = build_model((3, 32, 32), 4, depth=10, width=1, **options).eval().requires_grad_(False)
     model.class_output.weight *= 20
     before = {name: value.clone() for name, value in model.state_dict().items()}
     refined = RefinedClassifier(model, chain_of(model, 1, 1e-6, 0.0), n_chains=1)
@@ -241,7 +241,8 @@ def test_options_reach_the_attacks():
     options = {"attack_images": 30, "max_images": 20, "sigma_test": 0.2}
     options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True, "sgld_lr": 0.5, "sgld_std": 0.2, "refine_steps": 4}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
-    inputs = EvalInputs(cfg, build_model(1, 10, 10, 1).eval(), load("digits"), None, None, torch.device("cpu"), True)
+    model = build_model((1, 8, 8), 10, 10, 1).eval()
+    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     chain = {"grad_clamp": 0.5, "clamp": True, "steps": 4, "sgld_lr": 0.5, "sgld_std": 0.2}

@@ -38,7 +38,7 @@ CHAINS += [({"norm": "batch"}, {name: ALL[name]}) for name in ("grad_clamp", "cl
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0])], ids=["log p(x)", "log p(x, y)"])
 def test_engine_equals_reference_in_fp32(options, given, labels):
     torch.manual_seed(0)
-    model = build_model(3, 3, 10, 1, **options)
+    model = build_model((3, 32, 32), 3, 10, 1, **options)
     x = uniform_images(4, SHAPE, seeded())
     fast_model = frozen_sampler_model(model, torch.float32)
     model.train() if options.get("norm") == "batch" else model.eval()
@@ -58,7 +58,7 @@ def test_engine_equals_reference_in_fp32(options, given, labels):
 def test_bf16_gradients_are_those_of_mixed_precision(norm):
     """The copy has the gradients of the network itself, to the last bit, and they are near those of fp32."""
     torch.manual_seed(0)
-    model = build_model(3, 10, 16, 2, norm=norm)
+    model = build_model((3, 32, 32), 10, 16, 2, norm=norm)
     for p in model.parameters():
         p.data.mul_(1 + torch.rand(p.shape) / 10)  # as training leaves them: no number that bf16 holds exactly
     x = uniform_images(16, (3, 16, 16), seeded())
@@ -77,7 +77,7 @@ def test_chain_leaves_its_start_alone_and_follows_its_generator():
 
 
 def test_no_parameter_gradient_is_made():
-    model = build_model(1, 3, 10, 1)
+    model = build_model((1, 8, 8), 3, 10, 1)
     SGLD(model.log_density)(uniform_images(2, (1, 8, 8), seeded()), 2, 1.0, 0.01, seeded())
     assert all(p.grad is None for p in model.parameters())
 

@@ -41,7 +41,7 @@ def plain_losses(cfg, images, steps):
     """Losses of a plain loop: the model itself sampled with autograd.grad, a forward pass for each term of the loss."""
     torch.manual_seed(cfg.seed)
     data_rng, sgld_rng = seeded(2 * cfg.seed), seeded(2 * cfg.seed + 1)
-    model = build_model(1, 10, cfg.depth, cfg.width, norm=cfg.norm)
+    model = build_model((1, 8, 8), 10, cfg.depth, cfg.width, norm=cfg.norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     start = lambda classes, rng: uniform_images(len(classes), images.shape, rng)  # noqa: E731
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
@@ -165,11 +165,13 @@ def test_averaged_weights_have_them_where_they_are_used(monkeypatch):
     for mode, statistics in (("baseline_train", "frozen"), ("energy_train", "running"), ("energy_train", "frozen")):
         run = trained(3, norm="batch", ema=0.9, mode=mode, norm_statistics=statistics, load_ckpt=".")
         run.logger = Mock()
-        run.dump_gif() if statistics == "running" else run.recalibrate_ema()
+        for model, value in ((run.model, 1.0), (run.ema, 0.0)):  # a network's own buffer
+            model.f.register_buffer("own", torch.tensor(value), persistent=False)
+        run.dump_gif() if statistics == "running" else run.complete_ema()
         used = run.ema.f.bn1.running_mean.clone()
         optim.recalibrate_batch_norm(run.ema, run.data.train.images, run.cfg.batch_size)
         frozen = mode == "energy_train" and statistics == "frozen"  # as they were before the first step
-        assert used.any() != frozen and torch.equal(run.ema.f.bn1.running_mean, used) != frozen
+        assert run.ema.f.own == 1 and used.any() != frozen and torch.equal(run.ema.f.bn1.running_mean, used) != frozen
 
 
 def test_pictures_are_of_all_classes_and_of_those_that_chains_climb():
