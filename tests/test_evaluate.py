@@ -344,12 +344,15 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
             assert f"({picture}.png)" in text and (report / f"{picture}.png").stat().st_size > 1000
 
 
-def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path):
+def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path, monkeypatch):
     lone = tmp_path / "model.pt"
     lone.write_bytes((run / "ckpt" / "best.pt").read_bytes())
     before = {path: path.read_bytes() for path in run.rglob("eval/*")}
     short = [*SHORT, "--eval", "classification", "--load_ckpt"]
     assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
+    monkeypatch.chdir(tmp_path)
+    for options, place in (["--note", "own"], "runs/*_test_own"), (["--logdir", "other"], "other/*_test"):
+        assert main([*short, str(run), *options]) == 0 and len(list(tmp_path.glob(f"{place}/eval/report.md"))) == 1
     further = "--note lone --eval classification,quality,likelihood --ais_chains 2 --ais_temperatures 2".split()
     assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), *further]) == 0
     assert before == {path: path.read_bytes() for path in before}
@@ -481,8 +484,9 @@ def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(reason, run, 
     before = sorted(run.rglob("*"))
     options = ["--eval", "classification", "--logdir", str(tmp_path / "mine")]
     if reason == "full disk":  # a full disk is no reason for another place
-        error = refused(capsys, *SHORT[:-2], "--load_ckpt", str(run), *options)
-        assert f"cannot write to {run}: No space left" in error and not (tmp_path / "mine").exists()
+        monkeypatch.chdir(tmp_path)
+        error = refused(capsys, *SHORT[:-2], "--load_ckpt", str(run), *options[:2])
+        assert f"cannot write to {run}: No space left" in error and not list(tmp_path.iterdir())
         return
     results, place = new_report(run, *options, logdir=tmp_path / "mine")
     assert sorted(run.rglob("*")) == before
