@@ -181,6 +181,8 @@ def load(
     """
     root = Path(data_dir).expanduser()
     class_names, parts = DATASETS[name].read(root, image_size)
+    if not {"test", "all"} & parts.keys():
+        raise UserError(f"the data set {name} has neither a part test nor all, only {', '.join(parts) or 'nothing'}")
     if (undivided := parts.pop("all", None)) is not None:
         parts = _divide(undivided, root, trained_on is None)
     if trained_on is not None:

@@ -313,9 +313,8 @@ def test_damaged_idx_is_noticed(damage, tmp_path, network):
 
 
 def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkeypatch):
-    def add(images, labels):
-        """As a user does it: one function, and one entry in DATASETS."""
-        parts = dict.fromkeys(("train", "test"), data.Split(images, labels))
+    def add(images, labels, *names):
+        parts = dict.fromkeys(names or ("train", "test"), data.Split(images, labels))
         monkeypatch.setitem(data.DATASETS, "mine", data.DataSet(lambda *_: (["apple", "fig"], parts), False))
 
     images, labels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
@@ -334,6 +333,8 @@ def test_a_data_set_of_ones_own_is_one_entry_and_on_another_scale_refused(monkey
         add(one, other)
         needed = "images uint8 (N, C, H, W), C 1 or 3, H and W multiples of 4, and labels int64 (N,), 0 to 1, not "
         assert found in refuses(f"a data set has {needed}", "mine")
+    add(images, labels, "train", "valid")
+    assert "has neither a part test nor all, only train, valid" in refuses("the data set mine", "mine")
     for other in (labels[:30], labels.repeat(2)):
         with pytest.raises(UserError, match=f"a data set has 40 images and {len(other)} labels"):
             add(images, other)
