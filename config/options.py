@@ -196,11 +196,11 @@ class Options:
     n_samples: int | None = samples(
         None, "images to draw (default: 100, or 10 a class; of test images 10; training: 2000, test: 10000)", minimum=1
     )
-    n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat: 50; --denoise: 1 x", minimum=0)
+    n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat, oe-jem: 50", minimum=0)
     images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
-    denoise: float | None = sample(None, "clean images of noise of this standard deviation, [-1, 1] scale", above=0)
+    denoise: float | None = sample(None, "remove noise of this deviation, [-1, 1] scale, in --sgld_step steps", above=0)
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
     export: str = exported("", "new file: NAME.pt, for --export_for; NAME.safetensors, for --load_ckpt", is_path=True)

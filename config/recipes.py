@@ -55,7 +55,7 @@ RECIPES = {
         dict(CHAINS | CLEAN, optimizer="sgd", lr=0.003, weight_decay=5e-4, warmup_steps=50, ema=0.995, grad_clip=5.0)
         | {"schedule": "step", "decay_epochs": "1", "decay_rate": 0.3, "epochs": 2, "norm_statistics": "frozen"}
         | {"sgld_step": 5, "start": "class_gaussian", "reinit_freq": 0.1, "p_x_batch_size": 32, "mean_energy_l2": 0.1}
-        | {"generative": "logistic", "outlier_weight": 1.0, "outlier_batch_size": 32}
+        | {"generative": "logistic", "outlier_weight": 1.0, "outlier_batch_size": 32, "n_sample_steps": 50}
         | {"outlier_images": "smooth:0.4,shapes:0.5,mixed:0.1"},
     ),
 }

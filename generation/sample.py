@@ -40,8 +40,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         raise UserError(f"{path} was trained without labels: leave --class_cond out")
     model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)
     start = start_images(trained, rng)
-    chain_steps = max(cfg.sgld_step, cfg.sgld_step_max or 0)  # of training
-    steps = chain_steps if cfg.denoise and cfg.n_sample_steps is None else cfg.fresh_steps
+    steps = max(cfg.sgld_step, cfg.sgld_step_max or 0) if cfg.denoise else cfg.fresh_steps
     settings = {"checkpoint": str(path), "training_steps": state["step"], "start": start.name, "steps": steps}
     settings |= {"weights": "ema" if "ema" in state else "last", "precision": str(trained.dtype).removeprefix("torch.")}
     settings |= {"target": "log p(x|y)" if cfg.class_cond else "log p(x)", "batch_size": cfg.n_chains}

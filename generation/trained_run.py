@@ -77,8 +77,8 @@ class TrainedRun:
     ) -> ChainResult:
         """n SGLD chains; they start where those of ``--mode sample`` do, and with the same seed are the same.
 
-        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default those of twenty
-        training chains. n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
+        y: a class whose log p(x|y) they climb, or classes in turn; None: log p(x). steps: by default as there.
+        n_filmed: how many chains are in ``frames``. Raises UserError if training images are missing.
         """
         if not isinstance(n, int | np.integer) or n < 1:
             raise UserError(f"n, how many chains, is a whole number of at least 1, not {n!r}")

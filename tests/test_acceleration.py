@@ -90,7 +90,6 @@ def test_a_trainer_is_freed_when_nobody_has_it():
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
-    """An error of the function itself is not hidden."""
     monkeypatch.setattr(torch, "compile", broken_compiler)
     plus_one, integer = CompiledOrEager(lambda x: x + 1), CompiledOrEager(int)
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here .OSError."):

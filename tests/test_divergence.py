@@ -132,7 +132,6 @@ class TestDivergence:
     @pytest.mark.parametrize("gap", [-2.0, 0.5, 2.0])
     @pytest.mark.parametrize("part", ["loss/generative", "loss/total", "gradient_norm"])
     def test_a_gap_of_either_sign_and_what_is_not_finite_is_a_divergence(self, part, gap):
-        """One step is enough, whatever follows; of a plain classifier only what is not finite."""
         run = trained(0, diverge_threshold=1.0, mode="energy_train" if "generative" in part else "baseline_train")
         wrong = torch.tensor(gap if "generative" in part else {-2.0: -math.inf, 0.5: 9.0, 2.0: math.nan}[gap])
         backward, wrongs = run.backward, iter([{part: wrong}])
@@ -181,7 +180,6 @@ class TestDivergence:
 
     @pytest.mark.parametrize("step, back_to", [(3, 0), (16, 13)])
     def test_killed_in_the_middle_of_a_recovery(self, step, back_to, tmp_path, monkeypatch):
-        """After the recovery is logged, before its checkpoint is written."""
 
         class Killed(BaseException):
             pass

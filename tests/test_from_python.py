@@ -281,7 +281,6 @@ def test_it_works_from_anywhere_or_says_in_a_line_why_not(tmp_path):
 
 
 def test_ctrl_c_leaves_a_notebooks_process_alive(tmp_path):
-    """%run does the same as runpy: the module is __main__, in a process of somebody else."""
     options = [*TRAIN, "--max_steps", "100000", "--logdir", str(tmp_path)]
     code = f"""
 import os, runpy, signal, sys, threading, time

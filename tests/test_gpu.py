@@ -185,7 +185,6 @@ def test_stopped_and_resumed_is_the_same_run(more, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_a_process_group_of_one_changes_nothing(compile, digits, tmp_path):
-    """NCCL, DistributedDataParallel, CUDA graphs and torch.compile go together."""
     options = {"norm": "batch", "sam_rho": 2.0, "start": "class_gaussian", "compile": compile, "ema": 0.9}
     expected = trained(digits, captures=False, **options).model.state_dict()
     alone = {"rank": 0, "world_size": 1, "init_method": f"file://{tmp_path}/store"}

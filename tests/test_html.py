@@ -108,7 +108,6 @@ def test_both_forms_say_the_same(evaluated):
 
 
 def test_nothing_is_taken_for_html(tmp_path):
-    """Every kind of text may hold what would be a tag, an attribute's end or an entity."""
     nasty = "<img src=x onerror=alert(1)> </script> \" ' & &lt; | {{ 7 * 7 }} \udce9"
     report = Report(tmp_path, {"about": {"data set": nasty}, "options": {}, "environment": {}})
     section = report.section("classification")

@@ -148,7 +148,6 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
 
 @pytest.mark.parametrize("last, crossed", [([1.0, 2.0], True), ([9.0, 8.0], False)])
 def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
-    """Each estimate's bits follow from its own log Z; one that lies on the wrong side of the other is called that."""
     forward = ais.AISResult(torch.tensor([[0.0, 2.0], [3.0, 7.0]]), 1, torch.tensor([0.5, 0.9]))
     reverse = ais.AISResult(torch.tensor([last])[:, [0, 1, 0, 1]], -1, torch.tensor([0.6, 0.8]))
     monkeypatch.setattr(likelihood, "sandwich", lambda *_: {"forward": forward, "reverse": reverse})

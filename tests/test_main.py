@@ -313,7 +313,7 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),
         ({"mode": "test", "sgld_step": 3, "sgld_step_max": 7, "n_sample_steps": 2}, ["sgld_step", "sgld_step_max"]),
         ({"mode": "sample", "sgld_step": 3, "from_buffer": True, "start": "uniform"}, ["start"]),
-        ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "start": "uniform"}, []),
+        ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "n_sample_steps": 3}, ["n_sample_steps"]),
         ({"mode": "baseline_train", "sgld_step": 3, "lr": 1.0, "denoise": 0.1}, ["sgld_step", "denoise"]),
         ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),

@@ -120,7 +120,6 @@ def test_activation(name, value):
 
 
 def test_predict_leaves_every_part_in_its_mode():
-    """A wrapper is in training mode when it is made; what it holds is to stay in evaluation mode."""
     model, x = tiny(norm="batch").eval(), torch.rand(9, 1, 8, 8) * 2 - 1
     wrapper, expected = torch.nn.Sequential(model.f), model.f(x)
     mean = model.f.bn1.running_mean.clone()

@@ -299,7 +299,6 @@ class TestPlace:
         ],
     )
     def test_what_cannot_be_divided(self, changes, words):
-        """Nor --batch_size 15, see ``ranks``."""
         cfg = Config(**({"batch_size": 20, "buffer_size": 100} | changes))
         n_images = {"batch_size": 1000} | ({"p_x_batch_size": 1000} if cfg.separate_p_x else {})
         check_sizes(cfg, n_images, 10, 1, (1, 8, 8))

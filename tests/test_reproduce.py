@@ -39,7 +39,6 @@ def test_the_newest_run_of_a_name_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_train_and_measure(tmp_path, monkeypatch, capsys):
-    """A further option at the end wins; the exit status is the program's own, in whose place it runs."""
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["", "digits", "--logdir", str(tmp_path), "--gpu", "cpu", *options])

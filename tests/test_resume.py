@@ -220,7 +220,6 @@ class TestResume:
         assert main.main(["--resume", str(stopped)]) == 2 and "last.pt" in capsys.readouterr().err
 
     def test_on_another_kind_of_device(self, stopped, undisturbed, capsys):
-        """A checkpoint of a GPU holds 16 bytes of each generator: the run goes on, with new randomness."""
         path = stopped / "ckpt" / "last.pt"
         content = load_checkpoint(path)
         rng = content["state"]["rng"]

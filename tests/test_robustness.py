@@ -132,7 +132,6 @@ def test_an_image_that_has_fallen_stays_fallen(monkeypatch):
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.01), ("L2", 0.2)])
 def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model, images, tmp_path, monkeypatch):
-    """With fewer than 10 classes, too; each of its attacks takes what those before have left."""
     fresh, made = robustness.autoattack, []
 
     def shortened(*arguments):

@@ -195,7 +195,7 @@ def test_the_start_uses_what_is_given(jem, tmp_path, capsys):
     found = [sample(jem, tmp_path, *options, *start.split())[1] for start in starts]
     error, of_class, guessed = (np.abs(c["start"] - originals_of(c))[..., :4].mean() for c in found)
     assert of_class < 0.33 * error and 1.05 * of_class < guessed < 0.6 * error
-    _, content = sample(jem, tmp_path, *"--denoise 0.5 --n_sample_steps 0 --class_cond --start class_gaussian".split())
+    _, content = sample(jem, tmp_path, *"--denoise 0.5 --sgld_step 0 --class_cond --start class_gaussian".split())
     errors = [np.clip(content[name], -1, 1) - originals_of(content) for name in ("given", "start", "x")]
     given, start, end = (np.sqrt(np.square(error).mean()) for error in errors)
     assert start < 0.6 * given

@@ -46,7 +46,6 @@ def test_lines_that_are_no_measurements_do_not_count(tmp_path):
 
 
 def test_a_checkpoint_without_room_names_the_cause(tmp_path):
-    """torch.save reports it as a position in the file that is not the expected one."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

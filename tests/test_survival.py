@@ -180,7 +180,6 @@ def test_a_process_that_does_not_write_has_the_same_methods(capsys):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, monkeypatch):
-    """kill -9 and resume, again and again: the end is bit for bit the undisturbed run's."""
     dumps = "--ckpt_every 3 --sample_every 3 --gif_every 30 --max_steps".split()
     options = [*TINY, *dumps, str(24 * (KILLS + 1))]
     monkeypatch.setattr(divergence, "STATE_EVERY", 10)

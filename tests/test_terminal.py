@@ -180,7 +180,6 @@ class TestSignals:
         assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
 
     def test_in_a_thread_that_is_not_the_main_one(self, tmp_path, monkeypatch, capsys):
-        """As in a notebook: there Python has no signals."""
         status = []
         arguments = [*TINY, "--logdir", str(tmp_path / "runs")]
         thread = threading.Thread(target=lambda: status.append(main.main(arguments)))
