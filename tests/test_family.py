@@ -69,6 +69,9 @@ def test_recipes_are_what_their_papers_say():
     shared = {"sgld_grad_clamp": 1.0, "sgld_clamp": True, "sgld_std": 0.0, "sgld_lr": 1.0, "buffer_size": 10000}
     shared |= {"optimizer": "sgd", "lr": 0.1, "decay_rate": 0.2, "reinit_freq": 0.05}
     expected = {name: shared | options for name, options in expected.items()}
+    expected["jem"] = {"sgld_std": 0.01, "sgld_lr": 1.0, "sgld_step": 20, "lr": 1e-4, "sigma": 0.03, "outlier_eps": 1.0}
+    expected["jem"] |= {"warmup_steps": 1000, "diverge_threshold": 1e4, "sgld_step_auroc": 0.7, "outlier_margin": 2.0}
+    expected["jem"] |= {"max_recoveries": 10}
     expected["dat"] = {"adversarial_eps": 0.5, "adversarial_norm": "L2", "adversarial_steps": 10, "class_cond": True}
     expected["dat"] |= {"adversarial_step_size": 0.1, "reinit_freq": 1.0, "start": "class_gaussian"}
     expected["dat"] |= {"generative": "logistic", "sgld_step_auroc": 0.8, "batch_size": 128, "depth": 34}
@@ -154,12 +157,14 @@ def test_outliers_move_up_log_p_x_before_they_count():
     changes["outlier_steps"] = 2
     for eps in (0.0, 0.3):
         run = trained(**changes, outlier_eps=eps, outlier_images="patches")
+        run.outlier_init = Mock(wraps=run.outlier_init)
         before = run.rng.p_x.get_state()
         plain = run.outlier_init([0] * 7, run.rng.p_x)
         run.rng.p_x.set_state(before)
         x = run.draw_outliers()
         moved = (x - plain).flatten(1).norm(dim=1) / 2  # pixels in [0, 1]
         gain = run.sampler_model.log_density(x) - run.sampler_model.log_density(plain)
+        assert run.outlier_init.call_args.args[0] == [*range(7)]
         assert len(x) == 7 and moved.max() <= eps + 1e-5
         assert (gain.mean() > 0 and moved.min() > 0.1) if eps else torch.equal(x, plain)
     torch.testing.assert_close(x, pgd(lambda x: run.sampler_model.log_density(x).sum(), plain, 2 * 0.3, "L2", 2))
@@ -175,6 +180,7 @@ def test_outliers_move_up_log_p_x_before_they_count():
 def test_clamps_hold_in_training():
     free, clamped = trained(sgld_lr=100.0), trained(sgld_lr=100.0, sgld_clamp=True)
     assert free.sampler.buffer.images.abs().max() > 1.01 and clamped.sampler.buffer.images.abs().max() == 1
+    assert clamped.meter.sums["sgld/saturated_share"] > 0
     run = trained(sgld_grad_clamp=1e-4, sgld_std=0.0, sgld_lr=1.0)
     assert 0 < run.meter.sums["sgld/distance_moved"] <= 3 * 1e-4 * 64**0.5 * 1.001  # three steps of 64 pixels
 
@@ -214,9 +220,9 @@ def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p
 
 
 def test_few_labels():
-    run, again = (trained(labels_per_class=3, batch_size=10, seed=seed) for seed in (1, 5))
+    run, again = (trained(labels_per_class=3, batch_size=30, p_x_batch_size=20, seed=seed) for seed in (1, 5))
     assert run.batches.split.labels.bincount().tolist() == [3] * 10
-    assert len(run.real_batches.split) == len(run.data.train) and run.steps_per_epoch == len(run.data.train) // 10
+    assert len(run.real_batches.split) == len(run.data.train) and run.steps_per_epoch == len(run.data.train) // 20
     assert torch.equal(run.batches.split.images, again.batches.split.images)  # whatever the run's seed
 
 
@@ -308,7 +314,9 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
         run.loop(Mock(take=lambda: (False, 0)))
     logged = [call.args[1]["sgld/steps"] for call in run.logger.values.call_args_list]
     assert logged == [2, 3, 3, 3, 4, 4] and made == 10 * [2] + 20 * [3] + 20 * [4]
-    assert run.sgld_step == 4 and run.state_dict()["sgld_step"] == 4
+    assert run.sgld_step == 4
+    run.load_state_dict(run.state_dict() | {"sgld_step": 3})
+    assert run.sgld_step == 3
 
 
 def test_images_of_another_folder_are_cropped_and_flipped():
@@ -331,7 +339,7 @@ def test_chains_start_from_another_folder(given, tmp_path, capsys):
     assert options_of(run)["start"] == "folder" and "note: " not in capsys.readouterr().err
     never_drawn = state(run)["buffer"]["images"][state(run)["buffer"]["age"] == 0]
     assert never_drawn.shape[1:] == (1, 8, 8)
-    assert all((image == image[0, 0, 0]).all() for image in never_drawn) and never_drawn.unique().numel() > 3
+    assert all((image == image[0, 0, 0]).all() for image in never_drawn) and never_drawn.max() < 0
     (tmp_path / "images").rename(tmp_path / "moved")
     longer = ["--resume", str(run), "--max_steps", "13"]
     assert f"cannot read --start_dir {tmp_path / 'images'}: No such file" in refused(capsys, *longer)
@@ -391,7 +399,7 @@ def test_step_schedule(tmp_path):
         ("--sgld_grad_clamp of", "--sgld_grad_clamp takes a number, or off (default), not 'of'"),
         ("--depth off", "--depth takes a whole number, not 'off'"),
         ("--no-sgld-clam", "there is no option --no-sgld-clam (did you mean --no_sgld_clamp?)"),
-        ("--sgld_stpe 3", "there is no option --sgld_stpe (did you mean --sgld_step?)"),
+        ("--sgld_clam 0", "there is no option --sgld_clam (did you mean --sgld_clamp?)"),
         ("-Lr 3", "there is no option -Lr (did you mean --lr?)"),
     ],
 )

@@ -223,6 +223,7 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, 
     new = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--n_valid", "0", "--max_steps", "1"]
     options = ["--recipe", "sada-jem", "--lr", "1e-12", "--ema", "0.5", "--load_ckpt", str(run_dir)]
     run = train(tmp_path / "runs", *new, *options)
+    assert "accuracy/valid" not in (run / "metrics.jsonl").read_text()
     assert capsys.readouterr().out.count("Its classes are others: the last layer") == 1
     mine, theirs = state(run)["model"], state(run_dir)["ema"]
     for name, value in theirs.items():

@@ -27,6 +27,7 @@ from config import Config
 from config.checks import unused
 from config.cli import parse
 from logger.metrics_log import read_log
+from sgld import step_protocol
 from trainer import Trainer
 
 TINY = (
@@ -287,10 +288,16 @@ def test_a_recipe_from_python_is_the_recipe():
     cfg = Config(recipe="sada-jem", batch_size=64)
     assert (cfg.norm, cfg.optimizer, cfg.sam_rho, cfg.batch_size) == ("batch", "sgd", 2.0, 64)
     assert replace(cfg, norm="none").sam_rho == 2.0 and replace(cfg, optimizer="adam").optimizer == "adam"
-    assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat")] == [200, 100, 50]
+    assert [Config(recipe=name).fresh_steps for name in ("jem", "m-jem", "dat", "oe-jem")] == [200, 100, 50, 50]
+    assert Config(p_x_weight=0, p_y_x_weight=0, p_x_y_weight=1, class_cond=True).draws_samples
+    assert Config(gpu="0,1", sgld_step=300).fresh_steps == 300 and Config(mode="test", refine_steps=0).refinements
+    assert Config(outlier_weight=1, outlier_images="folder", start_dir="a").start == "uniform"
     assert not Config().separate_p_x and Config(augment="auto").separate_p_x  # log p(x) is not of such images
-    plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3}, "a checkpoint")  # of its options as they are
+    former = {"counterfactual": "", "counterfactual_eps": 1}  # options of older checkpoints
+    plain = Config.from_dict({"recipe": "sada-jem", "lr": 1e-3} | former, "a checkpoint")  # of its options as they are
     assert (plain.recipe, plain.norm, plain.lr) == ("sada-jem", "none", 1e-3)
+    said = "step size 0.2, noise 0, images clamped to [-1, 1], gradients of length 1"
+    assert step_protocol(Config(recipe="dat")) == said and Config(logdir="~").logdir == str(Path.home())
     with pytest.raises(TypeError, match="teapot"):
         Config(teapot=1)
     assert Config(lr=1, seed=np.int64(3), data_dir=Path("a")).data_dir == str(Path("a").absolute())
@@ -306,14 +313,15 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"mode": "test", "lr": 1.0, "epochs": 3, "n_samples": 9, "eval": "ood,quality"}, ["lr", "epochs"]),
         ({"mode": "test", "n_samples": 9, "ais_chains": 5, "eval": "ood"}, ["n_samples", "ais_chains"]),
         ({"mode": "test", "eval": "calibration", "precision": "bf16", "sgld_lr": 3, "start": "gaussian"},) * 2,
-        ({"mode": "test", "eval": "robustness", "sgld_normalize": True, "sigma_test": 0.1, "refine_steps": 5}, []),
+        ({"mode": "test", "eval": "robustness", "sgld_clamp": True, "sigma_test": 0.1, "refine_steps": 5}, []),
         ({"mode": "export", "note": "b", "export": "a.safetensors", "export_for": "jem"}, ["note", "export_for"]),
         ({"outlier_weight": 1.0, "outlier_images": "folder", "start_dir": "a", "norm": "none"}, []),
         ({"mode": "test", "eval": "robustness", "attacks": "pgd", "sigma_test": 0.1, "refine_steps": 5},) * 2,
         ({"mode": "sample", "sgld_step": 3, "sgld_lr": 1.0, "resume": "x"}, ["resume"]),
         ({"mode": "test", "sgld_step": 3, "sgld_step_max": 7, "n_sample_steps": 2}, ["sgld_step", "sgld_step_max"]),
         ({"mode": "sample", "sgld_step": 3, "from_buffer": True, "start": "uniform"}, ["start"]),
-        ({"mode": "sample", "sgld_step": 3, "denoise": 0.1, "n_sample_steps": 3}, ["n_sample_steps"]),
+        ({"mode": "sample", "denoise": 0.1, "sgld_step": 3, "n_sample_steps": 3}, ["n_sample_steps"]),
+        ({"mode": "sample", "sgld_step": 3, "n_sample_steps": 3}, ["sgld_step"]),
         ({"mode": "baseline_train", "sgld_step": 3, "lr": 1.0, "denoise": 0.1}, ["sgld_step", "denoise"]),
         ({"mode": "energy_train", "n_samples": 30, "decay_rate": 0.5}, ["n_samples", "decay_rate"]),
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
@@ -345,10 +353,11 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         assert (cfg.n_chains, cfg.start, cfg.start_dir, cfg.lr) == (5, "folder", str(Path("a").absolute()), 1e-4)
         mixture = str(edited(jem, tmp_path / "b.pt", start="gaussian:0.8,folder:0.2", start_dir="b"))
         assert open_trained(given | {"load_ckpt": mixture}).cfg.start == "gaussian:0.8,folder:0.2"
-    path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8))
+    path = str(edited(jem, tmp_path / "folder.pt", dataset="folder", image_size=8, data_dir="b"))
     assert open_trained({"mode": "test", "load_ckpt": path}).cfg.image_size == 8
     cfg = open_trained({"mode": "test", "load_ckpt": path, "dataset": "digits"}).cfg
-    assert (cfg.image_size, cfg.n_valid, cfg.depth) == (None, None, 10)
+    assert (cfg.image_size, cfg.n_valid, cfg.depth, cfg.precision) == (None, None, 10, "fp32")
+    assert Path(cfg.data_dir).name == "data"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +368,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--lr", "expected one argument"),
         ("--quality_every 1 --n_samples 5", "--n_samples of 20"),
         ("--quality_every 1 --n_sample_steps 0", "--n_sample_steps of 1"),
-        (f"--note {'x' * 201}", "at most 200 bytes"),
+        (f"--note {'é' * 130}", "at most 200 bytes"),
         ("--class_cond --p_y_x_weight 0", "need labels"),
         ("--depth 12", "6n + 4"),
         ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than its 1337"),

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from losses import joint_loss
 from models import JointForward, Logits, build_model, copy_weights, frozen_sampler_model
-from models.predict import predict
+from models.predict import images_per_batch, predict
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +128,7 @@ def test_predict_leaves_every_part_in_its_mode():
     assert wrapper.training and not any(part.training for part in model.modules())
     assert torch.equal(model.f.bn1.running_mean, mean)
     model.train()
+    assert images_per_batch(500, (3, 64, 64)) == 125
     model.f.bn1.eval()
     predict(model, x)
     with pytest.raises(RuntimeError):
@@ -186,7 +187,10 @@ def test_joint_loss_against_a_direct_computation():
     cfg = loss_options(p_y_x_weight=0.0, p_x_weight=0.0, outlier_weight=0.6, outlier_margin=1.5)
     loss, parts = joint_loss(cfg, Logits(labelled, real, sampled, far), y)
     outliers = (1 + (d_far - d_real[:, None] + 1.5).exp()).log().mean().item()
+    won = (d_real[:, None] > d_far).double().mean().item()
     assert [loss.item(), parts["loss/outliers"].item()] == pytest.approx([0.6 * outliers, outliers], rel=1e-5)
+    assert parts["outliers/auroc"].item() == pytest.approx(won) != 0.5
+    assert joint_loss(cfg, Logits(labelled, real, sampled), labelled.argmax(1))[1]["accuracy/train"] == 1
     assert parts["log_density/outliers"].item() == pytest.approx(d_far.mean().item(), rel=1e-5)
     weights = {"p_y_x_weight": 0.0, "p_x_weight": 0.0, "outlier_weight": 0.0, "outlier_margin": 0.0}
     cfg = loss_options(**weights, mean_energy_l2=0.5, mean_energy_form="real_squares")
@@ -206,17 +210,20 @@ def test_joint_loss_against_a_direct_computation():
         assert parts["log_density/sampled"].item() == pytest.approx(d_sampled[again].mean().item(), rel=1e-5)
 
 
-def test_gradient_of_the_joint_loss_against_finite_differences():
+@pytest.mark.parametrize("generative, mean_energy_form", [("difference", "means"), ("logistic", "real_squares")])
+def test_gradient_of_the_joint_loss_against_finite_differences(generative, mean_energy_form):
     model = tiny(activation="silu").double()  # smooth, so that finite differences hold everywhere
     torch.manual_seed(1)
     real, sampled, y = torch.rand(3, 1, 8, 8).double(), torch.rand(2, 1, 8, 8).double(), torch.tensor([0, 1, 2])
     names = ("class_output.weight", "f.conv1.bias", "f.layer1.0.conv2.bias", "f.layer3.0.shortcut.0.bias")
     model.forward = lambda x: model.class_output(model.f(x))  # the head in float64 as well
+    options = {"generative": generative, "mean_energy_form": mean_energy_form, "mean_energy_l2": 0.2}
+    cfg = loss_options(p_x_y_weight=0.4, outlier_weight=0.6, outlier_margin=1.5, **options)
 
     def loss(*values):
         weights = dict(zip(names, values, strict=True))
         of_real, of_sampled = (torch.func.functional_call(model, weights, x) for x in (real, sampled))
-        return joint_loss(loss_options(), Logits(of_real, of_real, of_sampled), y, energy_l2=0.1)[0]
+        return joint_loss(cfg, Logits(of_real, of_real, of_sampled, of_sampled), y, y[:2], energy_l2=0.1)[0]
 
     assert gradcheck(loss, tuple(model.get_parameter(n).detach().requires_grad_() for n in names), atol=1e-6)
 

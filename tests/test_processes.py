@@ -164,7 +164,8 @@ class TestTwoProcesses:
 class TestCommandLine:
     def test_a_killed_process_changes_nothing(self, tmp_path, capsys, digits, monkeypatch):
         """torchrun starts all anew; they end as undisturbed; one goes on from the checkpoint of two; two measure."""
-        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --logdir".split(), str(tmp_path / "runs")]
+        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --resume auto --logdir".split()]
+        options.append(str(tmp_path / "runs"))
         status, out, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, restarts=1))
         assert status == 0 and "a process of this run has ended" in err, err
         (run,) = (tmp_path / "runs").iterdir()
@@ -295,6 +296,7 @@ class TestPlace:
             ({"p_x_batch_size": 15}, "--p_x_batch_size 15 cannot be divided evenly among 2 processes"),
             ({"buffer_size": 101}, "--buffer_size 101 cannot be divided evenly among 2 processes"),
             ({"outlier_weight": 1.0, "outlier_batch_size": 15}, "--outlier_batch_size 15 cannot be divided evenly"),
+            ({"norm": "batch", "batch_size": 2, "stages": 4}, "no variance"),
             ({"class_cond": True, "buffer_size": 110}, "among 2 processes and 10 classes"),
         ],
     )

@@ -252,7 +252,7 @@ def test_a_small_buffer_gives_all_its_images_that_are_finite(jem, tmp_path, caps
     _, found = sample(tmp_path / "nan.pt", tmp_path, "--from_buffer", "--n_sample_steps", "0")
     finite = torch.cat([buffer[:5], buffer[60:]]).numpy()
     assert sorted(x.tobytes() for x in found["x"]) == sorted(x.tobytes() for x in finite)
-    buffer.fill_(math.nan)
+    buffer.fill_(math.inf)
     torch.save(content, tmp_path / "nan.pt")
     options = "--mode sample --gpu cpu --from_buffer --load_ckpt".split()
     assert "has 0 good images, fewer than 1" in refused(capsys, *options, tmp_path / "nan.pt", "--logdir", tmp_path)

@@ -42,7 +42,7 @@ def plain_losses(cfg, images, steps):
     torch.manual_seed(cfg.seed)
     data_rng, sgld_rng = seeded(2 * cfg.seed), seeded(2 * cfg.seed + 1)
     model = build_model((1, 8, 8), 10, cfg.depth, cfg.width, norm=cfg.norm)
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     start = lambda classes, rng: uniform_images(len(classes), images.shape, rng)  # noqa: E731
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
     sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
@@ -75,7 +75,7 @@ def trained_losses(run, steps):
 
 
 def test_fifty_losses_equal_those_of_a_plain_loop_and_bf16_stays_near():
-    options = {"seed": 3, "sigma": 0.1, "sgld_lr": 0.5, "sgld_std": 0.02, "reinit_freq": 0.3}
+    options = {"seed": 3, "sigma": 0.1, "sgld_lr": 0.5, "sgld_std": 0.02, "reinit_freq": 0.3, "weight_decay": 0.1}
     run = trained(0, **options)
     ours, plain = trained_losses(run, 50), plain_losses(run.cfg, run.data, 50)
     assert ours[:10] == pytest.approx(plain[:10], abs=1e-5)
@@ -129,7 +129,7 @@ def test_batch_normalisation_of_features_is_one_too(monkeypatch):
     monkeypatch.setitem(BACKBONES, "jem", NormalisedFeatures)
     test_sampler_and_loss_see_one_energy({"norm": "none"}, "fp32")
     for kind, shape in ((torch.nn.BatchNorm1d, (6, 5)), (torch.nn.BatchNorm2d, (6, 5, 2, 3))):
-        x, own, synced = torch.randn(shape), kind(5), kind(5)
+        x, own, synced = torch.randn(shape), kind(5, momentum=None), kind(5, momentum=None)
         convert_sync_batchnorm(synced)
         assert type(synced) is SyncedBatchNorm
         torch.testing.assert_close(synced(x), own(x))
@@ -175,12 +175,15 @@ def test_averaged_weights_have_them_where_they_are_used(monkeypatch):
 
 
 def test_pictures_are_of_all_classes_and_of_those_that_chains_climb():
-    run = trained(0, max_steps=1, batch_size=20, buffer_size=200, class_cond=True, sample_every=1, ema=0.9)
+    still = {"sgld_std": 0.0, "sgld_grad_clamp": 1e-9}
+    run = trained(0, max_steps=1, batch_size=20, buffer_size=200, class_cond=True, sample_every=1, ema=0.9, **still)
     run.logger, run.gif_engine = Mock(), Mock(wraps=run.gif_engine)
     run.loop(Mock(take=lambda: (False, 0)))
     (_, shown), held = run.logger.samples.call_args.args, run.buffer.images
     assert len(shown) == 64 and torch.equal(shown[20:], held[[i * 200 // 44 for i in range(44)]])
     run.dump_gif()
+    film = run.logger.gif.call_args.args[1]
+    assert (film[-1] - film[0]).abs().max() < 1e-6
     assert run.gif_engine.call_args.args[-1].tolist() == [i % 10 for i in range(16)]
     assert torch.equal(run.sampler_model.class_output.weight, run.ema.class_output.weight)
 
@@ -241,7 +244,7 @@ def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
 
 
 def test_a_plain_classifier_has_no_penalty_on_log_densities():
-    run = trained(0, mode="baseline_train", energy_l2=0.3, mean_energy_l2=0.5)
+    run = trained(0, mode="baseline_train", energy_l2=0.3, mean_energy_l2=0.5, quality_every=1)
     parts = run.backward(run.next_inputs(0)[0])
     assert parts["loss/total"] == parts["loss/classification"]
 

@@ -21,7 +21,7 @@ BATCH_NORM = {"norm": "batch", "optimizer": "sgd", "p_x_batch_size": 10, "mean_e
 CONFIGS = {
     "plain": {"sigma": 0.03, "energy_l2": 0.1},
     "separate": BATCH_NORM | {"separate_energy": True, "start": "gaussian", "p_x_no_augment": True},
-    "synced": BATCH_NORM | {"sync_batch_norm": True, "class_cond": True, "buffer_size": 80, "p_x_batch_size": 20},
+    "synced": BATCH_NORM | {"sync_batch_norm": True, "class_cond": True, "buffer_size": 80, "p_x_batch_size": 30},
     "running": BATCH_NORM | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_eps": 0.0},
     "sam": {"norm": "batch", "optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "start": "class_gaussian"},
 }
