@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from small_runs import refused, state, trained
 from test_data import write_pngs
-from test_export import DOCS, checkpoint
+from test_foreign import DOCS, checkpoint
 from test_sample import TRAIN, pixels, sample, tiles, train
 from torch import nn
 
