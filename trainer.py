@@ -40,9 +40,7 @@ from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from utils import Generators, Signals, tree_to
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
-LOG_EVERY = (
-    10  # steps; besides pictures, the only regular moments at which the host waits for the device, or chains grow
-)
+LOG_EVERY = 10  # steps; besides pictures, only then does the host regularly wait for the device, and chains grow
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
 
@@ -195,8 +193,8 @@ class Trainer:
                 continue
             epoch, found = self.step / self.steps_per_epoch, {}
             values = self.measurements() if log else {}
-            if self.step % LOG_EVERY == 0 and self.sgld_step < (cfg.sgld_step_max or 0):  # not by a run's end
-                self.sgld_step += values["sgld/auroc"] > cfg.sgld_step_auroc  # samples lag behind: longer chains
+            if "sgld/auroc" in values and self.step % LOG_EVERY == 0 and self.sgld_step < (cfg.sgld_step_max or 0):
+                self.sgld_step += values["sgld/auroc"] > cfg.sgld_step_auroc  # samples lag behind; not by a run's end
             if evaluate or measure or save:
                 self.complete_ema()
             if self.step % divergence.STATE_EVERY == 0:
@@ -393,8 +391,7 @@ class Trainer:
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
-        if self.one_process_forward.norm_statistics != "batch":
-            self.complete_ema()
+        self.complete_ema()
         copy_weights(self.eval_model, self.sampler_model)
         cfg, classes = self.cfg, [i % self.n_classes for i in range(16)]
         y = torch.tensor(classes, device=self.device) if cfg.class_cond else None

@@ -200,7 +200,7 @@ class Options:
     images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
-    denoise: float | None = sample(None, "remove noise of this deviation, [-1, 1] scale, in --sgld_step steps", above=0)
+    denoise: float | None = sample(None, "remove noise of this deviation, [-1, 1] scale, by a training chain", above=0)
     save_images: bool = sample(False, "write each sample as a PNG of its own, too")
 
     export: str = exported("", "new file: NAME.pt, for --export_for; NAME.safetensors, for --load_ckpt", is_path=True)

@@ -110,14 +110,15 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
 
 
 def report_directory(cfg: Config, path: Path) -> Path:
-    """A new ``eval`` folder in the checkpoint's run; in a new run if that cannot be, or --logdir or --note ask."""
+    """A new ``eval`` folder in the checkpoint's run; in a new run if that cannot be, or if --logdir or --note ask."""
     run = path.parent.parent
     own = path.parent.name == "ckpt" and (run / "config.json").is_file()
     if own and not (run.stat().st_uid == os.geteuid() and os.access(run, os.W_OK)):
         reason = f"{run} cannot be written or belongs to another user"
         print(printable(f"{reason}: the report goes to a new run in {cfg.logdir}"), flush=True)
         own = False
-    if not own or cfg.note or cfg.logdir not in (str(run.parent), os.path.abspath(Config.logdir)):
+    usual = {os.path.realpath(place) for place in (run.parent, run / "..", Config.logdir)}
+    if not own or cfg.note or os.path.realpath(cfg.logdir) not in usual:
         run = RunDir.create(cfg.logdir, cfg.mode, cfg.note).path
     with disk_errors(run):
         return first_free(run / "eval", Path.mkdir)

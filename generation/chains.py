@@ -27,7 +27,7 @@ class StartImages(NamedTuple):
     classes: Sequence[int]  # of the chains, in turn
     class_cond: bool = False  # chains climb log p(x|y) of their class instead of log p(x)
     known: Tensor | None = None  # bool (H, W), the pixels that keep their value
-    originals: Tensor | None = None  # uint8 (n, C, H, W), the images that are to come out
+    originals: Tensor | None = None  # uint8 (n, C, H, W), the test images, or the user's own
     given: Tensor | None = None  # float32 (n, C, H, W), what the starts were made from: with noise, or grey in parts
 
 

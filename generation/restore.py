@@ -7,7 +7,6 @@ from torch import Generator, Tensor
 
 import data
 import distributed
-from chain_init import GaussianInit
 from generation.chains import StartImages
 from generation.trained_run import TrainedRun
 from image_folder import to_8_bits
@@ -21,22 +20,23 @@ BLUR = 0.05  # the noise with which known pixels count as seen: images are no Ga
 def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Generator) -> StartImages:
     """Chains from noisy images, uint8 (N, C, H, W), or from images with what ``--start`` draws for unknown pixels.
 
-    If that is a Gaussian, from what it expects behind the noise, or draws given the known pixels. If y is empty, the
-    network tells the classes by what is given: noisy images, or images whose unknown pixels are grey.
+    A Gaussian gives the mean of what is behind the noise, or draws unknown pixels given the known ones. If y is empty,
+    the network tells the classes by what is given: noisy images, or images whose unknown pixels are grey.
     """
-    cfg, x, (name, start) = run.cfg, data.to_float(images), run.fresh_start
+    cfg, x = run.cfg, data.to_float(images)
+    gaussian = set(cfg.start_shares) < {"gaussian", "class_gaussian"}  # one of the two
+    name, start = ("the noisy images", None) if cfg.denoise and not gaussian else run.fresh_start
     if cfg.denoise:
         given, known = x if cfg.images else x + cfg.denoise * normal_like(x, rng), None  # one's own are noisy
         y = y or predict(run.model, given).argmax(1).tolist()
-        first = start.given(given, None, cfg.denoise, y) if isinstance(start, GaussianInit) else given
+        first = start.given(given, None, cfg.denoise, y) if gaussian else given
     else:
         known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
         given = x * known
         y = y or predict(run.model, given).argmax(1).tolist()
-        drawn = start.given(x, known, BLUR, y, rng) if isinstance(start, GaussianInit) else start(y, rng)
-        first = torch.where(known, x, drawn)
-    task = f"denoise {cfg.denoise:g}" if cfg.denoise else f"inpaint {cfg.inpaint}"
-    return StartImages(f"{task} from {name}", len(x), first, y, cfg.class_cond, known, images, given)
+        first = torch.where(known, x, start.given(x, known, BLUR, y, rng) if gaussian else start(y, rng))
+    task = f"--denoise {cfg.denoise:g}" if cfg.denoise else f"--inpaint {cfg.inpaint}"
+    return StartImages(f"{name} ({task})", len(x), first, y, cfg.class_cond, known, images, given)
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:

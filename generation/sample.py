@@ -73,7 +73,7 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
             y, kind = [], f"pictures of {cfg.images}"
         else:
             test = run.images.test
-            y = test.labels.tolist() if cfg.class_cond else []
+            y = test.labels.tolist() if cfg.class_cond or not run.classifies else []
             images, kind = test.images, f"test images of {cfg.dataset}"
         n = cfg.n_samples or (len(images) if cfg.images else min(PICTURE_COLUMNS, max(1, len(images))))
         if n > len(images):
@@ -119,12 +119,12 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str]) -> Tensor:
 def write_pictures(
     directory: Path, name: str, start: StartImages, result: ChainResult, recorded: list[int], class_names: Sequence[str]
 ) -> None:
-    """``name``.png, the chains' ends (of test images also what they began with), and ``name``.gif, the way."""
+    """``name``.png, the chains' ends (of images restored also what they began with), and ``name``.gif, the way."""
     frames, columns, rows = result.frames[:PICTURE_IMAGES], PICTURE_COLUMNS, []
     if start.originals is not None:
         stages = (start.originals.cpu(), to_uint8(start.given).cpu(), frames[:, 0], frames[:, -1])
         tiles = torch.stack([images[:PICTURE_IMAGES] for images in stages], 1).flatten(0, 1)
-        picture = captioned(image_grid(tiles, len(stages)), columns=["original", "given", "start", "end"])
+        picture = captioned(image_grid(tiles, len(stages)), columns=["image", "given", "start", "end"])
     else:
         if start.class_cond:  # chain i has class i mod K; the picture has a row for each class
             columns, rows = min(columns, start.n // len(class_names)), class_names
@@ -143,11 +143,12 @@ def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -
     text += f"{before:.2f} -> {after:.2f} (unnormalised, nats)"
     if start.originals is None or torch.equal(start.given, data.to_float(start.originals)):
         return text
-    kind, truth = ("noisy" if start.known is None else "unknown"), data.to_float(start.originals).cpu()
+    kind, first = ("noisy", "as given") if start.known is None else ("unknown", "if grey")
+    truth = data.to_float(start.originals).cpu()
     changed = torch.ones(truth.shape[2:], dtype=torch.bool) if start.known is None else ~start.known.cpu()
     errors = [(x.cpu().clamp(-1, 1) - truth)[..., changed] for x in (start.given, result.start, result.x)]
     given, before, after = (error.square().mean().sqrt() for error in errors)
-    errors = f"{given:.3f} as given, {before:.3f} at the start, {after:.3f} at the end"
+    errors = f"{given:.3f} {first}, {before:.3f} at the start, {after:.3f} at the end"
     return f"{text}\nroot mean square error of the {kind} pixels ([-1, 1] scale): {errors}"
 
 
@@ -155,7 +156,7 @@ def write_archive(path: Path, start: StartImages, result: ChainResult, images: T
     """A compressed NumPy archive; equal results give equal bytes.
 
     It holds ``x`` and ``labels`` of the result; ``log_p_x`` of x alone and ``log_p_x_y`` with its label, float32 (N,),
-    unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of test images ``originals``, as ``images``, what
+    unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of restored ones ``originals``, as ``images``, what
     was ``given`` of them, their ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
     """
     arrays = {"x": result.x, "labels": result.labels, "images": images.permute(0, 2, 3, 1)}

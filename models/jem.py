@@ -91,7 +91,7 @@ class JointForward(nn.Module):
         super().__init__()
         self.model, self.logits = model, logits
         self.dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
-        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # as if: no image depends on others
+        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # then images depend on no others
 
     def forward(
         self,

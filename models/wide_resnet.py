@@ -94,7 +94,7 @@ class WideResNet(nn.Module):
         dropout_rate: float = 0.0,
         activation: str = "leaky_relu",
         stages: int = 3,
-        **of_other_networks,
+        **unused,
     ):
         super().__init__()
         if (depth - 4) % 6:

@@ -1,4 +1,4 @@
-"""Short runs on the digits that tests stop, break and compare."""
+"""Short runs on the digits that tests stop, break and compare, and a chain as the papers have it."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ from checkpoints.files import load_checkpoint
 from config import Config
 from logger import run_logger
 from logger.metrics_log import read_log
+from sgld import Chain, normal_like
 
 TINY = (  # 13 steps an epoch
     "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100 "
@@ -135,3 +136,21 @@ def at_step(monkeypatch, step, action):
 
 def signal_at_step(monkeypatch, step, number=signal.SIGTERM):
     return at_step(monkeypatch, step, lambda _: os.kill(os.getpid(), number))
+
+
+def reference_chain(
+    log_density, x, steps, step_size, noise_std, generator, y=None, grad_clamp=None, clamp=False, normalize=False
+):
+    """SGLD (JEM, equation 3), step by step, with the random numbers that ``SGLD`` draws from the same generator."""
+    grad = torch.zeros_like(x)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        density = log_density(x) if y is None else log_density(x, y)
+        (grad,) = torch.autograd.grad(density.sum(), x)
+        limited = grad / (grad.square().sum((1, 2, 3), keepdim=True).sqrt() + 1e-12) if normalize else grad
+        if grad_clamp is not None:
+            limited = limited.clamp(-grad_clamp, grad_clamp)
+        x = x.detach() + step_size * limited + noise_std * normal_like(x, generator)
+        if clamp:
+            x = x.clamp(-1, 1)
+    return Chain(x.detach(), grad)

@@ -204,15 +204,16 @@ def test_scores_are_those_of_the_network(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", (["--inpaint", "left"], ["--denoise", "0.2"]))
-def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypatch, task):
+def test_own_pictures_take_the_place_of_test_images(shipped, tmp_path, monkeypatch, capsys, task):
     monkeypatch.setattr(data, "load", None)
     own = torch.randint(256, (1, 8, 8), dtype=torch.uint8)
     Image.fromarray(own[0].numpy()).convert("RGB").save(tmp_path / "own.png")
     options = [*task, "--images", str(tmp_path / "own.png"), "--n_sample_steps", "2"]
     run, content = sample(shipped, tmp_path / "out", *options)
     np.testing.assert_array_equal(content["originals"][..., 0], own)
-    assert task[0] == "--inpaint" or (content["given"] == data.to_float(own).numpy()).all()  # it is noisy as it is
-    if task[0] == "--inpaint":
+    if task[0] == "--denoise":  # it is noisy as it is, and how far it was from the truth is not known
+        assert (content["given"] == data.to_float(own).numpy()).all() and "root mean" not in capsys.readouterr().out
+    else:
         np.testing.assert_array_equal(tiles(pixels(run / "inpaint.png"), 1, 4)[0, 0], own[0])
 
 
@@ -237,9 +238,9 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_head(run_dir, tmp_path, 
 class Small(nn.Module):
     in_channels, n_features, name = 1, 4, "small"
 
-    def __init__(self, shape, *, width, depth, **options):
+    def __init__(self, shape, *, width, depth, norm_statistics, **options):
         super().__init__()
-        self.layer, self.idle, self.dropout = nn.Conv2d(1, 4, 8), nn.Linear(4, 4), nn.Dropout2d()
+        self.layer, self.idle, self.dropout = nn.Conv2d(1, 4, shape[1:]), nn.Linear(4, 4), nn.Dropout2d()
 
     def forward(self, x):
         return self.dropout(self.layer(x)).flatten(1)

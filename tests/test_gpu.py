@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import reference_chain
+from small_runs import reference_chain
 from torch.utils._pytree import tree_flatten
 
 import data

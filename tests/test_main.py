@@ -1,4 +1,4 @@
-"""The command line, driven for real on the digits: files, options, bad input."""
+"""The command line, driven for real on the digits: files, options, bad input, whatever it holds."""
 
 import json
 from dataclasses import fields, replace
@@ -11,6 +11,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 from small_runs import at_step, equal, metrics, new_run, refused, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +27,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.load import open_trained
 from config import Config
 from config.checks import unused
-from config.cli import parse
+from config.cli import option_names, parse
 from logger.metrics_log import read_log
 from sgld import step_protocol
 from trainer import Trainer
@@ -115,7 +117,8 @@ class TestEnergyTrain:
 
 
 def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples(jem, tmp_path, digits_100):
-    run = train(tmp_path, *"--mode baseline_train --max_steps 84 --lr 1e-2 --warmup_steps 83 --ema 0.9".split())
+    options = "--mode baseline_train --max_steps 84 --lr 1e-2 --warmup_steps 83 --ema 0.9 --sgld_step_max 9"
+    run = train(tmp_path, *options.split())
     for trained, name in ((jem, "model"), (run, "ema")):
         model, right = trainer_of(digits_100).model.eval(), {}
         for weights, part in product({"model", name}, ("valid", "test")):
@@ -452,3 +455,41 @@ def test_another_network(option, own, other, tmp_path, capsys):
     for arguments in ([*TINY, *options, "energy_train"], [*options, "sample"], [*options, "test"]):
         err = refused(capsys, *arguments)
         assert "holds another network" in err and f"{option} {own}" in err and not (tmp_path / "new").exists()
+
+
+OPTIONS = [f for f in fields(Config) if f.name not in ("mode", "gpu")]
+SWITCHES = [[name + end] for f in OPTIONS if f.type is bool for name in option_names(f) for end in ("", "=True")]
+NAMES = [f"--{f.name}" for f in OPTIONS if f.type is not bool]
+OLD = str(Path(__file__).parent / "files" / "format_2.pt")  # a checkpoint of digits
+WORDS = "0 1 -1 2 4 10 nan inf -inf 1e400 0.5 auto off digits folder all cpu .. /dev/null /nonexistent/x é"
+WORDS = [*WORDS.split(), "", "\x00", "9" * 21]
+VALUES = st.one_of(st.sampled_from(WORDS), st.text(max_size=8), st.integers().map(str), st.floats().map(str))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    mode=st.sampled_from(["energy_train", "baseline_train", "test", "sample", "export", "fly"]),
+    options=st.lists(st.tuples(st.sampled_from(NAMES), VALUES) | st.sampled_from(SWITCHES), max_size=3),
+    stray=st.sampled_from([True, *[False] * 9]),
+)
+def test_no_command_line_ends_in_a_traceback(mode, options, stray, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # A command that is right does little: the last of equal options counts.
+    little = {
+        "test": f"--load_ckpt {OLD} --eval classification --max_images 20",
+        "sample": f"--load_ckpt {OLD} --n_samples 10 --n_sample_steps 1",
+        "export": f"--load_ckpt {OLD} --export weights.pt",
+    }
+    train = "--dataset digits --depth 10 --width 1 --batch_size 8 --buffer_size 20 --sgld_step 1 --max_steps 1"
+    chosen = [part for option in options for part in option]
+    arguments = ["--mode", mode, "--gpu", "cpu", *chosen, *little.get(mode, train).split()]
+    try:
+        status = main.main([*arguments, *(["stray"] if stray else [])])
+    except SystemExit as stop:  # --help
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status in (0, 2) or (status == 1 and "failed: " in captured.err)  # it may diverge again and again
+    assert "Traceback" not in captured.err
+    if status == 2:
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and captured.err.splitlines()[-1] == lines[0]

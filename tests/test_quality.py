@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from reference import reference_chain
 from scipy import linalg
-from small_runs import equal, new_run, refused, seeded, state
+from small_runs import equal, new_run, reference_chain, refused, seeded, state
 
 import trainer
 from checkpoints.resume import continued

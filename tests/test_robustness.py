@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matplotlib.figure import Figure
-from reference import reference_chain
-from small_runs import seeded
+from small_runs import reference_chain, seeded
 
 from config import Config
 from data import load

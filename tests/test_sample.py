@@ -4,18 +4,19 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from reference import reference_chain
 from sklearn.datasets import load_digits
-from small_runs import new_run, refused, seeded, state
+from small_runs import new_run, reference_chain, refused, seeded, state
 from test_image_folder import tiff
 
 import main
 from evaluation import quality
+from generation import restore
 from generation.restore import unknown_pixels
 from generation.sample import by_class
 from logger.images import to_uint8
@@ -189,13 +190,18 @@ def test_inpainting_holds_what_is_known(jem, tmp_path, mask):
     assert len(film_of(run / "inpaint.gif")) == 10
 
 
-def test_the_start_uses_what_is_given(jem, tmp_path, capsys):
+def test_the_start_uses_what_is_given(jem, tmp_path, capsys, monkeypatch):
+    guess = Mock(wraps=restore.predict)
+    monkeypatch.setattr(restore, "predict", guess)
     options = "--inpaint left --n_samples 120 --n_sample_steps 0 --start".split()
     starts = ("uniform", "class_gaussian --class_cond", "class_gaussian")
     found = [sample(jem, tmp_path, *options, *start.split())[1] for start in starts]
     error, of_class, guessed = (np.abs(c["start"] - originals_of(c))[..., :4].mean() for c in found)
     assert of_class < 0.33 * error and 1.05 * of_class < guessed < 0.6 * error
-    _, content = sample(jem, tmp_path, *"--denoise 0.5 --sgld_step 0 --class_cond --start class_gaussian".split())
+    assert (guess.call_args.args[1].numpy() == found[2]["given"]).all()  # and not by the whole image
+    run, content = sample(jem, tmp_path, *"--denoise 0.5 --sgld_step 0 --class_cond --start class_gaussian".split())
+    start = to_uint8(torch.from_numpy(content["start"]))[:, 0]
+    np.testing.assert_array_equal(tiles(pixels(run / "denoise.png"), 10, 4)[:, 2], start)
     errors = [np.clip(content[name], -1, 1) - originals_of(content) for name in ("given", "start", "x")]
     given, start, end = (np.sqrt(np.square(error).mean()) for error in errors)
     assert start < 0.6 * given
@@ -203,10 +209,12 @@ def test_the_start_uses_what_is_given(jem, tmp_path, capsys):
 
 
 def test_denoising_starts_from_noisy_test_images(jem, tmp_path):
-    run, content = sample(jem, tmp_path, "--denoise", "0.5", "--n_samples", "100", "--class_cond")
+    options = "--denoise 0.5 --n_samples 100 --n_sample_steps 9 --class_cond --sgld_step_max 3"
+    run, content = sample(jem, tmp_path, *options.split())
     noise = content["given"] - originals_of(content)
     assert abs(noise.mean()) < 4 * 0.5 / 80 and abs(noise.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 6400)
-    assert json.loads(str(content["settings"]))["steps"] == 2  # the checkpoint's sgld_step
+    settings = json.loads(str(content["settings"]))
+    assert (settings["steps"], settings["start"]) == (3, "the noisy images (--denoise 0.5)")
     np.testing.assert_array_equal(content["labels"], true_labels(content["originals"]))
     np.testing.assert_array_equal(content["start"], content["given"])
     stages = tiles(pixels(run / "denoise.png"), 100, 4)

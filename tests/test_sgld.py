@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from reference import reference_chain
-from small_runs import seeded
+from small_runs import reference_chain, seeded
 
 from models import build_model, frozen_sampler_model
 from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, input_gradient, normal_like, uniform_images
