@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed, or whose disk fills up, end like an undisturbed run; also files, locks and the writer.
+"""Runs that are stopped or killed, or whose disk fills up, end like an undisturbed run; also files, locks, the writer.
 
 ``SURVIVAL_KILLS=20 python -m pytest tests/test_survival.py`` is the long form.
 """
