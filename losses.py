@@ -58,7 +58,8 @@ def joint_loss(
             weights = class_weights[y_sampled]
             weights = weights / mean(weights.mean()).clamp(min=1e-6)  # or a constant in log p(x) would change the loss
         mean_sampled = (weights * sampled).mean()
-        generative, climbed = mean_sampled - real.mean(), (real, sampled)
+        generative = mean_sampled - real.mean()
+        climbed = real, sampled
         if y_sampled is not None and y_real is not None:
             climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
         logistic = 0.5 * (F.softplus(-real).mean() + (weights * F.softplus(sampled)).mean())
