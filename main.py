@@ -149,6 +149,6 @@ if IS_PROGRAM:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main(sys.argv[1:])
-    terminal.leave(status, at_once=distributed.is_distributed())  # others are still connected only after an error
+    terminal.leave(status, at_once="RANK" in os.environ)  # of several processes: torch may hang where it ends by itself
 elif __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
