@@ -81,7 +81,7 @@ class Trainer:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
         names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer", "sampler")
-        self.saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        self.saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}  # in checkpoints
         self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
 
@@ -196,7 +196,7 @@ class Trainer:
             if "sgld/auroc" in values and self.step % LOG_EVERY == 0 and self.sgld_step < (cfg.sgld_step_max or 0):
                 self.sgld_step += values["sgld/auroc"] > cfg.sgld_step_auroc  # samples lag behind; not by a run's end
             if evaluate or measure or save:
-                self.complete_ema()
+                self.recalibrate_ema()
             if self.step % divergence.STATE_EVERY == 0:
                 self.recovery.keep(tree_to(self.state_dict(), "cpu"))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
@@ -301,13 +301,8 @@ class Trainer:
     def chain_length(self) -> int:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
-    def complete_ema(self) -> None:
-        """Give the averaged weights their buffers: the model's, but running statistics of their own."""
-        if self.ema is None:
-            return
-        for old, new in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            old.copy_(new)
-        if self.one_process_forward.norm_statistics != "frozen":
+    def recalibrate_ema(self) -> None:
+        if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
             recalibrate_batch_norm(self.ema, self.data.train.images, self.cfg.batch_size // self.world.size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,7 +375,7 @@ class Trainer:
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
         self.reseed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
         self.logger.recovery(diverged_at, self.step, change)
-        self.complete_ema()
+        self.recalibrate_ema()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
 
     def measurements(self) -> dict[str, float | list[int]]:
@@ -391,7 +386,8 @@ class Trainer:
     def dump_gif(self) -> None:
         """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
-        self.complete_ema()
+        if self.one_process_forward.norm_statistics == "running":
+            self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
         cfg, classes = self.cfg, [i % self.n_classes for i in range(16)]
         y = torch.tensor(classes, device=self.device) if cfg.class_cond else None

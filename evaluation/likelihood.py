@@ -69,11 +69,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         others = inputs.subset(others)
         curves = bits_by_temperature(inputs, log_p(others).mean().item(), levels, rng)
         beta = curves.best()
-        protocol = (
-            f"that of {curves.betas[0]:.2g} to {HIGHEST:g} with the fewest bits of {name} images (no test image) "
-        )
-        protocol += f"by the worse of two estimates, {LARGEST_GAP:g} apart at most, or the smallest 1/T if all are "
-        protocol += f"farther apart; forward, reverse AIS over {len(curves.betas)} 1/T"
+        protocol = f"that of {curves.betas[0]:.2g} to {HIGHEST:g} with the fewest bits of {name} images (no test "
+        protocol += f"image) by the worse of two estimates, {LARGEST_GAP:g} apart at most, or the smallest 1/T if all "
+        protocol += f"are farther apart; forward, reverse AIS over {len(curves.betas)} 1/T"
         section.add("inverse temperature 1/T", beta, len(others), protocol)
         section.picture("bits_by_temperature", f"Bits per dimension of {name} images", bits_figure(curves, levels))
         if beta != 1:

@@ -24,7 +24,7 @@ def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Genera
     the network tells the classes by what is given: noisy images, or images whose unknown pixels are grey.
     """
     cfg, x = run.cfg, data.to_float(images)
-    gaussian = set(cfg.start_shares) < {"gaussian", "class_gaussian"}  # one of the two
+    gaussian = list(cfg.start_shares) in (["gaussian"], ["class_gaussian"])
     name, start = ("the noisy images", None) if cfg.denoise and not gaussian else run.fresh_start
     if cfg.denoise:
         given, known = x if cfg.images else x + cfg.denoise * normal_like(x, rng), None  # one's own are noisy

@@ -21,8 +21,7 @@ class JEM(nn.Module):
 
     The backbone ``f`` maps float32 images to features (N, n_features), in float32 or under autocast. It has the
     attributes ``in_channels``, ``n_features`` and ``name``, and raises UserError for what it cannot be built for. A
-    function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights. Dropout
-    must be layers of ``torch.nn``, which are off for log p(x): ``F.dropout`` would make it another function.
+    function ``initialise(layer)`` of it, if there is one, gives each layer of the network its first weights.
     """
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
