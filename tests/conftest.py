@@ -9,16 +9,16 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the programs that tests start
 
-import sklearn.datasets
-
-import utils
-
 HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered():
     """What hundreds of runs would find out again: the digits in their file, and this repository's commit."""
+    import sklearn.datasets  # here, not above: the process that only hands out the tests needs neither it nor torch
+
+    import utils
+
     commit, git_commit = utils.git_commit(HERE), utils.git_commit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))

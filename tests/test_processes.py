@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_runs import new_run, refused, state
-from under_torchrun import COMMON, CONFIGS, divided_work, gradient, run_of, shorten_attacks, statistics, train
+from under_torchrun import COMMON, CONFIGS, MEASURE, divided_work, gradient, run_of, shorten_attacks, statistics, train
 
 import data
 import distributed
@@ -163,10 +163,10 @@ class TestTwoProcesses:
 
 class TestCommandLine:
     def test_a_killed_process_changes_nothing(self, tmp_path, capsys, digits, monkeypatch):
-        """torchrun starts all anew; they end as undisturbed; one goes on from the checkpoint of two; two measure."""
-        options = [*SMALL, *"--recipe sada-jem --max_steps 20 --ckpt_every 10 --resume auto --logdir".split()]
-        options.append(str(tmp_path / "runs"))
-        status, out, err = end(torchrun(HERE / "under_torchrun.py", "dies", *options, restarts=1))
+        """torchrun starts all anew; they end as undisturbed, and measure; one goes on from the checkpoint of two."""
+        options = "--recipe sada-jem --max_steps 20 --ckpt_every 10 --resume auto".split()
+        options = ["dies", str(tmp_path / "runs"), *SMALL, *options]
+        status, out, err = end(torchrun(HERE / "under_torchrun.py", *options, restarts=1))
         assert status == 0 and "a process of this run has ended" in err, err
         (run,) = (tmp_path / "runs").iterdir()
         found, size = load_checkpoint(run / "ckpt" / "last.pt"), (run / "ckpt" / "last.pt").stat().st_size
@@ -182,6 +182,12 @@ class TestCommandLine:
             assert torch.equal(twin["buffer"], found["state"]["buffer"]["images"][rank::2])
             assert torch.equal(runs[rank].rng.sgld.get_state(), own["rng"]["sgld"])
         assert open_trained({"mode": "sample", "load_ckpt": str(run)}).cfg.n_chains == 32  # half of 64: of one process
+        shorten_attacks(monkeypatch.setattr)
+        assert main.main([*MEASURE, str(run), "--feature_ckpt", str(run)]) == 0
+        two, one = (json.loads((run / name / "results.json").read_text()) for name in ("eval", "eval-2"))
+        assert all(two[name]["results"] == one[name]["results"] != {} for name in one["options"]["eval"].split(","))
+        pictures = [{path.name for path in (run / name).glob("*.png")} for name in ("eval", "eval-2")]
+        assert pictures[0] == pictures[1] and len(pictures[0]) > 3 and not (run / "eval-3").exists()
         assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(run)["step"] == 22 and "processes" not in state(run)
@@ -189,16 +195,6 @@ class TestCommandLine:
         for one in more:  # chains of their own, though both have the state of one
             one.resume(state(run))
         assert not torch.equal(*(one.rng.sgld.get_state() for one in more))
-        test = "--mode test --eval classification,robustness,quality --attacks pgd --max_images 110 --n_samples 300"
-        test = [*test.split(), "--n_sample_steps", "2", "--gpu", "cpu"]
-        test += ["--feature_ckpt", str(run), "--load_ckpt", str(run)]
-        status, _, err = end(torchrun(HERE / "under_torchrun.py", "measures", *test))
-        shorten_attacks(monkeypatch.setattr)
-        assert status == 0 and main.main(test) == 0, err
-        two, one = (json.loads((run / name / "results.json").read_text()) for name in ("eval", "eval-2"))
-        assert all(two[name]["results"] == one[name]["results"] != {} for name in one["options"]["eval"].split(","))
-        pictures = [{path.name for path in (run / name).glob("*.png")} for name in ("eval", "eval-2")]
-        assert pictures[0] == pictures[1] and len(pictures[0]) > 3 and not (run / "eval-3").exists()
 
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
     def test_signals_to_one_process_are_for_all(self, tmp_path):

@@ -182,8 +182,9 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     assert set(rows(top)) < set(rows(filtered))
 
 
-TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --sgld_step 2 --buffer_size 200 --n_valid 100"
-TINY += " --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39 --dropout_rate 0.1 --no_log"
+TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --p_x_batch_size 50"
+TINY += " --sgld_step 2 --buffer_size 200 --n_valid 100 --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39"
+TINY += " --dropout_rate 0.1 --no_log"
 TINY = TINY.split()  # 13 steps an epoch
 TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu".split()
 
@@ -255,10 +256,10 @@ def test_quality_while_training(tmp_path, monkeypatch):
     model.load_state_dict(weights)
     network.load_state_dict(state(features, "best.pt")["model"])
     rng, starts, fresh = seeded(1 + 39), [], []
-    *seeds, after = torch.randint(2**31, (3,), generator=rng).tolist()
-    for seed in seeds:  # of two batches, as large as in training
+    *seeds, after = torch.randint(2**31, (4,), generator=rng).tolist()
+    for seed in seeds:  # of three batches, as large as in training
         rng.manual_seed(seed)
-        starts.append(uniform_images(100, (1, 8, 8), rng))
+        starts.append(uniform_images(50, (1, 8, 8), rng))
         fresh.append(reference_chain(model.log_density, starts[-1], 3, 1.0, 0.01, rng).x)
     held = [state(run)["buffer"]["images"][torch.randperm(200, generator=rng.manual_seed(after))[:150]]]
     of = lambda images: network.eval().f(images).double().detach().numpy()  # noqa: E731

@@ -1,4 +1,4 @@
-"""What tests/test_processes.py has torchrun start: ``steps FOLDER``, or ``dies`` or ``measures`` and other options."""
+"""What tests/test_processes.py has torchrun start: ``steps FOLDER``, or ``dies FOLDER`` and options."""
 
 import os
 import signal
@@ -25,6 +25,8 @@ CONFIGS = {
     "running": BATCH_NORM | {"norm_statistics": "running", "outlier_weight": 1.0, "outlier_eps": 0.0},
     "sam": {"norm": "batch", "optimizer": "sgd", "sam_rho": 2.0, "sam_adaptive": True, "start": "class_gaussian"},
 }
+MEASURE = "--mode test --gpu cpu --eval classification,robustness,quality --attacks pgd --max_images 110 "
+MEASURE = [*(MEASURE + "--n_samples 300 --n_sample_steps 2").split(), "--load_ckpt"]
 
 
 def run_of(name: str, images: data.ImageData, world: distributed.World = data.ALONE) -> trainer.Trainer:
@@ -87,7 +89,8 @@ def steps(options: list[str]) -> None:
 
 
 def dies(options: list[str]) -> int:
-    """main.py, whose process of rank 1 is killed in step 15 unless torchrun has started it anew."""
+    """A run, whose process of rank 1 is killed in step 15 unless torchrun has started it anew; then its measurement."""
+    folder, *options = options
     training_step = trainer.Trainer.training_step
     first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
@@ -97,7 +100,10 @@ def dies(options: list[str]) -> int:
         return training_step(self)
 
     trainer.Trainer.training_step = deadly
-    return main.main(options)
+    shorten_attacks()
+    status = main.main([*options, "--logdir", folder])
+    (run,) = Path(folder).iterdir()
+    return status or main.main([*MEASURE, str(run), "--feature_ckpt", str(run)])
 
 
 def shorten_attacks(set_value: Callable = setattr) -> None:
@@ -105,12 +111,6 @@ def shorten_attacks(set_value: Callable = setattr) -> None:
         set_value(robustness, name, value)
 
 
-def measures(options: list[str]) -> int:
-    """main.py with shorter attacks."""
-    shorten_attacks()
-    return main.main(options)
-
-
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
-    sys.exit({"steps": steps, "dies": dies, "measures": measures}[task](rest))
+    sys.exit({"steps": steps, "dies": dies}[task](rest))
