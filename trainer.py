@@ -227,7 +227,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.total_steps
 
     def training_step(self) -> Tensor | None:
-        """One update; returns the negative samples (N, C, H, W), or None. Waits for nothing but images on the host."""
+        """An update; returns the samples (N, C, H, W), or None. Waits for AutoAugment and images on the host alone."""
         batch, chain_values = self.next_inputs(self.chain_length)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr

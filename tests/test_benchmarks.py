@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import equal, new_run, state
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import chain_length, gpu, reproduce, throughput, time_to_quality
@@ -68,6 +69,37 @@ def test_profile():
     for name in ("gpu", "cuda:x"):
         with pytest.raises(UserError, match="--device"):
             device_named(name)
+
+
+SIMULATED = """
+import sys
+from benchmarks import simulated_gpu
+assert simulated_gpu.run(sys.argv[1:]) == 0 and not simulated_gpu.simulation.in_steps, simulated_gpu.simulation.in_steps
+import main, trainer
+joint_loss = trainer.joint_loss
+trainer.joint_loss = lambda cfg, logits, y, **others: joint_loss(cfg, logits, y.cpu() * y.max().item(), **others)
+with simulated_gpu.simulation:
+    try:
+        main.main(sys.argv[1:])
+    except RuntimeError as error:
+        print(sorted(line.split()[1] for line in simulated_gpu.simulation.in_steps), error)
+"""
+
+
+def test_simulated_gpu(tmp_path):
+    """Its numbers are a CPU's; no step waits; a loss that waits and takes labels on the host is found."""
+    options = "--dataset digits --recipe sada-jem --class_cond --ema 0.9 --depth 10 --width 1 --batch_size 20"
+    options += " --sgld_step 1 --p_x_batch_size 10 --buffer_size 60 --max_steps 6 --warmup_steps 2 --gif_every 5"
+    options = [*options.split(), *"--precision fp32 --compile off --no_log --gpu cpu".split()]
+    command = [sys.executable, "-c", SIMULATED, *options, "--logdir", str(tmp_path / "gpu")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    error = (
+        "['_local_scalar_dense', '_to_copy'] aten::nll_loss_forward of tensors on simulated and on the CPU, losses.py"
+    )
+    assert error in done.stdout, done.stderr
+    simulated, whole = min((tmp_path / "gpu").iterdir()), new_run(options, tmp_path / "cpu")
+    for part in ("model", "ema", "buffer", "optimizer"):
+        assert equal(state(simulated)[part], state(whole)[part]), part
 
 
 def test_scaling(tmp_path):
