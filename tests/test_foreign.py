@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import equal, refused
+from small_runs import equal, reference_chain, refused, seeded
 from test_data import write_pngs
 
 from checkpoints.files import CHECKPOINT_FORMAT
@@ -79,20 +79,6 @@ def weights_of(norm="none", classes=10, channels=3, width=1, stages=3, n=1, extr
 robust_weights = partial(weights_of, "batch", width=2, n=2, robust=True)
 
 
-def normalise(w, name, x, norm):
-    affine = w.get(f"{name}.weight"), w.get(f"{name}.bias")
-    match norm:
-        case "batch":
-            return F.batch_norm(x, w[f"{name}.running_mean"], w[f"{name}.running_var"], *affine)
-        case "layer":
-            return F.group_norm(x, 1, *affine)
-        case "instance":
-            return F.instance_norm(x, None, None, *affine)
-        case "act":
-            return w[f"{name}.scale"] * (x + w[f"{name}.loc"])
-    return x
-
-
 def features_of(w, x, norm):
     """By a file of the JEM family or of a robust classifier."""
     robust = "fc.weight" in w
@@ -102,7 +88,17 @@ def features_of(w, x, norm):
         return F.conv2d(h, w[f"{name}.weight"], w.get(f"{name}.bias"), stride, padding)
 
     def active(name, h):
-        return F.leaky_relu(normalise(w, name, h, norm), 0.0 if robust else 0.2)
+        affine = w.get(f"{name}.weight"), w.get(f"{name}.bias")
+        match norm:
+            case "batch":
+                h = F.batch_norm(h, w[f"{name}.running_mean"], w[f"{name}.running_var"], *affine)
+            case "layer":
+                h = F.group_norm(h, 1, *affine)
+            case "instance":
+                h = F.instance_norm(h, None, None, *affine)
+            case "act":
+                h = w[f"{name}.scale"] * (h + w[f"{name}.loc"])
+        return F.leaky_relu(h, 0.0 if robust else 0.2)
 
     h = convolved(f"{f}conv1", ((x + 1) / 2 - MEAN) / DEVIATION if robust else x)
     for name, _, _, stride in blocks(4, 9, 1, robust):
@@ -125,8 +121,7 @@ def prefixed(prefix, weights):
 
 
 def resnet_and_linear(w):
-    made = {"resnet" + name[1:]: value for name, value in w.items() if name.startswith("f.")}
-    made |= {name.replace("class_output", "linear"): v for name, v in w.items() if name.startswith("class_output")}
+    made = {n.replace("f.", "resnet.").replace("class_output", "linear"): v for n, v in w.items() if "energy" not in n}
     second = {name.replace("resnet.", "main.0.").replace("linear.", "main.1."): v for name, v in made.items()}
     return {"EnergyModel": made | {n: v for n, v in second.items() if "main.0.main.1" not in n}, "epoch": 3}
 
@@ -145,9 +140,9 @@ def opened(tmp_path, raw, new_format=True, **given):
     return load_model(Config.from_dict(content["config"], ""), path, content).eval(), content
 
 
-def assert_same(model, x, expected):
+def assert_same(model, x, expected, tolerance=1e-5):
     with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
 
 
 FORMS = {"bare": lambda w: w, "dict": lambda w: {"model_state_dict": w, "epoch": 3}}
@@ -195,7 +190,7 @@ def test_the_activation_of_a_plain_classifier_is_assumed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["bare", "average", "both", "empty"])
-def test_robust_classifiers(tmp_path, capsys, form):
+def test_robust_classifiers_whose_averaged_weights_stay_such_in_an_export(tmp_path, capsys, form):
     w, x = robust_weights(), torch.rand(3, 3, 32, 32) * 2 - 1
     other = {name: value + 1 for name, value in w.items()}
     raw = {
@@ -210,19 +205,18 @@ def test_robust_classifiers(tmp_path, capsys, form):
     told = capsys.readouterr().err
     assert ("its averaged weights" in told) == ("ema" in content["state"]) == (form == "both")
     assert "--image_size, --activation assumed" in told
+    there = str(tmp_path / "there.safetensors")
+    assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "theirs.pt"), "--export", there]) == 0
+    assert equal(open_checkpoint(there, {})[1]["state"].get("ema"), content["state"].get("ema"))
 
 
 def test_chains_of_a_robust_file_equal_those_written_out_from_its_tensors(tmp_path):
     """DAT's chains use running statistics: x + lr * grad / |grad|, in [-1, 1], whatever else is in the batch."""
-    w, start = robust_weights(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    w, start = robust_weights(), torch.rand(4, 3, 32, 32, generator=seeded()) * 2 - 1
     model, content = opened(tmp_path, w)
     cfg = Config.from_dict(content["config"], "file")
-    x = start
-    for _ in range(5):
-        x = x.requires_grad_()
-        (gradient,) = torch.autograd.grad(logits_of(w, x).logsumexp(1).sum(), x)
-        x = (x + cfg.sgld_lr * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(-1, 1).detach()
-    ends = {}
+    limits, ends = {"clamp": True, "normalize": True}, {}
+    x = reference_chain(lambda x: logits_of(w, x).logsumexp(1), start, 5, cfg.sgld_lr, 0.0, seeded(), **limits).x
     for statistics in (cfg.norm_statistics, "batch"):
         chains = SGLD(frozen_sampler_model(model, torch.float32, statistics).log_density, **chain_options(cfg))
         ends[statistics] = chains(start, 5, cfg.sgld_lr, cfg.sgld_std, torch.Generator()).x
@@ -234,15 +228,13 @@ def test_the_energy_head_is_log_p_x_when_asked(tmp_path):
     w, x = weights_of("batch"), torch.rand(2, 3, 32, 32)
     model, _ = opened(tmp_path, w, separate_energy=True, recipe="m-jem")
     expected = features_of(w, x, "batch") @ w["energy_output.weight"].T + w["energy_output.bias"]
-    with torch.no_grad():
-        torch.testing.assert_close(model.log_density(x), expected[:, 0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(x).softmax(1), logits_of(w, x, "batch").softmax(1), atol=1e-5, rtol=1e-5)
+    assert_same(model.log_density, x, expected[:, 0])
+    assert_same(lambda x: model(x).softmax(1), x, logits_of(w, x, "batch").softmax(1))
 
 
 def test_chains_run_as_their_authors_ran_them(tmp_path):
-    _, content = opened(tmp_path, weights_of("batch"))
-    chosen = {name: content["config"][name] for name in ("start", "sgld_std", "sgld_clamp", "sgld_grad_clamp")}
-    assert chosen == {"start": "class_gaussian", "sgld_std": 0.0, "sgld_clamp": True, "sgld_grad_clamp": 1.0}
+    chosen = {"start": "class_gaussian", "sgld_std": 0.0, "sgld_clamp": True, "sgld_grad_clamp": 1.0}
+    assert chosen.items() <= opened(tmp_path, weights_of("batch"))[1]["config"].items()
     for recipe, start in (("m-jem", "gaussian"), ("oe-jem", "class_gaussian"), ("dat", "class_gaussian")):
         assert opened(tmp_path, weights_of("batch"), recipe=recipe)[1]["config"]["start"] == start
     _, content = opened(tmp_path, weights_of())
@@ -252,21 +244,6 @@ def test_chains_run_as_their_authors_ran_them(tmp_path):
 class Code:
     def __reduce__(self):
         return Path("owned").touch, ()
-
-
-def damaged(directory, kind):
-    w, path = weights_of(), directory / f"{kind}.pt"
-    if kind in ("missing", "no energy"):
-        del w["f.layer2.0.conv2.bias" if kind == "missing" else "energy_output.weight"]
-    if kind in ("extra", "shape"):
-        w["f.layer2.0.conv3.bias" if kind == "extra" else "f.layer2.0.conv2.bias"] = torch.zeros(3)
-    raw = {"other": {"weight": torch.zeros(3)}, "code": {**w, "x": Code()}}.get(kind, w)
-    torch.save(raw, path, _use_new_zipfile_serialization=kind != "torn legacy")
-    if kind.startswith("torn"):
-        path.write_bytes(path.read_bytes()[:-2000])
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Code()))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -285,8 +262,17 @@ def damaged(directory, kind):
 )
 def test_what_is_none_of_these_is_refused_in_one_line(tmp_path, monkeypatch, capsys, kind, message):
     monkeypatch.chdir(tmp_path)
-    options = ["--separate_energy"] if kind == "no energy" else []
-    path = damaged(tmp_path, kind)
+    w, path, options = weights_of(), tmp_path / f"{kind}.pt", ["--separate_energy"] if kind == "no energy" else []
+    if kind in ("missing", "no energy"):
+        del w["f.layer2.0.conv2.bias" if kind == "missing" else "energy_output.weight"]
+    if kind in ("extra", "shape"):
+        w["f.layer2.0.conv3.bias" if kind == "extra" else "f.layer2.0.conv2.bias"] = torch.zeros(3)
+    raw = {"other": {"weight": torch.zeros(3)}, "code": {**w, "x": Code()}}.get(kind, w)
+    torch.save(raw, path, _use_new_zipfile_serialization=kind != "torn legacy")
+    if kind.startswith("torn"):
+        path.write_bytes(path.read_bytes()[:-2000])
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Code()))
     assert message in refused(capsys, "--mode", "sample", "--load_ckpt", str(path), "--logdir", "runs", *options)
     assert list(tmp_path.iterdir()) == [path]  # nothing was written, neither by the code in the file
 
@@ -328,14 +314,6 @@ def test_an_export_holds_the_same_weights_bit_for_bit(tmp_path, make, suffix):
     assert contents[0]["config"] == contents[1]["config"]
 
 
-def test_an_export_of_averaged_weights_says_so(tmp_path):
-    torch.save({"model_state_dict": weights_of("batch"), "ema_state_dict": robust_weights()}, tmp_path / "a.pt")
-    there = str(tmp_path / "there.safetensors")
-    assert main(["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), "--export", there]) == 0
-    exported, averaged = (open_checkpoint(str(path), {})[1]["state"]["ema"] for path in (there, tmp_path / "a.pt"))
-    assert equal(exported, averaged)
-
-
 def test_an_export_overwrites_nothing(tmp_path, capsys):
     torch.save(weights_of(), tmp_path / "theirs.pt")
     (tmp_path / "there.pt").write_text("mine")
@@ -345,7 +323,6 @@ def test_an_export_overwrites_nothing(tmp_path, capsys):
         assert main([*export, str(tmp_path / target)]) == 2 and message in capsys.readouterr().err
     assert (tmp_path / "there.pt").read_text() == "mine"
     assert main(export[:-1]) == 2
-    capsys.readouterr()
     (tmp_path / "torn.safetensors").write_bytes(b"12345678901")
     error = refused(capsys, *export[:3], str(tmp_path / "torn.safetensors"), "--export", str(tmp_path / "x.pt"))
     assert "not a safetensors file" in error
@@ -362,12 +339,12 @@ def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
     (tmp_path / "run" / "ckpt").mkdir(parents=True)
     shutil.copy(old, tmp_path / "run" / "ckpt" / "last.pt")
     (tmp_path / "run" / "config.json").write_text("{}")
-    capsys.readouterr()
     assert ": start a new run with --load_ckpt" in refused(capsys, "--resume", str(tmp_path / "run"))
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 ROBUST = {"backbone": "robust", "activation": "relu", "recipe": "dat", "norm": "batch"}
+FAMILY = list(product(("jem", "jem++", "sada-jem"), ("none", "batch", "layer", "instance", "act")))
 
 
 def documented(program, norm, depth, width, channels, classes, stages=3):
@@ -419,9 +396,6 @@ def arguments(tmp_path):
     return ["--mode", "export", "--load_ckpt", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt")]
 
 
-FAMILY = list(product(("jem", "jem++", "sada-jem"), ("none", "batch", "layer", "instance", "act")))
-
-
 @pytest.mark.parametrize("program, norm", [*FAMILY, ("robust", "batch")])
 @pytest.mark.parametrize("depth, classes", [(10, 7), (16, 10)])
 def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, program, norm, depth, classes):
@@ -439,9 +413,8 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     path, content = open_checkpoint(str(tmp_path / "b.pt"), {"norm": norm})
     back = load_model(Config.from_dict(content["config"], ""), path, content).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(logits_of(weights, x, norm), model(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(back(x), model(x), atol=1e-6, rtol=1e-6)
+    assert_same(model, x, logits_of(weights, x, norm))
+    assert_same(back, x, model(x), tolerance=1e-6)
     if program != "robust":
         assert list(file) == ["model_state_dict", "replay_buffer"] and torch.equal(file["replay_buffer"], buffer)
 

@@ -1,11 +1,12 @@
 """Which run ``--resume`` and ``--load_ckpt`` take, and that it goes on bit for bit."""
 
-import dataclasses
 import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,13 +21,6 @@ from logger.run_dir import RunDir, read_config
 from optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
-
-
-def other_images(images):
-    """The same numbers of images, of which one has another pixel."""
-    changed = images.train.images.clone()
-    changed[0, 0, 0, 0] += 1
-    return dataclasses.replace(images, train=dataclasses.replace(images.train, images=changed))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +60,14 @@ class TestResume:
         signal_at_step(monkeypatch, 1)
         assert start(tmp_path, "--max_steps", "1")[0] == 0
 
-    def test_auto_leaves_other_images_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
-        original = main.data.load
+    def test_other_images_are_refused_and_auto_leaves_them_and_other_notes_alone(self, tmp_path, capsys, monkeypatch):
+        digits = main.data.load("digits", n_valid=100)
+        pixels = digits.train.images.clone()
+        pixels[0, 0, 0, 0] += 1
         status, first = start(tmp_path, "--max_steps", "2")
-        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
+        others = replace(digits, train=replace(digits.train, images=pixels))
+        monkeypatch.setattr(main.data, "load", lambda *_: others)
+        assert "--data_dir" in refused(capsys, "--resume", first)
         status, second = start(tmp_path, "--max_steps", "2", "--resume", "auto")
         assert status == 0 and f"Skipping {first}" in capsys.readouterr().out
         status, third = start(tmp_path, "--max_steps", "2", "--resume", "auto", "--note", "mine")
@@ -147,24 +145,10 @@ class TestResume:
         assert f"--{option}".split()[0] in err and "needs a new run" in err
         assert (stopped / "ckpt" / "last.pt").read_bytes() == before
 
-    def test_other_data_is_refused(self, stopped, monkeypatch, capsys):
-        original = main.data.load
-        monkeypatch.setattr(main.data, "load", lambda *a: other_images(original(*a)))
-        assert "--data_dir" in refused(capsys, "--resume", stopped)
-
     def test_dumps_may_change(self, stopped, undisturbed):
         options = "--sample_every 7 --gif_every 9 --no_log --max_recoveries 3 --compile off".split()
         assert main.main(["--resume", str(stopped), *options]) == 0
         assert equal(state(stopped), state(undisturbed))
-
-    def test_a_file_system_without_locks(self, stopped, undisturbed, monkeypatch, capsys):
-        def unsupported(*_):
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-        monkeypatch.setattr("fcntl.flock", unsupported)
-        assert main.main(["--resume", str(stopped)]) == 0 and "cannot be locked (" in capsys.readouterr().err
-        assert_same_run(stopped, undisturbed)
-        assert not [path.name for path in stopped.glob("lock?*")]
 
     @pytest.mark.parametrize("damage", ["flip", "remove"])
     def test_a_broken_last_checkpoint_costs_the_steps_since_the_one_before(self, damage, stopped, undisturbed, capsys):
@@ -190,29 +174,30 @@ class TestResume:
             (RuntimeError("can't allocate memory"), "not enough memory"),
             ({"format": 99}, "format 99, which this version does not know"),
         ],
-        ids=["disk", "memory", "version"],
     )
     def test_a_checkpoint_that_is_whole_is_not_set_aside(self, error, words, stopped, monkeypatch, capsys):
         last, original = stopped / "ckpt" / "last.pt", torch.load
 
         def failing(path, **options):
-            if Path(path).name != "last.pt":
-                return original(path, **options)
-            if isinstance(error, Exception):
+            if Path(path).name == "last.pt" and isinstance(error, Exception):
                 raise error
-            return original(path, **options) | error
+            content = original(path, **options)
+            return content | error if Path(path).name == "last.pt" else content
 
         whole = last.read_bytes()
         monkeypatch.setattr(torch, "load", failing)
         assert words in refused(capsys, "--resume", stopped)
         assert last.read_bytes() == whole
 
-    def test_an_earlier_checkpoint_by_name_leaves_the_later_one(self, stopped, undisturbed, monkeypatch):
-        later = (stopped / "ckpt" / "last.pt").read_bytes()
+    def test_an_earlier_checkpoint_by_name_leaves_the_later_one(self, stopped, undisturbed, monkeypatch, capsys):
+        """In a file system without locks."""
+        unsupported, later = OSError(errno.EOPNOTSUPP, "Not supported"), (stopped / "ckpt" / "last.pt").read_bytes()
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
         monkeypatch.chdir(stopped / "ckpt")
-        assert main.main(["--resume", "previous.pt"]) == 0
+        assert main.main(["--resume", "previous.pt"]) == 0 and "cannot be locked (" in capsys.readouterr().err
         assert_same_run(stopped, undisturbed)
         assert (stopped / "ckpt" / "last.pt_set_aside").read_bytes() == later
+        assert not [path.name for path in stopped.glob("lock?*")]
 
     def test_other_files_are_refused(self, stopped, capsys):
         for place in (stopped / "ckpt" / "best.pt", "x" * 300, stopped / "config.json", stopped.parent):
