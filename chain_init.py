@@ -51,8 +51,8 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
     if name == "folder":
         if height != width:
             raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
-        read = partial(image_folder.read_unlabelled, Path(cfg.start_dir), height, "--start_dir ")
-        others = distributed.rank0_first(read)
+        folder = Path(cfg.start_dir)
+        others = distributed.rank0_first(lambda: image_folder.read_unlabelled(folder, height, "--start_dir "))
         if others.shape[1] != channels:
             others = functional.rgb_to_grayscale(others, num_output_channels=channels)
         return partial(folder_init, others.to(device), images.flip and not cfg.no_flip)
@@ -133,6 +133,7 @@ def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
     grid = whole.unflatten(3, (parts, pw)).unflatten(2, (parts, ph))  # (n, c, a, ph, b, pw)
     patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, a * b, c, ph, pw)
     order = torch.rand(len(x), parts**2, generator=rng, device=rng.device).argsort(1)
+    order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)  # not all in their places
     patches = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
     whole.copy_(patches.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
     return x

@@ -294,7 +294,9 @@ def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], tra
     some = trained_on.get("some_training_images", "").split()
     found = set(some) & set(image_digests(others.images) if some else ())
     if len(found) > len(some) / 10:
-        raise UserError(f"{root} has training images among those to measure ({len(found)} of {len(some)}): restore it")
+        raise UserError(
+            f"{root} has training images among those to measure ({len(found)} of {len(some)}): undo its change"
+        )
     image_folder.note(f"{root} holds other images than those of the training: only test images are used")
     return {"test": others}
 
@@ -347,7 +349,7 @@ def read_torchvision(cls: type, root: Path, image_size: int | None) -> tuple[lis
             parts = {"train": _as_split(train), "test": _as_split(test)}
     except Exception as error:  # a missing or broken file raises whatever its reader trips over
         downloads = " and ".join(Path(file).name for file in files if file.endswith((".gz", ".mat")))
-        advice = f"put {downloads} there, or give --dataset folder, or another --data_dir (--load_ckpt brings its own)"
+        advice = f"put {downloads} there, or give --dataset folder, or another --data_dir"
         where = f"{cls.__name__} from --data_dir {root}, which holds {inside}"
         raise UserError(f"cannot read {where}: {advice} ({' '.join(str(error).split())})") from error
     if cls in FIRST_LABELS and parts["train"].labels[:10].tolist() != FIRST_LABELS[cls]:

@@ -29,10 +29,7 @@ class Recovery:
         self.latest = state
 
     def go_back(self, step: int) -> tuple[dict[str, Any], str]:
-        """The state to continue from after a divergence at ``step``, and in words what is changed.
-
-        Raises TrainingFailed if the run has used up its recoveries.
-        """
+        """The state to go on from after a divergence, and what is changed; TrainingFailed if it was one too many."""
         if self.recoveries >= self.cfg.max_recoveries:
             advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.draws_samples else "a lower --lr"
             raise TrainingFailed(f"training diverged at step {step} (recoveries: {self.recoveries}): try {advice}")

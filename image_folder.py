@@ -113,7 +113,7 @@ def _list(root: Path, option: str) -> list[Names]:
     """Every file below ``root``, sorted. Links are followed, but not in circles."""
 
     def fail(error: OSError) -> None:
-        own = " (with --load_ckpt or --resume its own is the default)" if "data_dir" in option else ""
+        own = " (by default that of --resume or, outside training, --load_ckpt)" if "data_dir" in option else ""
         raise UserError(f"cannot read {option}{error.filename}: {error.strerror}{own}") from error
 
     paths, left_out = [], Counter()
@@ -151,8 +151,7 @@ def _find_parts(root: Path, paths: list[Names]) -> dict[str, str]:
     inside, parts = _folders(paths), {}
     for part, names in PART_NAMES.items():
         pattern = f"({names})(set|data|images|imgs|split|folder)?"
-        found = [name for name in inside if re.fullmatch(pattern, re.sub(r"[\W_]", "", name.lower()))]
-        if found:
+        if found := [name for name in inside if re.fullmatch(pattern, re.sub(r"[\W_]", "", name.lower()))]:
             parts[part] = found[0]
     chosen = list(parts.values())
     others = [name for name in inside if name not in chosen and (_folders(inside[name]) or _images(inside[name]))]
@@ -191,7 +190,7 @@ def decode_file(file: str, image_size: int | None) -> Decoded:
     except UserError as error:
         problem = str(error)
     except Image.UnidentifiedImageError:
-        problem = "is empty, damaged or of an unsupported format (HEIC?): replace or remove it"
+        problem = "is no picture, damaged or of an unsupported format (HEIC?): replace or remove it"
     except Exception as error:  # image codecs raise almost anything on a broken file
         problem = f"cannot be read: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
     return Decoded(problem=f"{file} {problem}")

@@ -129,13 +129,13 @@ def annealed_chain(
 ) -> Tensor:
     """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
-    Ten levels of 30 steps lie evenly in log from 1 to 0.1; the step size is 0.01 * (level / 0.1)^2 and the noise keeps
-    the training chain's ratio to it (Song & Ermon, NeurIPS 2019). Images are clamped to [-1, 1] after each step.
+    Ten levels of 30 steps lie evenly in log from 1 to 0.1; step size and noise are the training chain's times the
+    level's square (Song & Ermon, NeurIPS 2019). Images are clamped to [-1, 1] after each step.
     """
     frames = [x]
-    sizes = (0.01 * (torch.logspace(0, -1, 10, dtype=torch.float64) / 0.1) ** 2).repeat_interleave(30)
-    for i, step_size in enumerate(sizes.tolist(), 1):
-        x = sgld(x, 1, step_size, step_size * sgld_std / sgld_lr, rng, y).x.clamp(-1, 1)
+    factors = (torch.logspace(0, -1, 10, dtype=torch.float64) ** 2).repeat_interleave(30)
+    for i, factor in enumerate(factors.tolist(), 1):
+        x = sgld(x, 1, factor * sgld_lr, factor * sgld_std, rng, y).x.clamp(-1, 1)
         if i % every == 0:
             frames.append(x)
     return torch.stack(frames)

@@ -360,7 +360,7 @@ class Trainer:
     def checkpoint(self, name: str) -> None:
         state = self.state_dict()
         if name != "last.pt":  # to measure and to sample from; training is resumed from last.pt
-            state = {part: state[part] for part in ("step", "model", "ema") if part in state}
+            state = {part: state[part] for part in ("step", "model", "ema", "recovery") if part in state}
         state = tree_to(state, "cpu")
         if name == "last.pt" and self.world.size > 1:
             state = gather_state(state)

@@ -86,9 +86,8 @@ def _read(path: Path) -> Any:
     try:
         if is_archive:
             with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()  # torch.load does not check the CRC-32s
-            if broken:
-                raise Damaged(f"{path} is corrupted (record {broken}); use another checkpoint")
+                if broken := archive.testzip():  # torch.load does not check the CRC-32s
+                    raise Damaged(f"{path} is corrupted (record {broken}); use another checkpoint")
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

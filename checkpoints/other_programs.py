@@ -172,8 +172,7 @@ def fitted(path: Path, weights: StateDict, options: dict[str, Any]) -> StateDict
     weights = {k: v for k, v in weights.items() if not (k.startswith(unused) or k.endswith(".initialized"))}  # act norm
     counts = [name for name in expected if name.endswith("num_batches_tracked")]  # the first PyTorch versions had none
     weights = dict.fromkeys(counts, torch.zeros((), dtype=torch.int64)) | weights
-    odd = sorted(expected.keys() ^ weights.keys())
-    if odd:
+    if odd := sorted(expected.keys() ^ weights.keys()):
         size = "depth {depth}, width {width}, {stages} stages, norm {norm}".format(**options)
         but = "lacks" if odd[0] in expected else "has"
         raise UserError(f"{path} looks like a Wide-ResNet ({size}), but {but} {odd[0]}")

@@ -52,8 +52,7 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
         raise UserError(f"{path} is of another program or version, or weights alone: start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
-    others = sorted(changed.keys() - RESUMABLE)
-    if others:
+    if others := sorted(changed.keys() - RESUMABLE):
         own, new = (" ".join(as_typed(name, of[name]) for name in others) for of in (vars(cfg), changed))
         advice = "needs a new run: leave it out, or start one with --load_ckpt"
         raise UserError(f"{path} was trained with {own}; {new} {advice}")

@@ -47,6 +47,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.draws_samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen (as in oe-jem, a second phase) needs --load_ckpt, a trained run, as of m-jem"
+    if cfg.outlier_weight and not cfg.draws_samples:
+        yield "--outlier_weight is for training with samples: give --p_x_weight above 0, such as 1e-6"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     other_function = cfg.adversarial_eps or cfg.dropout_rate or cfg.norm == "batch" and cfg.norm_statistics == "running"
@@ -101,9 +103,8 @@ def check_sizes(cfg, n_images: dict[str, int], n_classes: int, n_processes: int,
     ``n_images``: how many training images each batch draws from, by the option that is its size; ``shape``: (C, H, W).
     """
     sizes = {name: cfg.n_chains if name == "p_x_batch_size" else cfg.batch_size for name in n_images}
-    few = {name: n for name, n in n_images.items() if n < sizes[name]}
-    if few:
-        raise UserError("; ".join(f"--{k} {sizes[k]} is larger than its {few[k]} training images" for k in few))
+    if few := {name: n for name, n in n_images.items() if n < sizes[name]}:
+        raise UserError("; ".join(f"--{k} {sizes[k]} is larger than the {few[k]} images that it may take" for k in few))
     check_variance(cfg, shape, min(sizes.values()) // n_processes)
     sizes |= {"buffer_size": cfg.buffer_size} if cfg.draws_samples else {}
     sizes |= {"outlier_batch_size": cfg.outlier_batch_size} if cfg.outlier_shares else {}

@@ -161,7 +161,7 @@ class Options:
     outlier_images: str = outliers("smooth", "what the outliers are, named as in --start")
     outlier_batch_size: int = outliers(16, "outliers of a step", minimum=1)
     outlier_margin: float = outliers(2.0, "by how many nats they should lie below")
-    outlier_eps: float = outliers(1.0, "how far, L2, pixels in [0, 1], they first move up log p(x)", minimum=0)
+    outlier_eps: float = outliers(1.0, "L2 distance, pixels in [0, 1], by which they first move up log p(x)", minimum=0)
     outlier_steps: int = outliers(3, "steps in which they do", minimum=1)
     diverge_threshold: float = of_samples(1e4, "gap of real and sampled log p(x), in nats, that is divergence", above=0)
     max_recoveries: int = classifier(10, "returns to an earlier state before giving up", minimum=0, resumable=True)
@@ -183,18 +183,18 @@ class Options:
     )
     max_images: int | None = test(None, "most images of a set for a metric (default: all; attacks: 1000)", minimum=20)
     attacks: str | None = attack(None, "of --eval robustness, with commas (default: all): " + ", ".join(ATTACKS))
-    attack_images: int | None = attack(None, "most test images that are attacked (default: --max_images)", minimum=20)
+    attack_images: int | None = attack(None, "most attacked images (default: --max_images; refinement: 50)", minimum=20)
     one_epsilon: bool = attack(False, "attack at one epsilon of each norm, that of AutoAttack: Linf 8/255 and L2 0.5")
     refine_steps: int = refinement(10, "SGLD steps that refine an attacked image; 0: not measured", minimum=0)
     ais_chains: int = likelihood(100, "chains of annealed importance sampling, for --eval likelihood", minimum=2)
     ais_temperatures: int = likelihood(1000, "its temperatures; fewer are faster, with bounds farther apart", minimum=2)
     sigma_test: float = test(0.0, "deviation of noise on classified images, [-1, 1] scale", minimum=0, needs=WITH_NOISE)
-    feature_ckpt: str = samples("", "classifier's run, for features", is_path=True, modes=("energy_train", "test"))
+    feature_ckpt: str = samples("", "run of a classifier, for distances", is_path=True, modes=("energy_train", "test"))
     fid_reference: str = quality("train", "real images for FID, KID, precision, recall", ("train", "train+test"))
     compare: str = test("", "earlier measured run, or its eval folder, to show next to this one", is_path=True)
 
     n_samples: int | None = samples(
-        None, "images to draw (default: 100, or 10 a class; of test images 10; training: 2000, test: 10000)", minimum=1
+        None, "images to draw (default: 100, or 10 a class; inpaint, denoise 10; training 2000, test 10000)", minimum=1
     )
     n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat, oe-jem: 50", minimum=0)
     images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)

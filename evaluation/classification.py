@@ -10,8 +10,6 @@ from evaluation.report import Section, bootstrap
 from models import log_density
 from models.predict import predict
 
-needs_labels = True
-
 
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Accuracy; log p(x) of test images and of training images, and how far these lie above those."""
@@ -19,8 +17,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     logits, names = predict(inputs.model, inputs.with_noise(test.images)), inputs.data.class_names
     predicted, protocol, on_test = logits.argmax(1), f"test images, {noise}", log_density(logits)
     correct = predicted == test.labels
-    section.add_proportion("accuracy", correct, protocol)
-    section.add_mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
+    if inputs.classifies:
+        section.add_proportion("accuracy", correct, protocol)
+        section.add_mean("cross-entropy (nats)", F.cross_entropy(logits, test.labels, reduction="none"), protocol)
     constant = "up to the unknown constant log Z"
     section.add_mean("log p(x) of test images (nats)", on_test, f"{protocol}; {constant}")
     if len(inputs.data.train):
@@ -33,6 +32,9 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         section.add(apart, on_train.mean() - on_test.mean(), n, meaning, interval)
     else:
         section.add_absent("log p(x) of training images", "these data are test images alone")
+    if not inputs.classifies:
+        section.add_absent("accuracy", "the model was trained without labels")
+        return
     for k, name in enumerate(names):
         if (of_class := test.labels == k).any():
             place = (name, "accuracy")

@@ -146,6 +146,6 @@ def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor,
     section.add("gap", gap, n, protocol, at=(f"1/T = {beta:g}", "bits"))
     if gap < -0.01:
         section.note(
-            f"At 1/T = {beta:g} the upper bound lies below the lower one: the buffer holds no samples of that density. "
-            "The reverse estimate means nothing; by the forward one, the true bits are still higher than its own."
+            f"Not so at 1/T = {beta:g}: the upper bound lies below the lower one, since the buffer holds no samples of "
+            "that density. The reverse estimate means nothing, and the true bits are above those of the forward one."
         )

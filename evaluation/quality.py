@@ -51,7 +51,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         protocol += f", {'some of which may be' if cfg.max_images else 'which are'} part of the reference"
     scored = {"test images": ImageSet(inputs.subset(data.test, n).images, protocol)} | sets
     spaces = {
-        "FID, IS, KID": lambda: fid.InceptionSpace(inputs.device),
+        "FID, IS, and KID, precision, recall in Inception's features": lambda: fid.InceptionSpace(inputs.device),
         "Fréchet distance in a classifier's features": lambda: fid.ClassifierSpace(feature_model, cfg.feature_ckpt),
     }
     for what, make_space in spaces.items():
@@ -153,7 +153,7 @@ def add_distances(
         if n < real_features.shape[1]:
             few.append(name)
     if few:
-        advice = f"fewer images than the {real_features.shape[1]} features. Compare it only between as many images"
+        advice = f"fewer images than the {real_features.shape[1]} features. Compare all these only between as many"
         section.note(f"**{space.frechet_name} means little here** ({', '.join(few)}): there are {advice}.")
 
 

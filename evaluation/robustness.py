@@ -224,7 +224,8 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     if name in ("pgd", "autoattack"):
         return Attacked(Classifier(model), test.images.float() / 255, test.labels, batch_size, rng)
     n_chains = CHAINS if cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test) else 1  # all would be the same
-    test, batch_size = test[:REFINED_IMAGES], max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too
+    test = test if cfg.attack_images else test[:REFINED_IMAGES]
+    batch_size = max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too
     sizes = {"steps": cfg.refine_steps, "sgld_lr": cfg.sgld_lr, "sgld_std": cfg.sgld_std}
     chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
     protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "

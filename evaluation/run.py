@@ -73,6 +73,7 @@ def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
         section.add_absent(section.name, str(error))
     except KeyboardInterrupt:
         section.add_absent("the rest", "stopped by Ctrl-C")
+        print(f"\nStopped: what is measured so far will be in {printable(section.directory / 'report.html')}.")
         raise
     except Exception as error:
         if distributed.lost_connection(error):
@@ -100,6 +101,9 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         "network": f"{inputs.model.name}{head}",
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }
+    if (recovery := state.get("recovery", {})).get("recoveries"):
+        remedies = ", ".join(f"{name} {value:g}" for name, value in recovery["remedies"].items())
+        about["divergences"] = f"{recovery['recoveries']}; training went on with {remedies}"
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
     if cfg.norm == "batch":

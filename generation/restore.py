@@ -40,10 +40,7 @@ def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Genera
 
 
 def unknown_pixels(name: str, height: int, width: int) -> Tensor:
-    """The mask, bool (H, W), that ``--inpaint`` names: "left", "center" or a picture, white where unknown.
-
-    Where the picture is transparent, it is black.
-    """
+    """The mask, bool (H, W), of ``--inpaint``: "left", "center" or a picture, white and not transparent if unknown."""
     unknown = torch.zeros(height, width, dtype=torch.bool)
     if name == "left":
         unknown[:, : width // 2] = True

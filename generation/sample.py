@@ -112,7 +112,7 @@ def by_class(predicted: Tensor, n: int, names: Sequence[str]) -> Tensor:
         places.append((predicted == k).nonzero().flatten()[:n_each])
         if len(places[k]) < n_each:
             found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])}"
-            raise UserError(f"{found} in the replay buffer: give a smaller --n_samples")
+            raise UserError(f"{found} in the replay buffer: train longer, or give a smaller --n_samples")
     return torch.stack(places, 1).flatten()
 
 

@@ -37,7 +37,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     logits = trained.logits(images)
     log_p = log_density(logits)
     classes = trained.class_names if trained.classifies else ("",) * logits.shape[1]  # without labels they mean nothing
-    summary = f"{len(names)} pictures, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
+    summary = f"pictures: {len(names)}, log p(x) {log_p.min():.2f} to {log_p.max():.2f} (unnormalised, nats)"
     try:
         low = low_log_density(trained)
         summary += f"; {(log_p < low).sum()} are below {low:.2f}, as {LOW:.0%} of the training images are"

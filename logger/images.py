@@ -113,8 +113,7 @@ def plot_curves(path: Path) -> None:
             axes.set(xlabel="training step", ylabel=unit)
             axes.grid(alpha=0.3)
             for key in keys:
-                points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-                if points:
+                if points := [(line["step"], line[key]) for line in lines if line.get(key) is not None]:
                     axes.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key)
                     axes.legend()
             save_png(path / name, figure)

@@ -93,11 +93,9 @@ class RunLogger:
         """Measurements into the log, numbers and lists of how often each of K classes occurred; some behind the bar."""
         if self.run is not None:
             self.log.values(step, values)
-            shown = {name: values[key] for name, key in BESIDE_BAR.items() if key in values}
-            if shown:
+            if shown := {name: values[key] for name, key in BESIDE_BAR.items() if key in values}:
                 self.bar.set_postfix(shown, refresh=False)
-            warning = self.balance.add(step, values)
-            if warning:
+            if warning := self.balance.add(step, values):
                 self.bar.write(f"Warning: step {step}: {warning}.")
                 self.log.event(step, "warning", warning)
 

@@ -26,8 +26,7 @@ class JEM(nn.Module):
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
         super().__init__()
-        lacks = [name for name in ("in_channels", "n_features", "name") if not hasattr(backbone, name)]
-        if lacks:
+        if lacks := [name for name in ("in_channels", "n_features", "name") if not hasattr(backbone, name)]:
             raise UserError(f"the network {type(backbone).__name__} has no {', '.join(lacks)}: see models/jem.py")
         self.f = backbone
         self.class_output = nn.Linear(backbone.n_features, n_classes)

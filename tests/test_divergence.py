@@ -3,6 +3,7 @@
 ``SURVIVAL_FAULTS=100 python -m pytest tests/test_divergence.py`` is the long form.
 """
 
+import json
 import math
 import os
 import random
@@ -226,6 +227,12 @@ class TestDivergence:
         _, run = start(tmp_path, "--max_steps", "25")
         assert state(run)["recovery"]["recoveries"] == 1 and state(run)["best"] == {"best.pt": 0.9}
         assert state(run, "best.pt")["step"] == 13
+        options = "--mode test --eval classification --max_images 20 --gpu cpu --load_ckpt".split()
+        assert main.main([*options, str(run / "ckpt" / "best.pt")]) == 0
+        assert main.main([*options, str(run)]) == 0
+        before, after = (json.loads((run / name / "results.json").read_text())["about"] for name in ("eval", "eval-2"))
+        assert "divergences" not in before
+        assert after["divergences"] == "1; training went on with sgld_step_factor 1, lr_factor 1, energy_l2 0"
 
 
 PLAIN = "--batch_size 32 --warmup_steps 10 --ema 0 --dropout_rate 0 --sample_every 1000".split()

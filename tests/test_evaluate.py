@@ -321,7 +321,10 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert [results["options"][name] for name in ("width", "lr", "max_images")] == [1, 1e-3, 30]
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
-    assert "Inception weights" in results["quality"]["absent"]["FID, IS, KID"]
+    assert (
+        "Inception weights"
+        in results["quality"]["absent"]["FID, IS, and KID, precision, recall in Inception's features"]
+    )
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["same class"]
     assert same_network["value"] == 1
     nearest = results["quality"]["results"]["L2 distance to the nearest training image"]
@@ -388,6 +391,7 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     assert main([*command, "classification"]) == 130  # Ctrl-C leaves what there is
     left = json.loads(max(run.glob("eval*/results.json"), key=os.path.getmtime).read_text())["classification"]
     assert (left["results"]["accuracy"]["value"], left["absent"]) == (0.5, {"the rest": "stopped by Ctrl-C"})
+    assert "/report.html." in capsys.readouterr().out
 
 
 def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, capsys):

@@ -111,7 +111,7 @@ class TestEnergyTrain:
         for name in ("test_accuracy.png", "loss.png"):
             assert np.asarray(Image.open(jem / name)).std() > 5
         assert {"last.pt", "previous.pt", "best.pt"} == {p.name for p in (jem / "ckpt").iterdir()}
-        assert state(jem, "best.pt").keys() == {"step", "model"} and state(jem)["step"] == 84
+        assert state(jem, "best.pt").keys() == {"step", "model", "recovery"} and state(jem)["step"] == 84
         valid = [line["accuracy/valid"] for line in metrics(jem) if "accuracy/valid" in line]
         assert state(jem)["best"] == {"best.pt": max(valid)}
 
@@ -331,7 +331,7 @@ def test_a_recipe_from_python_is_the_recipe():
         ({"quality_every": 1, "n_samples": 30, "schedule": "step", "decay_epochs": "9", "decay_rate": 0.5}, []),
         ({"sgld_step_auroc": 0.8, "adversarial_steps": 3}, ["sgld_step_auroc", "adversarial_steps"]),
         ({"p_y_x_weight": 0.0, "adversarial_eps": 0.5}, ["adversarial_eps"]),
-        ({"p_x_weight": 0.0, "outlier_weight": 1.0, "energy_l2": 1.0}, ["outlier_weight", "energy_l2"]),
+        ({"p_x_weight": 0.0, "energy_l2": 1.0}, ["energy_l2"]),
         ({"p_x_weight": 0.0, "sgld_step": 3, "mean_energy_l2": 1.0}, ["sgld_step", "mean_energy_l2"]),
     ],
 )
@@ -375,7 +375,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         (f"--note {'é' * 130}", "at most 200 bytes"),
         ("--class_cond --p_y_x_weight 0", "need labels"),
         ("--depth 12", "6n + 4"),
-        ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than its 1337"),
+        ("--batch_size 5000 --buffer_size 6000", "--batch_size 5000 is larger than the 1337"),
         ("--buffer_size 8", "--buffer_size 8 is smaller than the 16 chains"),
         ("--lr nan", "--lr must be above 0, not nan"),
         ("--width 1e400", "--width takes a whole number"),

@@ -23,24 +23,22 @@ from sgld import normal_like
 from utils import UserError
 
 
-class TwoClasses(torch.nn.Module):
-    """By the sign of a score of each image."""
-
-    def __init__(self, score):
-        super().__init__()
-        self.score, self.weight = score, torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        score = self.weight * self.score(x)
-        return torch.stack([score, -score], 1)
+def two_classes(score):
+    """A classifier by the sign of a score of each image."""
+    return lambda x: torch.stack([score(x), -score(x)], 1)
 
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
-def test_random_starts_lie_on_all_sides_at_all_distances(norm):
+def test_pgd_starts_at_random_on_all_sides_at_all_distances_and_repeats_with_its_seed(norm, images):
     start = random_start(torch.zeros(4000, 1, 2, 2), 0.3, norm, seeded())
-    length = start.flatten(1).norm(dim=1) if norm == "L2" else start.abs().amax((1, 2, 3))
+    flat, labels = two_classes(lambda x: 0 * x.sum((1, 2, 3))), torch.zeros(8, dtype=torch.int64)
+    one, same, other = (pgd_attack(flat, 0.1, norm, 3, seeded(seed), images, labels) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    order = math.inf if norm == "Linf" else 2
+    length, distance = (torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in (start, one - images))
     assert length.max() <= 0.3 + 1e-6 and length.std() > 0.04 and start.mean(0).abs().max() < 0.01
     assert length.mean().item() == pytest.approx({"L2": 0.15, "Linf": 0.3 * 4 / 5}[norm], abs=0.01)
+    assert distance.max() <= 0.1 + 1e-6 and distance.min() > 1e-3
 
 
 def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
@@ -57,9 +55,9 @@ def column(classifier, norm, x, y, epsilons, batch_size=8):
 
 
 @pytest.fixture
-def model():
+def model(request):
     torch.manual_seed(0)
-    model = build_model((3, 32, 32), 4, depth=10, width=1).eval().requires_grad_(False)
+    model = build_model((3, 32, 32), 4, depth=10, width=1, **getattr(request, "param", {})).eval().requires_grad_(False)
     model.class_output.weight *= 20  # confident enough to be attacked
     return model
 
@@ -84,11 +82,8 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
 
 
 @pytest.mark.parametrize("wrapper", ["plain", "refined"])
-@pytest.mark.parametrize("options", [{"norm": "batch"}, {"dropout_rate": 0.5}], ids=["batch", "dropout"])
-def test_attacks_leave_the_model_as_it_was(options, wrapper, images):
-    torch.manual_seed(0)
-    model = build_model((3, 32, 32), 4, depth=10, width=1, **options).eval().requires_grad_(False)
-    model.class_output.weight *= 20
+@pytest.mark.parametrize("model", [{"norm": "batch"}, {"dropout_rate": 0.5}], ids=["batch", "dropout"], indirect=True)
+def test_attacks_leave_the_model_as_it_was(model, wrapper, images):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     refined = RefinedClassifier(model, chain_of(model, 1, 1e-6, 0.0), n_chains=1)
     classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
@@ -112,7 +107,7 @@ def test_where_autoattack_can_be_run():
 def test_a_linear_model_falls_exactly_where_its_margin_ends():
     direction, shifts = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0.02, 0.06, 0.14])
     x = 0.5 + shifts[:, None] * direction  # the L-infinity distance to the boundary is the shift
-    linear, labels = TwoClasses(lambda x: x.flatten(1) @ direction), torch.zeros(3, dtype=torch.int64)
+    linear, labels = two_classes(lambda x: x.flatten(1) @ direction), torch.zeros(3, dtype=torch.int64)
     shares, _ = column(linear, "Linf", x.view(3, 1, 2, 2), labels, [0.05, 0.1, 0.2], 2)
     assert shares == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
 
@@ -125,7 +120,7 @@ def test_an_image_that_has_fallen_stays_fallen(monkeypatch):
 
     monkeypatch.setattr(robustness, "pgd_attack", fools_the_first)
     light, zeros = torch.full((4, 1, 4, 4), 0.9), torch.zeros(4, dtype=torch.int64)
-    bright = TwoClasses(lambda x: x.mean((1, 2, 3)) - 0.5)
+    bright = two_classes(lambda x: x.mean((1, 2, 3)) - 0.5)
     assert column(bright, "Linf", light, zeros, [0.1, 0.2])[0] == [1, 0.5, 0.5, 0.5]
 
 
@@ -167,18 +162,6 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     assert found["value"] == kept.double().mean() and 0 < kept.sum() < 8
 
 
-@pytest.mark.parametrize(("norm", "order"), [("Linf", math.inf), ("L2", 2)])
-def test_pgd_starts_at_random_and_repeats_with_its_seed(norm, order, images):
-    flat = TwoClasses(lambda x: 0 * x.sum((1, 2, 3)))
-
-    def start(seed):
-        return pgd_attack(flat, 0.1, norm, 3, seeded(seed), images, torch.zeros(8, dtype=torch.int64))
-
-    assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
-    distance = torch.linalg.vector_norm((start(1) - images).flatten(1), order, dim=1)
-    assert distance.max() <= 0.1 + 1e-6 and distance.min() > 1e-3
-
-
 @pytest.mark.parametrize("limits", [{}, {"grad_clamp": 0.01, "clamp": True}, {"normalize": True}])
 def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
     x = 2 * images - 1
@@ -191,11 +174,8 @@ def test_the_differentiable_chain_is_the_reference_chain(limits, model, images):
 
 def test_the_gradient_goes_through_the_whole_chain():
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded()).requires_grad_()
-
-    def chain(x):
-        return differentiable_chain(lambda x: x.sin().flatten(1).prod(1), x, 3, 0.5, 0.1, seeded(2))
-
-    assert torch.autograd.gradcheck(chain, x)
+    chain = partial(differentiable_chain, lambda x: x.sin().flatten(1).prod(1), steps=3, sgld_lr=0.5, sgld_std=0.1)
+    assert torch.autograd.gradcheck(lambda x: chain(x, generator=seeded(2)), x)
 
 
 def test_refinement_averages_the_probabilities_of_its_chains(model, images):
@@ -225,13 +205,10 @@ def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model
 @pytest.mark.parametrize(("kind", "unchecked", "checked"), [("open", 1, 0), ("hidden", 1, 1), ("constant", 0.5, 0.5)])
 def test_masked_gradients_are_noticed(kind, unchecked, checked):
     """Two classifiers with the same decisions, one of which shows attacks a gradient of zero, and a constant one."""
-
-    def darkness(x):
-        score = 0.5 - x.mean((1, 2, 3))
-        return {"open": score, "hidden": 0 * score + score.sign(), "constant": 0 * score - 1}[kind]
-
+    shown = {"open": lambda s: s, "hidden": lambda s: 0 * s + s.sign(), "constant": lambda s: 0 * s - 1}[kind]
+    classifier = two_classes(lambda x: shown(0.5 - x.mean((1, 2, 3))))  # by how dark an image is
     x = torch.cat([torch.full((4, 1, 4, 4), 0.1), torch.full((4, 1, 4, 4), 0.9)])
-    shares, notes = column(TwoClasses(darkness), "Linf", x, torch.tensor([0] * 4 + [1] * 4), [0.1])
+    shares, notes = column(classifier, "Linf", x, torch.tensor([0] * 4 + [1] * 4), [0.1])
     assert shares == [unchecked, unchecked, checked] and len(notes) == (kind == "hidden")
 
 
@@ -252,4 +229,6 @@ def test_options_reach_the_attacks():
     x = robustness.attacked(inputs, "pgd").x
     assert len(x) == len(refined.x) == 30 and (x.min(), x.max()) == (0, 1)
     assert robustness.EPSILONS["Linf"]["8/255"] == 8 / 255
-    assert len(robustness.attacked(replace(inputs, cfg=usual), "refined").x) == 50
+    for given, n in ((None, 50), (60, 60)):
+        asked = replace(inputs, cfg=replace(usual, attack_images=given))
+        assert len(robustness.attacked(asked, "refined").x) == n

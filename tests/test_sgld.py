@@ -82,15 +82,15 @@ def test_no_parameter_gradient_is_made():
 
 
 def test_annealed_chain_against_its_formula():
-    """10 levels from 1 to 0.1, even in log; step 0.01 (level / 0.1)^2; noise step * std / lr; clamped each time."""
+    """10 levels from 1 to 0.1, even in log; step and noise are the chain's times level^2; clamped each time."""
     density, x = gaussian(0.2, 5.0), uniform_images(3, SHAPE, seeded())
     frames = annealed_chain(SGLD(density), x, 2.0, 0.04, seeded(1))
     assert frames.shape == (301, 3, *SHAPE) and frames.abs().max() <= 1 and torch.equal(frames[0], x)
     expected, rng = x, seeded(1)
     for i in range(300):
-        step = 0.01 * (10 ** (-(i // 30) / 9) / 0.1) ** 2
+        factor = 10 ** (-2 * (i // 30) / 9)
         gradient = -(expected - 0.2) / 25
-        expected = (expected + step * gradient + step * 0.02 * normal_like(x, rng)).clamp(-1, 1)
+        expected = (expected + factor * 2.0 * gradient + factor * 0.04 * normal_like(x, rng)).clamp(-1, 1)
         torch.testing.assert_close(frames[i + 1], expected, rtol=1e-4, atol=1e-5)
     of_class = SGLD(lambda x, y: density(x - y[:, None, None, None]))
     assert torch.equal(annealed_chain(of_class, x, 2.0, 0.04, seeded(1), 10, torch.zeros(3)), frames[::10])

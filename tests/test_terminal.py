@@ -134,6 +134,7 @@ class TestSignals:
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130 and time.monotonic() - before < 20
         assert "Traceback" not in err and "terminate" not in err
+        assert err.count("Stopping after this step. Ctrl-C again stops at once.") == 1
         (run,) = (tmp_path / "runs").iterdir()
         assert not list(run.rglob("*.tmp")) and state(run)["step"] == 0
         assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
@@ -225,6 +226,6 @@ class TestPaths:
         (tmp_path / "pictures").rename(tmp_path / "moved")
         more = ["--resume", str(run), "--max_steps", "9"]
         for arguments in (more, ["--mode", "test", "--load_ckpt", run, "--gpu", "cpu"]):
-            own = "No such file or directory (with --load_ckpt or --resume its own is the default)"
+            own = "No such file or directory (by default that of --resume or, outside training, --load_ckpt)"
             assert own in refused(capsys, *arguments)
         assert main.main([*more, "--data_dir", str(tmp_path / "moved")]) == 0
