@@ -101,7 +101,6 @@ def train(given: dict[str, Any]) -> int:
         raise UserError("the Python script that started this thread has ended: let it join() the thread")
     resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
     cfg = resumed.cfg if resumed else Config(**given)
-    note_unused(given, cfg)
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
@@ -111,6 +110,7 @@ def train(given: dict[str, Any]) -> int:
     if cfg.resume == "auto" and resumed is None:
         resumed = distributed.broadcast_from_rank0(lambda: resume.newest_run(cfg, given, images.description))
         cfg = resumed.cfg if resumed else cfg
+    note_unused(given, cfg)
     if resumed and not resumed.content["data"].items() <= images.description.items():
         raise UserError(f"{resumed.path} was trained on other images than those in {cfg.data_dir}: change --data_dir")
     trainer = Trainer(cfg, images, device, distributed.current_world())

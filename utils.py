@@ -141,8 +141,8 @@ class Signals:
         self.received = True  # last: ``take`` reads the status when this is True
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats the terminal's
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with suppress(OSError):  # not print, which this may have interrupted
-                os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
+            with suppress(OSError, ValueError, AttributeError):  # not print, which this may have interrupted
+                os.write(sys.stderr.fileno(), b"\nStopping soon. Ctrl-C again stops at once.\n")
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

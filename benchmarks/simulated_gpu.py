@@ -141,10 +141,11 @@ def run(arguments: list[str]) -> int:
     module = type("Module", (backend_registration._DummyBackendModule,), {"get_amp_supported_dtype": lambda self: []})
     backend_registration._setup_privateuseone_for_python_backend(NAME, module())
     utils.pick_device = lambda gpu: torch.device(NAME, 0)
+    utils.pick_dtype = lambda precision, device: torch.float32
     utils.set_speed_options = lambda device: None
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes it on the CPU and moves it
-    with simulation:
-        return main.main([*arguments, "--precision", "fp32", "--compile", "off"])
+    with simulation, torch.autograd.set_multithreading_enabled(False):  # a step's stack is that of its backward pass
+        return main.main(arguments)
 
 
 if __name__ == "__main__":

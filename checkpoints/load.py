@@ -77,8 +77,7 @@ def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], n
     """
     own = {name: content["config"].get(name, getattr(Config, name)) for name in OF_NETWORK}  # older ones lack some
     channels, weights = content["data"]["shape"][0], content["state"].get("ema", content["state"]["model"])
-    options = [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]
-    if options:
+    if options := [as_typed(name, value) for name, value in own.items() if value != getattr(cfg, name)]:
         raise UserError(f"{path} holds another network: give {' '.join(options)}")
     if model.in_channels != channels:
         found = f"{path} is for images of {channels} channels, and these have {model.in_channels}"
@@ -118,7 +117,7 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     own = trained_on is not None and cfg.data_dir == content["config"].get("data_dir") and "images" in trained_on
     if own and cfg.dataset == "folder" and len(images.test) > trained_on["images"][2]:
         raise UserError(
-            f"{cfg.data_dir} has changed since the training: which were its training images is unknown, undo it"
+            f"{cfg.data_dir} has changed since the training: which were its training images is unknown: undo its change"
         )
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
     if {channels, images.shape[0]} == {1, 3}:

@@ -47,8 +47,8 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--sgld_step 0 needs --sgld_step_max, to which chains grow"
     if cfg.draws_samples and cfg.norm_statistics == "frozen" and not cfg.load_ckpt:
         yield "--norm_statistics frozen (as in oe-jem, a second phase) needs --load_ckpt, a trained run, as of m-jem"
-    if cfg.outlier_weight and not cfg.draws_samples:
-        yield "--outlier_weight is for training with samples: give --p_x_weight above 0, such as 1e-6"
+    if cfg.outlier_weight and not cfg.draws_samples and cfg.resume in ("", "auto"):  # older runs could have it
+        yield "--outlier_weight is for training with samples: give --p_x_weight above 0, or --outlier_weight 0"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
     other_function = cfg.adversarial_eps or cfg.dropout_rate or cfg.norm == "batch" and cfg.norm_statistics == "running"

@@ -153,7 +153,7 @@ def add_distances(
         if n < real_features.shape[1]:
             few.append(name)
     if few:
-        advice = f"fewer images than the {real_features.shape[1]} features. Compare all these only between as many"
+        advice = f"fewer images than the {real_features.shape[1]} features. Compare these only between sets of as many"
         section.note(f"**{space.frechet_name} means little here** ({', '.join(few)}): there are {advice}.")
 
 

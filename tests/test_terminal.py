@@ -134,7 +134,7 @@ class TestSignals:
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130 and time.monotonic() - before < 20
         assert "Traceback" not in err and "terminate" not in err
-        assert err.count("Stopping after this step. Ctrl-C again stops at once.") == 1
+        assert err.count("Stopping soon. Ctrl-C again stops at once.") == 1
         (run,) = (tmp_path / "runs").iterdir()
         assert not list(run.rglob("*.tmp")) and state(run)["step"] == 0
         assert main.main(["--resume", str(run), "--max_steps", "2"]) == 0
