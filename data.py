@@ -294,9 +294,7 @@ def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], tra
     some = trained_on.get("some_training_images", "").split()
     found = set(some) & set(image_digests(others.images) if some else ())
     if len(found) > len(some) / 10:
-        raise UserError(
-            f"{root} has training images among those to measure ({len(found)} of {len(some)}): undo its change"
-        )
+        raise UserError(f"{root} has training images to measure ({len(found)} of {len(some)}): undo its change")
     image_folder.note(f"{root} holds other images than those of the training: only test images are used")
     return {"test": others}
 

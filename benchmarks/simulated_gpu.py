@@ -8,6 +8,7 @@ device or copied to or from it, and how often; those of training steps, which sh
 those of a CPU in float32, bit for bit; nothing is compiled, and there are no CUDA graphs.
 """
 
+import functools
 import sys
 import traceback
 from collections import Counter
@@ -131,11 +132,11 @@ def place() -> tuple[str, bool]:
 simulation = Simulation()
 
 
-def run(arguments: list[str]) -> int:
-    """The exit status of ``main.main``."""
+@functools.cache  # once in a process
+def set_up() -> None:
+    """Give PyTorch the device, and the program no other."""
     sys.path.insert(0, str(ROOT))
     torch.Generator = SimulatedGenerator
-    import main
     import utils
 
     module = type("Module", (backend_registration._DummyBackendModule,), {"get_amp_supported_dtype": lambda self: []})
@@ -144,6 +145,13 @@ def run(arguments: list[str]) -> int:
     utils.pick_dtype = lambda precision, device: torch.float32
     utils.set_speed_options = lambda device: None
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes it on the CPU and moves it
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status of ``main.main``."""
+    set_up()
+    import main
+
     with simulation, torch.autograd.set_multithreading_enabled(False):  # a step's stack is that of its backward pass
         return main.main(arguments)
 

@@ -116,9 +116,7 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
     own = trained_on is not None and cfg.data_dir == content["config"].get("data_dir") and "images" in trained_on
     if own and cfg.dataset == "folder" and len(images.test) > trained_on["images"][2]:
-        raise UserError(
-            f"{cfg.data_dir} has changed since the training: which were its training images is unknown: undo its change"
-        )
+        raise UserError(f"{cfg.data_dir} has changed since the training, whose images are now unknown: undo its change")
     (channels, height, width), n_classes = content["data"]["shape"], len(content["data"]["class_names"])
     if {channels, images.shape[0]} == {1, 3}:
         print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")

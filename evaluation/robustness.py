@@ -214,7 +214,7 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
 
 
 def attacked(inputs: EvalInputs, name: str) -> Attacked:
-    """What the attack ``name`` is on: the classifier, or its refinement, for which there are fewer images.
+    """What the attack ``name`` is on: the classifier, or its refinement, by default on fewer images.
 
     PGD goes through the chains of the refinement ("refined"), or past them, as JEM's authors do it.
     """

@@ -102,8 +102,8 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         "seed": f"{'unknown' if step is None else trained.seed} in training, {cfg.seed} for measuring",
     }
     if (recovery := state.get("recovery", {})).get("recoveries"):
-        remedies, usual = recovery["remedies"], (1, trained.energy_l2)
-        changed = ", ".join(f"{k.replace('_factor', ' x')} {v:g}" for k, v in remedies.items() if v not in usual)
+        remedies, usual = recovery["remedies"].items(), {"energy_l2": trained.energy_l2}
+        changed = ", ".join(f"{k.replace('_factor', ' x')} {v:g}" for k, v in remedies if v != usual.get(k, 1))
         about["divergences"] = f"{recovery['recoveries']}; training went on with {changed or 'new randomness'}"
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"

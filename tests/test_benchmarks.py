@@ -76,22 +76,21 @@ SIMULATED = """
 import sys
 from benchmarks import simulated_gpu
 assert simulated_gpu.run(sys.argv[1:]) == 0 and not simulated_gpu.simulation.in_steps, simulated_gpu.simulation.in_steps
-import main, torch, trainer
+import trainer
 joint_loss = trainer.joint_loss
 
 def waiting(cfg, logits, y, **others):
     logits.labelled.register_hook(lambda gradient: print(gradient.sum().item()))
     return joint_loss(cfg, logits, y, **others)
 
-with simulated_gpu.simulation, torch.autograd.set_multithreading_enabled(False):
-    trainer.joint_loss = waiting
-    assert main.main(sys.argv[1:]) == 0
-    print(*simulated_gpu.simulation.in_steps)
-    trainer.joint_loss = lambda cfg, logits, y, **others: joint_loss(cfg, logits, y.cpu(), **others)
-    try:
-        main.main(sys.argv[1:])
-    except RuntimeError as error:
-        print(error)
+trainer.joint_loss = waiting
+assert simulated_gpu.run(sys.argv[1:]) == 0
+print(*simulated_gpu.simulation.in_steps)
+trainer.joint_loss = lambda cfg, logits, y, **others: joint_loss(cfg, logits, y.cpu(), **others)
+try:
+    simulated_gpu.run(sys.argv[1:])
+except RuntimeError as error:
+    print(error)
 """
 
 

@@ -383,7 +383,7 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert report.count("these data are test images alone") == 2 and "; other images than those of the train" in report
     assert main.main(test) == 0
     write_pngs(tmp_path / "own", "a", n=21)
-    assert "training images among those to measure (16 of 32)" in refused(capsys, *test)
+    assert "training images to measure (16 of 32)" in refused(capsys, *test)
     write_pngs(tmp_path / "own", "b", n=21)  # none of these images was there before
     assert "has changed since the training" in refused(capsys, *test)
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
