@@ -56,8 +56,8 @@ def joint_loss(
         weights = torch.ones_like(sampled)
         if y_sampled is not None and class_weights is not None:
             weights = class_weights[y_sampled]
-            weights = weights / mean(weights.mean()).clamp(min=1e-6)  # or a constant in log p(x) would change the loss
-        mean_sampled = (weights * sampled).mean()
+        excess = weights.mean() - 1  # by the classes that this step happens to have; 0 on average
+        mean_sampled = (weights * sampled).mean() - excess * real.mean().detach()  # the same for log p(x) + a constant
         generative = mean_sampled - real.mean()
         climbed = real, sampled
         if y_sampled is not None and y_real is not None:
@@ -73,7 +73,8 @@ def joint_loss(
             "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
         }
     if y_sampled is not None:
-        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - log_density(logits.labelled, y).mean()
+        labelled = log_density(logits.labelled, y).mean()
+        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - excess * labelled.detach() - labelled
         loss = loss + cfg.p_x_y_weight * joint
         parts["loss/joint"] = joint
         parts["accuracy/sampled"] = (logits.sampled.argmax(1) == y_sampled).float().mean()

@@ -129,8 +129,8 @@ def annealed_chain(
 ) -> Tensor:
     """A chain of 300 steps from x, float32 (N, C, H, W): x and each ``every``-th state after it, (T, N, C, H, W).
 
-    Ten levels of 30 steps lie evenly in log from 1 to 0.1; step size and noise are the training chain's times the
-    level's square (Song & Ermon, NeurIPS 2019). Images are clamped to [-1, 1] after each step.
+    Ten levels of 30 steps lie evenly in log from 1 to 0.1, as Song & Ermon's (NeurIPS 2019); step size and noise are
+    the training chain's times the level's square (theirs: noise times the level). Images stay in [-1, 1].
     """
     frames = [x]
     factors = (torch.logspace(0, -1, 10, dtype=torch.float64) ** 2).repeat_interleave(30)

@@ -17,7 +17,6 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-from evaluation.report import Interval, bootstrap
 from models.predict import images_per_batch
 from sgld import LogDensity
 from utils import UserError
@@ -153,20 +152,16 @@ class AISResult(NamedTuple):
 
     def log_z(self) -> Tensor:
         """log Z of each p_beta but the base, (T,); the last is the model's."""
-        return log_mean_weight(self.log_weights, self.sign)
-
-    def log_z_interval(self) -> Interval:
-        """95 % interval of the model's log Z, bootstrap over chains."""
-        return bootstrap(lambda drawn: log_mean_weight(drawn, self.sign), self.log_weights[-1])
+        n_chains = self.log_weights.shape[1]
+        return self.sign * ((self.sign * self.log_weights).logsumexp(1) - math.log(n_chains))
 
     def ess(self) -> float:
-        """Effective number of chains at the model, between 1 and N: (sum w)^2 / sum w^2."""
+        """Effective number of chains at the model, between 1 and N: (sum w)^2 / sum w^2.
+
+        There is no interval of log Z: drawing the chains again cannot show the weights that none of them has.
+        """
         log_w = self.sign * self.log_weights[-1]
         return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item()
-
-
-def log_mean_weight(log_weights: Tensor, sign: int) -> Tensor:
-    return sign * ((sign * log_weights).logsumexp(-1) - math.log(log_weights.shape[-1]))  # (..., N) -> (...)
 
 
 def anneal(path: GeometricPath, y: Tensor, step_sizes: Tensor, generator: Generator, sign: int = 1) -> AISResult:

@@ -201,9 +201,10 @@ def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p
     with torch.no_grad():
         sampled, real = log_density(inputs.samples), log_density(inputs.x_real)
         weights, climbed = run.class_weights[inputs.y_sampled], log_density(inputs.samples, inputs.y_sampled)
-        weights = weights / weights.mean()
-        joint = (weights * climbed).mean() - log_density(inputs.x, inputs.y).mean()
-    difference, penalty = (weights * sampled).mean() - real.mean(), 0.2 * torch.cat([sampled, real]).square().mean()
+        labelled, excess = log_density(inputs.x, inputs.y).mean(), weights.mean() - 1
+        joint = (weights * climbed).mean() - (1 + excess) * labelled
+    difference = (weights * sampled).mean() - (1 + excess) * real.mean()
+    penalty = 0.2 * torch.cat([sampled, real]).square().mean()
     assert parts["loss/generative"].item() == pytest.approx(difference.item(), abs=1e-5)
     assert parts["loss/joint"].item() == pytest.approx(joint.item(), abs=1e-5)
     expected = parts["loss/classification"] + difference + 0.5 * joint + penalty

@@ -83,8 +83,6 @@ def test_log_z_is_sandwiched_to_a_tenth_of_a_nat():
     reverse = back(exact, 4)
     assert (log_z(forward), log_z(reverse)) == pytest.approx((expected, expected), abs=0.1)
     assert mean(forward) < expected < mean(reverse)
-    low, high = forward.log_z_interval()
-    assert low < log_z(forward) < high
     assert 100 < forward.ess() <= 512
 
 
@@ -98,9 +96,6 @@ def test_without_annealing_it_is_importance_sampling():
     w = np.exp(log_w)
     assert log_z(result) == pytest.approx(math.log(w.mean()), abs=1e-5)
     assert result.ess() == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-4)
-    spread = 2 * 1.96 * w.std() / math.sqrt(1000) / w.mean()  # delta method
-    low, high = result.log_z_interval()
-    assert high - low == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.parametrize("beta", [0.5, 30.0])
@@ -246,7 +241,7 @@ def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_nev
     weights = torch.randn(1, 50, generator=seeded()).double()
     forward, reverse = ais.AISResult(weights, 1, None), ais.AISResult(-weights, -1, None)
     assert reverse.ess() == pytest.approx(forward.ess())
-    assert reverse.log_z_interval() == pytest.approx([-x for x in forward.log_z_interval()[::-1]], abs=0.1)
+    assert torch.equal(reverse.log_z(), -forward.log_z())
     path = ais.GeometricPath(lambda x: torch.where(x > 0.5, math.nan, 0 * x).sum(1), ais.Box((1,)))
     at = path.point(torch.zeros(400, 1))
     for _ in range(5):

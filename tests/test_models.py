@@ -204,10 +204,19 @@ def test_joint_loss_against_a_direct_computation():
         loss, parts = joint_loss(cfg, Logits(labelled, real, sampled), y, y_sampled, class_weights=weights)
         again = torch.tensor([0, 1, 1, 1, 1, 2, 4, 4, 4, 4, 3, 5])  # each sample as often as its class's weight says
         repeated = Logits(labelled, real, sampled[again])
-        expected, others = joint_loss(cfg, repeated, y, y_sampled[again], class_weights=3 * torch.ones(3))
+        expected, others = joint_loss(cfg, repeated, y, y_sampled[again], class_weights=torch.ones(3))
         assert parts["sgld/auroc"].item() == pytest.approx(others["sgld/auroc"].item())
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert parts["log_density/sampled"].item() == pytest.approx(d_sampled[again].mean().item(), rel=1e-5)
+    expected = weights @ (7 + d_sampled[:3].float()) / 3, weights @ (7 + sampled[:3].diagonal()) / 3
+    for n in (1, 2, 5):  # chains of a step: over all classes with which they may begin, the mean is by the weights
+        found = []
+        for first in range(3):
+            classes = torch.arange(first, first + n) % 3
+            logits = Logits(labelled, real, 7 + sampled[classes])  # of class k here sample k
+            _, parts = joint_loss(cfg, logits, y, classes, class_weights=weights)
+            found.append(torch.stack([parts["log_density/sampled"], parts["loss/joint"] + of_labels.float().mean()]))
+        torch.testing.assert_close(sum(found) / 3, torch.stack(expected))
 
 
 @pytest.mark.parametrize("generative, mean_energy_form", [("difference", "means"), ("logistic", "real_squares")])
