@@ -64,6 +64,11 @@ def joint_loss(
             climbed = log_density(logits.real, y_real), log_density(logits.sampled, y_sampled)
         logistic = 0.5 * (F.softplus(-real).mean() + (weights * F.softplus(sampled)).mean())
         loss = loss + cfg.p_x_weight * (logistic if cfg.generative == "logistic" else generative)
+        loss = loss + energy_l2 * torch.cat([real, sampled]).square().mean()
+        if cfg.mean_energy_l2:
+            of_real, of_sampled = mean(torch.stack([real.mean(), mean_sampled])).square()
+            of_real = real.square().mean() if cfg.mean_energy_form == "real_squares" else of_real
+            loss = loss + cfg.mean_energy_l2 * (of_real + of_sampled)
         parts |= {
             "loss/generative": generative,
             "loss/logistic": logistic,
@@ -84,14 +89,7 @@ def joint_loss(
         loss = loss + cfg.outlier_weight * apart
         parts |= {"loss/outliers": apart, "log_density/outliers": outliers.mean()}
         parts["outliers/auroc"] = auroc(real, outliers).float()
-    if logits.sampled is not None:
-        loss = loss + energy_l2 * torch.cat([real, sampled]).square().mean()
-        if cfg.mean_energy_l2:
-            squares = mean(torch.stack([real.mean(), mean_sampled])).square()
-            if cfg.mean_energy_form == "real_squares":
-                squares = torch.cat([real.square().mean()[None], squares[1:]])
-            loss = loss + cfg.mean_energy_l2 * squares.sum()
-    return loss, {"loss/total": loss, **parts}
+    return loss, parts
 
 
 def auroc(real: Tensor, sampled: Tensor, weights: Tensor | None = None) -> Tensor:

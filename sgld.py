@@ -161,12 +161,11 @@ class ReplayBuffer:
     def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
         """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
         size, k, device = len(self.images), self.n_classes, y.device
-        first = (torch.arange(k + 1, device=device) * size + k - 1) // k  # where classes begin, and the end, (K + 1,)
-        keys = torch.rand(k, -(-size // k), generator=generator, device=device)
-        keys[:, -1].masked_fill_(first.diff() < keys.shape[1], 2.0)  # a place that a smaller class lacks comes last
-        shuffled = keys.argsort(1)
+        order = torch.randperm(size, generator=generator, device=device)
+        order = order[(order * k // size).argsort(stable=True)]  # class by class, each in random order
+        first = (torch.arange(k, device=device) * size + k - 1) // k  # where each class begins, (K,)
         turn = torch.arange(len(y), device=device) // k  # how many of its class come before it, (n,)
-        return first[y] + shuffled[y, turn]
+        return order[first[y] + turn]
 
     def store(self, index: Tensor, x: Tensor) -> None:
         self.images[index] = x

@@ -290,7 +290,7 @@ class Trainer:
         gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.cfg.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.grad_clip, gradient_norm)
-        return parts | {"gradient_norm": gradient_norm}
+        return {"loss/total": loss} | parts | {"gradient_norm": gradient_norm}
 
     @property
     def lr(self) -> float:
