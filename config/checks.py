@@ -80,8 +80,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
         unread |= of_chains | {"batch_size", "precision"}
         if cfg.refinements and cfg.refine_steps:
             unread -= {"sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize"}
-    if cfg.mode == "sample" and cfg.denoise:
-        unread.add("n_sample_steps")
+    if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise):
+        unread |= {"classes"} | ({"n_sample_steps"} if cfg.denoise else set())
     elif cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
         unread |= {"sgld_step", "sgld_step_max"}
     unread |= {"start", "start_dir"} if cfg.mode == "sample" and cfg.from_buffer else set()

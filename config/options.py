@@ -200,6 +200,7 @@ class Options:
     )
     n_sample_steps: int | None = samples(None, "default 20 x --sgld_step, to 200; dat, oe-jem: 50", minimum=0)
     images: str = pictures("", "your own pictures, a file or a folder: to score, fill in or clean", is_path=True)
+    classes: str = sample("", "with --class_cond: names of classes, with commas (default: all)", needs=("class_cond",))
     from_buffer: bool = sample(False, "start from the checkpoint's replay buffer, not from --start")
     inpaint: str = sample("", "part to fill in, or where a picture is white", ("left", "center"), is_path=True)
     denoise: float | None = sample(None, "remove noise of this deviation, [-1, 1] scale, by a training chain", above=0)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from logger.images import captioned, image_grid, save_gif, save_png, to_uint8
 from logger.run_dir import RunDir
 from models import log_density
 from models.predict import predict
-from sgld import chain_options, finite_images
+from sgld import finite_images
 from utils import UserError
 
 PICTURE_COLUMNS = 10  # images in a row of a picture
@@ -44,7 +45,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     settings = {"checkpoint": str(path), "training_steps": state["step"], "start": start.name, "steps": steps}
     settings |= {"weights": "ema" if "ema" in state else "last", "precision": str(trained.dtype).removeprefix("torch.")}
     settings |= {"target": "log p(x|y)" if cfg.class_cond else "log p(x)", "batch_size": cfg.n_chains}
-    settings |= {f"sgld_{name}": value for name, value in chain_options(cfg).items()}
+    settings |= {name: getattr(cfg, name) for name in ("sgld_grad_clamp", "sgld_clamp", "sgld_normalize")}
     settings |= {name: getattr(cfg, name) for name in ("sgld_lr", "sgld_std", "start_dir", "seed")}
 
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
@@ -67,6 +68,8 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 def start_images(run: TrainedRun, rng: Generator) -> StartImages:
     """Test images or the user's own, whose classes the model sees; or the replay buffer; or as training's chains."""
     cfg, classes = run.cfg, range(len(run.class_names))
+    if cfg.classes:
+        classes = run.classes(cfg.classes if cfg.classes in run.class_names else re.split(" *, *", cfg.classes.strip()))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
             _, images = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
@@ -84,13 +87,13 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")
     if cfg.from_buffer:
-        images = buffer_images(run, n, rng)
+        images = buffer_images(run, n, classes, rng)
         return StartImages("buffer", len(images), images, classes, cfg.class_cond)
     name, chain_init = run.fresh_start
     return StartImages(name, n, chain_init, classes, cfg.class_cond)
 
 
-def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
+def buffer_images(run: TrainedRun, n: int, classes: Sequence[int], rng: Generator) -> Tensor:
     """n random images (n, C, H, W) of the replay buffer; with ``--class_cond`` as the model sees classes, in turn."""
     if "buffer" not in run.content["state"]:
         raise UserError(f"{run.path} has no replay buffer; only last.pt of --mode energy_train has: name such a run")
@@ -101,17 +104,17 @@ def buffer_images(run: TrainedRun, n: int, rng: Generator) -> Tensor:
         raise UserError(f"the replay buffer has {len(images)} good images, fewer than {n}: give a smaller --n_samples")
     images = images[torch.randperm(len(images), generator=rng, device=rng.device)]
     if run.cfg.class_cond:
-        images = images[by_class(predict(run.model, images).argmax(1), n, run.class_names)]
+        images = images[by_class(predict(run.model, images).argmax(1), n, {k: run.class_names[k] for k in classes})]
     return images[:n]
 
 
-def by_class(predicted: Tensor, n: int, names: Sequence[str]) -> Tensor:
-    """Places of n images with classes ``predicted`` (M,), the first of each class, classes in turn; or a UserError."""
+def by_class(predicted: Tensor, n: int, names: dict[int, str]) -> Tensor:
+    """Places of n images with classes ``predicted`` (M,), the first of each in ``names``, in turn; or a UserError."""
     n_each, places = n // len(names), []
-    for k, name in enumerate(names):
+    for k, name in names.items():
         places.append((predicted == k).nonzero().flatten()[:n_each])
-        if len(places[k]) < n_each:
-            found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {len(places[k])}"
+        if (n_found := len(places[-1])) < n_each:
+            found = f"--class_cond needs {n_each} images of the class {name}, but the model finds only {n_found}"
             raise UserError(f"{found} in the replay buffer: train longer, or give a smaller --n_samples")
     return torch.stack(places, 1).flatten()
 
@@ -126,9 +129,10 @@ def write_pictures(
         tiles = torch.stack([images[:PICTURE_IMAGES] for images in stages], 1).flatten(0, 1)
         picture = captioned(image_grid(tiles, len(stages)), columns=["image", "given", "start", "end"])
     else:
-        if start.class_cond:  # chain i has class i mod K; the picture has a row for each class
-            columns, rows = min(columns, start.n // len(class_names)), class_names
-            frames = torch.cat([result.frames[k :: len(class_names)][:columns] for k in range(len(class_names))])
+        if start.class_cond and len(start.classes) > 1:  # chains have them in turn; the picture has a row for each
+            rows = [class_names[k] for k in start.classes]
+            columns = min(columns, start.n // len(rows))
+            frames = torch.cat([result.frames[i :: len(rows)][:columns] for i in range(len(rows))])
         picture = captioned(image_grid(frames[:, -1], columns), rows=rows)
     save_png(directory / f"{name}.png", picture)
     if len(recorded) > 1:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +24,9 @@ from pgd import pgd
 from sgld import ChainInit
 from utils import UserError, tree_to
 
-Classes = int | Sequence[int] | None
-COMMAND_LINE_ONLY = {"class_cond", "n_samples", "from_buffer", "inpaint", "denoise", "images", "save_images"}
+Classes = int | str | Sequence[int | str] | None
+OF_SAMPLES = {f.name for f in fields(Config) if f.metadata["group"] == "sample"}
+COMMAND_LINE_ONLY = OF_SAMPLES - {"n_sample_steps"} | {"class_cond"}  # arguments of ``chains`` and others say it here
 LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images of 0 to 255 by more
 
 
@@ -59,7 +60,7 @@ class TrainedRun:
         return predict(self.model, self.checked(images)).cpu()
 
     def log_density(self, images: Tensor, y: Classes | Tensor = None) -> Tensor:
-        """Unnormalised log p(x), or log p(x, y) with a class y, or one for each image; float32 (N,), in nats."""
+        """Unnormalised log p(x), or log p(x, y) of a class y, or one each; (N,), nats. Gradients: model.log_density."""
         logits = self.logits(images)
         if y is None:
             return log_density(logits)
@@ -89,7 +90,7 @@ class TrainedRun:
         rng = Generator(self.device).manual_seed(cfg.seed if seed is None else seed)
         return run_chains(self.sampler_model(), start, cfg.fresh_steps, cfg, rng, n_filmed)
 
-    def counterfactual(self, images: Tensor, y: int, eps: float = 2.5, steps: int = 200) -> Tensor:
+    def counterfactual(self, images: Tensor, y: int | str, eps: float = 2.5, steps: int = 200) -> Tensor:
         """Images moved up log p(x|y) (DAT), at most by L2 ``eps`` on the [0, 1] scale: (N, C, H, W) in [-1, 1]."""
         (y,) = self.classes([y] if np.ndim(y) else y)
 
@@ -100,12 +101,14 @@ class TrainedRun:
         return torch.cat([pgd(log_p, data.to_float(batch), 2 * eps, "L2", steps) for batch in batches]).cpu()
 
     def classes(self, y: Classes) -> list[int]:
-        """One class, or several, as a list. Raises UserError for what is none, and for a model without labels."""
+        """Classes, by number or name, as numbers. Raises UserError for what is none, and for a model without labels."""
         if not self.classifies:
             raise UserError(f"{self.path} was trained without labels: leave the class out")
+        if isinstance(y, str | list | tuple):
+            y = [self.class_names.index(k) if k in self.class_names else k for k in ([y] if isinstance(y, str) else y)]
         found = np.atleast_1d(y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y))
         if found.ndim > 1 or found.dtype.kind not in "iu" or not set(found) <= set(range(len(self.class_names))):
-            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, not {y}")
+            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, or their names, not {y}")
         return found.tolist()
 
     def sampler_model(self) -> JEM:

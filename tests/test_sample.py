@@ -16,7 +16,7 @@ from test_image_folder import tiff
 
 import main
 from evaluation import quality
-from generation import restore
+from generation import load_run, restore
 from generation.restore import unknown_pixels
 from generation.sample import by_class
 from logger.images import to_uint8
@@ -142,11 +142,28 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
         np.testing.assert_array_equal(shown[label], end["images"][end["labels"] == label][..., 0])
 
 
+def test_some_classes_alone(jem, tmp_path, capsys):
+    options = "--class_cond --n_sample_steps 2 --classes".split()
+    run, content = sample(jem, tmp_path, *options, "7, 3", "--n_samples", "6")
+    expected = load_run(jem, gpu="cpu", precision="fp32").chains(6, ["7", 3], steps=2)
+    np.testing.assert_array_equal(content["x"], expected.x)
+    assert content["labels"].tolist() == [7, 3, 7, 3, 7, 3]
+    np.testing.assert_array_equal(tiles(pixels(run / "samples.png"), 2, 3)[1], content["images"][1::2, ..., 0])
+    run, content = sample(jem, tmp_path, *options, "3", "--n_samples", "20")
+    assert set(content["labels"]) == {3}
+    shown = tiles(pixels(run / "samples.png"), 2, 10)
+    np.testing.assert_array_equal(shown.reshape(20, 8, 8), content["images"][..., 0])
+    given = "--mode sample --gpu cpu --class_cond --load_ckpt".split()
+    assert "numbers from 0 to 9, or their names, not [1, '12']" in refused(capsys, *given, jem, "--classes", "1,12")
+
+
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
     predicted = torch.tensor([2, 0, 1, 2, 0, 1, 1])
-    assert by_class(predicted, 6, ("a", "b", "c")).tolist() == [1, 2, 0, 4, 5, 3]  # a, b, c, a, b, c
+    names = {0: "a", 1: "b", 2: "c"}
+    assert by_class(predicted, 6, names).tolist() == [1, 2, 0, 4, 5, 3]  # a, b, c, a, b, c
+    assert by_class(predicted, 4, {2: "c", 1: "b"}).tolist() == [0, 2, 3, 5]
     with pytest.raises(UserError, match="needs 3 images of the class a, but the model finds only 2 in"):
-        by_class(predicted, 9, ("a", "b", "c"))
+        by_class(predicted, 9, names)
     options = "--mode sample --gpu cpu --from_buffer --class_cond --n_samples 60 --n_sample_steps 0".split()
     err = refused(capsys, *options, "--load_ckpt", jem, "--logdir", tmp_path)
     assert "give a smaller --n_samples" in err  # after four steps of training the classes are far from even
