@@ -199,7 +199,8 @@ def sharded_map(
         rng.manual_seed(seeds[i])
         return work(items[i])
 
-    numbers = tqdm(range(rank, len(items), size), desc=title, unit="batch", leave=False, disable=not title)
+    bar = {"desc": title} if title else {"disable": True}  # disable=False would overrule TQDM_DISABLE
+    numbers = tqdm(range(rank, len(items), size), unit="batch", leave=False, **bar)
     own = raise_on_all_ranks(lambda: [do(i) for i in numbers])
     rng.manual_seed(seeds[-1])
     if size == 1:

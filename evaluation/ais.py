@@ -144,22 +144,18 @@ def tune_step_sizes(path: GeometricPath, n_chains: int, n_knots: int, generator:
 
 
 class AISResult(NamedTuple):
-    """Estimates of log Z in nats, and what is needed to judge them; on the CPU."""
+    """Estimates of log Z in nats, and what is needed to judge them (no bootstrap sees weights that no chain has)."""
 
-    log_weights: Tensor  # (T, N) float64, of the chains between the base and each p_beta
+    log_weights: Tensor  # (T, N) float64 on the CPU, of the chains between the base and each p_beta
     sign: int  # forward 1: mean exp(w) estimates Z; reverse -1: mean exp(-w) estimates 1/Z
     acceptance: Tensor  # (T,), mean HMC acceptance probability at each temperature, base first
 
     def log_z(self) -> Tensor:
         """log Z of each p_beta but the base, (T,); the last is the model's."""
-        n_chains = self.log_weights.shape[1]
-        return self.sign * ((self.sign * self.log_weights).logsumexp(1) - math.log(n_chains))
+        return self.sign * ((self.sign * self.log_weights).logsumexp(1) - math.log(self.log_weights.shape[1]))
 
     def ess(self) -> float:
-        """Effective number of chains at the model, between 1 and N: (sum w)^2 / sum w^2.
-
-        There is no interval of log Z: drawing the chains again cannot show the weights that none of them has.
-        """
+        """Effective number of chains at the model, between 1 and N: (sum w)^2 / sum w^2."""
         log_w = self.sign * self.log_weights[-1]
         return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import distributed
@@ -95,7 +96,7 @@ def differentiable_chain(
     attacked = torch.is_grad_enabled() and x.requires_grad
 
     def step(x: Tensor, noise: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention has no second derivative
             start = x if x.requires_grad else x.detach().requires_grad_()
             (grad,) = torch.autograd.grad(log_density(start).sum(), start, create_graph=attacked)
         return langevin_step(x, grad, noise, sgld_lr, sgld_std, **limits)

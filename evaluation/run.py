@@ -20,6 +20,7 @@ from evaluation.inputs import EvalInputs
 from evaluation.report import Report, Section, read_report
 from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
+from models.batch_norm import batch_norms
 from sgld import finite_images
 from utils import UserError, evaluation_packages, printable
 
@@ -107,7 +108,7 @@ def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any]
         about["divergences"] = f"{recovery['recoveries']}; training went on with {changed or 'new randomness'}"
     if trained.labels_per_class:
         about["labels in training"] = f"{trained.labels_per_class} of each class"
-    if cfg.norm == "batch":
+    if batch_norms(inputs.model):
         own = cfg.norm_statistics == "batch"
         chains = "those of their batch, so this log p(x) is not what they climb" if own else "them, too"
         about["batch normalisation"] = f"running statistics; chains that draw samples use {chains}"

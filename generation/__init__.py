@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-for name in sorted(packages | {path.stem for path in ROOT.glob("*.py")} - {"main"}):
+names = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.stem for path in ROOT.glob("*.py")} - {"main"}
+for name in sorted(filter(str.isidentifier, names)):  # not what editors leave, as .#trainer.py
     found = Path(getattr(find_spec(name), "origin", None) or name).resolve()
     if ROOT not in found.parents:  # a user's own module, in a folder that comes first or imported before
         advice = f"rename it, or put {ROOT} first in sys.path before it is imported"

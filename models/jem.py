@@ -89,6 +89,7 @@ class JointForward(nn.Module):
         super().__init__()
         self.model, self.logits = model, logits
         self.dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+        self.dropouts += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.dropout > 0]
         self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # then images depend on no others
 
     def forward(

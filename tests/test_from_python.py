@@ -26,6 +26,7 @@ from benchmarks import ship_weights
 from chain_init import fit
 from checkpoints.export import safetensors_file
 from checkpoints.other_programs import CIFAR10
+from evaluation.robustness import differentiable_chain
 from generation import load_run
 from logger.images import to_uint8
 from utils import UserError
@@ -105,10 +106,10 @@ def test_other_images_are_refused(run_dir):
     with pytest.warns(UserWarning, match=r"in \[0, 1\]"):
         run.logits(DIGITS.test.images / 255)
     images = DIGITS.test.images[:2]
-    for y in (10, 1.7, "3", True, [], [[1]]):
-        with pytest.raises(UserError, match="numbers from 0 to 9, not "):
+    for y in (10, 1.7, "three", ["1", "11"], True, [], [[1]]):
+        with pytest.raises(UserError, match="numbers from 0 to 9, or their names, not "):
             run.sample(2, y)
-    with pytest.raises(UserError, match="numbers from 0 to 9, not 99"):
+    with pytest.raises(UserError, match="numbers from 0 to 9, or their names, not 99"):
         run.counterfactual(images, 99)
     with pytest.raises(UserError, match="y has 1 classes for 2 images"):
         run.log_density(images, [3])
@@ -263,6 +264,27 @@ def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, caps
     samples = run.next_inputs(1)[0].samples
     scored = run.backward(run.next_inputs(1)[0]._replace(samples=samples))["log_density/sampled"]  # without dropout
     torch.testing.assert_close(scored, run.sampler_model.log_density(samples).mean())
+
+
+class Attentive(Small):
+    def __init__(self, shape, **options):
+        super().__init__(shape, **options)
+        self.layer, self.attention = nn.Conv2d(1, 4, 2, 2), nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        x = self.layer(x).flatten(2).mT
+        return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+
+def test_attention_has_one_function_in_chains_and_loss_and_can_be_attacked_through_chains(monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "jem", Attentive)
+    run = trained(2)
+    batch = run.next_inputs(1)[0]
+    scored = run.backward(batch)["log_density/sampled"]
+    torch.testing.assert_close(scored, run.sampler_model.log_density(batch.samples).mean())
+    x, rng = batch.samples[:2].clone().requires_grad_(), torch.Generator()
+    differentiable_chain(run.model.eval().log_density, x, 2, 1.0, 0.0, rng).square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
 
 
 def python(*options, **environment):
