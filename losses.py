@@ -53,9 +53,7 @@ def joint_loss(
     }
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
-        weights = torch.ones_like(sampled)
-        if y_sampled is not None and class_weights is not None:
-            weights = class_weights[y_sampled]
+        weights = torch.ones_like(sampled) if y_sampled is None or class_weights is None else class_weights[y_sampled]
         excess = weights.mean() - 1  # by the classes that this step happens to have; 0 on average
         mean_sampled = (weights * sampled).mean() - excess * real.mean().detach()  # the same for log p(x) + a constant
         generative = mean_sampled - real.mean()

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from config.options import TRAINING
+from models import BACKBONES
+from sgld import chain_options
 from utils import UserError
 
 FEWEST = 20  # images that a distance between sets of images needs
@@ -69,6 +72,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread = {f.name for f in fields(cfg) if cfg.mode not in f.metadata["modes"]}
     needs = {f.name: f.metadata["needs"] for f in fields(cfg) if f.metadata["needs"]}
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
+    takes = {name for kind in BACKBONES[cfg.backbone].__mro__ for name in signature(kind.__init__).parameters}
+    unread |= {f.name for f in fields(cfg) if f.metadata["of_network"]} - takes - {"backbone", "separate_energy"}
     if "folder" not in cfg.start_shares | cfg.outlier_shares:
         unread.add("start_dir")
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
@@ -79,7 +84,7 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     if cfg.mode == "test" and "quality" not in cfg.metrics:  # no chains but those of the refinement
         unread |= of_chains | {"batch_size", "precision"}
         if cfg.refinements and cfg.refine_steps:
-            unread -= {"sgld_lr", "sgld_std", "sgld_grad_clamp", "sgld_clamp", "sgld_normalize"}
+            unread -= {"sgld_lr", "sgld_std", *(f"sgld_{name}" for name in chain_options(cfg))}
     if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise):
         unread |= {"classes"} | ({"n_sample_steps"} if cfg.denoise else set())
     elif cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:

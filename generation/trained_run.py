@@ -127,11 +127,10 @@ class TrainedRun:
     def fresh_start(self) -> tuple[str, ChainInit]:
         """What ``--start`` names, in words and for chains: of the file, where it has it, or of training images."""
         cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
-        if not cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
-            return cfg.start, build_chain_init(cfg, self.images)
-        ranks = [len(stored.gaussians[name][0][1]) for name in cfg.start_shares if name in stored.gaussians]
-        name = f"{cfg.start} of rank {ranks[0]}, from {self.path.name}" if ranks else cfg.start
-        return name, build_chain_init(cfg, stored)
+        if cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
+            of_file = cfg.start_shares.keys() & stored.gaussians.keys()
+            return cfg.start + f" from {self.path.name}" * bool(of_file), build_chain_init(cfg, stored)
+        return cfg.start, build_chain_init(cfg, self.images)
 
     def checked(self, images: Tensor) -> Tensor:
         """The images on the network's device. Raises UserError for another shape, type or range."""

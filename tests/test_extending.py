@@ -43,13 +43,14 @@ def extended(tmp_path_factory):
 def run(program, *options):
     done = subprocess.run([sys.executable, "main.py", *map(str, options)], cwd=program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_the_examples_train_and_measure(extended, tmp_path):
     train, measure = re.findall(r"^python main\.py (.*)$", PAGE, re.MULTILINE)
     out = run(extended, *train.split(), *SMALL, tmp_path, "--norm", "batch")
     assert "stripes 1x8x8: 288 train, 32 valid, 80 test" in out and "CNN-1" in out and "diverged" not in out
+    assert out.count("does not use --norm\n") == 1  # --width and --recipe, it does
     (run_dir,) = tmp_path.iterdir()
     options = json.loads((run_dir / "config.json").read_text())["options"]
     assert (options["recipe"], options["sgld_step"], options["start"]) == ("short-chains", 4, "gaussian")
