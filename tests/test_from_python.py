@@ -160,7 +160,7 @@ def test_a_file_that_ships_draws_and_scores_without_images(run_dir, shipped, tmp
     assert all(x.transpose(2, 0, 1).tobytes() in theirs for x in drawn["images"])
     sample(shipped, tmp_path, "--start", "smooth:1,class_gaussian:1", "--n_samples", "2", "--n_sample_steps", "0")
     _, drawn = sample(shipped, tmp_path, "--class_cond", "--n_samples", "1000", "--n_sample_steps", "0")
-    assert "1000 chains from class_gaussian from digits.safetensors" in capsys.readouterr().out
+    assert "1000 chains from class_gaussian of digits.safetensors" in capsys.readouterr().out
     for k in (0, 7):
         images = DIGITS.train.images[DIGITS.train.labels == k]
         mean, factor, noise = fit(images, torch.device("cpu"))
