@@ -55,7 +55,7 @@ def joint_loss(
         sampled = log_density(logits.sampled)
         weights = torch.ones_like(sampled) if y_sampled is None or class_weights is None else class_weights[y_sampled]
         excess = weights.mean() - 1  # by the classes that this step happens to have; 0 on average
-        mean_sampled = (weights * sampled).mean() - excess * real.mean().detach()  # the same for log p(x) + a constant
+        mean_sampled = (weights * sampled).mean() - excess * mean(real.mean().detach())  # a constant in log p cancels
         generative = mean_sampled - real.mean()
         climbed = real, sampled
         if y_sampled is not None and y_real is not None:
@@ -77,10 +77,9 @@ def joint_loss(
         }
     if y_sampled is not None:
         labelled = log_density(logits.labelled, y).mean()
-        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - excess * labelled.detach() - labelled
+        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - excess * mean(labelled.detach()) - labelled
         loss = loss + cfg.p_x_y_weight * joint
-        parts["loss/joint"] = joint
-        parts["accuracy/sampled"] = (logits.sampled.argmax(1) == y_sampled).float().mean()
+        parts |= {"loss/joint": joint, "accuracy/sampled": (logits.sampled.argmax(1) == y_sampled).float().mean()}
     if logits.outliers is not None:
         outliers = log_density(logits.outliers)
         apart = F.softplus(outliers[:, None] - real + cfg.outlier_margin).mean()  # (Q, P) pairs

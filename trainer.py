@@ -70,8 +70,7 @@ class Trainer:
         self.build_batches()
         self.start = build_chain_init(cfg, images) if cfg.draws_samples else None
         self.outlier_init = build_chain_init(cfg, images, cfg.outlier_shares) if cfg.outlier_shares else None
-        measured = cfg.draws_samples and cfg.quality_every
-        self.quality = SampleQuality(cfg, images, self.start, device) if measured else None
+        self.quality = SampleQuality(cfg, images, self.start, device) if self.start and cfg.quality_every else None
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
         self.rng.seed(cfg.seed)

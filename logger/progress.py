@@ -39,6 +39,8 @@ def announce(trainer, run: Path, ran: dict[str, Any], before: dict[str, Any]) ->
     }
     if before.get("precision", ran["precision"]) != ran["precision"]:
         lines["note"] = f"the run computed in {before['precision']} before: it goes on with other rounding errors"
+    if trainer.device.type == "cpu" and parameters > 1e7:
+        lines["speed"] = "a step of so large a network can take minutes on a CPU; README.md names runs for CPUs"
     if cfg.warmup_steps >= trainer.total_steps:
         lines["rate"] = f"all steps are warm-up: give --warmup_steps below {trainer.total_steps}"
     for name, text in lines.items():

@@ -384,3 +384,11 @@ def test_numbers_of_the_log_are_means_over_processes(monkeypatch):
     monkeypatch.setattr(distributed, "all_reduce_mean", lambda x: x + 1)
     (meter := Meter()).add({"loss": torch.tensor(2.0)})
     assert meter.read() == {"loss": 3.0}
+
+
+def test_a_large_network_on_a_cpu_is_said_to_be_slow(capsys):
+    run, ran = trained(0), {"processes": 1, "precision": "float32", "compiled": "nothing"}
+    for n, times in ((5_000_000, 0), (10_000_000, 1)):
+        run.model.register_parameter("large", torch.nn.Parameter(torch.empty(n)))
+        progress.announce(run, "runs", ran, ran)
+        assert capsys.readouterr().out.count("can take minutes on a CPU; README.md names runs for CPUs") == times
