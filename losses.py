@@ -54,8 +54,8 @@ def joint_loss(
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
         weights = torch.ones_like(sampled) if y_sampled is None or class_weights is None else class_weights[y_sampled]
-        excess = weights.mean() - 1  # by the classes that this step happens to have; 0 on average
-        mean_sampled = (weights * sampled).mean() - excess * mean(real.mean().detach())  # a constant in log p cancels
+        excess = mean(weights.mean()) - 1  # by the classes that this step happens to have; 0 on average
+        mean_sampled = (weights * sampled).mean() - excess * real.mean()  # so a constant in log p(x) changes nothing
         generative = mean_sampled - real.mean()
         climbed = real, sampled
         if y_sampled is not None and y_real is not None:
@@ -76,8 +76,8 @@ def joint_loss(
             "sgld/classes": (logits.sampled == logits.sampled.amax(1, keepdim=True)).sum(0),  # bincount would wait
         }
     if y_sampled is not None:
-        labelled = log_density(logits.labelled, y).mean()
-        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - excess * mean(labelled.detach()) - labelled
+        of_labelled = (1 + excess) * log_density(logits.labelled, y).mean()
+        joint = (weights * log_density(logits.sampled, y_sampled)).mean() - of_labelled
         loss = loss + cfg.p_x_y_weight * joint
         parts |= {"loss/joint": joint, "accuracy/sampled": (logits.sampled.argmax(1) == y_sampled).float().mean()}
     if logits.outliers is not None:

@@ -164,8 +164,7 @@ class ReplayBuffer:
         order = torch.randperm(size, generator=generator, device=device)
         order = order[(order * k // size).argsort(stable=True)]  # class by class, each in random order
         first = (torch.arange(k, device=device) * size + k - 1) // k  # where each class begins, (K,)
-        turn = torch.arange(len(y), device=device) // k  # how many of its class come before it, (n,)
-        return order[first[y] + turn]
+        return order[first[y] + torch.arange(len(y), device=device) // k]  # so many of its class come before it
 
     def store(self, index: Tensor, x: Tensor) -> None:
         self.images[index] = x

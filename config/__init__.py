@@ -35,11 +35,12 @@ class Config(Options):
         options = {name: value for name, value in options.items() if name not in FORMER}
         if unknown := options.keys() - {f.name for f in fields(cls)}:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
-        found = object.__new__(cls)
-        vars(found).update(asdict(Options()) | options)
-        if wrong := "; ".join(text for f in fields(cls) if (text := check_value(f, getattr(found, f.name)))):
-            raise UserError(f"{source} has an option this version refuses: {wrong}")
-        return found
+        try:
+            found = cls(**asdict(Options()) | options | {"mode": "sample", "denoise": None, "from_buffer": False})
+            object.__setattr__(found, "mode", options.get("mode", Options.mode))
+            return found
+        except UserError as error:
+            raise UserError(f"{source} has an option this version refuses: {error}") from None
 
     @property
     def decay_at(self) -> list[int]:

@@ -13,6 +13,7 @@ from sgld import chain_options
 from utils import UserError
 
 FEWEST = 20  # images that a distance between sets of images needs
+NOT_OF_BACKBONES = {"backbone", "separate_energy", "norm_statistics", "sync_batch_norm"}  # options of the model
 
 
 def contradictions(cfg) -> Iterator[str]:
@@ -72,15 +73,14 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread = {f.name for f in fields(cfg) if cfg.mode not in f.metadata["modes"]}
     needs = {f.name: f.metadata["needs"] for f in fields(cfg) if f.metadata["needs"]}
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
-    takes = {name for kind in BACKBONES[cfg.backbone].__mro__ for name in signature(kind.__init__).parameters}
-    unread |= {f.name for f in fields(cfg) if f.metadata["of_network"]} - takes - {"backbone", "separate_energy"}
-    if "folder" not in cfg.start_shares | cfg.outlier_shares:
-        unread.add("start_dir")
+    network = BACKBONES[cfg.backbone]
+    takes = {name for kind in getattr(network, "__mro__", [network]) for name in signature(kind).parameters}
+    if "unused" in takes:  # the network says that it ignores what it does not name
+        unread |= {f.name for f in fields(cfg) if f.metadata["group"] == "model"} - takes - NOT_OF_BACKBONES
+    unread |= set() if "folder" in cfg.start_shares | cfg.outlier_shares else {"start_dir"}
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
-    if cfg.mode in TRAINING and not cfg.draws_samples:
-        unread |= of_chains
-    if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
-        unread.add("export_for")
+    unread |= of_chains if cfg.mode in TRAINING and not cfg.draws_samples else set()
+    unread |= {"export_for"} if cfg.mode == "export" and Path(cfg.export).suffix != ".pt" else set()
     if cfg.mode == "test" and "quality" not in cfg.metrics:  # no chains but those of the refinement
         unread |= of_chains | {"batch_size", "precision"}
         if cfg.refinements and cfg.refine_steps:

@@ -120,9 +120,7 @@ class Options:
     sam_rho: float = optim(0.0, "radius of sharpness-aware minimisation, two passes a step; 0: off", minimum=0)
     sam_adaptive: bool = optim(False, "adaptive SAM: --sam_rho is relative to each weight", needs=("sam_rho",))
     grad_clip: float | None = optim(None, "largest norm of the gradient, else shortened (default: no limit)", above=0)
-    ema: float = optim(
-        0.0, "decay of evaluated, averaged weights; at step n <= (n + 1)/(n + 10); 0: off", minimum=0, maximum=0.99999
-    )
+    ema: float = optim(0.0, "decay of evaluated, averaged weights, lower at first; 0: off", minimum=0, maximum=0.99999)
 
     reinit_freq: float = training_chains(0.05, "probability that a chain starts anew, at --start", minimum=0, maximum=1)
     sgld_step: int = sgld(20, "Langevin steps of a training chain", minimum=0)

@@ -144,7 +144,7 @@ def tune_step_sizes(path: GeometricPath, n_chains: int, n_knots: int, generator:
 
 
 class AISResult(NamedTuple):
-    """Estimates of log Z in nats, and what is needed to judge them (no bootstrap sees weights that no chain has)."""
+    """Estimates of log Z in nats, and what is needed to judge them (no interval: all of few chains may miss much)."""
 
     log_weights: Tensor  # (T, N) float64 on the CPU, of the chains between the base and each p_beta
     sign: int  # forward 1: mean exp(w) estimates Z; reverse -1: mean exp(-w) estimates 1/Z

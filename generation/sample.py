@@ -68,8 +68,6 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
 def start_images(run: TrainedRun, rng: Generator) -> StartImages:
     """Test images or the user's own, whose classes the model sees; or the replay buffer; or as training's chains."""
     cfg, classes = run.cfg, range(len(run.class_names))
-    if cfg.classes:
-        classes = run.classes(cfg.classes if cfg.classes in run.class_names else re.split(" *, *", cfg.classes.strip()))
     if cfg.inpaint or cfg.denoise:
         if cfg.images:
             _, images = distributed.rank0_first(lambda: image_folder.read_pictures(Path(cfg.images), run.shape))
@@ -83,6 +81,9 @@ def start_images(run: TrainedRun, rng: Generator) -> StartImages:
             raise UserError(f"--n_samples {n} is more than the {len(images)} {kind}")
         chosen = [i * len(images) // n for i in range(n)]
         return restoration_start(run, images[chosen].to(run.device), [y[i] for i in chosen] if y else [], rng)
+    if cfg.class_cond and cfg.classes:
+        words = [cfg.classes] if cfg.classes in run.class_names else re.split(" *, *", cfg.classes.strip())
+        classes = list(dict.fromkeys(run.classes(words)))
     n = cfg.n_samples or (PICTURE_COLUMNS * len(classes) if cfg.class_cond else PICTURE_IMAGES)
     if cfg.class_cond and n % len(classes):
         raise UserError(f"--n_samples {n} must be a multiple of the {len(classes)} classes for --class_cond")

@@ -25,15 +25,14 @@ from sgld import ChainInit
 from utils import UserError, tree_to
 
 Classes = int | str | Sequence[int | str] | None
-OF_SAMPLES = {f.name for f in fields(Config) if f.metadata["group"] == "sample"}
-COMMAND_LINE_ONLY = OF_SAMPLES - {"n_sample_steps"} | {"class_cond"}  # arguments of ``chains`` and others say it here
+COMMAND_LINE_ONLY = {f.name for f in fields(Config) if f.metadata["group"] == "sample"} | {"class_cond"}
 LARGEST = 2.0  # of float images; noise and chains leave [-1, 1] by less, images of 0 to 255 by more
 
 
 def load_run(path: str | os.PathLike, **options: Any) -> "TrainedRun":
     """A run directory, .pt or .safetensors file, or a UserError; options of the data and of chains, as gpu="cpu"."""
     trained = open_trained(options | {"mode": "sample", "load_ckpt": os.path.expanduser(path)})
-    if names := sorted({*unused(options, trained.cfg), *COMMAND_LINE_ONLY & options.keys()}):
+    if names := sorted({*unused(options, trained.cfg), *COMMAND_LINE_ONLY & options.keys()} - {"n_sample_steps"}):
         warnings.warn(f"load_run does not use {', '.join(names)}", stacklevel=2)
     return TrainedRun(trained)
 
@@ -60,7 +59,7 @@ class TrainedRun:
         return predict(self.model, self.checked(images)).cpu()
 
     def log_density(self, images: Tensor, y: Classes | Tensor = None) -> Tensor:
-        """Unnormalised log p(x), or log p(x, y) of a class y, or one each; (N,), nats. Gradients: model.log_density."""
+        """Unnormalised log p(x), or log p(x, y) of a class y, or one each; float32 (N,), in nats, without gradients."""
         logits = self.logits(images)
         if y is None:
             return log_density(logits)
@@ -104,11 +103,13 @@ class TrainedRun:
         """Classes, by number or name, as numbers. Raises UserError for what is none, and for a model without labels."""
         if not self.classifies:
             raise UserError(f"{self.path} was trained without labels: leave the class out")
-        if isinstance(y, str | list | tuple):
-            y = [self.class_names.index(k) if k in self.class_names else k for k in ([y] if isinstance(y, str) else y)]
+        y = [y] if isinstance(y, str) else y
+        if isinstance(y, list | tuple):
+            y = [self.class_names.index(k) if isinstance(k, str) and k in self.class_names else k for k in y]
         found = np.atleast_1d(y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y))
         if found.ndim > 1 or found.dtype.kind not in "iu" or not set(found) <= set(range(len(self.class_names))):
-            raise UserError(f"classes are numbers from 0 to {len(self.class_names) - 1}, or their names, not {y}")
+            names = ", ".join(self.class_names[:10]) + ", ..." * (len(self.class_names) > 10)
+            raise UserError(f"there is no class {y}: classes are {names}, or from Python their numbers from 0 on")
         return found.tolist()
 
     def sampler_model(self) -> JEM:

@@ -208,15 +208,20 @@ def test_joint_loss_against_a_direct_computation():
         assert parts["sgld/auroc"].item() == pytest.approx(others["sgld/auroc"].item())
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert parts["log_density/sampled"].item() == pytest.approx(d_sampled[again].mean().item(), rel=1e-5)
-    expected = weights @ (7 + d_sampled[:3].float()) / 3, weights @ (7 + sampled[:3].diagonal()) / 3
+    d, shift = 7 + d_sampled[:3].float(), torch.zeros((), requires_grad=True)
+    logistic = ((1 + (-d_real).exp()).log().mean() + weights @ (1 + d.exp()).log() / 3) / 2
+    expected = torch.stack([weights @ d / 3, weights @ (7 + sampled[:3].diagonal()) / 3, logistic.float()])
     for n in (1, 2, 5):  # chains of a step: over all classes with which they may begin, the mean is by the weights
         found = []
         for first in range(3):
             classes = torch.arange(first, first + n) % 3
-            logits = Logits(labelled, real, 7 + sampled[classes])  # of class k here sample k
+            logits = Logits(labelled + shift, real + shift, 7 + sampled[classes] + shift)  # of class k here sample k
             _, parts = joint_loss(cfg, logits, y, classes, class_weights=weights)
-            found.append(torch.stack([parts["log_density/sampled"], parts["loss/joint"] + of_labels.float().mean()]))
-        torch.testing.assert_close(sum(found) / 3, torch.stack(expected))
+            for name in ("loss/generative", "loss/joint"):  # a constant in log p(x) changes nothing in any step
+                assert torch.autograd.grad(parts[name], shift, retain_graph=True)[0].abs() < 1e-6
+            joint = parts["loss/joint"] + of_labels.float().mean()
+            found.append(torch.stack([parts["log_density/sampled"], joint, parts["loss/logistic"]]))
+        torch.testing.assert_close(sum(found) / 3, expected)
 
 
 @pytest.mark.parametrize("generative, mean_energy_form", [("difference", "means"), ("logistic", "real_squares")])

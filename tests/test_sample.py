@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from small_runs import new_run, reference_chain, refused, seeded, state
 from test_image_folder import tiff
 
+import generation.sample
 import main
 from evaluation import quality
 from generation import load_run, restore
@@ -142,19 +143,28 @@ def test_one_class_a_row_and_each_chain_climbs_its_own(jem, tmp_path):
         np.testing.assert_array_equal(shown[label], end["images"][end["labels"] == label][..., 0])
 
 
-def test_some_classes_alone(jem, tmp_path, capsys):
+def test_some_classes_alone(jem, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation.sample, "captioned", names := Mock(wraps=generation.sample.captioned))
     options = "--class_cond --n_sample_steps 2 --classes".split()
     run, content = sample(jem, tmp_path, *options, "7, 3", "--n_samples", "6")
     expected = load_run(jem, gpu="cpu", precision="fp32").chains(6, ["7", 3], steps=2)
     np.testing.assert_array_equal(content["x"], expected.x)
-    assert content["labels"].tolist() == [7, 3, 7, 3, 7, 3]
+    assert content["labels"].tolist() == [7, 3, 7, 3, 7, 3] and names.call_args.kwargs["rows"] == ["7", "3"]
     np.testing.assert_array_equal(tiles(pixels(run / "samples.png"), 2, 3)[1], content["images"][1::2, ..., 0])
     run, content = sample(jem, tmp_path, *options, "3", "--n_samples", "20")
     assert set(content["labels"]) == {3}
-    shown = tiles(pixels(run / "samples.png"), 2, 10)
-    np.testing.assert_array_equal(shown.reshape(20, 8, 8), content["images"][..., 0])
+    assert (tiles(pixels(run / "samples.png"), 2, 10).reshape(20, 8, 8) == content["images"][..., 0]).all()
     given = "--mode sample --gpu cpu --class_cond --load_ckpt".split()
-    assert "numbers from 0 to 9, or their names, not [1, '12']" in refused(capsys, *given, jem, "--classes", "1,12")
+    assert "there is no class [1, '12']: classes are 0, 1" in refused(capsys, *given, jem, "--classes", "1,12")
+    _, held = sample(jem, tmp_path, "--from_buffer", "--n_samples", "64", "--n_sample_steps", "0")
+    k = np.bincount(held["labels"]).argmax()
+    options = f"--from_buffer --class_cond --classes {k},{k} --n_samples 3 --n_sample_steps 0"
+    _, content = sample(jem, tmp_path, *options.split())
+    of_class = {image.tobytes() for image in held["images"][held["labels"] == k]}
+    assert {image.tobytes() for image in content["images"]} <= of_class and set(content["labels"]) == {k}
+    options = "--start class_gaussian --n_samples 4 --n_sample_steps 0".split()
+    (_, alone), (_, content) = sample(jem, tmp_path, *options), sample(jem, tmp_path, *options, "--classes", "?")
+    assert (alone["x"] == content["x"]).all() and "does not use --classes" in capsys.readouterr().err
 
 
 def test_a_classs_chains_start_from_images_of_that_class(jem, tmp_path, capsys):
