@@ -54,7 +54,7 @@ def joint_loss(
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
         weights = torch.ones_like(sampled) if y_sampled is None or class_weights is None else class_weights[y_sampled]
-        excess = mean(weights.mean()) - 1  # by the classes that this step happens to have; 0 on average
+        excess = 0 if y_sampled is None else mean(weights.mean()) - 1  # by the classes of this step; 0 on average
         mean_sampled = (weights * sampled).mean() - excess * real.mean()  # so a constant in log p(x) changes nothing
         generative = mean_sampled - real.mean()
         climbed = real, sampled
