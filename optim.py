@@ -47,8 +47,8 @@ class SAM:
         result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():
-            before = [p.clone() for p in parameters]
-            ascent = [p.grad * p.abs() if self.adaptive else p.grad for p in parameters]
+            before, ascent = [p.clone() for p in parameters], [p.grad for p in parameters]
+            ascent = torch._foreach_mul(ascent, torch._foreach_abs(before)) if self.adaptive else ascent
             norm = torch.nn.utils.get_total_norm(ascent)
             if self.adaptive:
                 torch._foreach_mul_(ascent, torch._foreach_abs(before))

@@ -189,7 +189,7 @@ class Generators:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host or the GPU has too little memory."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of torch's messages
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
     return isinstance(error, MemoryError) or any(word in f"{error} {error.__context__}" for word in words)
 
 

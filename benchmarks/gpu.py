@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py --out runs/gpu                                   # CIFAR-10's files in data/
     python benchmarks/gpu.py --dataset folder --data_dir PATH                 # further options go to the training run
-    python benchmarks/gpu.py --minutes 9.5                                    # where a command may take ten minutes
+    python benchmarks/gpu.py --minutes 8.5                                    # where a command may take ten minutes
 
-Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop,
-without and with torch.compile; a training step of the run that follows, and of each recipe; that run, for the time
-that is left, or for RUN_MINUTES in as many starts as it takes; its reports. They run in processes of their own. What is
+Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop; a
+training step of the recipe COMPILED with torch.compile, as long runs have it; the first again with torch.compile; a
+training step of the run that follows, and of each recipe; that run, for the time that is left, or for RUN_MINUTES in as
+many starts as it takes; its reports. Without a data set, all but the run. They run in processes of their own. What is
 done stands in OUT/gpu.json and is not repeated by the next start, which continues the rest; what failed or ran out of
 time, other than the run and its step, is asked again after all else. OUT/gpu.md has the same as tables, in the form of
 docs/speed.md, and says what failed. What the compiler makes is kept in OUT/compiled. The tests need
@@ -34,6 +35,7 @@ HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
 import data  # noqa: E402
+import trainer  # noqa: E402, F401  a package that is missing ends it here, and not in each part
 import utils  # noqa: E402
 from benchmarks.command import device_named  # noqa: E402
 from benchmarks.reproduce import TRAIN  # noqa: E402
@@ -44,6 +46,7 @@ from config.recipes import RECIPES  # noqa: E402
 SIZES = {"cuda": {"WRN-16-2": (16, 2, 64), "WRN-28-10": (28, 10, 128)}, "cpu": {"WRN-10-1": (10, 1, 8)}}
 RUN = "cifar10_gpu"  # of reproduce.py
 STEP_OF_RUN = "recipe of the run"
+COMPILED = "sada-jem"
 REPORTS = {
     "report": "--eval classification,calibration,ood",
     "report of samples": "--eval quality --n_samples 5000",
@@ -132,10 +135,10 @@ class Questions:
 
     def tests(self, name: str) -> None:
         limit = min(self.left() - LAST if name in self.results.failed else self.left() / 2, LONGEST_TESTS)
-        done = self.call(["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], limit)
+        done = self.call(["-m", "pytest", "-v", "-n", "4", "-m", "gpu", "tests/test_gpu.py"], limit)
         words = done["output"].strip().splitlines() or [""]
         if done["status"] == 0 or done["status"] == 1 and " failed" in words[-1]:  # that some fail is an answer, too
-            self.results.add(name, {"summary": words[-1], "output": "\n".join(words[-60:])})
+            self.results.add(name, {"summary": words[-1].strip("= "), "output": "\n".join(words[-60:])})
         else:
             self.results.fail(name, done, f" after {limit:.0f} s")
 
@@ -148,6 +151,9 @@ class Questions:
             self.results.add(name, json.loads(file.read_text()))
         else:
             self.results.fail(name, done)
+
+    def compiled(self, depth: int, width: int, _: int, name: str) -> None:
+        self.steps({COMPILED: name}, ["--depth", depth, "--width", width, "--compile", "on", "--recipes", COMPILED])
 
     def step_of_run(self, name: str) -> None:
         self.steps({"command": name}, ["--command", shlex.join(run_options(self.further))])
@@ -177,6 +183,9 @@ class Questions:
         parts, whole = self.results.parts, 60 * (self.args.run_minutes or 0)
         if STEP_OF_RUN not in parts:
             print(f"{name} needs {STEP_OF_RUN}")
+            return
+        if self.left() < START_UP + LAST:
+            print(f"{name} needs {START_UP + LAST} s, for its start and its end alone")
             return
         reports_fit = self.left() > REPORT + START_UP + SHORTEST and not whole
         seconds = self.left() - (REPORT if reports_fit else LAST)  # or the next start reports
@@ -248,11 +257,12 @@ def tables(parts: dict[str, Any]) -> str:
             times = f"{1e3 * plain:.1f} ms | {1e3 * row['seconds']:.1f} ms | {row['speedup']:.1f} x | {share:.0f} %"
             what = f"{name.removeprefix('throughput ')} (compiled: {part['compiled']}): {row['what']}"
             lines.append(f"| {what} | {times} |")
-    recipes = {name: part for name, part in parts.items() if name.startswith("recipe")}
+    recipes = {name: part for name, part in parts.items() if "recipe " in name}
     if recipes:
-        lines += ["", "| recipe | a step | images a second |", "|---|---|---|"]
+        lines += ["", "| recipe | a step | images a second | memory of the GPU |", "|---|---|---|---|"]
     for name, part in recipes.items():
-        numbers = f"{1e3 * part['seconds']:.1f} ms | {part['images_per_second']:,.0f}"
+        memory = f"{part['gpu_memory_mb']:,.0f} MB" if "gpu_memory_mb" in part else "-"
+        numbers = f"{1e3 * part['seconds']:.1f} ms | {part['images_per_second']:,.0f} | {memory}"
         lines.append(f"| {name.removeprefix('recipe ')} | {numbers} |")
     if "run" in parts:
         lines += ["", f"Training run: {parts['plan of the run']['steps']} steps, all done."]
@@ -273,13 +283,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: to try it out")
     parser.add_argument("--repeats", type=int, default=5)
     args, further = parser.parse_known_args()
-    try:  # what the run at the end needs should be there now, and a data set may have to be downloaded
+    try:
         if taken := SET_HERE & parse(further, Config).keys():
             raise utils.UserError(f"--{', --'.join(sorted(taken))}: this program sets it itself")
         device, cfg = device_named(args.device), Config(**parse(run_options(further), Config))
-        data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
     except utils.UserError as error:
         parser.error(str(error))
+    try:
+        data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
+        has_data = True
+    except utils.UserError as error:
+        print(f"The run, its step and its reports are left out: {error}", flush=True)
+        has_data = False
     further += ["--data_dir", cfg.data_dir]  # absolute: programs start in HERE
     results = Results(args.out.absolute(), device, further)
     ask, sizes = Questions(args, device, further, results), SIZES[device.type]
@@ -288,14 +303,19 @@ def main() -> None:
     for compile in ("off", "on"):
         for network, size in sizes.items():
             parts[f"throughput {network}, compile {compile}"] = partial(ask.throughput, *size, compile)
-    parts[STEP_OF_RUN] = ask.step_of_run
+        if compile == "off":
+            for network, size in sizes.items():
+                parts[f"compiled recipe {COMPILED}, {network}"] = partial(ask.compiled, *size)
+    if has_data:
+        parts[STEP_OF_RUN] = ask.step_of_run
     for network, (depth, width, _) in sizes.items():
         if not set(recipe_names(network).values()) <= results.parts.keys():
             parts[f"recipes, {network}"] = partial(ask.recipes, network, depth, width)
-    parts["run"] = ask.run
-    parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
+    if has_data:
+        parts["run"] = ask.run
+        parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
 
-    failed = {re.sub("recipe .*, ", "recipes, ", name) for name in results.failed} - {"run", STEP_OF_RUN}
+    failed = {re.sub("^recipe .*, ", "recipes, ", name) for name in results.failed} - {"run", STEP_OF_RUN}
     for name in sorted(parts, key=failed.__contains__):  # what failed before comes last
         if name not in results.parts and ask.left() > LAST:
             print(f"{name} ...", flush=True)

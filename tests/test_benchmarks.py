@@ -172,8 +172,8 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu.Questions, "call", call)
     monkeypatch.setitem(gpu.TRAIN, gpu.RUN, gpu.TRAIN["digits"])
-    speed, steps = 2 * ["benchmarks/throughput.py"], 3 * ["benchmarks/recipe_steps.py"]
-    first, second = ["-m", *speed, *steps], [steps[0], "main.py", "-m", speed[0], steps[0]]
+    speed, step = "benchmarks/throughput.py", "benchmarks/recipe_steps.py"
+    first, second = ["-m", speed, step, speed, step, step, step], [step, "main.py", "-m", step, step]
     for minutes, expected, n in ((0.9, [], 0), (9.5, first, 4), (25, second, 1), (25, 5 * ["main.py"], 0), (25, [], 0)):
         options = ["", "--out", str(tmp_path), "--device", "cpu", "--dataset", "digits", "--minutes"]
         monkeypatch.setattr(sys, "argv", [*options, str(minutes + (time.monotonic() - gpu.STARTED) / 60)])
@@ -183,7 +183,8 @@ def test_what_a_gpu_was_asked_is_not_asked_again(tmp_path, monkeypatch, capsys):
         page = (tmp_path / "gpu.md").read_text() if minutes > 1 else ""
         assert page.count("Not done: ") == n
     assert "Tests marked gpu: 27 passed" in page and ": nothing): sampler | 200.0 ms | 100.0 ms | 2.0 x | 40" in page
-    assert all(f"| {step} | 50.0 ms | " in page for step in ("of the run", *(f"{name}, WRN-10-1" for name in RECIPES)))
+    rows = ("of the run", *(f"{name}, WRN-10-1" for name in ("compiled recipe sada-jem", *RECIPES)))
+    assert all(f"| {step} | 50.0 ms | 1,280 | - |" in page for step in rows)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch_size", "8"])
     with pytest.raises(SystemExit, match="give the same, or another --out"):
         gpu.main()

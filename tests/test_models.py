@@ -216,11 +216,11 @@ def test_joint_loss_against_a_direct_computation():
         for first in range(3):
             classes = torch.arange(first, first + n) % 3
             logits = Logits(labelled + shift, real + shift, 7 + sampled[classes] + shift)  # of class k here sample k
-            _, parts = joint_loss(cfg, logits, y, classes, class_weights=weights)
+            _, p = joint_loss(cfg, logits, y, classes, class_weights=weights)
             for name in ("loss/generative", "loss/joint"):  # a constant in log p(x) changes nothing in any step
-                assert torch.autograd.grad(parts[name], shift, retain_graph=True)[0].abs() < 1e-6
-            joint = parts["loss/joint"] + of_labels.float().mean()
-            found.append(torch.stack([parts["log_density/sampled"], joint, parts["loss/logistic"]]))
+                assert torch.autograd.grad(p[name], shift, retain_graph=True)[0].abs() < 1e-6
+            joint = p["loss/joint"] + of_labels.float().mean()
+            found.append(torch.stack([p["log_density/sampled"], joint, p["loss/logistic"]]))
         torch.testing.assert_close(sum(found) / 3, expected)
 
 
