@@ -16,7 +16,7 @@ test: .venv/dev  ## ruff and the tests
 eval: .venv/train .venv/eval  ## every part of --mode test, shortened, on the newest run of make train
 	$(BIN)/python benchmarks/reproduce.py digits --test --data_dir $(DATA_DIR)
 
-demo: .venv/train  ## ten samples of each class of CIFAR-10 in seconds, by the network that comes with the repository
+demo: .venv/train  ## ten samples of each class of CIFAR-10 in half a minute, by the network that comes with the repository
 	$(BIN)/python main.py --mode sample --class_cond --load_ckpt assets/cifar10_cpu_robust_oe.safetensors --note demo
 
 # A stamp that is older than its requirements has them installed again.

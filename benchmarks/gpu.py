@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out runs/gpu                                   # CIFAR-10's files in data/
     python benchmarks/gpu.py --dataset folder --data_dir PATH                 # further options go to the training run
-    python benchmarks/gpu.py --minutes 8.5                                    # where a command may take ten minutes
+    python benchmarks/gpu.py --minutes 8.5                                    # the next start does what is left
 
 Its parts, in this order: the tests marked gpu; sampler and training step of two networks against the plain loop; a
 training step of the recipe COMPILED with torch.compile, as long runs have it; the first again with torch.compile; a

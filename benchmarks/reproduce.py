@@ -63,12 +63,12 @@ TRAIN = {  # name: the options that train it
     "cifar10": "--mode energy_train",  # the method's own settings, which are the defaults
     "cifar10_baseline": "--mode baseline_train",
 }
-SHORT = (  # what two CPU cores measure in two to five minutes
+SHORT = (  # what two CPU cores measure in a few minutes
     "--ood_datasets noise,constant,interp,shuffled,fashion_mnist --max_images 200 --attack_images 40 --one_epsilon "
     "--refine_steps 3 --n_samples 100 --ais_chains 50 --ais_temperatures 200"
 )
 SHORT_TIMES = (
-    "Shortened: two to five minutes on two CPU cores, of which robustness one or two, quality one (with "
+    "Shortened: one and a half to five minutes on two CPU cores, of which robustness one or two, quality one (with "
     "Inception's weights), likelihood half a minute, the others seconds."
 )
 TEST = dict.fromkeys(("digits_jem", "digits_baseline"), SHORT) | {"digits": f"{SHORT} --n_sample_steps 25"}
