@@ -54,8 +54,10 @@ def joint_loss(
     if logits.sampled is not None:
         sampled = log_density(logits.sampled)
         weights = torch.ones_like(sampled) if y_sampled is None or class_weights is None else class_weights[y_sampled]
-        excess = 0 if y_sampled is None else mean(weights.mean()) - 1  # by the classes of this step; 0 on average
-        mean_sampled = (weights * sampled).mean() - excess * real.mean()  # so a constant in log p(x) changes nothing
+        mean_sampled = (weights * sampled).mean()
+        if y_sampled is not None:  # weights are 1 on average, but not over the classes of every step
+            excess = mean(weights.mean()) - 1
+            mean_sampled = mean_sampled - excess * real.mean()  # so a constant in log p(x) changes nothing
         generative = mean_sampled - real.mean()
         climbed = real, sampled
         if y_sampled is not None and y_real is not None:

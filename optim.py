@@ -48,10 +48,10 @@ class SAM:
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():
             before, ascent = [p.clone() for p in parameters], [p.grad for p in parameters]
-            ascent = torch._foreach_mul(ascent, torch._foreach_abs(before)) if self.adaptive else ascent
+            ascent = torch._foreach_mul(ascent, sizes := torch._foreach_abs(before)) if self.adaptive else ascent
             norm = torch.nn.utils.get_total_norm(ascent)
             if self.adaptive:
-                torch._foreach_mul_(ascent, torch._foreach_abs(before))
+                torch._foreach_mul_(ascent, sizes)
             torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-12)))
         applied = closure(update_statistics=False)
         with torch.no_grad():

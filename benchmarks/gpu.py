@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -289,31 +290,27 @@ def main() -> None:
         device, cfg = device_named(args.device), Config(**parse(run_options(further), Config))
     except utils.UserError as error:
         parser.error(str(error))
-    try:
-        data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
-        has_data = True
-    except utils.UserError as error:
-        print(f"The run, its step and its reports are left out: {error}", flush=True)
-        has_data = False
     further += ["--data_dir", cfg.data_dir]  # absolute: programs start in HERE
     results = Results(args.out.absolute(), device, further)
     ask, sizes = Questions(args, device, further, results), SIZES[device.type]
 
-    parts = {"tests": ask.tests}
-    for compile in ("off", "on"):
-        for network, size in sizes.items():
-            parts[f"throughput {network}, compile {compile}"] = partial(ask.throughput, *size, compile)
-        if compile == "off":
-            for network, size in sizes.items():
-                parts[f"compiled recipe {COMPILED}, {network}"] = partial(ask.compiled, *size)
-    if has_data:
-        parts[STEP_OF_RUN] = ask.step_of_run
+    def throughput(compile: str) -> dict[str, Callable]:
+        asked = {network: partial(ask.throughput, *size, compile) for network, size in sizes.items()}
+        return {f"throughput {network}, compile {compile}": part for network, part in asked.items()}
+
+    parts = {"tests": ask.tests} | throughput("off")
+    parts |= {f"compiled recipe {COMPILED}, {network}": partial(ask.compiled, *size) for network, size in sizes.items()}
+    parts |= throughput("on") | {STEP_OF_RUN: ask.step_of_run}
     for network, (depth, width, _) in sizes.items():
         if not set(recipe_names(network).values()) <= results.parts.keys():
             parts[f"recipes, {network}"] = partial(ask.recipes, network, depth, width)
-    if has_data:
-        parts["run"] = ask.run
-        parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
+    parts["run"] = ask.run
+    parts |= {name: partial(ask.report, options) for name, options in REPORTS.items()}
+    try:
+        data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
+    except utils.UserError as error:
+        print(f"The run, its step and its reports are left out: {error}", flush=True)
+        parts = {name: part for name, part in parts.items() if name not in (STEP_OF_RUN, "run", *REPORTS)}
 
     failed = {re.sub("^recipe .*, ", "recipes, ", name) for name in results.failed} - {"run", STEP_OF_RUN}
     for name in sorted(parts, key=failed.__contains__):  # what failed before comes last

@@ -3,8 +3,8 @@
     python benchmarks/recipe_steps.py --recipes jem sada-jem --depth 16 --width 2
     python benchmarks/recipe_steps.py --command "--recipe m-jem --dataset digits --depth 10 --width 2"
 
-It prints a line of JSON for each: seconds of a step (the median), labelled images a second, and how much memory of the
-GPU was taken at most, in MB.
+It prints a line of JSON for each: seconds of a step (the median), labelled images a second, how much memory of the GPU
+was taken at most, in MB, and what was compiled.
 """
 
 import argparse

@@ -73,10 +73,8 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread = {f.name for f in fields(cfg) if cfg.mode not in f.metadata["modes"]}
     needs = {f.name: f.metadata["needs"] for f in fields(cfg) if f.metadata["needs"]}
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
-    network = BACKBONES[cfg.backbone]
-    takes = {name for kind in getattr(network, "__mro__", [network]) for name in signature(kind).parameters}
-    if "unused" in takes:  # the network says that it ignores what it does not name
-        unread |= {f.name for f in fields(cfg) if f.metadata["group"] == "model"} - takes - NOT_OF_BACKBONES
+    if "unused" in (taken := signature(BACKBONES[cfg.backbone]).parameters):  # it ignores what it does not name
+        unread |= {f.name for f in fields(cfg) if f.metadata["group"] == "model"} - taken.keys() - NOT_OF_BACKBONES
     unread |= set() if "folder" in cfg.start_shares | cfg.outlier_shares else {"start_dir"}
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
     unread |= of_chains if cfg.mode in TRAINING and not cfg.draws_samples else set()

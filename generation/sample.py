@@ -27,7 +27,7 @@ from logger.images import captioned, image_grid, save_gif, save_png, to_uint8
 from logger.run_dir import RunDir
 from models import log_density
 from models.predict import predict
-from sgld import finite_images
+from sgld import chain_options, finite_images
 from utils import UserError
 
 PICTURE_COLUMNS = 10  # images in a row of a picture
@@ -45,7 +45,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     settings = {"checkpoint": str(path), "training_steps": state["step"], "start": start.name, "steps": steps}
     settings |= {"weights": "ema" if "ema" in state else "last", "precision": str(trained.dtype).removeprefix("torch.")}
     settings |= {"target": "log p(x|y)" if cfg.class_cond else "log p(x)", "batch_size": cfg.n_chains}
-    settings |= {name: getattr(cfg, name) for name in ("sgld_grad_clamp", "sgld_clamp", "sgld_normalize")}
+    settings |= {f"sgld_{name}": value for name, value in chain_options(cfg).items()}
     settings |= {name: getattr(cfg, name) for name in ("sgld_lr", "sgld_std", "start_dir", "seed")}
 
     directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))

@@ -130,7 +130,7 @@ class TrainedRun:
         cfg, stored = self.cfg, StoredStarts(self.shape, tree_to(self.content.get("starts", {}), self.device))
         if cfg.start_shares.keys() <= {"uniform", "smooth", "shapes", *stored.gaussians}:
             of_file = cfg.start_shares.keys() & stored.gaussians.keys()
-            return cfg.start + f" of {self.path.name}" * bool(of_file), build_chain_init(cfg, stored)
+            return f"{cfg.start} of {self.path.name}" if of_file else cfg.start, build_chain_init(cfg, stored)
         return cfg.start, build_chain_init(cfg, self.images)
 
     def checked(self, images: Tensor) -> Tensor:
