@@ -66,7 +66,7 @@ class CUDAGraphBackward:
     """CUDA graphs of ``backward(batch, update_statistics)``, which leaves gradients in a model's parameters.
 
     ``batch`` is a named tuple of tensors, whose shapes never change, and None. Each ``update_statistics`` has a graph.
-    Results are detached copies. Capturing leaves buffers and random generators alone. Python numbers are recorded, too.
+    Results are detached copies. Capturing changes no buffers or random generators. Python numbers are recorded, too.
     """
 
     def __init__(self, model: nn.Module):

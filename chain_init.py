@@ -1,7 +1,7 @@
 """Initialization of chains: uniform noise, Gaussians fitted to the training images, or other images.
 
 Called with the wanted images' classes, a list on the host, and a generator, it returns float32 (n, C, H, W) in [-1, 1],
-channels_last, on the generator's device. Only training images that are kept on the host make it wait for the device.
+channels_last, on the generator's device. Only training images that are kept on the host make it synchronise.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def build_chain_init(cfg, images: ImageData | StoredStarts, shares: dict[str, fl
 
 
 def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
-    """A Gaussian of each class is fitted to the labelled images of ``--labels_per_class``."""
+    """What ``name``, one of STARTS, means; a Gaussian of each class is fitted to the images whose label is used."""
     random_images = {"uniform": uniform_images, "smooth": smooth_images, "shapes": shape_images}
     if name in random_images:
         return lambda classes, rng: random_images[name](len(classes), images.shape, rng)
@@ -47,7 +47,7 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
         return GaussianInit(images.gaussians[name], images.shape)
     if name in ("patches", "mixed"):
         return partial(patches_init if name == "patches" else mixed_pairs_init, images.train.images)
-    device, (channels, height, width) = images.test.images.device, images.shape
+    device, (channels, height, width) = images.test.images.device, images.shape  # training images may be on the host
     if name == "folder":
         if height != width:
             raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
@@ -172,35 +172,37 @@ class GaussianInit:
 
     def _unclamped(self, classes: Sequence[int], rng: Generator | None) -> Tensor:
         rows = [None] * len(classes)
-        for (mean, factor, noise), own in self._groups(classes):
-            x = mean.expand(len(own), -1)  # (n, D)
+        for (mean, factor, noise), places in self._groups(classes):
+            x = mean.expand(len(places), -1)  # (n, D)
             if rng is not None:
-                x = x + torch.randn(len(own), len(factor), generator=rng, device=rng.device) @ factor
+                x = x + torch.randn(len(places), len(factor), generator=rng, device=rng.device) @ factor
                 if noise:
                     x += noise * torch.randn(x.shape, generator=rng, device=rng.device)
-            for i, row in zip(own, x, strict=True):
-                rows[i] = row  # an index on the device would wait for it
+            for i, row in zip(places, x, strict=True):
+                rows[i] = row  # an index on the device would synchronise
         return torch.stack(rows).unflatten(1, self.shape)
 
-    def given(
+    def conditioned(
         self, x: Tensor, known: Tensor | None, std: float, classes: Sequence[int], rng: Generator | None = None
     ) -> Tensor:
         """Images (N, C, H, W) in [-1, 1], drawn (without ``rng``: expected) given some pixels.
 
         x, of the same shape, has them where ``known``, bool (H, W), or everywhere, with normal noise of ``std``.
         """
-        start = self._unclamped(classes, rng).flatten(1)
+        images = self._unclamped(classes, rng).flatten(1)
         mask = slice(None) if known is None else known.expand(self.shape).flatten()
-        missed = x.flatten(1) - start
+        residual = x.flatten(1) - images
         if rng is not None:
-            missed += std * torch.randn(start.shape, generator=rng, device=rng.device)
-        for (_, factor, noise), own in self._groups(classes):  # Matheron's rule: a sample, moved by what it has missed
-            seen, variance, missing = factor[:, mask], noise**2 + std**2, missed[own][:, mask]  # (R, known pixels)
-            precision = seen @ seen.T / variance + torch.eye(len(seen), device=seen.device)
-            moved = torch.linalg.solve(precision, seen @ missing.T / variance).T @ factor
-            moved[:, mask] += noise**2 / variance * (missing - moved[:, mask])
-            start[own] += moved
-        return start.clamp(-1, 1).view_as(x)
+            residual += std * torch.randn(images.shape, generator=rng, device=rng.device)
+        # Matheron's rule: images + C[:, k] (C[k, k] + std^2 I)^-1 residual[k], known pixels k, covariance C =
+        # factor^T factor + noise^2 I; the inverse by one of R x R (Woodbury).
+        for (_, factor, noise), places in self._groups(classes):
+            factor_k, residual_k, variance = factor[:, mask], residual[places][:, mask], noise**2 + std**2
+            inner = factor_k @ factor_k.T / variance + torch.eye(len(factor), device=factor.device)  # (R, R)
+            correction = torch.linalg.solve(inner, factor_k @ residual_k.T / variance).T @ factor
+            correction[:, mask] += noise**2 / variance * (residual_k - correction[:, mask])
+            images[places] += correction
+        return images.clamp(-1, 1).view_as(x)
 
 
 def fit(images: Tensor, device: torch.device) -> Gaussian:

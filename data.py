@@ -127,14 +127,14 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor]:
         """Images float32 (N, C, H, W) and labels int64 (N,); see ``augment``.
 
-        Never waits for the device, but at the start of a pass over images on the host, and for AutoAugment.
+        Synchronises with the device only at the start of a pass over images on the host, and for AutoAugment.
         """
         if self.position + self.batch_size > len(self.order):
             self._start_epoch(torch.randperm(len(self.split), generator=self.rng, device=self.rng.device))
         batch = self.split[self.index[self.position : self.position + self.batch_size][self.part]]
         self.position += self.batch_size
         images, labels, device = batch.images, batch.labels, self.rng.device
-        if images.device.type != device.type:  # pinned, so that the host need not wait for the copies
+        if images.device.type != device.type:  # pinned, so that copies do not synchronise
             images, labels = (part.pin_memory().to(device, non_blocking=True) for part in (images, labels))
         if self.augmentation == "none":
             return to_float(images).contiguous(memory_format=torch.channels_last), labels
@@ -278,7 +278,7 @@ def _divide(images: Split, root: Path, needed: bool) -> Parts:
 
 
 def _as_in_training(parts: Parts, undivided: Split | None, names: list[str], trained_on: dict, root: Path) -> Parts:
-    """The parts that a model was trained on, or the test images alone where they are of other images.
+    """The parts that a model was trained on, or only the test images where they are of other images.
 
     Another program may have trained on all training images, so that none are left for validation.
     """

@@ -1,4 +1,4 @@
-"""Several processes of one run, a device each: start by torchrun, exchange, shared work. One alone sends nothing."""
+"""Several processes of one run, a device each: start by torchrun, exchange, shared work. A single one sends nothing."""
 
 import os
 import time
@@ -143,7 +143,7 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The values of all processes, by rank, which hold tensors of the CPU alone."""
+    """The values of all processes, by rank, with tensors only of the CPU."""
     everyone = [value] * current_world().size
     if is_distributed():
         dist.all_gather_object(everyone, value)

@@ -12,8 +12,9 @@ class Recovery:
     """Two states to go back to, in the host's memory, and what divergence has changed.
 
     proven: the state to go back to: training went on well for a while after it. latest: a later state, which is proven
-    when the next one comes. ``remedies`` change the options of the rest of the run; they are those that JEM's authors
-    recommend, in their order: more SGLD steps, a lower learning rate, a small penalty on energies.
+    when the next one comes. ``remedies`` change the options of the rest of the run. The first of several divergences
+    that are close together brings new randomness, the second twice the SGLD steps (unless chains grow by themselves),
+    the fourth a small penalty on energies, all others half the learning rate; JEM's authors recommend these.
     """
 
     def __init__(self, cfg: Config):
@@ -34,7 +35,8 @@ class Recovery:
             advice = "more --sgld_step, a lower --lr, or --energy_l2 0.1" if self.cfg.draws_samples else "a lower --lr"
             raise TrainingFailed(f"training diverged at step {step} (recoveries: {self.recoveries}): try {advice}")
         self.close_failures = self.close_failures + 1 if step <= self.failed_at + 5 * STATE_EVERY else 1
-        self.recoveries, self.failed_at, self.latest = self.recoveries + 1, step, self.proven
+        self.recoveries, self.failed_at = self.recoveries + 1, step
+        self.latest = self.proven  # what came after it may be bad
         return self.proven, f"{self._change_settings()} (recovery {self.recoveries} of {self.cfg.max_recoveries})"
 
     def _change_settings(self) -> str:

@@ -40,19 +40,23 @@ class SAM:
         self.param_groups = self.optimizer.param_groups  # it makes new ones
 
     def step(self, closure: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One update; returns what the first ``closure(update_statistics=...)`` measured, which leaves gradients.
+        """One update. ``closure(update_statistics=...)`` computes gradients and returns measurements by name.
 
-        But ``gradient_norm`` is the second's. Running statistics follow the first pass alone: w + e is never evaluated.
+        Returns those of the first pass, but the second's ``gradient_norm``. Running statistics follow the first pass
+        only: w + e is never evaluated.
         """
         result = closure(update_statistics=True)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():
-            before, ascent = [p.clone() for p in parameters], [p.grad for p in parameters]
-            ascent = torch._foreach_mul(ascent, sizes := torch._foreach_abs(before)) if self.adaptive else ascent
-            norm = torch.nn.utils.get_total_norm(ascent)
+            before = [p.clone() for p in parameters]
+            direction = [p.grad for p in parameters]  # g
             if self.adaptive:
-                torch._foreach_mul_(ascent, sizes)
-            torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-12)))
+                sizes = torch._foreach_abs(before)
+                direction = torch._foreach_mul(direction, sizes)  # |w| g
+            norm = torch.nn.utils.get_total_norm(direction)
+            if self.adaptive:
+                torch._foreach_mul_(direction, sizes)  # w^2 g
+            torch._foreach_add_(parameters, torch._foreach_mul(direction, self.rho / (norm + 1e-12)))
         applied = closure(update_statistics=False)
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)

@@ -23,18 +23,18 @@ def pgd(
     radius: float,
     norm: str,
     steps: int,
-    start: Tensor | None = None,
+    offset: Tensor | None = None,
     step_size: float | None = None,
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al., ICLR 2018). Never waits for the device.
+    """Projected gradient ascent (Madry et al., ICLR 2018). Never synchronises with the device.
 
     function: what is to grow: the sum of a value of each image. x: float32 (N, C, H, W). radius: of the ball around
-    each image, on the [-1, 1] scale. norm: "L2" or "Linf". start: added to x before the first step, inside the ball.
+    each image, on the [-1, 1] scale. norm: "L2" or "Linf". offset: added to x before the first step, inside the ball.
     step_size: by default 2.5 radius / steps. Returns images in the ball and, but for x's own noise beyond, in [-1, 1].
     """
     step_size = 2.5 * radius / max(steps, 1) if step_size is None else step_size
-    low, high = x.clamp(max=-1), x.clamp(min=1)
-    change = torch.zeros_like(x) if start is None else (x + start).clamp(low, high) - x
+    low, high = x.clamp(max=-1), x.clamp(min=1)  # [-1, 1], wider where x itself is outside
+    change = torch.zeros_like(x) if offset is None else (x + offset).clamp(low, high) - x
     for _ in range(steps):
         at = (x + change).requires_grad_()
         with torch.enable_grad():
@@ -49,8 +49,8 @@ def pgd(
     return x + change
 
 
-def random_start(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
-    """Random starts in the ball, like x (N, C, H, W): "Linf" uniform in it; "L2" uniform in direction and distance."""
+def random_offset(x: Tensor, radius: float, norm: str, generator: Generator) -> Tensor:
+    """Random offsets in the ball, like x (N, C, H, W): "Linf" uniform in it; "L2" uniform in direction and distance."""
     if norm == "Linf":
         return radius * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
     direction = torch.randn(x.shape, generator=generator, device=x.device)

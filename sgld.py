@@ -60,7 +60,7 @@ def langevin_step(
 
 
 def input_gradient(log_density: LogDensity, x: Tensor, y: Tensor | None) -> Tensor:
-    """d log_density / dx, of the shape of x (N, C, H, W)."""
+    """d log_density / dx, of the shape of x (N, C, H, W); with y also that of log p(x|y): p(y) does not depend on x."""
 
     def total(x: Tensor) -> Tensor:
         return (log_density(x) if y is None else log_density(x, y)).sum()
@@ -76,7 +76,7 @@ class SGLD:
     """Runs chains of ``langevin_step``: compiled where asked, and each step replayed as a CUDA graph on a GPU.
 
     A graph reads the weights where they were when it was captured, so they must be updated in place. A network that
-    communicates with other processes needs ``capture`` False: no graphs. Nothing in a chain waits for the device.
+    communicates with other processes needs ``capture`` False: no graphs. Chains never synchronise with the device.
     ``limits``: those of each step, by the names that ``langevin_step`` gives them.
     """
 
@@ -97,9 +97,10 @@ class SGLD:
         """Run ``steps`` updates from x, float32 (N, C, H, W), on the generator's device; x is left as it is."""
         x = x.contiguous(memory_format=torch.channels_last)
         size, std = torch.full((), step_size, device=x.device), torch.full((), noise_std, device=x.device)
-        noise, step, captured = torch.zeros_like(x), self.step, self.capture and x.is_cuda
-        grad = noise  # of a chain without a step
-        if captured:
+        noise = torch.zeros_like(x)
+        grad = noise  # what a chain of 0 steps returns: zeros
+        step, use_graph = self.step, self.capture and x.is_cuda
+        if use_graph:
             key = (x.shape, y is None)
             if key not in self.graphs:
                 self.graphs[key] = CUDAGraphStep(self.step, x, y, noise, size, std)
@@ -108,7 +109,9 @@ class SGLD:
             if noise_std > 0:
                 noise = normal_like(x, generator)
             x, grad = step(x, y, noise, size, std)
-        return Chain(x.clone(), grad.clone()) if captured else Chain(x, grad)  # the next replay overwrites a graph's
+        if use_graph:  # x and grad are the graph's own memory, which its next replay overwrites
+            x, grad = x.clone(), grad.clone()
+        return Chain(x, grad)
 
 
 def chain_options(cfg) -> dict[str, Any]:
@@ -153,18 +156,26 @@ class ReplayBuffer:
     Image i is of class i * n_classes // size, which matters where draws name classes.
     """
 
-    def __init__(self, size: int, n_classes: int, start: ChainInit, generator: Generator):
+    def __init__(self, size: int, n_classes: int, chain_init: ChainInit, generator: Generator):
         self.n_classes = n_classes
-        self.images = start([i * n_classes // size for i in range(size)], generator)
+        self.images = chain_init([i * n_classes // size for i in range(size)], generator)
         self.age = torch.zeros(size, dtype=torch.int64, device=generator.device)
 
     def places_of_classes(self, y: Tensor, generator: Generator) -> Tensor:
-        """Different random places for the classes y, int64 (n,): all in turn, each at most size // n_classes times."""
+        """Different random places for the classes y, int64 (n,), which must be c, c + 1, ... modulo n_classes."""
         size, k, device = len(self.images), self.n_classes, y.device
         order = torch.randperm(size, generator=generator, device=device)
-        order = order[(order * k // size).argsort(stable=True)]  # class by class, each in random order
-        first = (torch.arange(k, device=device) * size + k - 1) // k  # where each class begins, (K,)
-        return order[first[y] + torch.arange(len(y), device=device) // k]  # so many of its class come before it
+        classes = order * k // size
+        order = order[classes.argsort(stable=True)]  # class by class, each in random order
+        begin = (torch.arange(k, device=device) * size + k - 1) // k  # where each class begins, ceil(class * size / k)
+        n_before = torch.arange(len(y), device=device) // k  # chains of the same class before this one
+        return order[begin[y] + n_before]
+
+    def filled_up(self, images: Tensor, n: int) -> Tensor:
+        """``images`` (N, C, H, W) and, up to ``n`` in all, images of the buffer, of all classes."""
+        n_more = min(max(0, n - len(images)), len(self.images))
+        places = torch.arange(n_more) * len(self.images) // max(1, n_more)
+        return torch.cat([images, self.images[places]])
 
     def store(self, index: Tensor, x: Tensor) -> None:
         self.images[index] = x
@@ -182,20 +193,20 @@ class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
     Randomness comes from ``rng``, except how many chains start afresh and of which classes: that is drawn on the host,
-    because nothing here waits for the device, unless starts are made of training images that are on the host.
+    because nothing here synchronises with the device, unless starts are made of training images on the host.
     """
 
     def __init__(
         self,
         engine: SGLD,
         buffer: ReplayBuffer,
-        start: ChainInit,
+        chain_init: ChainInit,
         reinit_freq: float,
         step_size: float,
         noise_std: float,
         rng: Generator,
     ):
-        self.engine, self.buffer, self.start, self.rng = engine, buffer, start, rng
+        self.engine, self.buffer, self.chain_init, self.rng = engine, buffer, chain_init, rng
         self.reinit_freq, self.step_size, self.noise_std = reinit_freq, step_size, noise_std
         self.host_rng = random.Random(rng.initial_seed())
 
@@ -208,22 +219,23 @@ class Sampler:
         With probability ``reinit_freq`` a start is fresh; it is noise where the buffer's image is not finite.
         """
         k, buffer = self.buffer.n_classes, self.buffer
-        fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
-        first = self.host_rng.randrange(k)
-        if class_cond:
-            classes = [(first + i) % k for i in range(fresh)]
-            y = (first + torch.arange(n, device=self.rng.device)) % k
+        n_fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
+        first_class = self.host_rng.randrange(k)
+        if class_cond:  # all classes in turn
+            fresh_classes = [(first_class + i) % k for i in range(n_fresh)]
+            y = (first_class + torch.arange(n, device=self.rng.device)) % k
             index = buffer.places_of_classes(y, self.rng)
         else:
-            classes = [self.host_rng.randrange(k) for _ in range(fresh)]
-            y, index = None, torch.randperm(len(buffer.images), generator=self.rng, device=self.rng.device)[:n]
+            fresh_classes = [self.host_rng.randrange(k) for _ in range(n_fresh)]
+            y = None
+            index = torch.randperm(len(buffer.images), generator=self.rng, device=self.rng.device)[:n]
         x = buffer.images[index].contiguous(memory_format=torch.channels_last)
         finite = x.isfinite().all(dim=(1, 2, 3))
         x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))
-        if fresh:
-            x[:fresh] = self.start(classes, self.rng)
-        buffer.age[index] *= finite
-        buffer.age.index_fill_(0, index[:fresh], 0)  # age[...] = 0 would wait for the device
+        if n_fresh:  # places in the buffer are random, so the first chains are as good as any
+            x[:n_fresh] = self.chain_init(fresh_classes, self.rng)
+        buffer.age[index] *= finite  # 0 where noise replaces an image
+        buffer.age.index_fill_(0, index[:n_fresh], 0)  # age[...] = 0 would synchronise
         return x, index, y
 
     def __call__(self, n: int, steps: int, class_cond: bool = False) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -4,9 +4,8 @@ import copy
 import math
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from logger.progress import announce, check_memory, compiled
 from logger.run_dir import RunDir, read_config
 from logger.run_logger import RunLogger
 from losses import joint_loss
-from models import JointForward, copy_weights, frozen_sampler_model
+from models import JointForward, StepBatch, copy_weights, frozen_sampler_model
 from models.batch_norm import average_running_stats, convert_sync_batchnorm
 from models.predict import accuracy, evaluation_mode
 from optim import build_optimizer, learning_rate, recalibrate_batch_norm, update_ema
@@ -40,21 +39,9 @@ from sgld import SGLD, ReplayBuffer, Sampler, annealed_chain, chain_options
 from utils import Generators, Signals, tree_to
 
 MIN_EPOCH = 50  # steps; of shorter epochs, not each ends with an evaluation and a checkpoint
-LOG_EVERY = 10  # steps; besides pictures, only then does the host regularly wait for the device, and chains grow
+LOG_EVERY = 10  # steps; besides pictures, only then do host and device regularly synchronise, and chains grow
 FRAME_EVERY = 10  # SGLD steps between the frames of a GIF; noise does not compress, 31 frames of 32x32 take 1.4 MB
 SHOWN = 64  # samples in a grid
-
-
-class StepBatch(NamedTuple):
-    """The images of a step, float32 (N, C, H, W): labelled ones, real ones for log p(x), samples, outliers."""
-
-    x: Tensor
-    y: Tensor
-    x_real: Tensor | None
-    samples: Tensor | None
-    y_sampled: Tensor | None = None  # the class of each sample with --class_cond
-    outliers: Tensor | None = None
-    y_real: Tensor | None = None  # the class of each real image for log p(x), where its label may be used
 
 
 class Trainer:
@@ -68,12 +55,13 @@ class Trainer:
         self.n_classes, self.dtype = len(images.class_names), utils.pick_dtype(cfg.precision, device)
         self.rng = Generators(device, world.rank)
         self.build_batches()
-        self.start = build_chain_init(cfg, images) if cfg.draws_samples else None
+        self.chain_init = build_chain_init(cfg, images) if cfg.draws_samples else None
         self.outlier_init = build_chain_init(cfg, images, cfg.outlier_shares) if cfg.outlier_shares else None
-        self.quality = SampleQuality(cfg, images, self.start, device) if self.start and cfg.quality_every else None
+        measures = cfg.draws_samples and cfg.quality_every
+        self.quality = SampleQuality(cfg, images, self.chain_init, device) if measures else None
         torch.manual_seed(cfg.seed)  # weights are the same in all processes; what is drawn after them is not
         self.build_model()
-        self.rng.seed(cfg.seed)
+        self.rng.seed(cfg.seed)  # before the first replay buffer is drawn
         self.buffer = self.sampler = None
         check_memory(self)
         if cfg.draws_samples:
@@ -82,14 +70,16 @@ class Trainer:
         names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer", "sampler")
         self.saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}  # in checkpoints
         self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
-        self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # raised by a step that diverged
+        self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # set by a step, read in ``loop`` now and then
 
     def build_batches(self) -> None:
         cfg, images, world = self.cfg, self.data, self.world
         labelled = data.some_of_each_class(images.train, cfg.labels_per_class, self.n_classes)
         counts = labelled.labels.to(self.device).bincount(minlength=self.n_classes)
         self.class_weights = counts * self.n_classes / len(labelled)  # 1 where classes are of one size
-        n_images = {"batch_size": len(labelled)} | ({"p_x_batch_size": len(images.train)} if cfg.separate_p_x else {})
+        n_images = {"batch_size": len(labelled)}  # by the option that is the batch's size
+        if cfg.separate_p_x:
+            n_images["p_x_batch_size"] = len(images.train)
         check_sizes(cfg, n_images, self.n_classes, world.size, images.shape)
         flip = images.flip and not cfg.no_flip
         self.batches = data.Batches(labelled, cfg.batch_size, flip, cfg.sigma, self.rng.data, cfg.augment, world)
@@ -112,7 +102,8 @@ class Trainer:
             convert_sync_batchnorm(self.model)
         self.forward = CompiledOrEager(self.model.logits) if self.compiles else self.model.logits
         statistics, on_gpu = cfg.norm_statistics if cfg.draws_samples else "batch", self.device.type == "cuda"
-        self.joint_forward = self.one_process_forward = JointForward(self.model, self.forward, statistics)
+        self.one_process_forward = JointForward(self.model, self.forward, statistics)
+        self.joint_forward = self.one_process_forward
         if distributed.is_distributed():  # gradients become means over all processes
             self.joint_forward = DistributedDataParallel(self.joint_forward, [self.device] if on_gpu else None)
         self.cuda_graphs = CUDAGraphBackward(self.model) if on_gpu and not distributed.is_distributed() else None
@@ -125,22 +116,23 @@ class Trainer:
         self.sampler_model = frozen_sampler_model(self.model, self.dtype, cfg.norm_statistics)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
-        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.start, rng)
-        self.sampler = Sampler(engine, self.buffer, self.start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
+        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.chain_init, rng)
+        self.sampler = Sampler(engine, self.buffer, self.chain_init, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
         self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
         """Run from byte ``log_position`` of metrics.jsonl on; returns the exit status, 128 + the number of a signal."""
         self.warm_up()
         precision = str(self.dtype).removeprefix("torch.")
-        ran = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
+        how = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
         config = read_config(run.path)  # of a run that is resumed
-        before = config.get("environment")
-        earlier = [*config.get("environments_before", []), *([before] if before else [])]
-        announce(self, run.path, ran, before or ran)
+        earlier = config.get("environments_before", [])
+        if "environment" in config:
+            earlier.append(config["environment"])
+        announce(self, run.path, how, config.get("environment", how))
         written = run if self.world.rank == 0 else None
         if written:
-            now = utils.environment(self.device) | ran
+            now = utils.environment(self.device) | how
             run.write_config(asdict(self.cfg), now, data=self.data.description, environments_before=earlier)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
@@ -154,19 +146,19 @@ class Trainer:
         return status
 
     def warm_up(self) -> None:
-        """What only a first step does, before training begins; it leaves no trace."""
+        """Compile, and let DistributedDataParallel choose its order of adding, in a first step that is then undone."""
         if not (self.compiles or distributed.is_distributed()):
             return
         state = tree_to(self.state_dict())
-        batch, _ = self.next_inputs(chain_length=1)  # a chain compiles itself
+        batch, _ = self.draw_step_batch(chain_length=1)  # a chain compiles itself
         if self.compiles:
-            try:  # the network alone: in joint_forward processes would wait for each other
+            try:  # without joint_forward, in which processes would wait for each other
                 logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
                 sum(part.sum() for part in logits if part is not None).backward()
             except Exception as error:  # the compiler's exceptions share no public base class
                 self.forward.give_up(type(error).__name__)
         if distributed.is_distributed():
-            self.backward(batch)  # DistributedDataParallel's first step adds gradients up in another order than later
+            self.loss_and_gradient(batch)  # the first adds gradients up in another order than all later ones
         self.load_state_dict(state)
 
     def loop(self, signals: Signals) -> int:
@@ -192,16 +184,14 @@ class Trainer:
                 continue
             epoch, found = self.step / self.steps_per_epoch, {}
             values = self.measurements() if log else {}
-            if "sgld/auroc" in values and self.step % LOG_EVERY == 0 and self.sgld_step < (cfg.sgld_step_max or 0):
-                self.sgld_step += values["sgld/auroc"] > cfg.sgld_step_auroc  # samples lag behind; not by a run's end
+            if "sgld/auroc" in values and self.step % LOG_EVERY == 0:  # not for the last step of a run that is cut
+                self.grow_chains(values["sgld/auroc"])
             if evaluate or measure or save:
                 self.recalibrate_ema()
             if self.step % divergence.STATE_EVERY == 0:
                 self.recovery.keep(tree_to(self.state_dict(), "cpu"))
             if self.sampler is not None and (self.step - 1) % cfg.sample_every == 0:
-                n_held = min(max(0, SHOWN - len(samples)), len(self.buffer.images))  # of a small batch, from the buffer
-                places = torch.arange(n_held) * len(self.buffer.images) // max(1, n_held)  # of all classes
-                self.logger.samples(self.step, torch.cat([samples[:SHOWN], self.buffer.images[places]]))
+                self.logger.save_samples(self.step, self.buffer.filled_up(samples[:SHOWN], SHOWN))
             if self.sampler is not None and self.step > 1 and (self.step - 1) % cfg.gif_every == 0:
                 self.dump_gif()
             if evaluate:
@@ -209,29 +199,43 @@ class Trainer:
             if measure:
                 found |= self.measure_quality()
             if found:
-                self.logger.evaluated(self.step, epoch, found)
+                self.logger.print_evaluation(self.step, epoch, found)
             if values or found:
-                self.logger.values(self.step, values | found | {"epoch": epoch})
+                self.logger.log_values(self.step, values | found | {"epoch": epoch})
             if save:
                 self.checkpoint("last.pt")
             if evaluate:
-                self.logger.curves()
+                self.logger.draw_curves()
             if status and self.step < self.total_steps:
                 return status
             self.logger.start_clock(self.step)
         return 0
+
+    def grow_chains(self, auroc: float) -> None:
+        """One SGLD step more, up to ``--sgld_step_max``, while log p(x) still tells real images from samples (DAT)."""
+        longest = self.cfg.sgld_step_max
+        if longest is not None and self.sgld_step < longest and auroc > self.cfg.sgld_step_auroc:
+            self.sgld_step += 1
 
     def due(self, every: int) -> bool:
         """Whether this step is one of each ``every`` steps, or the last."""
         return self.step % every == 0 or self.step == self.total_steps
 
     def training_step(self) -> Tensor | None:
-        """An update; returns the samples (N, C, H, W), or None. Waits for AutoAugment and images on the host alone."""
-        batch, chain_values = self.next_inputs(self.chain_length)
+        """The update that ``self.step`` counts; returns the samples (N, C, H, W), or None.
+
+        Synchronises with the device only for AutoAugment and for images on the host.
+        """
+        batch, chain_values = self.draw_step_batch(self.chain_length)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        backward = self.backward if self.cuda_graphs is None else partial(self.cuda_graphs, self.backward)
-        parts = self.optimizer.step(partial(backward, batch))  # what backward returns; SAM calls it twice
+
+        def closure(update_statistics: bool = True) -> dict[str, Tensor]:  # the optimizer calls it once, SAM twice
+            if self.cuda_graphs is None:
+                return self.loss_and_gradient(batch, update_statistics)
+            return self.cuda_graphs(self.loss_and_gradient, batch, update_statistics)
+
+        parts = self.optimizer.step(closure)  # what the closure returns
         if self.ema is not None:
             update_ema(self.ema, self.model, self.cfg.ema, self.step)
 
@@ -242,15 +246,24 @@ class Trainer:
         self.meter.add(parts | chain_values)
         return batch.samples
 
-    def next_inputs(self, chain_length: int) -> tuple[StepBatch, dict[str, Tensor]]:
-        """The images of a step, and what the log says of the chains."""
+    def draw_step_batch(self, chain_length: int) -> tuple[StepBatch, dict[str, Tensor]]:
+        """Draw the step's images and run its chains; also returns what the log says of the chains.
+
+        The order matters: running statistics first, then the copy of the weights, then what climbs log p(x) of that
+        copy, chains and outliers.
+        """
         cfg = self.cfg
         x, y = self.batches.next()
-        x_real, y_real = (None, y) if self.real_batches is None else self.real_batches.next()
-        y_real = None if cfg.labels_per_class else y_real  # others serve log p(x) alone
-        adversarial = cfg.adversarial_eps and cfg.p_y_x_weight
-        if self.sampler is not None and x_real is None and (adversarial or self.one_process_forward.dropouts):
-            x_real = x  # log p(x) learns from the images themselves, without dropout
+        if self.real_batches is None:
+            x_real, y_real = None, y  # None: log p(x) learns from x
+        else:
+            x_real, y_real = self.real_batches.next()
+        if cfg.labels_per_class:
+            y_real = None  # most of these labels may not be used
+        adversarial = cfg.adversarial_eps > 0 and cfg.p_y_x_weight > 0
+        classifier_differs = adversarial or self.one_process_forward.dropouts
+        if self.sampler is not None and x_real is None and classifier_differs:
+            x_real = x  # log p(x) learns from clean images, without dropout
         if adversarial:  # in evaluation mode: dropout and the batch's statistics would disturb the gradient
             attack = 2 * cfg.adversarial_eps, cfg.adversarial_norm, cfg.adversarial_steps  # pixels in [-1, 1]
             step_size = None if cfg.adversarial_step_size is None else 2 * cfg.adversarial_step_size
@@ -262,7 +275,7 @@ class Trainer:
             with torch.no_grad():
                 self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
             average_running_stats(self.model)  # and in all processes
-        copy_weights(self.model, self.sampler_model)
+        copy_weights(self.model, self.sampler_model)  # pictures and distances leave averaged weights in it
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, chain_length, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
         return StepBatch(x, y, x_real, samples, y_sampled=y_sampled, outliers=outliers, y_real=y_real), measured
@@ -276,12 +289,12 @@ class Trainer:
             x = pgd(lambda x: self.sampler_model.log_density(x).sum(), x, 2 * cfg.outlier_eps, "L2", cfg.outlier_steps)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def backward(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
+    def loss_and_gradient(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
         logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
-        energy_l2, mean = self.recovery.remedies["energy_l2"], distributed.all_reduce_mean
-        classes = {"y_sampled": batch.y_sampled, "y_real": batch.y_real, "class_weights": self.class_weights}
-        loss, parts = joint_loss(self.cfg, logits, batch.y, energy_l2=energy_l2, mean=mean, **classes)
+        classes = {"y_sampled": batch.y_sampled, "class_weights": self.class_weights, "y_real": batch.y_real}
+        others = {"energy_l2": self.recovery.remedies["energy_l2"], "mean_over_processes": distributed.all_reduce_mean}
+        loss, parts = joint_loss(self.cfg, logits, batch.y, **classes, **others)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_running_stats(self.model)  # before SAM's next pass, in which processes would get those of rank 0
@@ -373,25 +386,26 @@ class Trainer:
         state, change = self.recovery.go_back(diverged_at)
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
         self.reseed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
-        self.logger.recovery(diverged_at, self.step, change)
+        self.logger.log_recovery(diverged_at, self.step, change)
         self.recalibrate_ema()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence
 
     def measurements(self) -> dict[str, float | list[int]]:
-        """Means over the steps since the last call, and where training stands. Waits for the device."""
+        """Means over the steps since the last call, and where training stands. Synchronises with the device."""
         values = self.meter.read() | ({} if self.sampler is None else {"sgld/steps": self.chain_length})
-        return values | {"lr": self.lr, "speed/images_per_second": self.logger.speed(self.step)}
+        return values | {"lr": self.lr, "speed/images_per_second": self.logger.take_speed(self.step)}
 
     def dump_gif(self) -> None:
-        """A long annealed chain of 16 fresh images; its randomness is its own and leaves training alone."""
+        """A long annealed chain of 16 fresh images; its randomness is its own and does not change training."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         if self.one_process_forward.norm_statistics == "running":
             self.recalibrate_ema()
         copy_weights(self.eval_model, self.sampler_model)
         cfg, classes = self.cfg, [i % self.n_classes for i in range(16)]
         y = torch.tensor(classes, device=self.device) if cfg.class_cond else None
-        film = annealed_chain(self.gif_engine, self.start(classes, rng), cfg.sgld_lr, cfg.sgld_std, rng, FRAME_EVERY, y)
-        self.logger.gif(self.step, film, FRAME_EVERY)
+        x = self.chain_init(classes, rng)
+        film = annealed_chain(self.gif_engine, x, cfg.sgld_lr, cfg.sgld_std, rng, FRAME_EVERY, y)
+        self.logger.save_gif(self.step, film, FRAME_EVERY)
 
     def evaluate(self) -> dict[str, float]:
         """Validation and test accuracy; best.pt is chosen by the first, never by the second."""
@@ -402,7 +416,7 @@ class Trainer:
         return found
 
     def measure_quality(self) -> dict[str, float]:
-        """How far samples are from training images; their randomness is their own and leaves training alone."""
+        """How far samples are from training images; their randomness is their own and does not change training."""
         rng = torch.Generator(self.device).manual_seed(self.cfg.seed + self.step)
         copy_weights(self.eval_model, self.sampler_model)
         found = self.quality(self.sampler_model, self.buffer.images, rng)

@@ -33,12 +33,14 @@ class Resumed(NamedTuple):
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
     """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
-    before, name = distributed.remembered("run"), given.get("resume", "auto")
+    before, name = distributed.remembered("run"), given.get("resume")
     if before and any(Path(before, "ckpt").glob("*.pt")):
         return continued(given, before)
-    if name != "auto" and "load_ckpt" in given:
+    if name in (None, "auto"):  # auto: see ``newest_run``, when the images are known
+        return None
+    if "load_ckpt" in given:
         raise UserError("--resume continues a run and --load_ckpt starts one: give one of them, or --resume auto")
-    return None if name == "auto" else continued(given, name)
+    return continued(given, name)
 
 
 def continued(given: dict[str, Any], run: str) -> Resumed:
@@ -49,7 +51,7 @@ def continued(given: dict[str, Any], run: str) -> Resumed:
     directory = RunDir.of(run)
     path, content = find_checkpoint(run)
     if not is_ours(content) or content["format"] != CHECKPOINT_FORMAT or "rng" not in content["state"]:
-        raise UserError(f"{path} is of another program or version, or weights alone: start a new run with --load_ckpt")
+        raise UserError(f"{path} is of another program or version, or only weights: start a new run with --load_ckpt")
     cfg = Config.from_dict(content["config"], str(path))
     changed = {name: value for name, value in given.items() if value != getattr(cfg, name)}
     if others := sorted(changed.keys() - RESUMABLE):

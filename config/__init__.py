@@ -35,7 +35,7 @@ class Config(Options):
         options = {name: value for name, value in options.items() if name not in FORMER}
         if unknown := options.keys() - {f.name for f in fields(cls)}:
             raise UserError(f"{source} has options this version does not know: {', '.join(sorted(unknown))}")
-        try:
+        try:  # checked as for --mode sample, which has no rules for training; then its own mode again
             found = cls(**asdict(Options()) | options | {"mode": "sample", "denoise": None, "from_buffer": False})
             object.__setattr__(found, "mode", options.get("mode", Options.mode))
             return found

@@ -55,12 +55,12 @@ def contradictions(cfg) -> Iterator[str]:
         yield "--outlier_weight is for training with samples: give --p_x_weight above 0, or --outlier_weight 0"
     if cfg.outlier_shares and cfg.norm == "batch" and cfg.norm_statistics == "batch":
         yield "--outlier_weight needs log p(x) of single images: give --norm_statistics running or frozen"
-    other_function = cfg.adversarial_eps or cfg.dropout_rate or cfg.norm == "batch" and cfg.norm_statistics == "running"
-    if cfg.p_x_y_weight and other_function:  # log p(x, y) is that of the labelled images
+    running = cfg.norm == "batch" and cfg.norm_statistics == "running"
+    if cfg.p_x_y_weight and (cfg.adversarial_eps or cfg.dropout_rate or running):  # their logits are not log p(x, y)
         yield "--p_x_y_weight needs --adversarial_eps 0, --dropout_rate 0, and --norm_statistics batch or frozen"
     if cfg.p_x_y_weight and not cfg.class_cond:
         yield "--p_x_y_weight needs samples of p(x|y): give --class_cond as well"
-    if (cfg.draws_samples and cfg.class_cond or cfg.labels_per_class) and not cfg.classifies:
+    if ((cfg.draws_samples and cfg.class_cond) or cfg.labels_per_class) and not cfg.classifies:
         yield "--class_cond and --labels_per_class need labels to learn from: give --p_y_x_weight or --p_x_y_weight"
     if cfg.quality_every and (cfg.fresh_steps == 0 or (cfg.n_samples or FEWEST) < FEWEST):
         yield f"--quality_every needs --n_sample_steps of 1 and --n_samples of {FEWEST}, or more"
@@ -75,19 +75,23 @@ def unused(given: dict[str, Any], cfg) -> list[str]:
     unread |= {name for name, options in needs.items() if not any(is_on(option, cfg) for option in options)}
     if "unused" in (taken := signature(BACKBONES[cfg.backbone]).parameters):  # it ignores what it does not name
         unread |= {f.name for f in fields(cfg) if f.metadata["group"] == "model"} - taken.keys() - NOT_OF_BACKBONES
-    unread |= set() if "folder" in cfg.start_shares | cfg.outlier_shares else {"start_dir"}
+    if "folder" not in cfg.start_shares | cfg.outlier_shares:
+        unread.add("start_dir")
     of_chains = {"norm_statistics", *(f.name for f in fields(cfg) if f.metadata["group"] == "SGLD")}
-    unread |= of_chains if cfg.mode in TRAINING and not cfg.draws_samples else set()
-    unread |= {"export_for"} if cfg.mode == "export" and Path(cfg.export).suffix != ".pt" else set()
+    if cfg.mode in TRAINING and not cfg.draws_samples:
+        unread |= of_chains
+    if cfg.mode == "export" and Path(cfg.export).suffix != ".pt":
+        unread.add("export_for")
     if cfg.mode == "test" and "quality" not in cfg.metrics:  # no chains but those of the refinement
         unread |= of_chains | {"batch_size", "precision"}
         if cfg.refinements and cfg.refine_steps:
             unread -= {"sgld_lr", "sgld_std", *(f"sgld_{name}" for name in chain_options(cfg))}
     if cfg.mode == "sample" and (cfg.inpaint or cfg.denoise):
-        unread |= {"classes"} | ({"n_sample_steps"} if cfg.denoise else set())
+        unread |= {"classes", "n_sample_steps"} if cfg.denoise else {"classes"}
     elif cfg.mode in ("test", "sample") and cfg.n_sample_steps is not None:
         unread |= {"sgld_step", "sgld_step_max"}
-    unread |= {"start", "start_dir"} if cfg.mode == "sample" and cfg.from_buffer else set()
+    if cfg.mode == "sample" and cfg.from_buffer:
+        unread |= {"start", "start_dir"}
     return [name for name in given if name in unread]
 
 

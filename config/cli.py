@@ -48,7 +48,8 @@ def absolute_path(f: Field, value: Any) -> Any:
 def check_value(f: Field, value: Any) -> str:
     """What is wrong with a value of option ``f``, or an empty text."""
     meta, name, kind = f.metadata, f"--{f.name}", kind_of(f)
-    fits = isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    allowed = (int, float) if kind is float else kind
+    fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
     if not fits and (value is not None or f.type is kind):
         return f"{name} takes {KINDS[kind]}, not {value!r}"
     if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:

@@ -81,7 +81,7 @@ class Options:
     )
     n_valid: int | None = training_images(None, "images held out for validation (default: a tenth, <= 5000)", minimum=0)
     labels_per_class: int | None = training_images(
-        None, "images of each class whose label is used; the others serve log p(x) alone (default: all)", minimum=1
+        None, "images of each class whose label is used; the others serve only log p(x) (default: all)", minimum=1
     )
     data_device: str = data_set(
         "auto", "memory for training images; auto: cpu above 1/5 of the GPU's", ("auto", "cpu", "gpu"), resumable=True

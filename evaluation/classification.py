@@ -31,7 +31,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         meaning = f"difference of the two means above, {noise}; well above 0 shows memorisation"
         section.add(apart, on_train.mean() - on_test.mean(), n, meaning, interval)
     else:
-        section.add_absent("log p(x) of training images", "these data are test images alone")
+        section.add_absent("log p(x) of training images", "these data are only test images")
     if not inputs.classifies:
         section.add_absent("accuracy", "the model was trained without labels")
         return

@@ -43,7 +43,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     """Scores and pictures of the model's samples, fresh ones and those of the replay buffer, beside real images."""
     cfg, feature_model, data = inputs.cfg, inputs.feature_model, inputs.data
     if not len(data.train):
-        raise UserError("these data are test images alone: there are no training images to compare with")
+        raise UserError("these data are only test images: there are no training images to compare with")
     n = cfg.n_samples or min(10_000, cfg.max_images or 10_000)
     sets, real = sample_sets(inputs, section, n), reference(inputs)
     protocol = "test images"

@@ -20,7 +20,7 @@ from evaluation.inputs import GRADIENT_BATCH, EvalInputs
 from evaluation.report import Section
 from models import JEM
 from models.predict import images_per_batch
-from pgd import adversarial_images, random_start
+from pgd import adversarial_images, random_offset
 from sgld import LogDensity, chain_options, langevin_step, normal_like, step_protocol
 from utils import UserError, evaluation_packages
 
@@ -112,8 +112,8 @@ def pgd_attack(
 ) -> Tensor:
     """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
     radius = 2 * eps  # on the model's scale, which is twice as wide
-    start = random_start(x, radius, norm, rng)
-    moved = adversarial_images(lambda x: classifier((x + 1) / 2), 2 * x - 1, y, radius, norm, steps, start=start)
+    offset = random_offset(x, radius, norm, rng)
+    moved = adversarial_images(lambda x: classifier((x + 1) / 2), 2 * x - 1, y, radius, norm, steps, offset=offset)
     return (moved + 1) / 2
 
 

@@ -29,12 +29,12 @@ def restoration_start(run: TrainedRun, images: Tensor, y: list[int], rng: Genera
     if cfg.denoise:
         given, known = x if cfg.images else x + cfg.denoise * normal_like(x, rng), None  # one's own are noisy
         y = y or predict(run.model, given).argmax(1).tolist()
-        first = start.given(given, None, cfg.denoise, y) if gaussian else given
+        first = start.conditioned(given, None, cfg.denoise, y) if gaussian else given
     else:
         known = ~distributed.broadcast_from_rank0(lambda: unknown_pixels(cfg.inpaint, *x.shape[2:])).to(x.device)
         given = x * known
         y = y or predict(run.model, given).argmax(1).tolist()
-        first = torch.where(known, x, start.given(x, known, BLUR, y, rng) if gaussian else start(y, rng))
+        first = torch.where(known, x, start.conditioned(x, known, BLUR, y, rng) if gaussian else start(y, rng))
     task = f"--denoise {cfg.denoise:g}" if cfg.denoise else f"--inpaint {cfg.inpaint}"
     return StartImages(f"{name} ({task})", len(x), first, y, cfg.class_cond, known, images, given)
 

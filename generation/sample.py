@@ -160,7 +160,7 @@ def summary(start: StartImages, result: ChainResult, settings: dict[str, Any]) -
 def write_archive(path: Path, start: StartImages, result: ChainResult, images: Tensor, settings: dict) -> None:
     """A compressed NumPy archive; equal results give equal bytes.
 
-    It holds ``x`` and ``labels`` of the result; ``log_p_x`` of x alone and ``log_p_x_y`` with its label, float32 (N,),
+    It holds ``x`` and ``labels`` of the result; ``log_p_x`` of x and ``log_p_x_y`` with its label, float32 (N,),
     unnormalised, in nats; ``images``, x as uint8 (N, H, W, C); of restored ones ``originals``, as ``images``, what
     was ``given`` of them, their ``start`` and, to fill in, ``known``, bool (H, W); and ``settings`` as JSON text.
     """

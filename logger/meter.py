@@ -9,7 +9,7 @@ import distributed
 
 
 class Meter:
-    """Means of numbers and totals of counts over steps; adding to them never waits for the device.
+    """Means of numbers and totals of counts over steps; adding to them never synchronises with the device.
 
     sums: for each name the sum so far, 0-dim for a number and (K,) for counts; steps: how many were added.
     """
@@ -25,7 +25,7 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float | list[int]]:
-        """The mean of each number and total of each count since the last call, of all processes; waits for them."""
+        """The mean of each number and total of each count since the last call, of all processes; synchronises."""
         numbers = [name for name, value in self.sums.items() if value.ndim == 0]
         means = distributed.all_reduce_mean(torch.stack([self.sums[name] for name in numbers]).div(self.steps)).tolist()
         counts = {name: distributed.all_reduce_sum(value).tolist() for name, value in self.sums.items() if value.ndim}

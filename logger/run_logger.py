@@ -76,7 +76,7 @@ class RunLogger:
         """Measure the speed from here on: the first step's time is compilation and warm-up, and does not count."""
         self.clock = self.clock or (time.perf_counter(), step)
 
-    def speed(self, step: int) -> float:
+    def take_speed(self, step: int) -> float:
         """Images a second since the last call; NaN before the clock runs. Says once how long the rest will take."""
         if self.run is None or self.clock is None:
             return math.nan
@@ -89,7 +89,7 @@ class RunLogger:
             self.bar.write(f"The remaining {remaining} steps will take about {duration} (hours:minutes:seconds).")
         return round(speed, 1)
 
-    def values(self, step: int, values: dict[str, float | list[int]]) -> None:
+    def log_values(self, step: int, values: dict[str, float | list[int]]) -> None:
         """Measurements into the log, numbers and lists of how often each of K classes occurred; some behind the bar."""
         if self.run is not None:
             self.log.values(step, values)
@@ -99,13 +99,13 @@ class RunLogger:
                 self.bar.write(f"Warning: step {step}: {warning}.")
                 self.log.event(step, "warning", warning)
 
-    def evaluated(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    def print_evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Print what an evaluation has found."""
         if self.run is not None:
             found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.bar.write(f"step {step}, epoch {epoch:.4g}: {found}")
 
-    def recovery(self, step: int, back_to: int, change: str) -> None:
+    def log_recovery(self, step: int, back_to: int, change: str) -> None:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""
         if self.run is not None:
             message = f"diverged at step {step}; back to step {back_to} with {change}"
@@ -115,13 +115,13 @@ class RunLogger:
             self.log.recovery(step, back_to, message)
             self.balance = Balance(read_log(self.log.path))
 
-    def samples(self, step: int, x: Tensor) -> None:
+    def save_samples(self, step: int, x: Tensor) -> None:
         """A grid of samples, float (N, C, H, W) in [-1, 1]."""
         if self.run is not None:
             path = self.run.path / "samples" / f"sampled_image_{step:08d}.png"
             self.write(self._picture, step, "samples", save_png, path, image_grid(to_uint8(x)))
 
-    def gif(self, step: int, frames: Tensor, every: int) -> None:
+    def save_gif(self, step: int, frames: Tensor, every: int) -> None:
         """A long chain, float (T, N, C, H, W) in [-1, 1], with ``every`` SGLD steps between its frames."""
         if self.run is not None:
             path = self.run.path / "sgld" / f"SGLD_process_demo_{step:08d}.gif"
@@ -136,7 +136,7 @@ class RunLogger:
                 replace_file(self.run.path / f"{name}.gif", encoded)
             self.log.image(step, name, encoded)
 
-    def curves(self) -> None:
+    def draw_curves(self) -> None:
         """The newest curves of the log, as pictures."""
         if self.run is not None:
             self.write(plot_curves, self.run.path)

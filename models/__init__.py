@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from models.jem import JEM, JointForward, Logits, copy_weights, frozen_sampler_model, log_density
+from models.jem import JEM, JointForward, Logits, StepBatch, copy_weights, frozen_sampler_model, log_density
 from models.wide_resnet import RobustWideResNet, WideResNet
 
-__all__ = ["JEM", "JointForward", "Logits", "copy_weights", "frozen_sampler_model", "log_density"]
+__all__ = ["JEM", "JointForward", "Logits", "StepBatch", "copy_weights", "frozen_sampler_model", "log_density"]
 
 BACKBONES = {"jem": WideResNet, "robust": RobustWideResNet}
 

@@ -34,12 +34,12 @@ def attribute_set(layers: Iterable[nn.Module], name: str, value: bool | float) -
 
 
 def running_stats_update(model: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Inside, if not ``enabled``, batches in training mode leave running statistics alone; their own normalise them."""
+    """Inside, if not ``enabled``, batches in training mode are normalised as usual but change no running statistics."""
     return attribute_set(batch_norms(model), "track_running_stats", enabled)
 
 
 def running_stats_only(model: nn.Module) -> AbstractContextManager:
-    """Inside, batch normalisation uses its running statistics, as in evaluation mode, and leaves them alone."""
+    """Inside, batch normalisation uses its running statistics, as in evaluation mode, and does not change them."""
     return attribute_set(batch_norms(model), "training", False)
 
 
@@ -53,7 +53,7 @@ def average_running_stats(model: nn.Module) -> None:
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """Batch normalisation by all processes' batches, of one size, together; ``nn.SyncBatchNorm`` is for GPUs alone."""
+    """Batch normalisation by all processes' batches, of one size, together; ``nn.SyncBatchNorm`` is only for GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Channels (N, C, ...) in any float type; the arithmetic is float32, the result of x's type."""

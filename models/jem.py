@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,18 @@ def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:
     return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
 
 
+class StepBatch(NamedTuple):
+    """The images of a training step, float32 (N, C, H, W), each kind of its own N, and their classes, int64 (N,)."""
+
+    x: Tensor  # labelled
+    y: Tensor
+    x_real: Tensor | None  # for log p(x); None: the labelled ones
+    samples: Tensor | None
+    y_sampled: Tensor | None = None  # with --class_cond
+    outliers: Tensor | None = None
+    y_real: Tensor | None = None  # where these labels may be used
+
+
 class Logits(NamedTuple):
     """Logits of a training step's images, float32 (N, K), each of its own N."""
 
@@ -90,7 +103,7 @@ class JointForward(nn.Module):
         self.model, self.logits = model, logits
         self.dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
         self.dropouts += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.dropout > 0]
-        self.norm_statistics = norm_statistics if batch_norms(model) else "frozen"  # then images depend on no others
+        self.norm_statistics = norm_statistics if batch_norms(model) else "none"
 
     def forward(
         self,
@@ -102,29 +115,35 @@ class JointForward(nn.Module):
     ) -> Logits:
         """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
 
-        Where batch normalisation uses a batch's own statistics, that batch goes through the network alone. With
+        Where batch normalisation uses a batch's own statistics, that batch goes through the network separately. With
         ``update_statistics`` its running statistics follow such batches of real images; but where log p(x) is on
-        running statistics, these stay what they were for the chains: see ``Trainer.next_inputs``. Dropout acts on
-        labelled images alone: chains are without, and log p(x) must be one function.
+        running statistics, these stay what they were for the chains: see ``Trainer.draw_step_batch``. Dropout acts on
+        labelled images only: chains are without, and log p(x) must be one function.
         """
         if self.norm_statistics == "batch":
             with running_stats_update(self.model, enabled=update_statistics):
                 labelled = self.logits(x)
-                with attribute_set(self.dropouts, "training", False):
+                with self.without_dropout():
                     real = labelled if x_real is None else self.logits(x_real)
-            with running_stats_update(self.model, enabled=False), attribute_set(self.dropouts, "training", False):
-                sampled, far = (None if images is None else self.logits(images) for images in (samples, outliers))
-            return Logits(labelled, real, sampled, far)
-        running = self.norm_statistics == "running"
-        if running or (self.dropouts and samples is not None):
-            statistics = running_stats_update(self.model, enabled=False) if running else running_stats_only(self.model)
-            with statistics:
+            with running_stats_update(self.model, enabled=False), self.without_dropout():
+                of_samples = None if samples is None else self.logits(samples)
+                of_outliers = None if outliers is None else self.logits(outliers)
+            return Logits(labelled, real, of_samples, of_outliers)
+        if self.norm_statistics == "running":  # the classifier by its batch, log p(x) by running statistics
+            with running_stats_update(self.model, enabled=False):
                 labelled = self.logits(x)
-            with running_stats_only(self.model), attribute_set(self.dropouts, "training", False):
-                return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
-        with running_stats_only(self.model):
-            labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
-        return Logits(labelled, labelled if x_real is None else real, *others)
+        elif self.dropouts and samples is not None:  # the classifier with dropout, log p(x) without
+            with running_stats_only(self.model):
+                labelled = self.logits(x)
+        else:  # one function for all images, so one pass
+            with running_stats_only(self.model):
+                labelled, real, *others = self.in_one_pass(x, x_real, samples, outliers)
+            return Logits(labelled, labelled if x_real is None else real, *others)
+        with running_stats_only(self.model), self.without_dropout():
+            return Logits(labelled, *self.in_one_pass(x if x_real is None else x_real, samples, outliers))
+
+    def without_dropout(self) -> AbstractContextManager[None]:
+        return attribute_set(self.dropouts, "training", False)
 
     def in_one_pass(self, *batches: Tensor | None) -> list[Tensor | None]:
         """The logits of each batch, or None for None."""

@@ -380,7 +380,7 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     assert main.main([*test, "--eval", "classification,quality", "--data_dir", str(tmp_path / "other")]) == 0
     report = (run / "eval/report.md").read_text()
     assert re.search(r"accuracy \|.*\| 18 \|", report) and "log p(x), training minus test" not in report
-    assert report.count("these data are test images alone") == 2 and "; other images than those of the train" in report
+    assert report.count("these data are only test images") == 2 and "; other images than those of the train" in report
     assert main.main(test) == 0
     write_pngs(tmp_path / "own", "a", n=21)
     assert "training images to measure (16 of 32)" in refused(capsys, *test)

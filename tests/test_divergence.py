@@ -136,8 +136,8 @@ class TestDivergence:
     def test_a_gap_of_either_sign_and_what_is_not_finite_is_a_divergence(self, part, gap):
         run = trained(0, diverge_threshold=1.0, mode="energy_train" if "generative" in part else "baseline_train")
         wrong = torch.tensor(gap if "generative" in part else {-2.0: -math.inf, 0.5: 9.0, 2.0: math.nan}[gap])
-        backward, wrongs = run.backward, iter([{part: wrong}])
-        run.backward = lambda *a, **k: backward(*a, **k) | next(wrongs, {})
+        backward, wrongs = run.loss_and_gradient, iter([{part: wrong}])
+        run.loss_and_gradient = lambda *a, **k: backward(*a, **k) | next(wrongs, {})
         for run.step in (1, 2):
             run.training_step()
         assert run.diverged == (abs(gap) > 1)

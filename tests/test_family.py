@@ -159,8 +159,8 @@ def test_outliers_move_up_log_p_x_before_they_count():
         assert len(x) == 7 and moved.max() <= eps + 1e-5
         assert (gain.mean() > 0 and moved.min() > 0.1) if eps else torch.equal(x, plain)
     torch.testing.assert_close(x, pgd(lambda x: run.sampler_model.log_density(x).sum(), plain, 2 * 0.3, "L2", 2))
-    inputs = run.next_inputs(1)[0]
-    parts, far = run.backward(inputs), run.sampler_model.log_density(inputs.outliers)
+    inputs = run.draw_step_batch(1)[0]
+    parts, far = run.loss_and_gradient(inputs), run.sampler_model.log_density(inputs.outliers)
     assert parts["log_density/outliers"].item() == pytest.approx(far.mean().item(), abs=1e-4)
     total = parts["loss/classification"] + parts["loss/generative"] + parts["loss/outliers"]
     assert parts["loss/total"].item() == pytest.approx(total.item(), abs=1e-4)
@@ -178,7 +178,7 @@ def test_clamps_hold_in_training():
 
 def test_a_stream_of_its_own_for_log_p_x():
     changes = ({}, {"p_x_batch_size": 24}, {"p_x_no_augment": True})
-    plain, own, clean = (trained(**options).next_inputs(1)[0] for options in changes)
+    plain, own, clean = (trained(**options).draw_step_batch(1)[0] for options in changes)
     assert plain.x_real is None and torch.equal(plain.x, own.x) and torch.equal(plain.y, clean.y)
     assert own.x_real.shape == (24, 1, 8, 8) and len(own.samples) == 24
     known = {tuple(image.flatten().tolist()) for image in data.load("digits").train.images}
@@ -196,8 +196,8 @@ def test_a_stream_of_its_own_for_log_p_x():
 def test_the_loss_compares_the_stream_for_log_p_x_and_the_labelled_one_for_log_p_x_y():
     options = {"p_x_y_weight": 0.5, "p_x_no_augment": True, "p_x_batch_size": 32, "energy_l2": 0.2}
     run = trained(class_cond=True, **options)
-    inputs = run.next_inputs(1)[0]
-    parts, log_density = run.backward(inputs), run.model.log_density
+    inputs = run.draw_step_batch(1)[0]
+    parts, log_density = run.loss_and_gradient(inputs), run.model.log_density
     with torch.no_grad():
         sampled, real = log_density(inputs.samples), log_density(inputs.x_real)
         weights, climbed = run.class_weights[inputs.y_sampled], log_density(inputs.samples, inputs.y_sampled)
@@ -257,10 +257,10 @@ def test_adversarial_images_of_a_linear_classifier(norm):
 
 
 def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others():
-    plain = trained(norm="batch").next_inputs(1)[0]
+    plain = trained(norm="batch").draw_step_batch(1)[0]
     run = trained(norm="batch", adversarial_eps=0.1, adversarial_norm="Linf")
     statistics = run.model.f.bn1.running_mean.clone()
-    inputs = run.next_inputs(1)[0]
+    inputs = run.draw_step_batch(1)[0]
     assert torch.equal(run.model.f.bn1.running_mean, statistics)
     assert torch.equal(inputs.x_real, plain.x) and torch.equal(inputs.y, plain.y)
     assert 0.15 < (inputs.x - inputs.x_real).abs().max() <= 0.2 + 1e-5
@@ -270,7 +270,7 @@ def test_the_classifier_trains_on_adversarial_images_and_log_p_x_on_the_others()
     assert losses[0] > losses[1] + 0.01
     for steps in (1, 3):
         options = {"adversarial_eps": 0.5, "adversarial_steps": steps, "adversarial_step_size": 0.002, "sigma": 0.0}
-        inputs = trained(**options).next_inputs(1)[0]
+        inputs = trained(**options).draw_step_batch(1)[0]
         moved = (inputs.x - inputs.x_real).flatten(1).norm(dim=1)  # at a wall of [-1, 1] less
         assert 0.004 * (steps - 1) < moved.max() <= 0.004 * steps + 1e-6
 
@@ -279,7 +279,7 @@ def test_chains_of_log_p_x_y_grow_from_no_step_by_what_they_climb():
     """Without a step samples are fresh starts; the AUROC that makes them grow is that of log p(x, y)."""
     run = trained(class_cond=True, sgld_step=0, sgld_step_max=3, reinit_freq=1.0, p_x_batch_size=40, norm="batch")
     rng = run.rng.sgld.get_state()
-    inputs = run.next_inputs(run.chain_length)[0]
+    inputs = run.draw_step_batch(run.chain_length)[0]
     run.rng.sgld.set_state(rng)
     starts, _, y = run.sampler.draw(40, True)
     assert torch.equal(starts, inputs.samples) and y.bincount().tolist() == [4] * 10
@@ -287,14 +287,14 @@ def test_chains_of_log_p_x_y_grow_from_no_step_by_what_they_climb():
     known = run.data.train.images.flatten(1).float()
     nearest = torch.cdist(((real + 1) * 127.5).flatten(1), known).argmin(1)
     assert torch.equal(run.data.train.labels[nearest], labels)
-    parts = run.backward(inputs)
+    parts = run.loss_and_gradient(inputs)
     with torch.no_grad():
         values = [run.model.log_density(*batch) for batch in ((real, labels), (inputs.samples, inputs.y_sampled))]
     weights = run.class_weights[inputs.y_sampled]
     won = ((values[0][:, None] > values[1]) * weights).mean().item() / weights.mean().item()
     unlabelled = [run.model.log_density(x) for x in (real, inputs.samples)]
     assert parts["sgld/auroc"].item() == pytest.approx(won, abs=1e-6) and parts["sgld/auroc"] != auroc(*unlabelled)
-    assert trained(class_cond=True, labels_per_class=3).next_inputs(1)[0].y_real is None  # not all may be used
+    assert trained(class_cond=True, labels_per_class=3).draw_step_batch(1)[0].y_real is None  # not all may be used
 
 
 def test_chains_grow_while_samples_are_told_apart(monkeypatch):
@@ -305,7 +305,7 @@ def test_chains_grow_while_samples_are_told_apart(monkeypatch):
     monkeypatch.setattr(trainer.Meter, "read", lambda self: read(self) | {"sgld/auroc": told_apart[run.step]})
     for run.total_steps in (25, 50):  # at a run's end they do not
         run.loop(Mock(take=lambda: (False, 0)))
-    logged = [call.args[1]["sgld/steps"] for call in run.logger.values.call_args_list]
+    logged = [call.args[1]["sgld/steps"] for call in run.logger.log_values.call_args_list]
     assert logged == [2, 3, 3, 3, 4, 4] and made == 10 * [2] + 20 * [3] + 20 * [4]
     assert run.sgld_step == 4
     run.load_state_dict(run.state_dict() | {"sgld_step": 3})

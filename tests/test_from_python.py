@@ -261,8 +261,9 @@ def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, caps
     monkeypatch.setitem(models.BACKBONES, "jem", Small)
     run = trained(2, grad_clip=1.0)
     trained(1, sam_rho=0.1)  # some of its parameters get no gradient
-    samples = run.next_inputs(1)[0].samples
-    scored = run.backward(run.next_inputs(1)[0]._replace(samples=samples))["log_density/sampled"]  # without dropout
+    samples = run.draw_step_batch(1)[0].samples
+    batch = run.draw_step_batch(1)[0]._replace(samples=samples)
+    scored = run.loss_and_gradient(batch)["log_density/sampled"]  # without dropout
     torch.testing.assert_close(scored, run.sampler_model.log_density(samples).mean())
 
 
@@ -279,8 +280,8 @@ class Attentive(Small):
 def test_attention_has_one_function_in_chains_and_loss_and_can_be_attacked_through_chains(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "jem", Attentive)
     run = trained(2)
-    batch = run.next_inputs(1)[0]
-    scored, x = run.backward(batch)["log_density/sampled"], batch.samples[:2].clone().requires_grad_()
+    batch = run.draw_step_batch(1)[0]
+    scored, x = run.loss_and_gradient(batch)["log_density/sampled"], batch.samples[:2].clone().requires_grad_()
     torch.testing.assert_close(scored, run.sampler_model.log_density(batch.samples).mean())
     differentiable_chain(run.model.eval().log_density, x, 2, 1.0, 0.0, torch.Generator()).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()

@@ -139,8 +139,8 @@ def test_evaluation_is_that_of_the_saved_weights_and_a_baseline_makes_no_samples
 
 def parts_of(run):
     """The first step's inputs, and the loss and its parts with them."""
-    inputs = run.next_inputs(run.cfg.sgld_step)[0]
-    return inputs, run.backward(inputs)
+    inputs = run.draw_step_batch(run.cfg.sgld_step)[0]
+    return inputs, run.loss_and_gradient(inputs)
 
 
 CHANGES = {  # option: what of a trainer it changes, and to what
@@ -216,7 +216,8 @@ def test_a_folder_its_image_size_and_no_flip(tmp_path):
     images = data.load("folder", tmp_path / "images", 12, 4)
     straight = trainer_of(images, "--no_flip", "--start_dir", str(tmp_path / "images"))
     usual = trainer_of(images, "--p_x_batch_size", "16")
-    assert usual.batches.flip and usual.real_batches.flip and not straight.batches.flip and not straight.start.args[1]
+    assert usual.batches.flip and usual.real_batches.flip
+    assert not (straight.batches.flip or straight.chain_init.args[1])
 
 
 def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):

@@ -97,7 +97,7 @@ class Twins:
 
     def train(self, runs, n_steps=3):
         def one(rank, run):
-            self.rank.value, backward = rank, run.backward
+            self.rank.value, backward = rank, run.loss_and_gradient
 
             def averaged(*inputs):
                 parts = backward(*inputs)
@@ -105,7 +105,7 @@ class Twins:
                     p.grad = self.exchanged(p.grad)
                 return parts
 
-            run.backward = averaged
+            run.loss_and_gradient = averaged
             return train(run, n_steps)
 
         with ThreadPoolExecutor(2) as threads:
@@ -134,7 +134,7 @@ class TestTwoProcesses:
             assert torch.equal(one[part], other[part]), part
         assert not (one["buffer"] == other["buffer"]).flatten(1).all(1).any()
         assert len(one["buffer"]) == len(other["buffer"]) == (COMMON | CONFIGS[name])["buffer_size"] // 2
-        whole = run_of(name, digits).next_inputs(chain_length=1)[0]
+        whole = run_of(name, digits).draw_step_batch(chain_length=1)[0]
         for part, expected in zip(joined(ranks[name]), whole, strict=True):
             if part is not None and part.shape[1:] == whole.x.shape[1:] and expected is not whole.samples:
                 assert torch.equal(part, expected)
@@ -144,13 +144,13 @@ class TestTwoProcesses:
     def test_have_the_gradient_of_one_process(self, name, ranks, digits, monkeypatch):
         monkeypatch.setitem(CONFIGS[name], "sync_batch_norm", False)  # torch's batch normalisation
         run = run_of(name, digits)
-        run.backward(joined(ranks[name]))
+        run.loss_and_gradient(joined(ranks[name]))
         expected = gradient(run)
         for process in ranks[name]:
             assert (process["gradient"] - expected).norm() < 1e-6 * expected.norm()
             torch.testing.assert_close(process["statistics"], statistics(run))
         alone = run_of(name, digits)
-        alone.backward(ranks[name][0]["inputs"])
+        alone.loss_and_gradient(ranks[name][0]["inputs"])
         assert (gradient(alone) - expected).norm() > 0.1 * expected.norm()  # the half of it is another one
 
     def test_divide_work_as_one_process_does_it(self, ranks):

@@ -233,7 +233,7 @@ class TestResume:
             (run / "ckpt" / name).unlink()
         sample = ["--mode", "sample", "--load_ckpt", str(run), "--n_samples", "2", "--n_sample_steps", "1"]
         assert main.main([*sample, "--gpu", "cpu", "--logdir", str(tmp_path)]) == 0
-        other = "is of another program or version, or weights alone"
+        other = "is of another program or version, or only weights"
         assert f"best.pt {other}" in refused(capsys, "--resume", run)
         older = load_checkpoint(undisturbed / "ckpt" / "last.pt") | {"format": 3}
         for content in ({"f.conv1.weight": torch.zeros(2)}, older):  # another program's, another version's

@@ -18,7 +18,7 @@ from evaluation.inputs import EvalInputs
 from evaluation.report import Section
 from evaluation.robustness import Attacked, Classifier, RefinedClassifier, differentiable_chain, pgd_attack
 from models import build_model
-from pgd import random_start
+from pgd import random_offset
 from sgld import normal_like
 from utils import UserError
 
@@ -30,7 +30,7 @@ def two_classes(score):
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
 def test_pgd_starts_at_random_on_all_sides_at_all_distances_and_repeats_with_its_seed(norm, images):
-    start = random_start(torch.zeros(4000, 1, 2, 2), 0.3, norm, seeded())
+    start = random_offset(torch.zeros(4000, 1, 2, 2), 0.3, norm, seeded())
     flat, labels = two_classes(lambda x: 0 * x.sum((1, 2, 3))), torch.zeros(8, dtype=torch.int64)
     one, same, other = (pgd_attack(flat, 0.1, norm, 3, seeded(seed), images, labels) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)

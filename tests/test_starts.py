@@ -44,10 +44,10 @@ def test_pixels_given_others_are_those_of_the_conditional_gaussian(n):
     mean, factor, noise = start.gaussians[1]
     covariance, k = factor.T @ factor + noise**2 * torch.eye(16), known.flatten()
     x = data.to_float(grey_images(1, seed=5))
-    drawn = start.given(x.expand(20_000, -1, -1, -1), known, 0.05, [1] * 20_000, generator()).flatten(1)
+    drawn = start.conditioned(x.expand(20_000, -1, -1, -1), known, 0.05, [1] * 20_000, generator()).flatten(1)
     gain = covariance[:, k] @ torch.linalg.inv(covariance[k][:, k] + 0.05**2 * torch.eye(k.sum()))
     expected = mean + gain @ (x.flatten() - mean)[k]
-    assert (start.given(x, known, 0.05, [1]).flatten() - expected).abs().max() < 1e-4
+    assert (start.conditioned(x, known, 0.05, [1]).flatten() - expected).abs().max() < 1e-4
     assert (drawn.mean(0) - expected).abs().max() < 0.005
     assert (torch.cov(drawn.T) - covariance + gain @ covariance[k]).abs().max() < 0.0005
 

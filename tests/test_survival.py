@@ -306,5 +306,5 @@ def test_the_commit_is_that_of_the_programs_own_repository(tmp_path, tmp_path_fa
 def test_a_recovery_waits_for_pictures_that_go_to_the_same_writer(tmp_path):
     with RunLogger(RunDir.create(str(tmp_path), "energy_train", ""), Config(), 5, 10, 0) as logger:
         logger.write(lambda: (time.sleep(0.3), logger.log.image(5, "samples", b"")))
-        logger.recovery(5, 0, "new randomness")
+        logger.log_recovery(5, 0, "new randomness")
         assert all(job.done() for job in logger.jobs)

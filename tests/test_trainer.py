@@ -110,7 +110,8 @@ def test_sampler_and_loss_see_one_energy(options, precision):
     with torch.no_grad():  # --mode sample and --mode test copy a network once
         climbed = frozen_sampler_model(run.model, run.dtype, run.cfg.norm_statistics).log_density(samples)
     x_real = samples if "dropout_rate" in options else None
-    scored = run.backward(trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), x_real, samples, None))
+    batch = trainer.StepBatch(samples, torch.zeros(16, dtype=torch.int64), x_real, samples)
+    scored = run.loss_and_gradient(batch)
     for name in ("log_density/real", "log_density/sampled"):
         assert scored[name].item() == pytest.approx(climbed.mean().item(), abs=1e-5)
 
@@ -179,10 +180,10 @@ def test_pictures_are_of_all_classes_and_of_those_that_chains_climb():
     run = trained(0, max_steps=1, batch_size=20, buffer_size=200, class_cond=True, sample_every=1, ema=0.9, **still)
     run.logger, run.gif_engine = Mock(), Mock(wraps=run.gif_engine)
     run.loop(Mock(take=lambda: (False, 0)))
-    (_, shown), held = run.logger.samples.call_args.args, run.buffer.images
+    (_, shown), held = run.logger.save_samples.call_args.args, run.buffer.images
     assert len(shown) == 64 and torch.equal(shown[20:], held[[i * 200 // 44 for i in range(44)]])
     run.dump_gif()
-    film = run.logger.gif.call_args.args[1]
+    film = run.logger.save_gif.call_args.args[1]
     assert (film[-1] - film[0]).abs().max() < 1e-6
     assert run.gif_engine.call_args.args[-1].tolist() == [i % 10 for i in range(16)]
     assert torch.equal(run.sampler_model.class_output.weight, run.ema.class_output.weight)
@@ -205,8 +206,8 @@ OPTIMIZERS = [{}, {"optimizer": "momentum"}, {"sam_rho": 0.7, "sam_adaptive": Tr
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_the_optimizer_of_a_run_written_out(options):
     run, seen = trained(0, mode="baseline_train", lr=0.05, weight_decay=0.01, **({"optimizer": "sgd"} | options)), []
-    cfg, model, original = run.cfg, copy.deepcopy(run.model), run.next_inputs
-    run.next_inputs = lambda steps: seen.append(original(steps)) or seen[-1]
+    cfg, model, original = run.cfg, copy.deepcopy(run.model), run.draw_step_batch
+    run.draw_step_batch = lambda steps: seen.append(original(steps)) or seen[-1]
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
@@ -245,7 +246,7 @@ def test_without_a_compiler_chains_are_those_of_an_ordinary_run(monkeypatch):
 
 def test_a_plain_classifier_has_no_penalty_on_log_densities():
     run = trained(0, mode="baseline_train", energy_l2=0.3, mean_energy_l2=0.5, quality_every=1)
-    parts = run.backward(run.next_inputs(0)[0])
+    parts = run.loss_and_gradient(run.draw_step_batch(0)[0])
     assert parts["loss/total"] == parts["loss/classification"]
 
 

@@ -51,7 +51,7 @@ def statistics(run: trainer.Trainer) -> torch.Tensor:
 
 def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
     """Some steps; what the first one saw, its gradient, and what all have made."""
-    seen, backward = {}, run.backward
+    seen, backward = {}, run.loss_and_gradient
 
     def recorded(batch, update_statistics=True):
         parts = backward(batch, update_statistics)
@@ -60,7 +60,7 @@ def train(run: trainer.Trainer, n_steps: int = 3) -> dict[str, torch.Tensor]:
         seen.setdefault("statistics", statistics(run))
         return parts
 
-    run.backward = recorded
+    run.loss_and_gradient = recorded
     for _ in range(n_steps):
         run.step += 1
         run.training_step()
