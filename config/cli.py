@@ -54,7 +54,7 @@ def check_value(f: Field, value: Any) -> str:
         return f"{name} takes {KINDS[kind]}, not {value!r}"
     if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
-    if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
+    if meta["is_path"] and (value.startswith("~") or "://" in value or "\0" in value):  # no user, place or file
         return f"{name} {value} is not on this machine: give a folder or file that is"
     if kind not in (int, float) or value is None:
         return ""

@@ -383,6 +383,7 @@ def test_a_batch_of_samples_is_as_large_as_in_training_and_images_of_their_own_s
         ("--gpu one", "--gpu"),
         ("--dataset folder --image_size 100000000", "--image_size must be at most 2048"),
         ("--load_ckpt=", "--load_ckpt is empty"),
+        ("--start_dir \0", "\\x00 is not on this machine"),
         ("--mode sample --resume a", "--mode sample needs --load_ckpt"),
         ("--p_x_weight 0 --p_y_x_weight 0", "nothing to train"),
         ("--labels_per_class 5 --p_y_x_weight 0", "--labels_per_class need labels"),
