@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils  # noqa: E402
 from benchmarks.command import run_script
 from chain_init import build_chain_init  # noqa: E402
-from checkpoints.load import frozen, load_data, load_feature_model, open_trained  # noqa: E402
+from checkpoints.load import load_data, load_feature_model, load_model, open_trained  # noqa: E402
 from config import Config  # noqa: E402
 from data import ImageData  # noqa: E402
 from evaluation.fid import ClassifierSpace, feature_statistics, frechet_distance  # noqa: E402
@@ -63,7 +63,7 @@ def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[
     cfg, path, content = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
     images = load_data(cfg, path, content, device)
     dtype = utils.pick_dtype("auto", device)
-    model = frozen_sampler_model(frozen(cfg, path, content, device), dtype, cfg.norm_statistics)
+    model = frozen_sampler_model(load_model(cfg, path, content, device), dtype, cfg.norm_statistics)
     distance = Distance(args.feature_ckpt, cfg.dataset, images, device)
     start, sgld = build_chain_init(cfg, images), SGLD(model.log_density, **chain_options(cfg))
     accuracy = test_accuracy(path.parent.parent, content["state"]["step"])

@@ -24,7 +24,7 @@ import data  # noqa: E402
 import utils  # noqa: E402
 from benchmarks.command import run_script
 from chain_init import shape_images, shuffled_patches, smooth_images  # noqa: E402
-from checkpoints.load import frozen, load_data, open_trained  # noqa: E402
+from checkpoints.load import load_data, load_model, open_trained  # noqa: E402
 from evaluation.ood import moved_towards_data  # noqa: E402
 from losses import auroc  # noqa: E402
 from models import log_density  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> None:
     utils.set_speed_options(device)
     given = {"mode": "test", "gpu": "cpu", "load_ckpt": args.load_ckpt}
     cfg, path, content = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
-    model, images = frozen(cfg, path, content, device), load_data(cfg, path, content, device)
+    model, images = load_model(cfg, path, content, device), load_data(cfg, path, content, device)
     model.dtype = utils.pick_dtype("auto", device)
     order = torch.randperm(len(images.test), generator=Generator().manual_seed(0))
     test = images.test[order]

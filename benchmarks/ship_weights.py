@@ -24,7 +24,7 @@ import utils
 from benchmarks.command import run_script
 from chain_init import build_one
 from checkpoints.export import safetensors_file
-from checkpoints.load import frozen, load_data, open_trained
+from checkpoints.load import load_data, load_model, open_trained
 from config import Config
 from generation import TrainedRun, load_run
 from generation.score import low_log_density
@@ -86,7 +86,8 @@ def main() -> None:
         given["data_dir"] = args.data_dir
     cfg, path, content = open_trained(given)
     device = utils.pick_device("cpu")
-    images, model, state = load_data(cfg, path, content, device), frozen(cfg, path, content, device), content["state"]
+    images, state = load_data(cfg, path, content, device), content["state"]
+    model = load_model(cfg, path, content, device)
     tensors = small(model.state_dict())
     if "buffer" in state:
         held = finite_images(state["buffer"]["images"])

@@ -37,7 +37,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
     Raises UserError for a file that is there already, and for a network that the program of ``--export_for`` lacks.
     """
     target = Path(cfg.export)
-    weights, told = load_model(cfg, path, content).state_dict(), []
+    weights, told = load_model(cfg, path, content, torch.device("cpu")).state_dict(), []
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
     if not os.path.isdir(target.parent):

@@ -62,11 +62,11 @@ def build_for(cfg: Config, shape: tuple[int, int, int], n_classes: int) -> JEM:
     return build_model(shape, n_classes, **options)
 
 
-def load_model(cfg: Config, path: Path, content: dict[str, Any]) -> JEM:
-    """The checkpoint's network on the CPU, with its averaged weights (``--ema``) where it has them."""
+def load_model(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
+    """The checkpoint's network to evaluate, not to train: its averaged weights (``--ema``) where it has them."""
     model = build_for(cfg, tuple(content["data"]["shape"]), len(content["data"]["class_names"]))
     load_weights(model, cfg, path, content)
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_weights(model: JEM, cfg: Config, path: Path, content: dict[str, Any], new_head: bool = False) -> None:
@@ -135,10 +135,6 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     return images
 
 
-def frozen(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
-    return load_model(cfg, path, content).to(device).eval().requires_grad_(False)
-
-
 def load_feature_model(place: str, dataset: str, images: data.ImageData, device: torch.device) -> JEM | None:
     """The classifier that ``--feature_ckpt`` names, if any; it must know the same classes of images of this shape."""
     if not place:
@@ -149,4 +145,4 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     cfg = Config.from_dict(content["config"], str(path))
     if not cfg.classifies:
         raise UserError(f"--feature_ckpt {path} was trained without labels: name a classifier")
-    return frozen(cfg, path, content, device)
+    return load_model(cfg, path, content, device)

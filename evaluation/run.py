@@ -13,7 +13,7 @@ import torch
 
 import distributed
 import utils
-from checkpoints.load import frozen, load_data, load_feature_model, same_classes
+from checkpoints.load import load_data, load_feature_model, load_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
@@ -32,7 +32,7 @@ def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
         ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
     device, state = utils.pick_device(cfg.gpu), content["state"]
     utils.set_speed_options(device)
-    model = frozen(cfg, path, content, device)
+    model = load_model(cfg, path, content, device)
     images = load_data(cfg, path, content, device)
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 import data
 import utils
 from chain_init import StoredStarts, build_chain_init
-from checkpoints.load import Trained, frozen, load_data, open_trained
+from checkpoints.load import Trained, load_data, load_model, open_trained
 from config import Config
 from config.checks import check_variance, unused
 from generation.chains import ChainResult, StartImages, run_chains
@@ -52,7 +52,7 @@ class TrainedRun:
         self.device = utils.pick_device(self.cfg.gpu)
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
-        self.model = frozen(*trained, self.device)
+        self.model = load_model(*trained, self.device)
 
     def logits(self, images: Tensor) -> Tensor:
         """f(x), float32 (N, K): their softmax is p(y|x)."""
