@@ -131,7 +131,7 @@ class Batches:
         """
         if self.position + self.batch_size > len(self.order):
             self._start_epoch(torch.randperm(len(self.split), generator=self.rng, device=self.rng.device))
-        batch = self.split[self.index[self.position : self.position + self.batch_size][self.part]]
+        batch = self.split[self.order[self.position : self.position + self.batch_size][self.part]]
         self.position += self.batch_size
         images, labels, device = batch.images, batch.labels, self.rng.device
         if images.device.type != device.type:  # pinned, so that copies do not synchronise
@@ -141,8 +141,7 @@ class Batches:
         return augment(images, self.flip, self.sigma, self.rng, self.augmentation, self.batch_size, self.part), labels
 
     def _start_epoch(self, order: Tensor) -> None:
-        self.order, self.position = order, 0
-        self.index = order.to(self.split.images.device)  # the same order, where the images are
+        self.order, self.position = order.to(self.split.images.device), 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "position": self.position}
