@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional
 
@@ -128,14 +129,13 @@ def patches_init(images: Tensor, classes: Sequence[int], rng: Generator) -> Tens
 
 def shuffled_patches(x: Tensor, parts: int, rng: Generator) -> Tensor:
     """Images (N, C, H, W) cut into ``parts`` x ``parts`` patches in a random order; a rest at the edge stays."""
-    x, (ph, pw) = x.clone(), (x.shape[2] // parts, x.shape[3] // parts)
-    whole = x[:, :, : ph * parts, : pw * parts]
-    grid = whole.unflatten(3, (parts, pw)).unflatten(2, (parts, ph))  # (n, c, a, ph, b, pw)
-    patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, a * b, c, ph, pw)
+    x, size = x.clone(), (x.shape[2] // parts, x.shape[3] // parts)
+    whole = x[:, :, : size[0] * parts, : size[1] * parts]
+    patches = F.unfold(whole.float(), size, stride=size)  # (n, c * ph * pw, parts^2)
     order = torch.rand(len(x), parts**2, generator=rng, device=rng.device).argsort(1)
     order = torch.where((order.diff() == 1).all(1, keepdim=True), order.roll(1, 1), order)  # not all in their places
-    patches = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
-    whole.copy_(patches.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
+    patches = patches.gather(2, order[:, None].expand_as(patches))
+    whole.copy_(F.fold(patches, whole.shape[2:], size, stride=size))
     return x
 
 
