@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional
 
 import distributed
 import image_folder
@@ -54,9 +53,8 @@ def build_one(name: str, cfg, images: ImageData | StoredStarts) -> ChainInit:
             raise UserError(f"--start_dir needs square training images, and these are {width}x{height}")
         folder = Path(cfg.start_dir)
         others = distributed.rank0_first(lambda: image_folder.read_unlabelled(folder, height, "--start_dir "))
-        if others.shape[1] != channels:
-            others = functional.rgb_to_grayscale(others, num_output_channels=channels)
-        return partial(folder_init, others.to(device), images.flip and not cfg.no_flip)
+        others = image_folder.grey_or_rgb(others, channels).to(device)
+        return partial(folder_init, others, images.flip and not cfg.no_flip)
     if name == "gaussian":
         return GaussianInit([fit(images.train.images, device)], images.shape)
     train = some_of_each_class(images.train, cfg.labels_per_class, len(images.class_names))

@@ -94,9 +94,12 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
         raise UserError(f"--images are grey or RGB pictures, and this network's images have {channels} channels")
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
-    images = decoded["images"]
-    images = images if images.shape[1] == channels else functional.rgb_to_grayscale(images, channels)
-    return [os.path.join(*paths[i]) for i in decoded["kept"]], images
+    return [os.path.join(*paths[i]) for i in decoded["kept"]], grey_or_rgb(decoded["images"], channels)
+
+
+def grey_or_rgb(images: Tensor, channels: int) -> Tensor:
+    """Images (N, C, H, W) with 1 or 3 channels: colours as their luma, grey as RGB."""
+    return images if images.shape[1] == channels else functional.rgb_to_grayscale(images, channels)
 
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import data
 import distributed
+import image_folder
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from config.cli import as_typed
@@ -121,8 +121,8 @@ def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.de
     if {channels, images.shape[0]} == {1, 3}:
         print(f"data: made {'grey' if channels == 1 else 'RGB'}, as the images that {path} was trained on")
         parts = {name: getattr(images, name) for name in ("train", "valid", "test")}
-        grey_or_rgb = {name: replace(p, images=rgb_to_grayscale(p.images, channels)) for name, p in parts.items()}
-        images = replace(images, **grey_or_rgb)
+        parts = {name: replace(p, images=image_folder.grey_or_rgb(p.images, channels)) for name, p in parts.items()}
+        images = replace(images, **parts)
     if not fits(content["data"], images):
         resized = cfg.dataset == "folder" and n_classes == len(images.class_names)
         advice = f"give --image_size {height}" if resized else "choose a set that has as many classes, of that size"

@@ -140,9 +140,7 @@ def foreign_images(name: str, test: Tensor, inputs: EvalInputs) -> Tensor:
 
 def converted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """uint8 images (N, C', H', W') in another shape (C, H, W): colours to luma or grey to RGB, antialiased bilinear."""
-    if images.shape[1] != shape[0]:
-        images = functional.rgb_to_grayscale(images, num_output_channels=shape[0])
-    return functional.resize(images, shape[1:], antialias=True)
+    return functional.resize(image_folder.grey_or_rgb(images, shape[0]), shape[1:], antialias=True)
 
 
 def scores(model: JEM, x: Tensor) -> dict[str, Tensor]:
