@@ -187,9 +187,10 @@ class Decoded(NamedTuple):
     problem: str = ""
 
 
-def decode_file(file: str, image_size: int | None) -> Decoded:
+def decode_file(file: str, image_size: int | None, behind: str = "white") -> Decoded:
+    """A picture, with transparency on the colour ``behind``."""
     try:
-        return _decode_file(file, image_size)
+        return _decode_file(file, image_size, behind)
     except UserError as error:
         problem = str(error)
     except Image.UnidentifiedImageError:
@@ -199,7 +200,7 @@ def decode_file(file: str, image_size: int | None) -> Decoded:
     return Decoded(problem=f"{file} {problem}")
 
 
-def _decode_file(file: str, image_size: int | None) -> Decoded:
+def _decode_file(file: str, image_size: int | None, behind: str) -> Decoded:
     done, ending = (), os.path.splitext(file)[1].lower()
     if ending in UNSUPPORTED:
         raise UserError(f"is of an unsupported format ({ending[1:]}): convert it to PNG or JPEG")
@@ -229,8 +230,8 @@ def _decode_file(file: str, image_size: int | None) -> Decoded:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
-            done += ("have transparency: composited on white",)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            done += (f"have transparency: composited on {behind}",)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
     image = image.convert("RGB")
     if image_size is not None:
         if image.width != image.height:

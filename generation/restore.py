@@ -1,15 +1,13 @@
 """Restoration: images filled in (--inpaint) or cleaned (--denoise) by chains."""
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
 import data
 import distributed
 from generation.chains import StartImages
 from generation.trained_run import TrainedRun
-from image_folder import to_8_bits
+from image_folder import decode_file
 from models.predict import predict
 from sgld import normal_like
 from utils import UserError
@@ -47,17 +45,13 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
     elif name == "center":
         unknown[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
     else:
-        try:
-            with Image.open(name) as mask:
-                ImageOps.exif_transpose(mask, in_place=True)  # a copy has no format, which sets the white level
-                mask = to_8_bits(mask)
-                if mask.has_transparency_data:
-                    mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
-                unknown = torch.from_numpy(np.array(mask.convert("L")) >= 128)
-        except Exception as error:  # image codecs raise almost anything on a broken file
-            raise UserError(f"--inpaint takes left, center or a picture, not {name}: {error}") from None
-        if mask.size != (width, height):
-            raise UserError(f"the mask {name} has {mask.width}x{mask.height} pixels, and the images {width}x{height}")
+        mask = decode_file(name, None, behind="black")
+        if mask.pixels is None:
+            raise UserError(f"--inpaint takes left, center or a picture: {mask.problem or f'{name} is none'}")
+        unknown = torch.from_numpy((mask.pixels >= 128).all(2))
+        if unknown.shape != (height, width):
+            found = f"the mask {name} has {unknown.shape[1]}x{unknown.shape[0]} pixels"
+            raise UserError(f"{found}, and the images {width}x{height}")
     if not unknown.any():
         raise UserError(f"the mask {name} has no white pixels, so nothing is to be filled in")
     return unknown

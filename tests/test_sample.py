@@ -267,7 +267,7 @@ def test_what_is_transparent_in_a_mask_is_known_and_white_is_what_its_format_say
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(unknown_pixels(str(path), 8, 8), alpha > 0)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # above twice the limit Pillow raises
-    with pytest.raises(UserError, match="not .*grey.png: Image size .64 pixels. exceeds limit"):
+    with pytest.raises(UserError, match="picture: .*grey.png cannot be read: Image size .64 pixels. exceeds limit"):
         unknown_pixels(str(tmp_path / "grey.png"), 8, 8)
 
 
@@ -298,8 +298,8 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "uneven classes": (["JEM", "--n_samples", "15", "--class_cond"], "multiple of the 10 classes"),
     "no buffer": (["BEST", "--from_buffer"], "best.pt has no replay buffer"),
     "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "has 64 good images, fewer than 65"),
-    "no mask": (["JEM", "--inpaint", "right"], "right: [Errno 2] No such file"),
-    "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture, not"),
+    "no mask": (["JEM", "--inpaint", "right"], "right cannot be read: No such file"),
+    "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture: "),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),
     "too many": (["JEM", "--denoise", "1", "--n_samples", "361"], "--n_samples 361 is more than the 360 test images"),
