@@ -19,7 +19,6 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
 import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
 
 # isort: split
-import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,8 +96,6 @@ def run(arguments: list[str]) -> int:
 
 def train(given: dict[str, Any]) -> int:
     """Start a run, or continue the one that ``--resume`` names or, with ``auto``, that the options find."""
-    if not threading.main_thread().is_alive():
-        raise UserError("the Python script that started this thread has ended: let it join() the thread")
     resumed = distributed.broadcast_from_rank0(lambda: resume.named_run(given))
     cfg = resumed.cfg if resumed else Config(**given)
     device = utils.pick_device(cfg.gpu)
