@@ -6,6 +6,7 @@ float32 (N, C, H, W); fresh chains start in [-1, 1] and may leave it.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,7 @@ class ReplayBuffer:
         self.age.copy_(state["age"])
 
 
+@dataclass(eq=False)
 class Sampler:
     """A training step's negative samples: chains from the replay buffer, and back into it (JEM, algorithm 1).
 
@@ -196,22 +198,14 @@ class Sampler:
     because nothing here synchronises with the device, unless starts are made of training images on the host.
     """
 
-    def __init__(
-        self,
-        engine: SGLD,
-        buffer: ReplayBuffer,
-        chain_init: ChainInit,
-        reinit_freq: float,
-        step_size: float,
-        noise_std: float,
-        rng: Generator,
-    ):
-        self.engine, self.buffer, self.chain_init, self.rng = engine, buffer, chain_init, rng
-        self.reinit_freq, self.step_size, self.noise_std = reinit_freq, step_size, noise_std
-        self.host_rng = random.Random(rng.initial_seed())
-
-    def reseed(self) -> None:
-        self.host_rng.seed(self.rng.initial_seed())  # to be called after ``rng`` got another seed
+    engine: SGLD
+    buffer: ReplayBuffer
+    chain_init: ChainInit
+    reinit_freq: float
+    step_size: float
+    noise_std: float
+    rng: Generator
+    host_rng: random.Random
 
     def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Starts of n chains (n, C, H, W), their places in the buffer (n,) and, with ``class_cond``, classes (n,).
@@ -250,9 +244,3 @@ class Sampler:
             "sgld/buffer_age": self.buffer.age.float().mean(),
         }
         return samples, y, measured
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"host_rng": self.host_rng.getstate()}  # the buffer has a state of its own
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.host_rng.setstate(state["host_rng"])

@@ -67,7 +67,7 @@ class Trainer:
         if cfg.draws_samples:
             self.build_sampler()
         self.recovery, self.meter = Recovery(cfg), Meter()
-        names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer", "sampler")
+        names = ("model", "ema", "optimizer", "batches", "real_batches", "meter", "recovery", "buffer")
         self.saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}  # in checkpoints
         self.step, self.best, self.sgld_step = 0, {}, cfg.sgld_step
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)  # set by a step, read in ``loop`` now and then
@@ -112,12 +112,12 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, self.model)
 
     def build_sampler(self) -> None:
-        cfg, rng = self.cfg, self.rng.sgld
+        cfg, rng, init = self.cfg, self.rng, self.chain_init
         self.sampler_model = frozen_sampler_model(self.model, self.dtype, cfg.norm_statistics)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
-        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, self.chain_init, rng)
-        self.sampler = Sampler(engine, self.buffer, self.chain_init, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng)
+        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, init, rng.sgld)
+        self.sampler = Sampler(engine, self.buffer, init, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng.sgld, rng.host)
         self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
@@ -331,15 +331,10 @@ class Trainer:
             self.rng.load_state_dict(state["rng"])
         except RuntimeError:
             print(f"The run goes on with new randomness: it was on another kind of device than {self.device.type}.")
-            self.reseed(self.cfg.seed + self.step)
+            self.rng.seed(self.cfg.seed + self.step)
         self.diverged.fill_(False)
         if self.cuda_graphs is not None:
             self.cuda_graphs.graphs.clear()  # a remedy may have changed the loss
-
-    def reseed(self, seed: int) -> None:
-        self.rng.seed(seed)
-        if self.sampler is not None:
-            self.sampler.reseed()
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
@@ -347,7 +342,7 @@ class Trainer:
         self.load_state_dict(shard_state(state, self.world))
         if n_before != self.world.size:
             print(f"The run had {n_before} processes and goes on with {self.world.size}: it has new randomness.")
-            self.reseed(self.cfg.seed + self.step)
+            self.rng.seed(self.cfg.seed + self.step)
 
     def load_weights(self, path: Path, content: dict[str, Any]) -> None:
         """Start from another run's weights (the averaged ones, if it has them) and, where it fits, its buffer.
@@ -385,7 +380,7 @@ class Trainer:
         diverged_at = self.step
         state, change = self.recovery.go_back(diverged_at)
         self.load_state_dict(state | {"recovery": self.recovery.state_dict(), "best": self.best})
-        self.reseed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
+        self.rng.seed(self.cfg.seed + 1_000_003 * self.recovery.recoveries)
         self.logger.log_recovery(diverged_at, self.step, change)
         self.recalibrate_ema()
         self.checkpoint("last.pt")  # the one on disk may be of a later step, on the way to the divergence

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import platform
+import random
 import shlex
 import signal
 import subprocess
@@ -157,7 +158,8 @@ def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
 class Generators:
     """A run's random generators: data and p_x, of the two streams of images, are the same in all processes.
 
-    Another in each process are sgld, of chains, and PyTorch's global one, from which dropout draws.
+    Others in each process are sgld, of chains, host, of what is drawn for them on the host, and PyTorch's global one,
+    from which dropout draws.
     """
 
     FAR = 2**18  # between the seeds of two processes; a generator on the CPU uses only the last 32 bits of a seed
@@ -165,21 +167,24 @@ class Generators:
     def __init__(self, device: torch.device, rank: int):
         self.device, self.rank = device, rank
         self.data, self.p_x, self.sgld = torch.Generator(device), torch.Generator(device), torch.Generator(device)
+        self.host = random.Random()
 
     def seed(self, seed: int) -> None:
         self.data.manual_seed(2 * seed)
         self.p_x.manual_seed(2**31 + seed)
         self.sgld.manual_seed(2 * seed + 1 + self.FAR * self.rank)
+        self.host.seed(2 * seed + 1 + self.FAR * self.rank)
         torch.manual_seed(2**30 + seed + self.FAR * self.rank)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name).get_state() for name in ("data", "p_x", "sgld")}
         cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return state | {"torch": torch.get_rng_state()} | cuda
+        return state | {"host": self.host.getstate(), "torch": torch.get_rng_state()} | cuda
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises RuntimeError if the state is of another kind of device; the global generator has it all the same."""
         state = tree_to(state, torch.device("cpu"))  # where generators of all devices take their states from
+        self.host.setstate(state["host"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)

@@ -19,8 +19,8 @@ from data import to_float
 from logger.files import disk_errors, first_free, whole_file
 from utils import UserError, out_of_memory
 
-CHECKPOINT_FORMAT = 4
-READABLE = (2, 3, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
+CHECKPOINT_FORMAT = 5
+READABLE = (2, 3, 4, CHECKPOINT_FORMAT)  # formats that --load_ckpt reads; --resume needs the newest
 PARTS = {"config": set(), "data": {"shape", "class_names"}, "state": {"step", "model"}}  # and what each must hold
 # Plain values that other programs keep beside their weights, and that torch does not take by itself.
 SCALAR = np._core.multiarray.scalar

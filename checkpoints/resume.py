@@ -20,7 +20,7 @@ from utils import UserError
 RESUMABLE = frozenset(f.name for f in fields(Config) if f.metadata["resumable"])
 # Resumable ones in which --resume auto wants a run to agree: with others it is another job.
 OF_A_JOB = ("epochs", "max_steps", "load_ckpt", "start_dir", "note")
-PER_PROCESS = ("rng", "sampler", "meter")  # parts of a state that differ between processes, besides the buffer
+PER_PROCESS = ("rng", "meter")  # parts of a state that differ between processes, besides the buffer
 OF_DISTANCES = {"feature_ckpt", "n_samples", "n_sample_steps"}  # with others, distances cannot be compared
 
 

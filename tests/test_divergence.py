@@ -125,7 +125,7 @@ class TestDivergence:
 
     def test_each_recovery_has_new_randomness_and_is_on_disk(self):
         run, seeds = trained(1), []
-        run.logger, run.checkpoint, run.reseed = Mock(), Mock(), seeds.append
+        run.logger, run.checkpoint, run.rng.seed = Mock(), Mock(), seeds.append
         run.recovery.keep(run.state_dict())
         run.recover()
         run.recover()

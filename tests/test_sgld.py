@@ -1,6 +1,7 @@
 """Langevin chains against closed forms, and the replay buffer's bookkeeping."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def sampler(size=20, n_classes=2, reinit_freq=0.0, seed=1):
     """A sampler whose chains stay where they start, from a buffer of the class numbers."""
     buffer = ReplayBuffer(size, n_classes, class_numbers, seeded())
     engine = SGLD(lambda x, y=None: 0 * x.sum((1, 2, 3)))
-    return Sampler(engine, buffer, fresh_sevens, reinit_freq, 1.0, 0.0, seeded(seed))
+    return Sampler(engine, buffer, fresh_sevens, reinit_freq, 1.0, 0.0, seeded(seed), random.Random(seed))
 
 
 def class_numbers(classes, rng):

@@ -44,7 +44,8 @@ def plain_losses(cfg, images, steps):
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     start = lambda classes, rng: uniform_images(len(classes), images.shape, rng)  # noqa: E731
     buffer = ReplayBuffer(cfg.buffer_size, 10, start, sgld_rng)
-    sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng)
+    host_rng = random.Random(2 * cfg.seed + 1)
+    sampler = Sampler(None, buffer, start, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, sgld_rng, host_rng)
     per_epoch, losses = len(images.train) // cfg.batch_size, []
     for step in range(1, steps + 1):
         if (step - 1) % per_epoch == 0:
@@ -192,7 +193,7 @@ def test_pictures_are_of_all_classes_and_of_those_that_chains_climb():
 def test_a_run_s_seed_is_that_of_its_restarts_and_the_first_of_equal_scores_is_kept():
     run = trained(0, seed=5)
     assert run.sampler.host_rng.random() == random.Random(2 * 5 + 1).random()
-    run.reseed(6)
+    run.rng.seed(6)
     assert run.sampler.host_rng.random() == random.Random(2 * 6 + 1).random()
     run.checkpoint = Mock()
     for score in (0.5, 0.5, 0.6):
