@@ -210,7 +210,7 @@ class Sampler:
     def draw(self, n: int, class_cond: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Starts of n chains (n, C, H, W), their places in the buffer (n,) and, with ``class_cond``, classes (n,).
 
-        With probability ``reinit_freq`` a start is fresh; it is noise where the buffer's image is not finite.
+        With probability ``reinit_freq`` a start is fresh.
         """
         k, buffer = self.buffer.n_classes, self.buffer
         n_fresh = sum(self.host_rng.random() < self.reinit_freq for _ in range(n))
@@ -224,11 +224,8 @@ class Sampler:
             y = None
             index = torch.randperm(len(buffer.images), generator=self.rng, device=self.rng.device)[:n]
         x = buffer.images[index].contiguous(memory_format=torch.channels_last)
-        finite = x.isfinite().all(dim=(1, 2, 3))
-        x = torch.where(finite[:, None, None, None], x, uniform_images(n, x.shape[1:], self.rng))
         if n_fresh:  # places in the buffer are random, so the first chains are as good as any
             x[:n_fresh] = self.chain_init(fresh_classes, self.rng)
-        buffer.age[index] *= finite  # 0 where noise replaces an image
         buffer.age.index_fill_(0, index[:n_fresh], 0)  # age[...] = 0 would synchronise
         return x, index, y
 

@@ -116,8 +116,8 @@ class Trainer:
         self.sampler_model = frozen_sampler_model(self.model, self.dtype, cfg.norm_statistics)
         options = chain_options(cfg) | {"capture": not self.synced}
         engine = SGLD(self.sampler_model.log_density, **options, compile=self.compiles)
-        self.buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, init, rng.sgld)
-        self.sampler = Sampler(engine, self.buffer, init, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng.sgld, rng.host)
+        self.buffer = buffer = ReplayBuffer(cfg.buffer_size // self.world.size, self.n_classes, init, rng.sgld)
+        self.sampler = Sampler(engine, buffer, init, cfg.reinit_freq, cfg.sgld_lr, cfg.sgld_std, rng.sgld, rng.host)
         self.gif_engine = SGLD(self.sampler_model.log_density, **options)  # one chain in 500 steps: not compiled
 
     def train(self, run: RunDir, log_position: int = 0) -> int:
@@ -359,10 +359,11 @@ class Trainer:
         elif self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
             by_class = content["config"].get("class_cond", False) or not self.cfg.class_cond
-            if by_class and stored["images"].shape == self.buffer.images.shape:
+            finite = stored["images"].isfinite().all()
+            if by_class and finite and stored["images"].shape == self.buffer.images.shape:
                 self.buffer.load_state_dict(stored)
             else:
-                print("The checkpoint's replay buffer has another size, or no classes: starting with a fresh one.")
+                print("Its replay buffer has another size, no classes, or values that are not finite: it starts anew.")
 
     def checkpoint(self, name: str) -> None:
         state = self.state_dict()

@@ -146,6 +146,6 @@ class SampleQuality:
         chains = run_chains(model, self.start, self.cfg.fresh_steps, self.cfg, rng)
         n = math.ceil(self.start.n / distributed.current_world().size)
         chosen = torch.randperm(len(buffer), generator=rng, device=rng.device)[:n]
-        held = torch.cat(distributed.all_gather_object(to_uint8(buffer[chosen].nan_to_num(0)).cpu()))
+        held = torch.cat(distributed.all_gather_object(to_uint8(buffer[chosen]).cpu()))
         sets = {"fresh_samples": to_uint8(chains.x), "chain_starts": to_uint8(chains.start), "buffer": held}
         return {f"quality/{k}": frechet_distance(self.statistics(images), self.real) for k, images in sets.items()}

@@ -1,6 +1,7 @@
 """The command line, driven for real on the digits: files, options, bad input, whatever it holds."""
 
 import json
+import math
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -227,9 +228,13 @@ def test_load_ckpt_brings_weights_and_buffer(tmp_path, jem, capsys):
     assert all(torch.allclose(mine["model"][k], theirs["model"][k], atol=1e-6) for k in mine["model"])
     unchanged = (mine["buffer"]["images"] == theirs["buffer"]["images"]).flatten(1).all(1).sum()
     assert unchanged == 64 - 16 and mine["step"] == 1
-    for other in (["--class_cond"], ["--buffer_size", "32"]):
+    broken = load_checkpoint(jem / "ckpt" / "last.pt")
+    broken["state"]["buffer"]["images"][5, 0, 0, 0] = math.nan
+    torch.save(broken, tmp_path / "nan.pt")
+    for other in (["--class_cond"], ["--buffer_size", "32"], ["--load_ckpt", str(tmp_path / "nan.pt")]):
         train(tmp_path / other[0], "--load_ckpt", str(jem), *options, *other)
-        assert "replay buffer has another size, or no classes: starting with a fresh one" in capsys.readouterr().out
+        said = "Its replay buffer has another size, no classes, or values that are not finite: it starts anew."
+        assert said in capsys.readouterr().out
 
 
 def test_what_a_run_says_and_compile_on_changes_the_speed_only(tmp_path, capfd):

@@ -180,13 +180,3 @@ class TestSampler:
         one.reinit_freq = 1.0
         assert one(4, 1)[2]["sgld/buffer_age"].item() == pytest.approx((4 * 1 + 6 * 3) / 10)
         assert sorted(one.buffer.age.tolist()) == [1] * 4 + [3] * 6
-
-    def test_images_that_are_not_finite_are_replaced(self):
-        one = sampler(10)
-        one.buffer.images[3, 0, 0, 0] = math.nan
-        one.buffer.images[5, 1, 2, 3] = math.inf
-        one.buffer.age.fill_(9)
-        samples, _, _ = one(10, 1)
-        assert samples.isfinite().all() and one.buffer.images.isfinite().all()
-        assert {i: a for i, a in enumerate(one.buffer.age.tolist()) if a != 10} == {3: 1, 5: 1}
-        assert len(one.buffer.images[3].unique()) > 100  # noise takes their place
