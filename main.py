@@ -40,7 +40,6 @@ from generation import sample, score
 from logger import terminal
 from logger.progress import check_room
 from logger.run_dir import RunDir
-from models.jem import check_backbone
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
@@ -114,7 +113,6 @@ def train(given: dict[str, Any]) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
-        check_backbone(trainer.model, images.shape)
         check_room(trainer, Path(cfg.logdir))
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0

@@ -27,8 +27,6 @@ class JEM(nn.Module):
 
     def __init__(self, backbone: nn.Module, n_classes: int, separate_energy: bool = False):
         super().__init__()
-        if lacks := [name for name in ("in_channels", "n_features", "name") if not hasattr(backbone, name)]:
-            raise UserError(f"the network {type(backbone).__name__} has no {', '.join(lacks)}: see models/jem.py")
         self.f = backbone
         self.class_output = nn.Linear(backbone.n_features, n_classes)
         self.energy_output = nn.Linear(backbone.n_features, 1) if separate_energy else None
@@ -42,7 +40,8 @@ class JEM(nn.Module):
         """
         if not x.is_floating_point():
             raise UserError(f"the network takes float images in [-1, 1], not {x.dtype}: data.to_float makes them")
-        features = self.features(x).float()  # in bf16 a log-density of 100 has a resolution of half a nat
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.f(x).float()  # in bf16 a log-density of 100 has a resolution of half a nat
         logits = self.class_output(features)
         if self.energy_output is None:
             return logits
@@ -50,22 +49,9 @@ class JEM(nn.Module):
 
     forward = logits
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the backbone makes of float images, (N, n_features), in ``dtype``."""
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.f(x)
-
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Unnormalised log p(x) = logsumexp_y f(x)[y], or with labels log p(x, y) = f(x)[y]; (N,), in nats."""
         return log_density(self.logits(x), y)
-
-
-def check_backbone(model: JEM, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if the backbone does not map images of ``shape`` (C, H, W) to features."""
-    x, expected = torch.zeros(2, *shape, device=next(model.parameters()).device), (2, model.f.n_features)
-    found = tuple(frozen_sampler_model(model, model.dtype).features(x).shape)
-    if found != expected:
-        raise UserError(f"the network {model.name} makes features {found} of images {tuple(x.shape)}, not {expected}")
 
 
 def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:

@@ -247,17 +247,7 @@ class Small(nn.Module):
         return self.dropout(self.layer(x)).flatten(1)
 
 
-@pytest.mark.parametrize("lacks", ["name", "n_features", ""])
-def test_a_network_of_ones_own_fails_before_training(tmp_path, monkeypatch, capsys, lacks):
-    if lacks:
-        monkeypatch.delattr(Small, lacks)
-    else:
-        monkeypatch.setattr(Small, "n_features", 5)
-    monkeypatch.setitem(models.BACKBONES, "jem", Small)
-    error = refused(capsys, *TRAIN, "--logdir", tmp_path / "runs")
-    assert (lacks or "(2, 5)") in error
-    assert not (tmp_path / "runs").exists()
-    monkeypatch.undo()
+def test_a_network_of_ones_own_may_have_idle_parts_and_dropout(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "jem", Small)
     run = trained(2, grad_clip=1.0)
     trained(1, sam_rho=0.1)  # some of its parameters get no gradient
