@@ -51,11 +51,10 @@ class SAM:
             before = [p.clone() for p in parameters]
             direction = [p.grad for p in parameters]  # g
             if self.adaptive:
-                sizes = torch._foreach_abs(before)
-                direction = torch._foreach_mul(direction, sizes)  # |w| g
+                direction = torch._foreach_mul(direction, before)  # w g
             norm = torch.nn.utils.get_total_norm(direction)
             if self.adaptive:
-                torch._foreach_mul_(direction, sizes)  # w^2 g
+                torch._foreach_mul_(direction, before)  # w^2 g
             torch._foreach_add_(parameters, torch._foreach_mul(direction, self.rho / (norm + 1e-12)))
         applied = closure(update_statistics=False)
         with torch.no_grad():
