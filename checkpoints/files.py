@@ -6,7 +6,6 @@ import pickle
 import sys
 import zipfile
 from argparse import Namespace
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,18 +37,11 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> None:
     Before that, the last.pt that is there becomes previous.pt. Each record of the archive carries its CRC-32.
     """
     keep = directory / "previous.pt" if name == "last.pt" else None
-    with disk_errors(directory):
-        with whole_file(directory / name, keep) as file:
-            try:
-                torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-            except RuntimeError as error:  # how torch reports the disk's own error
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        with suppress(OSError):  # have the new names on disk; some file systems sync as they like
-            handle = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    with disk_errors(directory), whole_file(directory / name, keep) as file:
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+        except RuntimeError as error:  # how torch reports the disk's own error
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def set_aside(path: Path) -> None:
