@@ -16,9 +16,6 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ``main`` is there, Ctrl-C ends it without a traceback
 
-import generation  # noqa: F401  first of all: it refuses modules of others that have the names of these
-
-# isort: split
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -35,7 +35,6 @@ def extended(tmp_path_factory):
         rest, _, after = after.partition("\n")
         with open(copy / name, "w" if below else "a") as file:
             file.write(f"{before}{found}{rest}\n{code}{after}" if below else "\n\n" + code)
-    list(map(Path.touch, (copy / ".#trainer.py", copy / "trainer.old.py")))  # as editors leave them
     return copy
 
 

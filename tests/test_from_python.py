@@ -281,17 +281,12 @@ def python(*options, **environment):
     return subprocess.run([sys.executable, *options], capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_it_works_from_anywhere_or_says_in_a_line_why_not(tmp_path):
+def test_it_works_from_anywhere(tmp_path):
     (tmp_path / "models").mkdir()
     for name in ("logger.py", "utils.py", "models/__init__.py"):
         (tmp_path / name).write_text("")
     done = python(str(ROOT / "main.py"), "--mode", "sample", PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path))
     assert "error: --mode sample needs --load_ckpt" in done.stderr and done.returncode == 2
-    for program in ("main", "generation"):
-        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import utils; sys.path.append({str(ROOT)!r})\n"
-        done = python("-P", "-c", f"{code}try: import {program}\nexcept ImportError as error: print(error)")
-        assert done.stdout.count("\n") == 1 and done.returncode == 0
-        assert f"{tmp_path / 'logger.py'} has the name of a module of this program" in done.stdout
 
 
 def test_ctrl_c_leaves_a_notebooks_process_alive(tmp_path):
