@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     if trained.content["data"].get("assumed"):  # another program's file does not tell the size of its images
         given.pop("image_size", None)
     note_unused(given, trained.cfg)
-    return USES[mode](*trained)
+    return USES[mode](trained)
 
 
 def train(given: dict[str, Any]) -> int:

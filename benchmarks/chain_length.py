@@ -60,10 +60,11 @@ class Distance:
 def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Distances of a run: of its buffer, and for each noise one for each of LENGTHS up to ``--steps``."""
     given = {"mode": "test", "gpu": "cpu", "load_ckpt": place}
-    cfg, path, content = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
-    images = load_data(cfg, path, content, device)
+    trained = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
+    cfg, path, content = trained
+    images = load_data(trained, device)
     dtype = utils.pick_dtype("auto", device)
-    model = frozen_sampler_model(load_model(cfg, path, content, device), dtype, cfg.norm_statistics)
+    model = frozen_sampler_model(load_model(trained, device), dtype, cfg.norm_statistics)
     distance = Distance(args.feature_ckpt, cfg.dataset, images, device)
     start, sgld = build_chain_init(cfg, images), SGLD(model.log_density, **chain_options(cfg))
     accuracy = test_accuracy(path.parent.parent, content["state"]["step"])

@@ -70,8 +70,8 @@ def main() -> None:
     device = torch.device("cpu")
     utils.set_speed_options(device)
     given = {"mode": "test", "gpu": "cpu", "load_ckpt": args.load_ckpt}
-    cfg, path, content = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
-    model, images = load_model(cfg, path, content, device), load_data(cfg, path, content, device)
+    trained = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
+    model, images = load_model(trained, device), load_data(trained, device)
     model.dtype = utils.pick_dtype("auto", device)
     order = torch.randperm(len(images.test), generator=Generator().manual_seed(0))
     test = images.test[order]
@@ -84,7 +84,7 @@ def main() -> None:
     inside = values(test.images[: args.n])
     result = {"accuracy": right.float().mean().item(), "mean": inside.mean().item(), "sd": inside.std().item()}
     print("accuracy {accuracy:.4f}; log p(x) of test images {mean:.2f} +- {sd:.2f} nats".format(**result))
-    own = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}.get(cfg.dataset)  # of this data set: no other images
+    own = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}.get(trained.cfg.dataset)  # no other images
     for name, x in other_images(test.images[: args.n], Generator().manual_seed(1)).items():
         if name == own:
             continue

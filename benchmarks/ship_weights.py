@@ -84,10 +84,10 @@ def main() -> None:
     given = {"mode": "sample", "load_ckpt": args.run, "gpu": "cpu"}
     if args.data_dir:
         given["data_dir"] = args.data_dir
-    cfg, path, content = open_trained(given)
+    trained = open_trained(given)
+    cfg, path, content = trained
     device = utils.pick_device("cpu")
-    images, state = load_data(cfg, path, content, device), content["state"]
-    model = load_model(cfg, path, content, device)
+    images, model, state = load_data(trained, device), load_model(trained, device), content["state"]
     tensors = small(model.state_dict())
     if "buffer" in state:
         held = finite_images(state["buffer"]["images"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from checkpoints.load import load_model
+from checkpoints.load import Trained, load_model
 from checkpoints.other_programs import authors_weights
 from config import Config
 from config.cli import as_typed
@@ -31,13 +31,13 @@ PROGRAMS = {
 }
 
 
-def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Write the network of ``content``, read from ``path``, to ``--export``, averaged where it is; returns 0.
+def run(trained: Trained) -> int:
+    """Write a checkpoint's network to ``--export``, averaged where it is; returns 0.
 
     Raises UserError for a file that is there already, and for a network that the program of ``--export_for`` lacks.
     """
-    target = Path(cfg.export)
-    weights, told = load_model(cfg, path, content, torch.device("cpu")).state_dict(), []
+    cfg, content, target = trained.cfg, trained.content, Path(trained.cfg.export)
+    weights, told = load_model(trained, torch.device("cpu")).state_dict(), []
     if os.path.exists(target):  # False where it may not be looked at
         raise UserError(f"--export {target} exists: name a new file")
     if not os.path.isdir(target.parent):

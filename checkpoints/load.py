@@ -62,10 +62,11 @@ def build_for(cfg: Config, shape: tuple[int, int, int], n_classes: int) -> JEM:
     return build_model(shape, n_classes, **options)
 
 
-def load_model(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> JEM:
+def load_model(trained: Trained, device: torch.device) -> JEM:
     """The checkpoint's network to evaluate, not to train: its averaged weights (``--ema``) where it has them."""
-    model = build_for(cfg, tuple(content["data"]["shape"]), len(content["data"]["class_names"]))
-    load_weights(model, cfg, path, content)
+    trained_on = trained.content["data"]
+    model = build_for(trained.cfg, tuple(trained_on["shape"]), len(trained_on["class_names"]))
+    load_weights(model, *trained)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -106,11 +107,12 @@ def fits(trained_on: dict[str, Any], images: data.ImageData) -> bool:
     return same_shape and len(images.class_names) == len(trained_on["class_names"])
 
 
-def load_data(cfg: Config, path: Path, content: dict[str, Any], device: torch.device) -> data.ImageData:
-    """The data set of ``cfg``, which the checkpoint's network must be able to classify.
+def load_data(trained: Trained, device: torch.device) -> data.ImageData:
+    """The data set of ``trained.cfg``, which the checkpoint's network must be able to classify.
 
     Images that are only to be measured may be others than those of the training; see ``data.load``.
     """
+    cfg, path, content = trained
     where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device
     trained_on = content["data"] if cfg.mode == "test" else None
     images = distributed.rank0_first(lambda: data.load(*where, trained_on))
@@ -145,4 +147,4 @@ def load_feature_model(place: str, dataset: str, images: data.ImageData, device:
     cfg = Config.from_dict(content["config"], str(path))
     if not cfg.classifies:
         raise UserError(f"--feature_ckpt {path} was trained without labels: name a classifier")
-    return load_model(cfg, path, content, device)
+    return load_model(Trained(cfg, path, content), device)

@@ -13,7 +13,7 @@ import torch
 
 import distributed
 import utils
-from checkpoints.load import load_data, load_feature_model, load_model, same_classes
+from checkpoints.load import Trained, load_data, load_feature_model, load_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
@@ -25,15 +25,15 @@ from sgld import finite_images
 from utils import UserError, evaluation_packages, printable
 
 
-def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Measure the checkpoint ``content`` of ``path``; returns the exit status. Raises UserError if nothing worked."""
+def run(tested: Trained) -> int:
+    """Measure a checkpoint; returns the exit status. Raises UserError if nothing worked."""
+    cfg, path, content = tested
     other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
     if "ood" in cfg.metrics:
         ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
     device, state = utils.pick_device(cfg.gpu), content["state"]
     utils.set_speed_options(device)
-    model = load_model(cfg, path, content, device)
-    images = load_data(cfg, path, content, device)
+    model, images = load_model(tested, device), load_data(tested, device)
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))

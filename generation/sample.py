@@ -18,7 +18,6 @@ import distributed
 import image_folder
 import utils
 from checkpoints.load import Trained
-from config import Config
 from generation.chains import ChainResult, StartImages, recorded_steps, run_chains
 from generation.restore import restoration_start
 from generation.trained_run import TrainedRun
@@ -34,9 +33,9 @@ PICTURE_COLUMNS = 10  # images in a row of a picture
 PICTURE_IMAGES = 100  # images in a picture or film; of a class, PICTURE_COLUMNS
 
 
-def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Sample from a checkpoint, the ``content`` of ``path``; returns 0. Bad input is a UserError before all writing."""
-    trained, state = TrainedRun(Trained(cfg, path, content)), content["state"]
+def run(checkpoint: Trained) -> int:
+    """Sample from a checkpoint; returns 0. Bad input is a UserError before all writing."""
+    trained, cfg, path, state = TrainedRun(checkpoint), checkpoint.cfg, checkpoint.path, checkpoint.content["state"]
     if cfg.class_cond and not trained.classifies:
         raise UserError(f"{path} was trained without labels: leave --class_cond out")
     model, rng = trained.sampler_model(), Generator(trained.device).manual_seed(cfg.seed)

@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 import image_folder
 import utils
 from checkpoints.load import Trained
-from config import Config
 from generation.trained_run import TrainedRun
 from logger.files import replace_file
 from logger.images import captioned, image_grid, save_png
@@ -27,12 +25,12 @@ TRAINING_IMAGES = 5000  # whose log p(x) are computed, at most
 COLUMNS, SHOWN = 10, 50  # of the contact sheet: images in a row; least likely and most likely ones
 
 
-def run(cfg: Config, path: Path, content: dict[str, Any]) -> int:
-    """Score ``--images`` with a checkpoint, the ``content`` of ``path``; returns 0.
+def run(checkpoint: Trained) -> int:
+    """Score ``--images`` with a checkpoint; returns 0.
 
     The network is that of evaluation: float32, running statistics. Bad input is a UserError before all writing.
     """
-    trained = TrainedRun(Trained(cfg, path, content))
+    trained, cfg = TrainedRun(checkpoint), checkpoint.cfg
     names, images = image_folder.read_pictures(Path(cfg.images), trained.shape)
     logits = trained.logits(images)
     log_p = log_density(logits)

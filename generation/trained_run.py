@@ -45,6 +45,7 @@ class TrainedRun:
     """
 
     def __init__(self, trained: Trained):
+        self.trained = trained
         self.cfg, self.path, self.content = trained
         self.class_names, self.shape = tuple(self.content["data"]["class_names"]), tuple(self.content["data"]["shape"])
         self.low_log_density: float | None = self.content.get("low_log_density")
@@ -52,7 +53,7 @@ class TrainedRun:
         self.device = utils.pick_device(self.cfg.gpu)
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
-        self.model = load_model(*trained, self.device)
+        self.model = load_model(trained, self.device)
 
     def logits(self, images: Tensor) -> Tensor:
         """f(x), float32 (N, K): their softmax is p(y|x)."""
@@ -120,7 +121,7 @@ class TrainedRun:
     @cached_property
     def images(self) -> data.ImageData:
         """The data set. Another program's file assumes the size of its images: from here on it is that of these."""
-        images = load_data(self.cfg, self.path, self.content, self.device)
+        images = load_data(self.trained, self.device)
         self.shape = images.shape
         return images
 

@@ -387,7 +387,7 @@ def test_another_test_set_is_measured_whole(tmp_path, capsys):
     write_pngs(tmp_path / "own", "b", n=21)  # none of these images was there before
     assert "has changed since the training" in refused(capsys, *test)
     assert main.main([*test, "--data_dir", str(tmp_path / "grey")]) == 0
-    grey = load_data(*open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
+    grey = load_data(open_trained(parse([*test, "--data_dir", str(tmp_path / "grey")], Config)), torch.device("cpu"))
     assert grey.shape == (3, 8, 8) and len(grey.test) == 10
     assert torch.equal(grey.test.images[:, :1].expand(-1, 3, -1, -1), grey.test.images)
     capsys.readouterr()

@@ -18,7 +18,7 @@ from small_runs import equal, reference_chain, refused, seeded
 from test_data import write_pngs
 
 from checkpoints.files import CHECKPOINT_FORMAT
-from checkpoints.load import build_for, load_model
+from checkpoints.load import Trained, build_for, load_model
 from checkpoints.other_programs import open_checkpoint
 from config import Config
 from main import main
@@ -138,7 +138,7 @@ def vera(w):
 def opened(tmp_path, raw, new_format=True, **given):
     torch.save(raw, tmp_path / "theirs.pt", _use_new_zipfile_serialization=new_format)
     path, content = open_checkpoint(str(tmp_path / "theirs.pt"), given)
-    return load_model(Config.from_dict(content["config"], ""), path, content, CPU), content
+    return load_model(Trained(Config.from_dict(content["config"], ""), path, content), CPU), content
 
 
 def assert_same(model, x, expected, tolerance=1e-5):
@@ -332,7 +332,7 @@ def test_an_export_overwrites_nothing(tmp_path, capsys):
 def test_a_checkpoint_of_the_first_release_opens(tmp_path, capsys):
     old = str(Path(__file__).parent / "files" / "format_2.pt")  # digits, step 0, written by the first release
     path, content = open_checkpoint(old, {})
-    model, x = load_model(Config.from_dict(content["config"], old), path, content, CPU), torch.rand(2, 1, 8, 8)
+    model, x = load_model(Trained(Config.from_dict(content["config"], old), path, content), CPU), torch.rand(2, 1, 8, 8)
     assert_same(model, x, logits_of(torch.load(old, weights_only=True)["state"]["model"], x, "none"))
     sample = ["--mode", "sample", "--n_samples", "10", "--n_sample_steps", "2", "--gpu", "cpu"]
     assert main([*sample, "--load_ckpt", old, "--logdir", str(tmp_path)]) == 0
@@ -413,7 +413,7 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
     assert all(v == 1 and v.dtype == torch.uint8 for n, v in weights.items() if n.endswith("initialized"))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     path, content = open_checkpoint(str(tmp_path / "b.pt"), {"norm": norm})
-    back = load_model(Config.from_dict(content["config"], ""), path, content, CPU)
+    back = load_model(Trained(Config.from_dict(content["config"], ""), path, content), CPU)
     assert_same(model, x, logits_of(weights, x, norm))
     assert_same(back, x, model(x), tolerance=1e-6)
     if program != "robust":
