@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from data import to_float
-from models.batch_norm import attribute_set
+from models.batch_norm import attribute_set, other_buffers
 from models.predict import images_per_batch
 
 REFIT_IMAGES = 5000  # enough for means and variances of channels
@@ -77,10 +77,10 @@ def learning_rate(cfg: Any, step: int, steps_per_epoch: int, total_steps: int) -
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters, in place, with a short memory at first; ``step`` counts from 1.
 
-    Buffers are the model's; before the average is used, ``recalibrate_batch_norm`` gives it statistics of its own.
+    Running statistics are not averaged: see ``recalibrate_batch_norm``. Other buffers are the model's.
     """
-    if buffers := list(average.buffers()):
-        torch._foreach_copy_(buffers, list(model.buffers()))
+    for old, new in zip(other_buffers(average), other_buffers(model), strict=True):
+        old.copy_(new)
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 

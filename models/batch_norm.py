@@ -15,6 +15,11 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
+def other_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers of all layers that are no batch normalisation."""
+    return [x for layer in model.modules() if not isinstance(layer, _BatchNorm) for x in layer.buffers(recurse=False)]
+
+
 @contextmanager
 def attribute_set(layers: Iterable[nn.Module], name: str, value: bool | float) -> Iterator[None]:
     """Inside, the layers' attribute has this value; afterwards each has its own again."""
