@@ -90,8 +90,6 @@ def read_pictures(place: Path, shape: tuple[int, int, int]) -> tuple[list[str], 
     if height != width:
         raise UserError(f"--images needs a network for square images, and this one's are {width}x{height}")
     root, paths = (place.parent, [(place.name,)]) if os.path.isfile(place) else (place, _list(place, "--images "))
-    if channels not in (1, 3):
-        raise UserError(f"--images are grey or RGB pictures, and this network's images have {channels} channels")
     decoded = _decode_all(place, [os.path.join(root, *path) for path in paths], height)
     note(*decoded["notes"])
     return [os.path.join(*paths[i]) for i in decoded["kept"]], grey_or_rgb(decoded["images"], channels)
