@@ -1,6 +1,7 @@
 """What an evaluation is given."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Generator, Tensor
 
 from config import Config
 from data import ImageData, Split, to_float
+from generation.chains import ChainResult
 from models import JEM
 
 GRADIENT_BATCH = 100  # images of 32x32 at once where gradients in the input need the memory of training
@@ -24,6 +26,7 @@ class EvalInputs:
     feature_model: JEM | None  # the classifier of --feature_ckpt
     device: torch.device
     classifies: bool  # whether labels had a part in the training
+    chains: Callable[..., ChainResult]  # ``TrainedRun.chains``
 
     def rng(self) -> Generator:
         """A generator that starts the same for each metric, whichever others run."""

@@ -6,15 +6,12 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from chain_init import build_chain_init
-from config.checks import FEWEST, check_variance
+from config.checks import FEWEST
 from data import to_float
 from evaluation import fid
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from generation.chains import StartImages, run_chains
 from logger.images import captioned, image_grid, to_uint8
-from models import frozen_sampler_model
 from models.predict import predict
 from sgld import step_protocol
 from utils import UserError, evaluation_packages, pick_dtype
@@ -110,18 +107,15 @@ def fresh_samples(inputs: EvalInputs, n: int) -> dict[str, ImageSet]:
     They are those of ``--mode sample`` with the same seed.
     """
     cfg, dtype = inputs.cfg, pick_dtype(inputs.cfg.precision, inputs.device)
-    check_variance(cfg, inputs.data.shape, cfg.n_chains)
-    model = frozen_sampler_model(inputs.model, dtype, cfg.norm_statistics)
-    chain_init, classes = build_chain_init(cfg, inputs.data), range(len(inputs.data.class_names))
-    targets = {"fresh": "log p(x)"}
+    targets = {"fresh": (None, "log p(x)")}
     if inputs.classifies:
-        targets["fresh, class-conditional"] = "log p(x|y), as many of each class as can be,"
+        classes = range(len(inputs.data.class_names))
+        targets["fresh, class-conditional"] = classes, "log p(x|y), as many of each class as can be,"
     print(f"  samples: {len(targets)} times {n} chains of {cfg.fresh_steps} SGLD steps", flush=True)
     norm = f", {cfg.norm_statistics} statistics" if cfg.norm == "batch" else ""
     network, sets = f"network in {str(dtype).removeprefix('torch.')}{norm}", {}
-    for name, target in targets.items():
-        start = StartImages(cfg.start, n, chain_init, classes, class_cond=name != "fresh")
-        chains = run_chains(model, start, cfg.fresh_steps, cfg, inputs.rng())  # both from the same starts
+    for name, (y, target) in targets.items():
+        chains = inputs.chains(n, y)  # both from the same starts
         starts, ends = (to_uint8(x).to(inputs.device) for x in (chains.start, chains.x))
         protocol = f"chains of {cfg.fresh_steps} SGLD steps on {target} from {cfg.start_name}, {step_protocol(cfg)}"
         sets["chain starts"] = ImageSet(starts, f"what these chains start from: {cfg.start_name}")

@@ -13,11 +13,12 @@ import torch
 
 import distributed
 import utils
-from checkpoints.load import Trained, load_data, load_feature_model, load_model, same_classes
+from checkpoints.load import Trained, load_feature_model, same_classes
 from config import Config
 from evaluation import ood
 from evaluation.inputs import EvalInputs
 from evaluation.report import Report, Section, read_report
+from generation import TrainedRun
 from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
 from models.batch_norm import batch_norms
@@ -25,20 +26,19 @@ from sgld import finite_images
 from utils import UserError, evaluation_packages, printable
 
 
-def run(tested: Trained) -> int:
+def run(checkpoint: Trained) -> int:
     """Measure a checkpoint; returns the exit status. Raises UserError if nothing worked."""
-    cfg, path, content = tested
+    cfg, path, content = checkpoint
     other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
     if "ood" in cfg.metrics:
         ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
-    device, state = utils.pick_device(cfg.gpu), content["state"]
-    utils.set_speed_options(device)
-    model, images = load_model(tested, device), load_data(tested, device)
+    tested, state = TrainedRun(checkpoint), content["state"]
+    device, images = tested.device, tested.images
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     trained = Config.from_dict(content["config"], str(path))
-    inputs = EvalInputs(cfg, model, shown, buffer, features, device, trained.classifies)
+    inputs = EvalInputs(cfg, tested.model, shown, buffer, features, device, tested.classifies, tested.chains)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
     about, env = facts(inputs, trained, path, state, same_classes(content["data"], images)), utils.environment(device)

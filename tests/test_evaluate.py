@@ -46,7 +46,7 @@ def model():
 @pytest.fixture(scope="module")
 def inputs(model):
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=40)
-    return EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)
+    return EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True, None)
 
 
 def test_auroc_counts_ties_half():
@@ -88,7 +88,7 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
     monkeypatch.setattr(ood.data, "load", lambda name, place, device: places.append(str(place)) or load("digits"))
     for dataset, place in (("folder", "data"), ("digits", str(tmp_path))):
         cfg = Config(mode="test", dataset=dataset, data_dir=str(tmp_path), max_images=40)
-        inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)
+        inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True, None)
         assert foreign_images("mnist", inputs.data.test.images[:20], inputs).shape == (20, 1, 8, 8)
         assert places.pop() == str(Path(place).absolute())
     for place in ("data", "."):  # the default is in data/
@@ -254,7 +254,7 @@ def test_the_report_s_numbers_by_a_slow_computation(run, monkeypatch):
     model = build_model((1, 8, 8), 10, depth=10, width=1).eval()
     model.load_state_dict(torch.load(run / "ckpt" / "last.pt", weights_only=True)["state"]["ema"])
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", max_images=80, sigma_test=0.3)
-    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)
+    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True, None)
     test, train, valid = (inputs.subset(part) for part in (inputs.data.test, inputs.data.train, inputs.data.valid))
     others = foreign_images("shuffled", test.images, inputs)
     with torch.no_grad():

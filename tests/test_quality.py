@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -148,7 +149,8 @@ def inputs_with(buffer=None, **options):
     torch.manual_seed(0)
     cfg = Config(mode="test", load_ckpt="x", dataset="digits", n_sample_steps=1, n_samples=30, **options)
     model = build_model((1, 8, 8), 10, 10, 1).eval()
-    return EvalInputs(cfg, model, load("digits"), buffer, None, torch.device("cpu"), True)
+    drawn = SimpleNamespace(start=uniform_images(30, (1, 8, 8), seeded()), x=uniform_images(30, (1, 8, 8), seeded()))
+    return EvalInputs(cfg, model, load("digits"), buffer, None, torch.device("cpu"), True, lambda n, y: drawn)
 
 
 def rows(images):

@@ -217,7 +217,7 @@ def test_options_reach_the_attacks():
     options |= {"sgld_grad_clamp": 0.5, "sgld_clamp": True, "sgld_lr": 0.5, "sgld_std": 0.2, "refine_steps": 4}
     cfg, usual = (Config(mode="test", load_ckpt="x", dataset="digits", **given) for given in (options, {}))
     model = build_model((1, 8, 8), 10, 10, 1).eval()
-    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True)
+    inputs = EvalInputs(cfg, model, load("digits"), None, None, torch.device("cpu"), True, None)
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     chain = {"grad_clamp": 0.5, "clamp": True, "steps": 4, "sgld_lr": 0.5, "sgld_std": 0.2}
