@@ -192,8 +192,7 @@ class GaussianInit:
         residual = x.flatten(1) - images
         if rng is not None:
             residual += std * torch.randn(images.shape, generator=rng, device=rng.device)
-        # Matheron's rule: images + C[:, k] (C[k, k] + std^2 I)^-1 residual[k], known pixels k, covariance C =
-        # factor^T factor + noise^2 I; the inverse by one of R x R (Woodbury).
+        # Matheron's rule adds C[:, k] (C[k, k] + std^2 I)^-1 residual[k]; k known, C = factor^T factor + noise^2 I.
         for (_, factor, noise), places in self._groups(classes):
             factor_k, residual_k, variance = factor[:, mask], residual[places][:, mask], noise**2 + std**2
             inner = factor_k @ factor_k.T / variance + torch.eye(len(factor), device=factor.device)  # (R, R)

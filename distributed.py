@@ -143,7 +143,7 @@ def all_reduce_max(*numbers: int) -> tuple[int, ...]:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The values of all processes, by rank, with tensors only of the CPU."""
+    """The values of all processes, by rank, whose tensors must be on the CPU."""
     everyone = [value] * current_world().size
     if is_distributed():
         dist.all_gather_object(everyone, value)

@@ -14,7 +14,7 @@ class Recovery:
     proven: the state to go back to: training went on well for a while after it. latest: a later state, which is proven
     when the next one comes. ``remedies`` change the options of the rest of the run. The first of several divergences
     that are close together brings new randomness, the second twice the SGLD steps (unless chains grow by themselves),
-    the fourth a small penalty on energies, all others half the learning rate; JEM's authors recommend these.
+    the fourth a small penalty on energies, all others half the learning rate; the last three as JEM's authors advise.
     """
 
     def __init__(self, cfg: Config):

@@ -202,7 +202,7 @@ def _decode_file(file: str, image_size: int | None, behind: str) -> Decoded:
     done, ending = (), os.path.splitext(file)[1].lower()
     if ending in UNSUPPORTED:
         raise UserError(f"is of an unsupported format ({ending[1:]}): convert it to PNG or JPEG")
-    if not os.path.isfile(file) and os.path.exists(file):  # opening a pipe would wait for its other end
+    if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):  # opening a pipe would wait
         raise UserError("is a pipe, a socket or a device: remove it")
     with open(file, "rb") as source:
         try:

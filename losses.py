@@ -22,7 +22,7 @@ def joint_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of JEM (section 4: log p(x) + log p(y|x)) and its family, and its parts.
 
-    The weights and ``--generative`` say which of these parts the loss has; they are measured in any case:
+    Where there are such images, each of these parts is measured; ``--generative`` and the weights say which count:
 
     - ``loss/classification``: the cross-entropy of p(y|x);
     - ``loss/generative``: mean log p(x) of samples minus that of real images;
@@ -102,7 +102,7 @@ def joint_loss(
 
 
 def auroc(real: Tensor, sampled: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,); by weight, ties count half."""
+    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,), of that weight; ties are half."""
     ordered, order = sampled.detach().sort()
     weights = torch.ones_like(ordered) if weights is None else weights[order]
     total = F.pad(weights.double().cumsum(0), (1, 0))  # of the samples before each place, (M + 1,)

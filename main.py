@@ -37,6 +37,7 @@ from generation import sample, score
 from logger import terminal
 from logger.progress import check_room
 from logger.run_dir import RunDir
+from models.predict import predict
 from trainer import Trainer
 from utils import TrainingFailed, UserError
 
@@ -110,6 +111,7 @@ def train(given: dict[str, Any]) -> int:
     if resumed is None:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
+        predict(trainer.model, images.test.images[:2])  # a network of one's own may fail: before anything is written
         check_room(trainer, Path(cfg.logdir))
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0

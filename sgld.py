@@ -146,7 +146,7 @@ def annealed_chain(
 
 
 def finite_images(images: Tensor) -> Tensor:
-    """Those of the images (N, C, H, W) of a replay buffer that hold neither NaN nor infinity; a chain may leave one."""
+    """Those images (N, C, H, W) of a replay buffer without NaN and infinity, which other programs may have stored."""
     return images[images.isfinite().all(dim=(1, 2, 3))]
 
 

@@ -126,9 +126,7 @@ class Trainer:
         precision = str(self.dtype).removeprefix("torch.")
         how = {"precision": precision, "compiled": compiled(self.forward, self.sampler), "processes": self.world.size}
         config = read_config(run.path)  # of a run that is resumed
-        earlier = config.get("environments_before", [])
-        if "environment" in config:
-            earlier.append(config["environment"])
+        earlier = [*config.get("environments_before", []), config["environment"]] if "environment" in config else []
         announce(self, run.path, how, config.get("environment", how))
         written = run if self.world.rank == 0 else None
         if written:
@@ -184,7 +182,7 @@ class Trainer:
                 continue
             epoch, found = self.step / self.steps_per_epoch, {}
             values = self.measurements() if log else {}
-            if "sgld/auroc" in values and self.step % LOG_EVERY == 0:  # not for the last step of a run that is cut
+            if "sgld/auroc" in values and self.step % LOG_EVERY == 0:  # never the last step of a run that may go on
                 self.grow_chains(values["sgld/auroc"])
             if evaluate or measure or save:
                 self.recalibrate_ema()
@@ -212,7 +210,7 @@ class Trainer:
         return 0
 
     def grow_chains(self, auroc: float) -> None:
-        """One SGLD step more, up to ``--sgld_step_max``, while log p(x) still tells real images from samples (DAT)."""
+        """One SGLD step more, up to ``--sgld_step_max``, while the network tells real images from samples (DAT)."""
         longest = self.cfg.sgld_step_max
         if longest is not None and self.sgld_step < longest and auroc > self.cfg.sgld_step_auroc:
             self.sgld_step += 1
@@ -275,7 +273,7 @@ class Trainer:
             with torch.no_grad():
                 self.model.logits(x)  # running statistics move on here, so that they are the same in chains and loss
             average_running_stats(self.model)  # and in all processes
-        copy_weights(self.model, self.sampler_model)  # pictures and distances leave averaged weights in it
+        copy_weights(self.model, self.sampler_model)  # pictures and distances may have left averaged weights in it
         samples, y_sampled, measured = self.sampler(cfg.n_chains // self.world.size, chain_length, cfg.class_cond)
         outliers = None if self.outlier_init is None else self.draw_outliers()
         return StepBatch(x, y, x_real, samples, y_sampled=y_sampled, outliers=outliers, y_real=y_real), measured
@@ -314,7 +312,7 @@ class Trainer:
         return self.sgld_step * self.recovery.remedies["sgld_step_factor"]
 
     def recalibrate_ema(self) -> None:
-        if self.ema is not None and self.one_process_forward.norm_statistics != "frozen":
+        if self.ema is not None and self.one_process_forward.norm_statistics in ("batch", "running"):
             recalibrate_batch_norm(self.ema, self.data.train.images, self.cfg.batch_size // self.world.size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,11 +357,12 @@ class Trainer:
         elif self.buffer is not None and "buffer" in content["state"]:
             stored = shard_state({"buffer": content["state"]["buffer"]}, self.world)["buffer"]
             by_class = content["config"].get("class_cond", False) or not self.cfg.class_cond
-            finite = stored["images"].isfinite().all()
-            if by_class and finite and stored["images"].shape == self.buffer.images.shape:
-                self.buffer.load_state_dict(stored)
+            if by_class and stored["images"].shape == self.buffer.images.shape:
+                finite = stored["images"].isfinite().all(dim=(1, 2, 3), keepdim=True)  # another program's may not be
+                images = torch.where(finite, stored["images"], self.buffer.images.cpu())
+                self.buffer.load_state_dict(stored | {"images": images})
             else:
-                print("Its replay buffer has another size, no classes, or values that are not finite: it starts anew.")
+                print("The checkpoint's replay buffer has another size, or no classes: starting with a fresh one.")
 
     def checkpoint(self, name: str) -> None:
         state = self.state_dict()

@@ -158,8 +158,7 @@ def tree_to(tree: Any, device: torch.device | str | None = None) -> Any:
 class Generators:
     """A run's random generators: data and p_x, of the two streams of images, are the same in all processes.
 
-    Others in each process are sgld, of chains, host, of what is drawn for them on the host, and PyTorch's global one,
-    from which dropout draws.
+    sgld (of chains), host (of what is drawn for them on the host) and PyTorch's global one (of dropout) differ.
     """
 
     FAR = 2**18  # between the seeds of two processes; a generator on the CPU uses only the last 32 bits of a seed

@@ -41,6 +41,8 @@ def absolute_path(f: Field, value: Any) -> Any:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not (f.metadata["is_path"] and type(value) is str) or value in ("", *f.metadata["choices"]) or "://" in value:
         return value
+    if "\0" in value:
+        raise UserError(f"--{f.name} {value!r} is not on this machine: no path has a null byte")
     path = os.path.expanduser(value)
     return path if path.startswith("~") else os.path.abspath(path)
 
@@ -54,7 +56,7 @@ def check_value(f: Field, value: Any) -> str:
         return f"{name} takes {KINDS[kind]}, not {value!r}"
     if meta["choices"] and not meta["is_path"] and value not in meta["choices"]:
         return f"{name} takes one of {', '.join(meta['choices'])}, not {value!r}"
-    if meta["is_path"] and (value.startswith("~") or "://" in value or "\0" in value):  # no user, place or file
+    if meta["is_path"] and (value.startswith("~") or "://" in value):  # of no known user, or on another machine
         return f"{name} {value} is not on this machine: give a folder or file that is"
     if kind not in (int, float) or value is None:
         return ""

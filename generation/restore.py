@@ -7,7 +7,7 @@ import data
 import distributed
 from generation.chains import StartImages
 from generation.trained_run import TrainedRun
-from image_folder import decode_file
+from image_folder import decode_file, grey_or_rgb
 from models.predict import predict
 from sgld import normal_like
 from utils import UserError
@@ -48,7 +48,7 @@ def unknown_pixels(name: str, height: int, width: int) -> Tensor:
         mask = decode_file(name, None, behind="black")
         if mask.pixels is None:
             raise UserError(f"--inpaint takes left, center or a picture: {mask.problem or f'{name} is none'}")
-        unknown = torch.from_numpy((mask.pixels >= 128).all(2))
+        unknown = grey_or_rgb(torch.tensor(mask.pixels).permute(2, 0, 1)[None], 1)[0, 0] >= 128
         if unknown.shape != (height, width):
             found = f"the mask {name} has {unknown.shape[1]}x{unknown.shape[0]} pixels"
             raise UserError(f"{found}, and the images {width}x{height}")

@@ -162,6 +162,14 @@ class TestDivergence:
         penalty = sums["loss/total"] - sums["loss/classification"] - sums["loss/generative"]
         assert penalty.item() == pytest.approx(0.1 * 2.3**2, rel=0.3)  # log-densities begin near log 10
 
+    @pytest.mark.parametrize("norm, value", [("none", math.nan), ("batch", math.inf)])
+    @pytest.mark.parametrize("weights", [{}, {"p_x_weight": 0.0, "p_x_y_weight": 0.5, "class_cond": True}])
+    def test_an_image_that_is_not_finite_is_noticed_in_the_step_that_draws_it(self, norm, value, weights):
+        run = trained(0, norm=norm, batch_size=16, buffer_size=20, reinit_freq=0.0, **weights)
+        run.buffer.images[:10, 0, 3, 3] = value
+        run.training_step()
+        assert run.diverged
+
     @pytest.mark.slow
     def test_a_run_that_really_diverges_is_saved(self, tmp_path):
         harsh = [*HARSH, "--max_steps", "120", "--sample_every", "1000", "--seed", "3"]

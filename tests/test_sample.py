@@ -262,6 +262,7 @@ def test_what_is_transparent_in_a_mask_is_known_and_white_is_what_its_format_say
     white, alpha_band = Image.new("L", (8, 8), 255), Image.fromarray(alpha)
     Image.merge("RGBA", [white, white, white, alpha_band]).save(tmp_path / "rgba.png")
     Image.merge("LA", [white, alpha_band]).save(tmp_path / "grey.png")
+    Image.merge("RGB", [alpha_band, alpha_band, Image.new("L", (8, 8), 100)]).save(tmp_path / "light yellow.png")
     alpha_band.save(tmp_path / "one level.png", transparency=0)
     (tmp_path / "white is zero.tif").write_bytes(tiff(np.where(alpha, np.uint16(0), np.uint16(65535)), 16, 0))
     for path in tmp_path.iterdir():
@@ -299,6 +300,7 @@ BAD = {  # the checkpoint and other options, and what is said of them
     "no buffer": (["BEST", "--from_buffer"], "best.pt has no replay buffer"),
     "small buffer": (["JEM", "--from_buffer", "--n_samples", "65"], "has 64 good images, fewer than 65"),
     "no mask": (["JEM", "--inpaint", "right"], "right cannot be read: No such file"),
+    "mask is a folder": (["JEM", "--inpaint", "."], "cannot be read: Is a directory"),
     "mask is no picture": (["JEM", "--inpaint", "torn.pt"], "--inpaint takes left, center or a picture: "),
     "mask of another size": (["JEM", "--inpaint", "big.png"], "has 9x8 pixels"),
     "black mask": (["JEM", "--inpaint", "black.png"], "no white pixels"),

@@ -252,7 +252,6 @@ def test_a_plain_classifier_has_no_penalty_on_log_densities():
 
 
 def test_a_compiler_that_fails_in_the_backward_pass_is_noticed_before_the_run(monkeypatch):
-
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
