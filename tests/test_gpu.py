@@ -94,7 +94,7 @@ def test_two_shapes_have_a_graph_each(model):
 
 def test_memory_stays_flat_over_gifs(digits):
     run, used = trained(digits), []
-    run.logger = SimpleNamespace(gif=lambda *_: None)
+    run.logger = SimpleNamespace(save_gif=lambda *_: None)
     for _ in range(4):
         run.dump_gif()
         torch.cuda.synchronize()
@@ -150,7 +150,7 @@ def test_training_goes_back_to_a_state_that_is_kept_on_the_host(digits):
     run = trained(digits)
     run.recovery.keep(utils.tree_to(run.state_dict(), torch.device("cpu")))
     kept, recorded = run.recovery.latest, []
-    run.logger = SimpleNamespace(recovery=lambda *line: recorded.append(line), checkpoint=lambda *_: None)
+    run.logger = SimpleNamespace(log_recovery=lambda *line: recorded.append(line), checkpoint=lambda *_: None)
     run.step = 3
     run.training_step()
     run.recover()
