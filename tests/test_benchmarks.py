@@ -237,7 +237,6 @@ def test_the_newest_run_of_a_name_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_train_and_measure(tmp_path, monkeypatch, capsys):
-
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["", "digits", "--logdir", str(tmp_path), "--gpu", "cpu", *options])
         monkeypatch.setattr(os, "execv", lambda program, line: sys.exit(main(line[2:])))

@@ -203,7 +203,6 @@ DISTANCES = ["KID", "KID, standard deviation", "precision", "recall"]
 
 
 def test_one_row_a_protocol_and_one_column_a_measure(tmp_path, monkeypatch):
-
     class Projection(torch.nn.Module):
         weight = torch.randn(3 * 64, 4, generator=seeded(9)) / 255
 

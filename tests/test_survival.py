@@ -107,7 +107,6 @@ class TestFullDisk:
         assert_same_run(run, undisturbed)
 
     def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys, undisturbed):
-
         def full(path, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
