@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import distributed
@@ -75,8 +74,8 @@ class Section:
         self.absent[printable(what, "utf-8")] = printable(reason, "utf-8")
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 
-    def picture(self, name: str, caption: str, content: Figure | np.ndarray) -> None:
-        """Save a figure or an RGB picture (H, W, 3) uint8 as ``name``.png; blanks become _."""
+    def picture(self, name: str, caption: str, content: Any) -> None:
+        """Save a figure of Matplotlib or an array, an RGB picture (H, W, 3) uint8, as ``name``.png; blanks become _."""
         name = name.replace(",", "").replace(" ", "_")
         path = self.directory / f"{name}.png"
         with warn_on_error(f"{path} could not be drawn"):

@@ -15,7 +15,6 @@ import distributed
 import utils
 from checkpoints.load import Trained, load_feature_model, same_classes
 from config import Config
-from evaluation import ood
 from evaluation.inputs import EvalInputs
 from evaluation.report import Report, Section, read_report
 from generation import TrainedRun
@@ -31,7 +30,7 @@ def run(checkpoint: Trained) -> int:
     cfg, path, content = checkpoint
     other = distributed.broadcast_from_rank0(lambda: read_report(cfg.compare)) if cfg.compare else None
     if "ood" in cfg.metrics:
-        ood.set_names(cfg)  # what it refuses should not cost the time of the other metrics
+        importlib.import_module("evaluation.ood").set_names(cfg)  # what it refuses, before all else is measured
     tested, state = TrainedRun(checkpoint), content["state"]
     device, images = tested.device, tested.images
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None

@@ -3,12 +3,12 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -72,13 +72,13 @@ def captioned(grid: np.ndarray, rows: Sequence[str] = (), columns: Sequence[str]
     return picture
 
 
-def save_png(path: Path, picture: np.ndarray | Figure) -> bytes:
-    """Write an RGB picture (H, W, 3) uint8, or a figure; returns the file's bytes."""
-    if isinstance(picture, Figure):
+def save_png(path: Path, picture: Any) -> bytes:
+    """Write an RGB picture, an array (H, W, 3) uint8, or a figure of Matplotlib; returns the file's bytes."""
+    if isinstance(picture, np.ndarray):
+        encoded = imageio.imwrite("<bytes>", picture, extension=".png")
+    else:
         picture.savefig(file := io.BytesIO(), format="png", dpi=120)
         encoded = file.getvalue()
-    else:
-        encoded = imageio.imwrite("<bytes>", picture, extension=".png")
     replace_file(path, encoded)
     return encoded
 
@@ -106,6 +106,8 @@ def save_gif(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]
 def plot_curves(path: Path) -> None:
     """test_accuracy.png and loss.png from a run's metrics.jsonl; where they cannot be drawn, a warning on stderr."""
     with warn_on_error(f"the curves in {path} could not be drawn"):
+        from matplotlib.figure import Figure  # slow to import
+
         lines = read_log(path / "metrics.jsonl")
         for name, (unit, keys) in CURVES.items():
             figure = Figure(figsize=(7, 4), layout="constrained")
