@@ -50,3 +50,7 @@ def network(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("torch.hub.urlopen", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch_home"))
     return asked
+
+
+def pytest_collection_modifyitems(items):  # long ones first: no worker ends with one
+    items.sort(key=lambda t: not ("slow" in t.keywords or t.path.stem in ("test_processes", "test_benchmarks")))

@@ -460,8 +460,7 @@ def test_broken_checkpoints_and_those_of_another_program_version_or_format(jem, 
 
 def test_a_network_that_fails_leaves_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr("models.wide_resnet.WideResNet.forward", lambda self, x: x)
-    with pytest.raises(RuntimeError):
-        main.main([*TINY, "--logdir", str(tmp_path / "runs")])
+    pytest.raises(RuntimeError, main.main, [*TINY, "--logdir", str(tmp_path / "runs")])
     assert not (tmp_path / "runs").exists()
 
 
