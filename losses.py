@@ -102,7 +102,7 @@ def joint_loss(
 
 
 def auroc(real: Tensor, sampled: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,), of that weight; ties are half."""
+    """The probability that a real image's log p(x), (N,), exceeds a sample's, (M,), drawn by weight; ties: half."""
     ordered, order = sampled.detach().sort()
     weights = torch.ones_like(ordered) if weights is None else weights[order]
     total = F.pad(weights.double().cumsum(0), (1, 0))  # of the samples before each place, (M + 1,)

@@ -182,7 +182,7 @@ class Trainer:
                 continue
             epoch, found = self.step / self.steps_per_epoch, {}
             values = self.measurements() if log else {}
-            if "sgld/auroc" in values and self.step % LOG_EVERY == 0:  # never the last step of a run that may go on
+            if "sgld/auroc" in values and self.step % LOG_EVERY == 0:  # a run's last step logs, too, but grows nothing
                 self.grow_chains(values["sgld/auroc"])
             if evaluate or measure or save:
                 self.recalibrate_ema()

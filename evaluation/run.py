@@ -32,17 +32,16 @@ def run(checkpoint: Trained) -> int:
     if "ood" in cfg.metrics:
         importlib.import_module("evaluation.ood").set_names(cfg)  # what it refuses, before all else is measured
     tested, state = TrainedRun(checkpoint), content["state"]
-    device, images = tested.device, tested.images
+    device, images, trained = tested.device, tested.images, tested.trained_with
     buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
-    trained = Config.from_dict(content["config"], str(path))
     inputs = EvalInputs(cfg, tested.model, shown, buffer, features, device, tested.classifies, tested.chains)
 
     directory = distributed.broadcast_from_rank0(lambda: report_directory(cfg, path))
-    about, env = facts(inputs, trained, path, state, same_classes(content["data"], images)), utils.environment(device)
+    about = facts(inputs, trained, path, state, same_classes(content["data"], images))
     options = vars(trained) | {f.name: getattr(cfg, f.name) for f in fields(cfg) if "test" in f.metadata["modes"]}
-    report = Report(directory, {"about": about, "options": options, "environment": env}, other)
+    report = Report(directory, {"about": about, "options": options, "environment": utils.environment(device)}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
         start = time.perf_counter()

@@ -49,7 +49,8 @@ class TrainedRun:
         self.cfg, self.path, self.content = trained
         self.class_names, self.shape = tuple(self.content["data"]["class_names"]), tuple(self.content["data"]["shape"])
         self.low_log_density: float | None = self.content.get("low_log_density")
-        self.classifies = Config.from_dict(self.content["config"], str(self.path)).classifies
+        self.trained_with = Config.from_dict(self.content["config"], str(self.path))  # ``cfg`` is what it is used with
+        self.classifies = self.trained_with.classifies
         self.device = utils.pick_device(self.cfg.gpu)
         utils.set_speed_options(self.device)
         self.dtype = utils.pick_dtype(self.cfg.precision, self.device)
