@@ -19,8 +19,7 @@ TIMEOUT = timedelta(hours=2)  # with other processes, of which one may have to d
 EQUAL_RUNS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # how many mpirun or srun says it started
 T = TypeVar("T")
 is_distributed = dist.is_initialized  # whether there are other processes to agree with
-torchrun_store: dist.Store | None = None  # lives as long as torchrun: longer than processes that it starts again
-store: dist.Store | None = None  # the part of it that these processes have to themselves
+store: dist.Store | None = None  # the part of torchrun's that these processes have to themselves
 
 
 class World(NamedTuple):
@@ -36,7 +35,7 @@ def current_world() -> World:
 
 def connect() -> None:
     """Join the other processes that torchrun started, if it did. Raises UserError if something else started several."""
-    global torchrun_store, store
+    global store
     if is_distributed():
         return
     if "RANK" not in os.environ:
@@ -49,15 +48,12 @@ def connect() -> None:
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-            torchrun_store, rank, size = next(dist.rendezvous("env://"))
+            whole, rank, size = next(dist.rendezvous("env://"))
         except (KeyError, ValueError) as error:
             raise UserError(f"start several processes with torchrun, which sets what is wrong here: {error}") from None
-        store = unused_part(torchrun_store, rank, size)
+        store = unused_part(whole, rank, size)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    elif "TORCHELASTIC_RUN_ID" in os.environ and torchrun_store is None:  # one process, which it may start again
-        with suppress(RuntimeError):  # torchrun has gone and left its variables
-            torchrun_store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=30)))
 
 
 def unused_part(whole: dist.Store, rank: int, size: int) -> dist.Store:
@@ -77,17 +73,6 @@ def unused_part(whole: dist.Store, rank: int, size: int) -> dist.Store:
             whole.set(f"answer/{whole.get(f'ticket/{other}').decode()}", ticket)
             time.sleep(0.05)
     return dist.PrefixStore(ticket, whole)
-
-
-def remember(name: str, value: str) -> None:
-    """Keep something for the time after a restart by torchrun (``--max_restarts``)."""
-    if torchrun_store is not None:
-        torchrun_store.set(name, value)
-
-
-def remembered(name: str) -> str | None:
-    """What processes that torchrun started before these have kept, if there were any."""
-    return torchrun_store.get(name).decode() if torchrun_store is not None and torchrun_store.check([name]) else None
 
 
 def first_to_say(message: str) -> bool:

@@ -126,7 +126,6 @@ def train(given: dict[str, Any]) -> int:
         if path.name == "previous.pt":  # a broken last.pt must not become the checkpoint before the next
             distributed.broadcast_from_rank0(lambda: set_aside(path.with_name("last.pt")))
     del resumed  # all that a checkpoint holds
-    distributed.remember("run", str(directory.path))  # for torchrun's next attempt, should this one fail
     return trainer.train(directory, log_position)
 
 

@@ -32,10 +32,8 @@ class Resumed(NamedTuple):
 
 
 def named_run(given: dict[str, Any]) -> Resumed | None:
-    """The run that torchrun's attempt before this one has trained, or else the one that ``--resume`` names, if any."""
-    before, name = distributed.remembered("run"), given.get("resume")
-    if before and any(Path(before, "ckpt").glob("*.pt")):
-        return continued(given, before)
+    """The run that ``--resume`` names, if any."""
+    name = given.get("resume")
     if name in (None, "auto"):  # auto: see ``newest_run``, when the images are known
         return None
     if "load_ckpt" in given:

@@ -22,7 +22,7 @@ import trainer
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.load import open_trained
-from checkpoints.resume import named_run, shard_state
+from checkpoints.resume import shard_state
 from config import Config
 from config.checks import check_sizes
 from distributed import World
@@ -232,24 +232,6 @@ class TestPlace:
         assert [part["rng"] for part in parts] == [0, 0]
         assert sorted(torch.cat([part["buffer"]["images"] for part in parts]).tolist()) == list(range(12))
         assert shard_state(three, World())["buffer"]["images"].tolist() == list(range(12))
-
-    def test_one_process_that_torchrun_starts_again_knows_it(self, monkeypatch):
-        server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        setting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port)}
-        for name, value in (setting | {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
-            monkeypatch.setenv(name, value)
-        for earlier in (None, "there"):
-            monkeypatch.setattr(distributed, "torchrun_store", None)
-            distributed.connect()
-            assert not distributed.is_distributed() and distributed.remembered("run") == earlier
-            distributed.remember("run", "there")
-
-    def test_a_restart_of_a_run_that_was_resumed_keeps_the_run_s_options(self, tmp_path, monkeypatch):
-        run = str(new_run(SMALL, tmp_path, *"--recipe sada-jem --p_x_batch_size 20 --max_steps 1".split()))
-        monkeypatch.setattr(distributed, "remembered", lambda name: run)
-        for given in ({"resume": run}, {"resume": "auto", "batch_size": 20}, {"load_ckpt": run, "sgld_step": 2}):
-            cfg = named_run({"recipe": "sada-jem", **given}).cfg
-            assert (cfg.p_x_batch_size, cfg.batch_size, cfg.sam_rho) == (20, 20, 2.0)
 
     @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
     def test_a_number_that_is_none(self, name, monkeypatch, capsys):

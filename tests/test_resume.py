@@ -14,7 +14,6 @@ from small_runs import TINY, assert_same_run, equal, metrics, refused, signal_at
 
 import main
 import utils
-from checkpoints import resume
 from checkpoints.files import load_checkpoint
 from config import Config
 from logger.run_dir import RunDir, read_config
@@ -54,9 +53,7 @@ class TestResume:
         assert start(tmp_path, "--resume", "auto", "--max_steps", "1")[0] == 0
         start(tmp_path, "--resume", "auto", "--max_steps", "1", "--epochs", "9")  # a new run of a longer job
 
-    def test_a_restart_before_the_first_checkpoint_and_a_signal_after_the_last_step(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(resume.distributed, "remembered", lambda name: str(tmp_path))
-        assert resume.named_run({"resume": "auto"}) is None
+    def test_a_signal_after_the_last_step(self, tmp_path, monkeypatch):
         signal_at_step(monkeypatch, 1)
         assert start(tmp_path, "--max_steps", "1")[0] == 0
 
