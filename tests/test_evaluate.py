@@ -321,10 +321,8 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert [results["options"][name] for name in ("width", "lr", "max_images")] == [1, 1e-3, 30]
     assert str(tmp_path) in results["ood"]["absent"] and f"{tmp_path}: absent" in capsys.readouterr().out
     assert set(results["ood"]["results"]["AUROC"]) == {"noise", "shuffled"}
-    assert (
-        "Inception weights"
-        in results["quality"]["absent"]["FID, IS, and KID, precision, recall in Inception's features"]
-    )
+    of_inception = "FID, IS, and KID, precision, recall in Inception's features"
+    assert "Inception weights" in results["quality"]["absent"][of_inception]
     same_network = results["quality"]["results"]["in a classifier's features"]["buffer"]["same class"]
     assert same_network["value"] == 1
     nearest = results["quality"]["results"]["L2 distance to the nearest training image"]
@@ -334,9 +332,10 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
     assert "means little" in note and "(test images, chain starts, fresh" in note and "64 features" in note
     assert {(x.min().item(), x.max().item(), (x == x.round()).all().item()) for x in seen} == {(0, 16, True)}
     valid = (load("digits").valid.images * (16 / 255)).round()
-    assert all((valid == image).flatten(1).all(1).any() for image in seen[1])  # on which the temperature is chosen
+    assert all((valid == image).flatten(1).all(1).any() for image in seen[2])  # on which the temperature is chosen
     bits = results["likelihood"]["results"]["test bits per dimension"]
     assert bits["1/T = 1, forward"]["bits"]["value"] == pytest.approx(math.log2(17), abs=0.1)
+    assert 2.8 < bits["a Gaussian, for comparison"]["bits"]["value"] < 3.1  # 2.94 of all 360 test images
     log_z = results["likelihood"]["results"]["log Z (nats)"]["1/T = 1, forward"]["log Z"]
     assert log_z["n"] == 20 and ", 3 temperatures" in log_z["protocol"]
     text = (report / "report.md").read_text()

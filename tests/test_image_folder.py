@@ -44,9 +44,8 @@ def png(pixels, depth, kind, *chunks):
     header = struct.pack(">IIBBBBB", row * 8 // depth // channels, height, depth, kind, 0, 0, 0)
     rows = b"".join(b"\0" + line.tobytes() for line in pixels)
     parts = (b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
-    )
+    packed = (struct.pack(f">I4s{len(x)}sI", len(x), name, x, zlib.crc32(name + x)) for name, x in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def tiff(pixels, bits=8, photometric=1, sample_format=1, compression=1, width=None):

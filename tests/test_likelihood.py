@@ -247,13 +247,25 @@ def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_nev
     for _ in range(5):
         at, p_accept = ais.hmc_step(path, at, 1.0, torch.tensor(1.0), seeded())
     assert at.ratio.isfinite().all() and p_accept.isfinite().all()
-
-
-def test_what_cannot_be_estimated_is_refused():
-    for factor in (math.nan, math.inf):
+    for factor in (math.nan, math.inf):  # all of it, which is refused
         path = ais.GeometricPath(lambda x, factor=factor: tilt(x) * factor, ais.Box((2,)))
         with pytest.raises(UserError, match="not finite"):
             ais.anneal(path, path.base.sample(4, seeded()), torch.full((1,), 0.1), seeded())
+
+
+def test_a_gaussian_for_comparison_has_the_moments_of_dequantised_training_images(tmp_path):
+    images = torch.randint(4, (50, 1, 2, 2), generator=seeded(30), dtype=torch.uint8) * 85  # of 4 grey levels
+    train, test, section = images[:40], SimpleNamespace(images=images[40:]), Section("likelihood", tmp_path)
+    inputs = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(images=train), shape=(1, 2, 2)), rng=seeded)
+    likelihood.add_gaussian(inputs, section, test, 4)
+    cells = ais.dequantise((train / 85).repeat(5000, 1, 1, 1), 4, seeded(31)).flatten(1).double().numpy()
+    x = ais.dequantise(test.images / 85, 4, seeded()).flatten(1).double().numpy()
+    expected = 1 - stats.multivariate_normal(cells.mean(0), np.cov(cells.T)).logpdf(x).mean() / 4 / math.log(2)
+    found = section.measurements()["test bits per dimension", "a Gaussian, for comparison", "bits"]
+    assert found["value"] == pytest.approx(expected, abs=2e-3) and found["n"] == 10
+    inputs.data.train.images = train[:0]
+    likelihood.add_gaussian(inputs, section, test, 4)
+    assert "bits of a Gaussian" in section.absent
 
 
 def test_bits_bound_the_code_length_and_are_tight_for_a_density_flat_in_each_cell():

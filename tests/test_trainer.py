@@ -345,9 +345,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
         to_host = name in ("_to_copy", "to") and (kwargs or {}).get("device") is not None
         if name in self.NEVER or by_mask or to_host:
             raise AssertionError(f"{name} waits for the device")
