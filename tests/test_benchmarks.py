@@ -17,7 +17,7 @@ import torch
 from small_runs import equal, new_run, state
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import chain_length, gpu, reproduce, throughput, time_to_quality
+from benchmarks import chain_length, gaussian_reference, gpu, reproduce, throughput, time_to_quality
 from benchmarks.command import device_named
 from config import Config
 from config.cli import parse
@@ -117,6 +117,18 @@ def test_scaling(tmp_path):
     assert throughput.timed_recipe("dat")["sgld_step"] == 25  # its chains begin with no step
     assert two["images_per_second"] == pytest.approx(8 / two["step"])
     assert two["communication"] == pytest.approx(max(0, 1 - two["alone"] / two["step"]))
+
+
+def test_gaussian_reference(tmp_path):
+    images = torch.randint(256, (300, 1, 2, 2), generator=torch.manual_seed(1), dtype=torch.uint8)
+    q, b = gaussian_reference.GaussianReference(images, 0.1, torch.device("cpu")), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    chains = gaussian_reference.PreconditionedSGLD(lambda x: x.flatten(1) @ b, q)  # q exp(b x) is q, moved
+    z = q.white(chains(q.images(torch.randn(4000, 4)), 60, 0.1, 0.19**0.5, torch.manual_seed(2)).x)
+    assert (z.mean(0) - q.factor @ b).abs().max() < 0.07 and (z.T.cov() - torch.eye(4)).abs().max() < 0.1
+    short = "--dataset digits --gpu cpu --norm none --norm_statistics batch --max_steps 1 --chains 4".split()
+    run("gaussian_reference", *short, "--temperatures", 3, "--logdir", tmp_path, "--out", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["bits, forward"] == pytest.approx(found["bits, q alone"], abs=0.1) and found["accuracy"] > 0
 
 
 def test_time_to_quality(tmp_path, monkeypatch, capsys):
