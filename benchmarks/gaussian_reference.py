@@ -1,19 +1,22 @@
-"""A log p(x) that is a density: a network that corrects a Gaussian, sampled at temperature one.
+"""A log p(x) sampled at temperature one: a network that corrects a Gaussian.
 
     python benchmarks/gaussian_reference.py --load_ckpt assets/cifar10_cpu_robust_oe.safetensors --data_dir PATH
 
 Trains p(x, y) ~ q(x) exp(f(x)[y]), where q is the Gaussian with the mean and covariance of the training images, and
-then measures bits per dimension of test images, by annealed importance sampling from q. (A density relative to another
-one: Xie et al., ICML 2016, where q is white noise.) p(y|x) and the loss are those of JEM, since q has no parameters.
-Only the chains differ: they climb log q(x) + f(x), by steps that the covariance of q preconditions. With noise of
-sqrt(s (2 - s)) for a step of size s they leave q as it is where f is constant (preconditioned Crank-Nicolson with a
-gradient: Cotter et al., Statistical Science 2013), so that samples are of temperature one. Any option of main.py's
---mode energy_train may follow. Batch normalisation stays frozen: f is one function of one image.
+then measures bits per dimension of test images of 256 grey levels, by annealed importance sampling from q. (A density
+relative to another one: Xie et al., ICML 2016, where q is white noise.) p(y|x) and the loss are those of JEM, since q
+has no parameters. Only the chains differ: they climb log q(x) + logsumexp_y f(x)[y], by steps that the covariance of q
+preconditions. With noise of sqrt(s (2 - s)) for a step of size s they leave q as it is where f is constant
+(preconditioned Crank-Nicolson with a gradient: Cotter et al., Statistical Science 2013, who also reject some steps), so
+that samples are of temperature one, but for the error of a step. Other options of main.py's --mode energy_train may
+follow. Batch normalisation stays frozen: f is one function of one image. The run's checkpoints do not hold q: for
+main.py they are a JEM whose log p(x) is the logsumexp alone.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,9 +39,9 @@ from models import JEM, log_density  # noqa: E402
 from models.predict import accuracy, predict  # noqa: E402
 from sgld import SGLD, Chain, LogDensity, input_gradient, langevin_step, normal_like  # noqa: E402
 from trainer import Trainer  # noqa: E402
+from utils import UserError  # noqa: E402
 
 LEVELS = 256
-STEP = 0.1
 OPTIONS = {
     "dataset": "folder",
     "depth": 16,
@@ -58,11 +61,13 @@ OPTIONS = {
     "buffer_size": 96,  # few chains, each of which moves in every third step
     "reinit_freq": 0.0,
     "sgld_step": 10,
-    "sgld_lr": STEP,
-    "sgld_std": math.sqrt(STEP * (2 - STEP)),
+    "sgld_lr": 0.1,
     "max_steps": 1000,
     "gif_every": 100_000,
+    "note": "gaussian_reference",
 }
+NOT_HERE = {"mode", "recipe", "resume", "start", "start_dir", "quality_every"}  # would act otherwise than they say
+NOT_HERE |= {"sgld_std", "sgld_clamp", "sgld_grad_clamp", "sgld_normalize", "p_x_no_augment"}
 
 
 class GaussianReference:
@@ -74,11 +79,11 @@ class GaussianReference:
     def __init__(self, images: Tensor, sigma: float, device: torch.device):
         """``images``: uint8 (N, C, H, W). In float64: variances differ by factors of millions."""
         self.shape, d = images.shape[1:], images[0].numel()
-        parts = [part.to(device) for part in images.split(1000)]
-        mean = sum(data.to_float(part).flatten(1).double().sum(0) for part in parts) / len(images)
+        parts = images.split(1000)
+        mean = sum(data.to_float(part.to(device)).flatten(1).double().sum(0) for part in parts) / len(images)
         covariance = sigma**2 * torch.eye(d, dtype=torch.float64, device=device)
         for part in parts:
-            x = data.to_float(part).flatten(1).double() - mean
+            x = data.to_float(part.to(device)).flatten(1).double() - mean
             covariance.addmm_(x.T, x, alpha=1 / len(images))
         self.mean, self.factor = mean.float(), torch.linalg.cholesky(covariance).T.float().contiguous()  # (D,), (D, D)
 
@@ -197,12 +202,19 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gaussian_reference.json", help="JSON file of the measurements")
-    parser.add_argument("--chains", type=int, default=32, help="of annealed importance sampling")
+    parser.add_argument("--chains", type=int, default=32, help="of annealed importance sampling, all at once")
     parser.add_argument("--temperatures", type=int, default=200, help="of annealed importance sampling")
     parser.add_argument("--burn_in", type=int, default=50, help="HMC steps from the buffer, before the way back")
     parser.add_argument("--n_test", type=int, default=1000, help="test images whose bits are measured")
     args, others = parser.parse_known_args()
-    cfg = Config(**{"mode": "energy_train", **OPTIONS, **parse(others, Config)})
+    given = parse(others, Config)
+    if wrong := NOT_HERE & given.keys():
+        raise UserError(f"this script does not take {', '.join(f'--{name}' for name in sorted(wrong))}")
+    options = {"mode": "energy_train", **OPTIONS, **given}
+    step = options["sgld_lr"]
+    if not (0 < step <= 1 and options["sigma"] > 0) or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this script takes one process, --sgld_lr up to 1 and --sigma above 0")
+    cfg = Config(**options, sgld_std=math.sqrt(step * (2 - step)))
     device = utils.pick_device(cfg.gpu)
     utils.set_speed_options(device)
     images = data.load(cfg.dataset, cfg.data_dir, cfg.image_size, cfg.n_valid, device, cfg.data_device)
@@ -212,12 +224,13 @@ def main() -> None:
     status = trainer.train(RunDir.create(cfg.logdir, cfg.mode, cfg.note))
     if status:
         sys.exit(status)
-    model = trainer.model.eval().requires_grad_(False)
+    model = trainer.eval_model.eval().requires_grad_(False)
     model.dtype = torch.float32
     order = torch.randperm(len(images.test), generator=Generator().manual_seed(0))[: args.n_test]
     sizes = args.chains, args.temperatures, args.burn_in
     found = {"accuracy": accuracy(model, images.test)}
-    found |= measure(model, trainer.reference, trainer.buffer.images, images.test.images[order], *sizes)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 is too rough
+        found |= measure(model, trainer.reference, trainer.buffer.images, images.test.images[order], *sizes)
     for name, value in found.items():
         print(f"{name}: {value:.4f}")
     Path(args.out).write_text(json.dumps({"options": asdict(cfg), "sizes": sizes} | found, indent=1))

@@ -26,7 +26,7 @@ BOUNDS = {
     "reverse": f"backwards from images of the buffer after {AIS_BURN_IN} HMC steps; stochastic upper bound",
 }
 LARGEST_GAP = 0.1  # bits per dimension between two estimates that still say something
-LARGEST_GAUSSIAN = 8192  # values of an image: a larger covariance takes more than half a gigabyte
+MAX_VALUES = 4096  # values of an image: covariances of more take gigabytes
 
 
 class Curves(NamedTuple):
@@ -55,17 +55,16 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         x = ais.dequantise((split.images * ((levels - 1) / 255)).round(), levels, rng)
         return log_density(predict(inputs.model, x))
 
-    section.note(
-        "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies "
-        "between them as far as the reverse chains, begun in the buffer, have reached that density."
-    )
+    note = "The forward estimate makes the bits look too good and the reverse one too bad: the truth lies between them "
+    section.note(note + "as far as the reverse chains, begun in the buffer, have reached that density.")
     test = inputs.subset(data.test)
     add_gaussian(inputs, section, test, levels)
     name, others = ("validation", data.valid) if len(data.valid) else ("training", data.train)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 is too rough
         add_bits(inputs, section, 1.0, log_p(test), levels, rng)
         if not len(others) or inputs.buffer is None:
-            section.add_absent("likelihood at another temperature", "it needs a replay buffer, and other images")
+            reason = "it needs a replay buffer" if len(others) else "there are no other images to choose it on"
+            section.add_absent("likelihood at another temperature", reason)
             return
         others = inputs.subset(others)
         curves = bits_by_temperature(inputs, log_p(others).mean().item(), levels, rng)
@@ -82,16 +81,16 @@ def measure(inputs: EvalInputs, section: Section) -> None:
 def add_gaussian(inputs: EvalInputs, section: Section, test: Split, levels: int) -> None:
     """What a log p(x) without a network reaches: bits of a Gaussian with the mean and covariance of training images."""
     train, dim, mean, second = inputs.data.train.images, math.prod(inputs.data.shape), 0, 0
-    if not len(train) or dim > LARGEST_GAUSSIAN:
-        section.add_absent("bits of a Gaussian", f"it needs training images of at most {LARGEST_GAUSSIAN} values")
+    if len(train) <= dim or dim > MAX_VALUES:
+        section.add_absent("bits of a Gaussian", f"it needs over {dim} images to fit, of up to {MAX_VALUES} values")
         return
-    for part in train.split(1000):  # in float64: variances differ by factors of millions
-        x = ((2 * (part * ((levels - 1) / 255)).round().double() + 1) / levels - 1).flatten(1)  # middles of cells
+    for part in train.split(1000):  # middles of cells, in float64: variances differ by factors of millions
+        x = ((2 * (part.to(inputs.device) * ((levels - 1) / 255)).round().double() + 1) / levels - 1).flatten(1)
         mean, second = mean + x.sum(0) / len(train), second + x.T @ x / len(train)
     within = torch.full_like(mean, 1 / (3 * levels**2)).diag()  # the variance within a cell, of width 2 / levels
     gaussian = torch.distributions.MultivariateNormal(mean, second - mean.outer(mean) + within)
     x = ais.dequantise((test.images * ((levels - 1) / 255)).round(), levels, inputs.rng()).flatten(1)
-    bits = ais.bits_per_dim(gaussian.log_prob(x.to(train.device).double()), dim, levels)
+    bits = ais.bits_per_dim(gaussian.log_prob(x.double()), dim, levels)
     protocol = f"mean and covariance of {len(train)} training images; test images dequantised from {levels} grey levels"
     section.add_mean("test bits per dimension", bits, protocol, ("a Gaussian, for comparison", "bits"))
 

@@ -255,15 +255,15 @@ def test_estimates_in_reverse_are_mirror_images_and_a_density_that_is_nan_is_nev
 
 def test_a_gaussian_for_comparison_has_the_moments_of_dequantised_training_images(tmp_path):
     images = torch.randint(4, (50, 1, 2, 2), generator=seeded(30), dtype=torch.uint8) * 85  # of 4 grey levels
-    train, test, section = images[:40], SimpleNamespace(images=images[40:]), Section("likelihood", tmp_path)
-    inputs = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(images=train), shape=(1, 2, 2)), rng=seeded)
+    train, test, section = *(SimpleNamespace(images=x) for x in images.split(40)), Section("likelihood", tmp_path)
+    inputs = SimpleNamespace(data=SimpleNamespace(train=train, shape=(1, 2, 2)), rng=seeded, device="cpu")
     likelihood.add_gaussian(inputs, section, test, 4)
-    cells = ais.dequantise((train / 85).repeat(5000, 1, 1, 1), 4, seeded(31)).flatten(1).double().numpy()
-    x = ais.dequantise(test.images / 85, 4, seeded()).flatten(1).double().numpy()
-    expected = 1 - stats.multivariate_normal(cells.mean(0), np.cov(cells.T)).logpdf(x).mean() / 4 / math.log(2)
+    cells = ais.dequantise((train.images / 85).repeat(5000, 1, 1, 1), 4, seeded(31)).flatten(1).double().numpy()
+    log_p = stats.multivariate_normal(cells.mean(0), np.cov(cells.T)).logpdf
+    expected = 1 - log_p(ais.dequantise(test.images / 85, 4, seeded()).flatten(1)).mean() / 4 / math.log(2)
     found = section.measurements()["test bits per dimension", "a Gaussian, for comparison", "bits"]
     assert found["value"] == pytest.approx(expected, abs=2e-3) and found["n"] == 10
-    inputs.data.train.images = train[:0]
+    train.images = images[:4]
     likelihood.add_gaussian(inputs, section, test, 4)
     assert "bits of a Gaussian" in section.absent
 
