@@ -188,7 +188,7 @@ class TestCommandLine:
         assert all(two[name]["results"] == one[name]["results"] != {} for name in one["options"]["eval"].split(","))
         pictures = [{path.name for path in (run / name).glob("*.png")} for name in ("eval", "eval-2")]
         assert pictures[0] == pictures[1] and len(pictures[0]) > 3 and not (run / "eval-3").exists()
-        assert main.main(["--resume", str(run), "--max_steps", "22"]) == 0
+        assert main.main(["--resume", str(run), "--recipe", "sada-jem", "--max_steps", "22"]) == 0  # keeps its batch
         assert "The run had 2 processes and goes on with 1" in capsys.readouterr().out
         assert state(run)["step"] == 22 and "processes" not in state(run)
         more = [trainer.Trainer(cfg, digits, torch.device("cpu"), World(rank, 2)) for rank in (0, 1)]
