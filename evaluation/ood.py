@@ -38,26 +38,27 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         del inside["max softmax"], inside["max logit"]
     drawn = {score: {"test images": values} for score, values in inside.items()}
     for name in set_names(inputs.cfg):
-        shown = printable(name, "utf-8")
-        try:
-            images = distributed.rank0_first(lambda name=name: foreign_images(name, test.images, inputs))
-            if name not in BUILT_IN:
-                check_not_test_images(shown, images, inputs.data.test.images, section)
-        except UserError as error:
-            section.add_absent(shown, str(error))
-            continue
-        outside = scores(inputs.model, inputs.with_noise(images))
-        for score in inside:
-            add_detection(section, (shown, score), inside[score], outside[score], inputs.noise_protocol)
-            drawn[score][shown] = outside[score]
-        moved = moved_towards_data(inputs.model, images[:MOVED])
-        area = auroc(inside["log p(x)"], log_density(predict(inputs.model, moved)))
-        protocol = f"{len(test)} test images, {inputs.noise_protocol}, against {len(moved)} others, each moved up "
-        protocol += f"log p(x) by at most L2 1 ([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
-        section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(shown, "log p(x)"))
+        section.attempt(printable(name, "utf-8"), partial(add_set, inputs, section, name, test.images, drawn))
     for score, sets in drawn.items():
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
         section.picture(file_name, f"{score} of test images against other images", histograms(sets, score))
+
+
+def add_set(inputs: EvalInputs, section: Section, name: str, test: Tensor, drawn: dict[str, dict]) -> None:
+    """The set ``name`` against test images (N, C, H, W), whose scores are ``drawn`` already: its own go there, too."""
+    shown = printable(name, "utf-8")
+    images = distributed.rank0_first(lambda: foreign_images(name, test, inputs))
+    if name not in BUILT_IN:
+        check_not_test_images(shown, images, inputs.data.test.images, section)
+    outside = scores(inputs.model, inputs.with_noise(images))
+    for score, sets in drawn.items():
+        add_detection(section, (shown, score), sets["test images"], outside[score], inputs.noise_protocol)
+        sets[shown] = outside[score]
+    moved = moved_towards_data(inputs.model, images[:MOVED])
+    area = auroc(drawn["log p(x)"]["test images"], log_density(predict(inputs.model, moved)))
+    protocol = f"{len(test)} test images, {inputs.noise_protocol}, against {len(moved)} others, each moved up "
+    protocol += f"log p(x) by at most L2 1 ([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
+    section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(shown, "log p(x)"))
 
 
 def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside: Tensor, noise: str) -> None:

@@ -14,7 +14,7 @@ from evaluation.report import Section
 from logger.images import captioned, image_grid, to_uint8
 from models.predict import predict
 from sgld import step_protocol
-from utils import UserError, evaluation_packages, pick_dtype
+from utils import UserError, pick_dtype
 
 FILTERED = {"buffer, filtered": (0.9, "SADA-JEM's FID"), "buffer, most confident": (0.1, "SADA-JEM's IS")}  # share, use
 NEAREST_AMONG = 50_000  # training images at most, which are held as float32
@@ -52,11 +52,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         "Fréchet distance in a classifier's features": lambda: fid.ClassifierSpace(feature_model, cfg.feature_ckpt),
     }
     for what, make_space in spaces.items():
-        try:
-            with evaluation_packages():
-                add_distances(section, make_space(), scored, real)
-        except UserError as error:
-            section.add_absent(what, str(error))
+        section.attempt(what, lambda make_space=make_space: add_distances(section, make_space(), scored, real))
     if feature_model is not None and inputs.classifies:
         for name, (images, protocol) in scored.items():
             agree = predict(feature_model, images).argmax(1) == predict(inputs.model, images).argmax(1)

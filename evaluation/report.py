@@ -5,6 +5,7 @@ import glob
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import distributed
 from config.options import METRICS
 from logger.files import replace_file, warn_on_error
 from logger.images import save_png
-from utils import UserError, printable
+from utils import UserError, evaluation_packages, out_of_memory, printable
 
 ALONE, VALUE = "", "value [95 % interval]"  # the table and the column of a measurement that is in no table
 IN_FILE = ("results", "notes", "absent", "pictures")  # what results.json holds of a section
@@ -73,6 +74,22 @@ class Section:
         """Something that could not be measured, and why; the terminal says it at once."""
         self.absent[printable(what, "utf-8")] = printable(reason, "utf-8")
         print(printable(f"  {what}: absent, {reason}"), flush=True)
+
+    def attempt(self, what: str, measure: Callable[[], None]) -> None:
+        """Call ``measure``; if it fails, ``what`` is absent, with the reason, and all else is still measured."""
+        try:
+            with evaluation_packages():
+                distributed.raise_on_all_ranks(measure)
+        except UserError as error:
+            self.add_absent(what, str(error))
+        except Exception as error:
+            if distributed.lost_connection(error):
+                raise
+            if out_of_memory(error):
+                self.add_absent(what, "not enough memory: give --max_images")
+            else:
+                traceback.print_exc()
+                self.add_absent(what, f"{type(error).__name__}: {error}")
 
     def picture(self, name: str, caption: str, content: Any) -> None:
         """Save a figure of Matplotlib or an array, an RGB picture (H, W, 3) uint8, as ``name``.png; blanks become _."""

@@ -22,7 +22,7 @@ from models import JEM
 from models.predict import images_per_batch
 from pgd import adversarial_images, random_offset
 from sgld import LogDensity, chain_options, langevin_step, normal_like, step_protocol
-from utils import UserError, evaluation_packages
+from utils import UserError
 
 needs_labels = True
 EPSILONS = {  # on the [0, 1] scale, by the label they have in the report
@@ -186,14 +186,15 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
             one = AUTOATTACK_EPSILON[norm]
             tried = {one: EPSILONS[norm][one]} if inputs.cfg.one_epsilon else EPSILONS[norm]
-            for name in ("pgd", "refined", "refined_straight"):
-                if name in chosen:
-                    add_pgd(section, norm, tried, name, attacked(inputs, name), axes)
-            if "autoattack" in chosen:
-                add_autoattack(section, norm, inputs, axes)
+            for name in chosen:
+                if name == "autoattack":
+                    add = partial(add_autoattack, section, norm, inputs, axes)
+                else:
+                    add = partial(add_pgd, section, norm, tried, name, attacked(inputs, name), axes)
+                section.attempt(f"{TITLES[name]}, {norm}", add)
             axes.set(xlabel=f"{norm} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
             axes.grid(alpha=0.3)
-            axes.legend()
+            axes.legend(handles=axes.lines)  # none where attacks failed
         section.picture("robustness", "Accuracy under attack", figure)
 
 
@@ -203,15 +204,12 @@ def choose(inputs: EvalInputs, section: Section) -> list[str]:
     absent = {name: "left out by --attacks" for name in ATTACKS if name not in cfg.chosen_attacks}
     if not cfg.refine_steps:
         absent = dict.fromkeys(("refined", "refined_straight"), "left out by --refine_steps 0") | absent
-    if "autoattack" not in absent:
-        try:
-            with evaluation_packages():
-                check_autoattack(len(inputs.data.class_names), inputs.data.shape)
-        except UserError as error:
-            absent["autoattack"] = str(error)
     for name, reason in absent.items():
         section.add_absent(TITLES[name], reason)
-    return [name for name in ATTACKS if name not in absent]
+    if "autoattack" not in absent:
+        check = partial(check_autoattack, len(inputs.data.class_names), inputs.data.shape)
+        section.attempt(TITLES["autoattack"], check)
+    return [name for name in ATTACKS if TITLES[name] not in section.absent]
 
 
 def attacked(inputs: EvalInputs, name: str) -> Attacked:

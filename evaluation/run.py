@@ -3,7 +3,6 @@
 import importlib
 import os
 import time
-import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,7 @@ from logger.files import disk_errors, first_free
 from logger.run_dir import RunDir
 from models.batch_norm import batch_norms
 from sgld import finite_images
-from utils import UserError, evaluation_packages, printable
+from utils import UserError, printable
 
 
 def run(checkpoint: Trained) -> int:
@@ -58,29 +57,17 @@ def run(checkpoint: Trained) -> int:
 
 
 def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
-    """Run one metric. If it fails, the others still run, and its section says why it is missing.
-
-    A metric whose module says ``needs_labels = True`` is left out for a model that was trained without labels.
-    """
+    """Run one metric, unless its module says ``needs_labels = True`` and the model was trained without labels."""
     torch.manual_seed(inputs.cfg.seed)  # for libraries that draw from the global generator
+    if getattr(metric, "needs_labels", False) and not inputs.classifies:
+        section.add_absent(section.name, "the model was trained without labels")
+        return
     try:
-        if getattr(metric, "needs_labels", False) and not inputs.classifies:
-            raise UserError("the model was trained without labels")
-        with evaluation_packages():
-            distributed.raise_on_all_ranks(lambda: metric.measure(inputs, section))
-    except UserError as error:
-        section.add_absent(section.name, str(error))
+        section.attempt(section.name, lambda: metric.measure(inputs, section))
     except KeyboardInterrupt:
         section.add_absent("the rest", "stopped by Ctrl-C")
         print(f"\nStopped: what is measured so far will be in {printable(section.directory / 'report.html')}.")
         raise
-    except Exception as error:
-        if distributed.lost_connection(error):
-            raise
-        lacks_memory, text = utils.out_of_memory(error), f"{type(error).__name__}: {error}"
-        if not lacks_memory:
-            traceback.print_exc()
-        section.add_absent(section.name, "not enough memory: give --max_images" if lacks_memory else text)
 
 
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,11 +75,7 @@ def metrics(run):
 
 def broken_compiler(function, **_):
     """In the place of torch.compile: the first call fails."""
-
-    def call(*_):
-        raise OSError("no compiler")
-
-    return call
+    return Mock(side_effect=OSError("no compiler"))
 
 
 def equal(one, two):

@@ -368,10 +368,7 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
-    def broken(inputs, section):
-        raise ZeroDivisionError("oh")
-
-    monkeypatch.setattr(classification, "measure", broken)
+    monkeypatch.setattr(classification, "measure", Mock(side_effect=ZeroDivisionError("oh")))
     command = [*SHORT, "--load_ckpt", str(run), "--eval"]
     assert main([*command, "classification,calibration"]) == 0
     assert "classification: absent, ZeroDivisionError: oh" in capsys.readouterr().out
@@ -391,6 +388,17 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     left = json.loads(max(run.glob("eval*/results.json"), key=os.path.getmtime).read_text())["classification"]
     assert (left["results"]["accuracy"]["value"], left["absent"]) == (0.5, {"the rest": "stopped by Ctrl-C"})
     assert "/report.html." in capsys.readouterr().out
+
+
+def test_one_broken_attack_or_set_does_not_stop_the_others(run, quick, monkeypatch):
+    fails, foreign = Mock(side_effect=ZeroDivisionError("oh")), ood.foreign_images
+    monkeypatch.setattr(robustness, "pgd_attack", lambda *given: fails() if given[2] == "Linf" else given[5])
+    monkeypatch.setattr(ood, "foreign_images", lambda name, *a: fails() if name == "interp" else foreign(name, *a))
+    results = new_report(run, *"--eval robustness,ood --ood_datasets interp,noise --attacks pgd,autoattack".split())[0]
+    absent = {name: reason for part in ("robustness", "ood") for name, reason in results[part]["absent"].items()}
+    assert {"PGD, Linf", "interp"} == {name for name, reason in absent.items() if reason == "ZeroDivisionError: oh"}
+    found = results["robustness"]["results"]["accuracy under L2 attack"]["0.5"]
+    assert found.keys() == {"PGD", "AutoAttack"} and results["ood"]["results"]["AUROC"].keys() == {"noise"}
 
 
 def test_images_of_other_classes_are_measured_with_a_warning(run, tmp_path, capsys):

@@ -17,6 +17,7 @@ from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -107,10 +108,7 @@ class TestFullDisk:
         assert_same_run(run, undisturbed)
 
     def test_while_writing_pictures(self, tmp_path, monkeypatch, capsys, undisturbed):
-        def full(path, content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(images, "replace_file", full)
+        monkeypatch.setattr(images, "replace_file", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         status, run = start(tmp_path)
         assert status == 0 and "Warning: sampled_image_00000001.png could not be written: " in capsys.readouterr().err
         assert equal(state(run), state(undisturbed)) and not list(run.glob("samples/*.png"))
@@ -160,12 +158,9 @@ def test_metrics_that_are_removed_begin_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [False, True])
 def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
-    def fail(*_):
-        raise OSError("full")
-
     logger = RunLogger(RunDir.create(str(tmp_path), "energy_train", ""), Config(no_log=True), 0, 10, 0)
     with pytest.raises(OSError, match="full"), logger as record:
-        record.checkpoint(fail, "last.pt", {})
+        record.checkpoint(Mock(side_effect=OSError("full")), "last.pt", {})
         if more:
             wait(record.jobs)
             record.checkpoint(lambda *_: pytest.fail("written after one that failed"), "last.pt", {})
