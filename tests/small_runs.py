@@ -18,11 +18,9 @@ from logger import run_logger
 from logger.metrics_log import read_log
 from sgld import Chain, normal_like
 
-TINY = (  # 13 steps an epoch
-    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --p_x_batch_size 20 --sgld_step 2 "
-    "--buffer_size 200 --n_valid 100 --warmup_steps 2 --precision fp32 --dropout_rate 0.1 --ema 0.9 --lr 1e-3 "
-    "--sample_every 5 --gif_every 1000 --max_steps 34"
-).split()
+DIGITS = "--dataset digits --gpu cpu --depth 10 --width 1 --precision fp32 --warmup_steps 2 --sgld_step 2".split()
+TINY = "--batch_size 100 --p_x_batch_size 20 --buffer_size 200 --n_valid 100 --dropout_rate 0.1 --ema 0.9 --lr 1e-3 "
+TINY = [*DIGITS, *(TINY + "--sample_every 5 --gif_every 1000 --max_steps 34").split()]  # 13 steps an epoch
 HARSH = "--lr 0.1 --optimizer sgd --sgld_step 1 --ema 0 --dropout_rate 0".split()  # under which training diverges
 
 

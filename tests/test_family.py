@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from small_runs import equal, new_run, refused, seeded, signal_at_step, state, trained
+from small_runs import DIGITS, equal, new_run, refused, seeded, signal_at_step, state, trained
 
 import chain_init
 import data
@@ -26,10 +26,7 @@ from logger.run_dir import read_config
 from losses import auroc, joint_loss
 from pgd import adversarial_images, pgd
 
-SMALL = (
-    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --buffer_size 100 --sgld_step 2 --max_steps 12 "
-    "--warmup_steps 2 --precision fp32 --sample_every 100 --no_log"
-).split()
+SMALL = [*DIGITS, *"--batch_size 20 --buffer_size 100 --max_steps 12 --sample_every 100 --no_log".split()]
 start = partial(new_run, SMALL)
 
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
-from small_runs import at_step, equal, metrics, new_run, refused, state
+from small_runs import DIGITS, at_step, equal, metrics, new_run, refused, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import write_pngs
 from test_sample import changed_checkpoint as edited
@@ -33,10 +33,7 @@ from logger.metrics_log import read_log
 from sgld import step_protocol
 from trainer import Trainer
 
-TINY = (
-    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --sgld_step 2 --buffer_size 64 --n_valid 100 "
-    "--warmup_steps 2 --precision fp32"
-).split()
+TINY = [*DIGITS, *"--batch_size 16 --buffer_size 64 --n_valid 100".split()]
 
 SCALARS = "loss/total loss/classification loss/generative log_density/real log_density/sampled accuracy/train lr"
 SCALARS = [*SCALARS.split(), "speed/images_per_second"]

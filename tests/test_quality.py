@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch_fidelity
 from scipy import linalg
-from small_runs import equal, new_run, reference_chain, refused, seeded, state
+from small_runs import DIGITS, equal, new_run, reference_chain, refused, seeded, state
 
 import trainer
 from checkpoints.resume import continued
@@ -184,10 +184,10 @@ def test_images_of_the_buffer_are_taken_at_random_and_without_broken_ones(tmp_pa
     assert set(rows(top)) < set(rows(filtered))
 
 
-TINY = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 100 --p_x_batch_size 50"
-TINY += " --sgld_step 2 --buffer_size 200 --n_valid 100 --precision fp32 --lr 1e-3 --warmup_steps 2 --max_steps 39"
-TINY += " --dropout_rate 0.1 --no_log"
-TINY = TINY.split()  # 13 steps an epoch
+TINY = (
+    "--batch_size 100 --p_x_batch_size 50 --buffer_size 200 --n_valid 100 --lr 1e-3 --max_steps 39 --dropout_rate 0.1"
+)
+TINY = [*DIGITS, *TINY.split(), "--no_log"]  # 13 steps an epoch
 TEST = "--mode test --eval quality --n_samples 30 --n_sample_steps 2 --gpu cpu".split()
 
 

@@ -12,17 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from small_runs import new_run, refused, state
+from small_runs import DIGITS, new_run, refused, state
 from test_data import write_pngs
 
 import main
 from logger import terminal
 
 HERE = Path(main.__file__).parent
-TINY = (
-    "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 16 --buffer_size 64 --sgld_step 2 --max_steps 5 "
-    "--warmup_steps 2 --precision fp32 --no_log"
-).split()
+TINY = [*DIGITS, *"--batch_size 16 --buffer_size 64 --max_steps 5 --no_log".split()]
 
 
 def command(logdir, *options):
