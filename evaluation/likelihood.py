@@ -5,6 +5,7 @@ T far below 1. So bits are measured at T = 1 and at the T that suits images that
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -97,17 +98,16 @@ def add_gaussian(inputs: EvalInputs, section: Section, test: Split, levels: int)
 
 def sandwich(
     inputs: EvalInputs, highest: float, betas: list[float], knots: int, rng: Generator
-) -> dict[str, ais.AISResult]:
+) -> Iterator[tuple[str, ais.AISResult]]:
     """Forward and, with a replay buffer, reverse AIS of exp(highest * log p(x)) along ``betas`` from 0 to 1."""
     chains, base = inputs.cfg.ais_chains, ais.Box(inputs.data.shape)
     path = ais.GeometricPath(lambda x: highest * inputs.model.log_density(x), base, betas)
     step_sizes = ais.tune_step_sizes(path, chains, knots, rng)
-    runs = {"forward": ais.anneal(path, base.sample(chains, rng), step_sizes, rng)}
+    yield "forward", ais.anneal(path, base.sample(chains, rng), step_sizes, rng)
     if inputs.buffer is not None:
         chosen = torch.randperm(len(inputs.buffer), generator=rng, device=inputs.device)[:chains]
         start = ais.burn_in(path, base.from_image(inputs.buffer[chosen]), AIS_BURN_IN, step_sizes[-1], rng)
-        runs["reverse"] = ais.anneal(path, start, step_sizes, rng, sign=-1)
-    return runs
+        yield "reverse", ais.anneal(path, start, step_sizes, rng, sign=-1)
 
 
 def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int, rng: Generator) -> Curves:
@@ -116,7 +116,7 @@ def bits_by_temperature(inputs: EvalInputs, mean_log_density: float, levels: int
     first, bits = LOWEST / HIGHEST, {}  # beta goes from 0 to 1, evenly up to here, and in logarithm from here on
     shares = first * torch.linspace(0, math.log1p(1 / first), n_temperatures + 1, dtype=torch.float64).expm1()
     b = shares[1:]
-    for name, run in sandwich(inputs, HIGHEST, shares.tolist(), 40, rng).items():
+    for name, run in sandwich(inputs, HIGHEST, shares.tolist(), 40, rng):
         log_z = run.log_z() + (1 - b) * dim * math.log(2)  # the path has base^(1 - b) as a factor, which is constant
         bits[name] = ais.bits_per_dim(b * HIGHEST * mean_log_density - log_z, dim, levels).numpy()
     return Curves((b * HIGHEST).numpy(), bits)
@@ -140,13 +140,13 @@ def bits_figure(curves: Curves, levels: int) -> Figure:
 def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor, levels: int, rng: Generator) -> None:
     """Both estimates of log Z of exp(beta * log p(x)), the bits that follow for test images, and the gap."""
     dim, temperatures = math.prod(inputs.data.shape), inputs.cfg.ais_temperatures
-    runs = sandwich(inputs, beta, ais.sigmoid_schedule(temperatures), 20, rng)
-    log_z = {name: run.log_z()[-1].item() for name, run in runs.items()}
+    log_z = {}
     bits_protocol = (
         f"test images dequantised from {levels} grey levels; log Z as above; uniform density: {math.log2(levels):.4g} "
         "bits; the interval covers the choice of test images, not the error of AIS nor the choice of the temperature"
     )
-    for name, run in runs.items():
+    for name, run in sandwich(inputs, beta, ais.sigmoid_schedule(temperatures), 20, rng):
+        log_z[name] = run.log_z()[-1].item()
         row, n = f"1/T = {beta:g}, {name}", run.log_weights.shape[1]
         protocol = f"AIS by HMC from the uniform density on [-1, 1]^{dim}, {temperatures} temperatures; {BOUNDS[name]}"
         section.add("log Z (nats)", log_z[name], n, protocol, at=(row, "log Z"))
@@ -155,7 +155,7 @@ def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor,
         section.add("log Z (nats)", run.acceptance.min(), n, protocol, at=(row, "lowest HMC acceptance"))
         bits = ais.bits_per_dim(beta * on_test - log_z[name], dim, levels)
         section.add_mean("test bits per dimension", bits, bits_protocol, (row, "bits"))
-    if "reverse" not in runs:
+    if "reverse" not in log_z:
         section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
         return
     gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)

@@ -45,7 +45,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
 
 
 def add_set(inputs: EvalInputs, section: Section, name: str, test: Tensor, drawn: dict[str, dict]) -> None:
-    """The set ``name`` against test images (N, C, H, W), whose scores are ``drawn`` already: its own go there, too."""
+    """The set ``name`` against test images (N, C, H, W), whose scores ``drawn`` holds; those of the set are added."""
     shown = printable(name, "utf-8")
     images = distributed.rank0_first(lambda: foreign_images(name, test, inputs))
     if name not in BUILT_IN:

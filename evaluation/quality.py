@@ -64,7 +64,8 @@ def measure(inputs: EvalInputs, section: Section) -> None:
         section.picture(f"samples_{name}", f"Samples: {protocol}", image_grid(images[:100], 10))
     sets["test images"] = ImageSet(inputs.subset(data.test, min(cfg.max_images or 1000, 1000)).images, "test images")
     searched = inputs.subset(data.train, min(cfg.max_images or NEAREST_AMONG, NEAREST_AMONG)).images
-    add_nearest(section, sets, searched, (feature_model or inputs.model).f)
+    backbone = (feature_model or inputs.model).f
+    section.attempt("nearest training images", lambda: add_nearest(section, sets, searched, backbone))
 
 
 def reference(inputs: EvalInputs) -> ImageSet:

@@ -76,20 +76,24 @@ class Section:
         print(printable(f"  {what}: absent, {reason}"), flush=True)
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
-        """Call ``measure``; if it fails, ``what`` is absent, with the reason, and all else is still measured."""
+        """Call ``measure``, in all processes; if it fails, ``what``, or the rest of it, is absent, and no error."""
+        distributed.raise_on_all_ranks(lambda: None)  # what has failed before, in another process, is no fault of this
+        n_before, reason = len(self.measurements()), ""
         try:
             with evaluation_packages():
                 distributed.raise_on_all_ranks(measure)
         except UserError as error:
-            self.add_absent(what, str(error))
+            reason = str(error)
         except Exception as error:
             if distributed.lost_connection(error):
                 raise
+            reason = f"{type(error).__name__}: {error}"
             if out_of_memory(error):
-                self.add_absent(what, "not enough memory: give --max_images")
+                reason = "not enough memory: measure fewer images (--max_images, --attack_images, --n_samples)"
             else:
                 traceback.print_exc()
-                self.add_absent(what, f"{type(error).__name__}: {error}")
+        if reason:
+            self.add_absent(what if len(self.measurements()) == n_before else f"the rest of {what}", reason)
 
     def picture(self, name: str, caption: str, content: Any) -> None:
         """Save a figure of Matplotlib or an array, an RGB picture (H, W, 3) uint8, as ``name``.png; blanks become _."""

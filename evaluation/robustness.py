@@ -181,20 +181,15 @@ class Attacked(NamedTuple):
 
 def measure(inputs: EvalInputs, section: Section) -> None:
     """Robust accuracies, with and without refinement."""
-    if chosen := choose(inputs, section):
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
-            one = AUTOATTACK_EPSILON[norm]
-            tried = {one: EPSILONS[norm][one]} if inputs.cfg.one_epsilon else EPSILONS[norm]
-            for name in chosen:
-                if name == "autoattack":
-                    add = partial(add_autoattack, section, norm, inputs, axes)
-                else:
-                    add = partial(add_pgd, section, norm, tried, name, attacked(inputs, name), axes)
-                section.attempt(f"{TITLES[name]}, {norm}", add)
-            axes.set(xlabel=f"{norm} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
-            axes.grid(alpha=0.3)
-            axes.legend(handles=axes.lines)  # none where attacks failed
+    chosen, figure = choose(inputs, section), Figure(figsize=(9, 4), layout="constrained")
+    for norm, axes in zip(EPSILONS, figure.subplots(1, 2, sharey=True), strict=True):
+        for name in chosen:
+            add = add_autoattack if name == "autoattack" else add_pgd
+            section.attempt(f"{TITLES[name]}, {norm}", partial(add, inputs, section, norm, name, axes))
+        axes.set(xlabel=f"{norm} epsilon ([0, 1] scale)", ylabel="accuracy", ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(handles=axes.lines)  # none where attacks failed
+    if any(axes.lines for axes in figure.axes):
         section.picture("robustness", "Accuracy under attack", figure)
 
 
@@ -237,8 +232,10 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
 
-def add_pgd(section: Section, norm: str, epsilons: dict[str, float], name: str, target: Attacked, axes: Axes) -> None:
+def add_pgd(inputs: EvalInputs, section: Section, norm: str, name: str, axes: Axes) -> None:
     """A column of accuracies: without attack, at each epsilon, and where any image can become plain grey."""
+    target, one, epsilons = attacked(inputs, name), AUTOATTACK_EPSILON[norm], EPSILONS[norm]
+    epsilons = {one: epsilons[one]} if inputs.cfg.one_epsilon else epsilons
     steps, starts = (PGD_STEPS, RESTARTS) if name == "pgd" else (REFINED_PGD_STEPS, 1)
     title, table = TITLES[name], f"accuracy under {norm} attack"
     answers = target.predicted()
@@ -263,8 +260,8 @@ def add_pgd(section: Section, norm: str, epsilons: dict[str, float], name: str, 
         )
 
 
-def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) -> None:
-    target, n_classes = attacked(inputs, "autoattack"), len(inputs.data.class_names)
+def add_autoattack(inputs: EvalInputs, section: Section, norm: str, name: str, axes: Axes) -> None:
+    target, n_classes = attacked(inputs, name), len(inputs.data.class_names)
     label = AUTOATTACK_EPSILON[norm]
     eps = EPSILONS[norm][label]
     attack = autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device)
@@ -272,8 +269,8 @@ def add_autoattack(section: Section, norm: str, inputs: EvalInputs, axes: Axes) 
     def moved(x: Tensor, y: Tensor) -> Tensor:
         return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
-    mask = target.robust(moved, target.predicted() == target.y, f"{norm}, AutoAttack")
+    mask = target.robust(moved, target.predicted() == target.y, f"{norm}, {TITLES[name]}")
     protocol = "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
     protocol += f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
-    section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES["autoattack"]))
-    axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label="AutoAttack")
+    section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES[name]))
+    axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label=TITLES[name])

@@ -4,8 +4,8 @@ import importlib
 import os
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,10 +43,14 @@ def run(checkpoint: Trained) -> int:
     report = Report(directory, {"about": about, "options": options, "environment": utils.environment(device)}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
-        start = time.perf_counter()
+        start, section = time.perf_counter(), report.section(name)
         try:
-            measure(importlib.import_module(f"evaluation.{name}"), inputs, report.section(name))
+            section.attempt(name, partial(measure, inputs, section))
             print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            section.add_absent("the rest", "stopped by Ctrl-C")
+            print(f"\nStopped: what is measured so far will be in {printable(directory / 'report.html')}.")
+            raise
         finally:  # Ctrl-C, too, leaves what is measured
             if distributed.current_world().rank == 0:
                 report.write_files()
@@ -56,18 +60,13 @@ def run(checkpoint: Trained) -> int:
     return 0
 
 
-def measure(metric: ModuleType, inputs: EvalInputs, section: Section) -> None:
-    """Run one metric, unless its module says ``needs_labels = True`` and the model was trained without labels."""
+def measure(inputs: EvalInputs, section: Section) -> None:
+    """Run the metric of a section. UserError if it ``needs_labels``, and the model was trained without."""
     torch.manual_seed(inputs.cfg.seed)  # for libraries that draw from the global generator
+    metric = importlib.import_module(f"evaluation.{section.name}")
     if getattr(metric, "needs_labels", False) and not inputs.classifies:
-        section.add_absent(section.name, "the model was trained without labels")
-        return
-    try:
-        section.attempt(section.name, lambda: metric.measure(inputs, section))
-    except KeyboardInterrupt:
-        section.add_absent("the rest", "stopped by Ctrl-C")
-        print(f"\nStopped: what is measured so far will be in {printable(section.directory / 'report.html')}.")
-        raise
+        raise UserError("the model was trained without labels")
+    metric.measure(inputs, section)
 
 
 def facts(inputs: EvalInputs, trained: Config, path: Path, state: dict[str, Any], same: bool) -> dict[str, str]:

@@ -52,11 +52,11 @@ def run(checkpoint: Trained) -> int:
     if distributed.current_world().rank:
         return 0
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
-    write_pictures(directory.path, name, start, result, recorded_steps(steps), trained.class_names)
     print(summary(start, result, settings))
     directory.write_config(asdict(cfg), utils.environment(trained.device))
     images = to_uint8(result.x)
     write_archive(directory.path / f"{name}.npz", start, result, images, settings)
+    write_pictures(directory.path, name, start, result, recorded_steps(steps), trained.class_names)
     if cfg.save_images:
         for i, image in enumerate(tqdm(images, desc="PNGs", unit="image", leave=False)):
             save_png(directory.path / "samples" / f"{name}_{i:05d}.png", image_grid(image[None], tile=1))

@@ -190,10 +190,7 @@ class TestDivergence:
 
     @pytest.mark.parametrize("step, back_to", [(3, 0), (16, 13)])
     def test_killed_in_the_middle_of_a_recovery(self, step, back_to, tmp_path, monkeypatch):
-        class Killed(BaseException):
-            pass
-
-        original = trainer.Trainer.checkpoint
+        Killed, original = type("Killed", (BaseException,), {}), trainer.Trainer.checkpoint
 
         def killed(self, name):
             if self.recovery.recoveries:

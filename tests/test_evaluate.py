@@ -377,16 +377,14 @@ def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
     monkeypatch.setattr(classification, "measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     assert main([*command, "classification,calibration"]) == 0
     said = capsys.readouterr()
-    assert "classification: absent, not enough memory: give --max_images" in said.out and "Traceback" not in said.err
-
-    def stopped(inputs, section):
-        section.add("accuracy", 0.5, 20, "of what was measured")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(classification, "measure", stopped)
-    assert main([*command, "classification"]) == 130  # Ctrl-C leaves what there is
-    left = json.loads(max(run.glob("eval*/results.json"), key=os.path.getmtime).read_text())["classification"]
-    assert (left["results"]["accuracy"]["value"], left["absent"]) == (0.5, {"the rest": "stopped by Ctrl-C"})
+    assert "classification: absent, not enough memory: measure fewer" in said.out and "Traceback" not in said.err
+    monkeypatch.setitem(sys.modules, "evaluation.calibration", None)  # as one of a user's own that cannot be imported
+    add, stop = lambda section: section.add("accuracy", 0.5, 20, "by hand"), Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(classification, "measure", lambda _, section: [add(section), stop()])
+    assert main([*command, "calibration,classification"]) == 130  # Ctrl-C leaves what there is
+    left = json.loads(max(run.glob("eval*/results.json"), key=os.path.getmtime).read_text())
+    accuracy, absent = left["classification"]["results"]["accuracy"], left["classification"]["absent"]
+    assert (accuracy["value"], absent) == (0.5, {"the rest": "stopped by Ctrl-C"}) and left["calibration"]["absent"]
     assert "/report.html." in capsys.readouterr().out
 
 
@@ -396,7 +394,7 @@ def test_one_broken_attack_or_set_does_not_stop_the_others(run, quick, monkeypat
     monkeypatch.setattr(ood, "foreign_images", lambda name, *a: fails() if name == "interp" else foreign(name, *a))
     results = new_report(run, *"--eval robustness,ood --ood_datasets interp,noise --attacks pgd,autoattack".split())[0]
     absent = {name: reason for part in ("robustness", "ood") for name, reason in results[part]["absent"].items()}
-    assert {"PGD, Linf", "interp"} == {name for name, reason in absent.items() if reason == "ZeroDivisionError: oh"}
+    assert {"the rest of PGD, Linf", "interp"} == {k for k, v in absent.items() if v == "ZeroDivisionError: oh"}
     found = results["robustness"]["results"]["accuracy under L2 attack"]["0.5"]
     assert found.keys() == {"PGD", "AutoAttack"} and results["ood"]["results"]["AUROC"].keys() == {"noise"}
 
@@ -441,7 +439,7 @@ def test_bad_input_is_one_line_and_status_2(run, options, message, capsys):
 
 def test_a_missing_package_is_one_line_for_the_metric_that_needs_it(run, quick, monkeypatch, capsys):
     missing = {  # metric: package, and what is absent
-        "calibration": ("torchmetrics", "calibration"),
+        "calibration": ("torchmetrics", "the rest of calibration"),
         "robustness": ("pyautoattack", "AutoAttack"),
         "quality": ("torch_fidelity", "Fréchet distance in a classifier's features"),
     }
@@ -478,20 +476,14 @@ def test_an_attack_gives_alone_what_it_gives_among_others(run, quick):
 
 @pytest.mark.parametrize("reason", ["another user", "read-only", "full disk"])
 def test_a_run_that_cannot_be_written_gets_its_report_in_a_new_run(reason, run, tmp_path, monkeypatch, capsys):
-    mkdir = Path.mkdir
-
-    def refuse(path, *args, **kwargs):
-        if path.parent == run:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return mkdir(path, *args, **kwargs)
-
     if reason == "another user":
         monkeypatch.setattr("os.geteuid", lambda: run.stat().st_uid + 1)
     elif reason == "read-only":
         access = os.access
         monkeypatch.setattr(os, "access", lambda path, mode: path != run and access(path, mode))
     else:
-        monkeypatch.setattr(Path, "mkdir", refuse)
+        full, mkdir = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), Path.mkdir
+        monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: full() if path.parent == run else mkdir(path, *a, **k))
     before = sorted(run.rglob("*"))
     options = ["--eval", "classification", "--logdir", str(tmp_path / "mine")]
     if reason == "full disk":  # a full disk is no reason for another place

@@ -134,7 +134,7 @@ def test_the_likeliest_temperature_is_found_and_both_bounds_are_right_at_all(bet
 def test_every_number_of_two_estimates(last, crossed, monkeypatch, tmp_path):
     forward = ais.AISResult(torch.tensor([[0.0, 2.0], [3.0, 7.0]]), 1, torch.tensor([0.5, 0.9]))
     reverse = ais.AISResult(torch.tensor([last])[:, [0, 1, 0, 1]], -1, torch.tensor([0.6, 0.8]))
-    monkeypatch.setattr(likelihood, "sandwich", lambda *_: {"forward": forward, "reverse": reverse})
+    monkeypatch.setattr(likelihood, "sandwich", lambda *_: [("forward", forward), ("reverse", reverse)])
     cfg, section = SimpleNamespace(ais_chains=2, ais_temperatures=2), Section("likelihood", tmp_path)
     inputs = SimpleNamespace(data=SimpleNamespace(shape=(1, 2, 2)), cfg=cfg)
     likelihood.add_bits(inputs, section, 2.0, torch.tensor([1.0, 3.0]), 16, seeded())

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import new_run, refused, state
+from small_runs import DIGITS, new_run, refused, state
 from under_torchrun import COMMON, CONFIGS, MEASURE, divided_work, gradient, run_of, shorten_attacks, statistics, train
 
 import data
@@ -30,8 +30,7 @@ from logger.metrics_log import read_log
 from utils import UserError
 
 HERE = Path(__file__).parent
-SMALL = "--dataset digits --gpu cpu --depth 10 --width 1 --batch_size 20 --n_valid 100 --buffer_size 100 --sgld_step 2"
-SMALL = [*SMALL.split(), "--precision", "fp32", "--warmup_steps", "2"]
+SMALL = [*DIGITS, *"--batch_size 20 --n_valid 100 --buffer_size 100".split()]
 
 
 def torchrun(script: Path, *options: str, restarts: int = 0) -> subprocess.Popen:
@@ -159,6 +158,10 @@ class TestTwoProcesses:
         for rank, found in enumerate(ranks["divided"]):
             assert str(found[0]) == str(results) and found[1] == after
             assert found[2:] == [["RuntimeError", "ValueError"][rank], message]
+
+    def test_agree_on_what_is_absent_if_one_of_them_fails_between_two_parts_of_a_metric(self, ranks):
+        failed = ["RuntimeError: a", "ValueError: a"]
+        assert ranks["attempts"] == [[{"metric": reason}, ["0", "1", "2"]] for reason in failed]
 
 
 class TestCommandLine:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -49,8 +50,9 @@ def chain_of(model, steps, sgld_lr, sgld_std, seed=0):
 def column(classifier, norm, x, y, epsilons, batch_size=8):
     """Accuracies in a report: without attack, under PGD of each epsilon, where any image can be grey; and its notes."""
     section, epsilons = Section("robustness", Path()), {str(eps): eps for eps in epsilons}
-    target = Attacked(classifier, x, y, batch_size, seeded())
-    robustness.add_pgd(section, norm, epsilons, "pgd", target, Figure().subplots())
+    target, inputs = Attacked(classifier, x, y, batch_size, seeded()), SimpleNamespace(cfg=Config())
+    with patch.multiple(robustness, EPSILONS={norm: epsilons}, attacked=lambda *_: target):
+        robustness.add_pgd(inputs, section, norm, "pgd", Figure().subplots())
     return [cell["value"] for cell in section.measurements().values()], section.notes
 
 
@@ -146,7 +148,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
     section = Section("robustness", tmp_path)
     monkeypatch.setattr(robustness, "EPSILONS", {norm: {"e": epsilon}})
     monkeypatch.setattr(robustness, "AUTOATTACK_EPSILON", {norm: "e"})
-    robustness.add_autoattack(section, norm, inputs, Figure().subplots())
+    robustness.add_autoattack(inputs, section, norm, "autoattack", Figure().subplots())
     (found,) = section.measurements().values()
     (whole,) = made
     assert (whole.version, whole.apgd_targeted.n_target_classes) == ("standard", 3)

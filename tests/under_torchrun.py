@@ -14,6 +14,7 @@ import main
 import trainer
 from config import Config
 from evaluation import robustness
+from evaluation.report import Section
 
 COMMON = {"dataset": "digits", "gpu": "cpu", "depth": 10, "width": 1, "precision": "fp32", "batch_size": 20}
 COMMON |= {"n_valid": 100, "buffer_size": 60, "sgld_step": 2, "warmup_steps": 0, "max_steps": 50, "lr": 1e-2}
@@ -77,12 +78,28 @@ def divided_work() -> list:
         return [results, torch.rand((), generator=rng), type(error).__name__, str(error)]
 
 
+def attempts() -> list:
+    """What is absent where one process alone fails between two parts of a metric, and what comes of work after it."""
+    section = Section("metric", Path())
+
+    def metric() -> None:
+        if distributed.current_world().rank == 1:
+            raise ValueError("a")
+        section.attempt("part", lambda: None)
+
+    section.attempt("metric", metric)
+    return [section.absent, distributed.sharded_map(range(3), str, "cpu")]
+
+
 def steps(options: list[str]) -> None:
     """Each process writes what its runs did to FOLDER/<rank>.pt."""
     (folder,) = options
     distributed.connect()
     images, world = data.load("digits", n_valid=COMMON["n_valid"]), distributed.current_world()
-    done = {name: train(run_of(name, images, world)) for name in CONFIGS} | {"divided": divided_work()}
+    done = {name: train(run_of(name, images, world)) for name in CONFIGS} | {
+        "divided": divided_work(),
+        "attempts": attempts(),
+    }
     done["refused"] = main.main(["--dataset", "digits", "--gpu", "cpu", "--batch_size", "15", "--logdir", folder])
     torch.save(done, Path(folder) / f"{world.rank}.pt")
     torch.distributed.destroy_process_group()
