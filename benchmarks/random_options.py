@@ -1,6 +1,6 @@
 """Train with random sets of options, to find those with which the program fails or does not resume exactly.
 
-    python benchmarks/random_options.py --runs 100           # a quarter of an hour on one core
+    python benchmarks/random_options.py --runs 100           # some minutes on one core
     python benchmarks/random_options.py --runs 100 --seed 2  # other sets
 
 Each run takes a recipe and up to nine further options, trains on the digits for a few steps, and trains again, stopped
