@@ -4,15 +4,13 @@
     python benchmarks/random_options.py --runs 100 --seed 2  # other sets
 
 Each run takes a recipe and up to nine further options, trains on the digits for a few steps, and trains again, stopped
-by SIGTERM after a random step and resumed: checkpoint, log and pictures have to be equal bit for bit. A set of options
+by SIGTERM after a random step and resumed: checkpoints, log and pictures have to be equal bit for bit. A set of options
 that is refused has to leave no run directory. The script prints every fault with its options, then how many runs ended
 with each exit status; its own is 1 if there was a fault.
 """
 
 import argparse
-import os
 import random
-import signal
 import sys
 import tempfile
 import traceback
@@ -20,18 +18,15 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+import pytest
+from small_runs import assert_same_run, short_epochs, signal_at_step
 
 import main
-import trainer
-from checkpoints.files import load_checkpoint
 from config.recipes import RECIPES
-from logger import run_logger
-from logger.metrics_log import read_log
 
 STEPS = 7
 FIRST = f"--gpu cpu --dataset digits --depth 10 --width 1 --batch_size 20 --buffer_size 60 --max_steps {STEPS}".split()
@@ -43,7 +38,7 @@ AFTER = {  # what a recipe needs to be as short as the others
     "sada-jem": SCHEDULE,
     "dat": SCHEDULE | {"adversarial_steps": "1", "sgld_step_max": "5"},
 }
-VALUES = {  # option: values to choose from
+VALUES = {  # option: values to choose from, with which a run has labels and a best.pt
     "mode": "energy_train baseline_train",
     "norm": "none batch instance layer group",
     "norm_statistics": "batch running",
@@ -74,7 +69,7 @@ VALUES = {  # option: values to choose from
     "class_cond": "True",
     "buffer_size": "40 64 200",
     "p_x_weight": "0 0.3 1",
-    "p_y_x_weight": "0 0.5",
+    "p_y_x_weight": "0.5",
     "p_x_y_weight": "0.3 1",
     "generative": "logistic difference",
     "adversarial_eps": "0.3",
@@ -90,7 +85,7 @@ VALUES = {  # option: values to choose from
     "augment": "auto crop",
     "sigma": "0 0.1",
     "labels_per_class": "2 5",
-    "n_valid": "0 50",
+    "n_valid": "50 100",
     "diverge_threshold": "0.5 1e4",
     "precision": "fp32 bf16",
     "sample_every": "2",
@@ -106,66 +101,29 @@ def options_of(recipe: str, chooser: random.Random) -> list[str]:
     return [*FIRST, "--recipe", recipe, *(word for name, value in chosen.items() for word in (f"--{name}", value))]
 
 
-def call(arguments: list[str], stop_after: int | None = None) -> tuple[int | None, str]:
-    """The exit status of one command line, None for a traceback, and what it wrote to stderr."""
-    step_of_training = trainer.Trainer.training_step
-
-    def step(self: trainer.Trainer) -> torch.Tensor | None:
-        samples = step_of_training(self)
-        if self.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return samples
-
+def call(*arguments: object) -> tuple[int, str]:
+    """The exit status of one command line, and what it wrote to stderr."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
-        with patch.object(trainer.Trainer, "training_step", step):
-            try:
-                return main.main(arguments), errors.getvalue()
-            except Exception:
-                return None, traceback.format_exc()
+        return main.main([*map(str, arguments)]), errors.getvalue()
 
 
-def same(one: object, two: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[name], two[name]) for name in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return repr(one) == repr(two)  # nan is equal to nan
-
-
-def differences(one: Path, two: Path) -> list[str]:
-    """Which parts of two run directories are not the same."""
-    states = [load_checkpoint(run / "ckpt" / "last.pt")["state"] for run in (one, two)]
-    found = [f"{name} in last.pt" for name in states[0] if not same(states[0][name], states[1].get(name))]
-    logs = [read_log(run / "metrics.jsonl") for run in (one, two)]
-    logs = [[{k: v for k, v in line.items() if not k.startswith("speed/")} for line in log] for log in logs]
-    found += [] if same(*logs) else ["metrics.jsonl"]
-    for folder in ("samples", "sgld"):
-        ours, theirs = ({file.name: file.read_bytes() for file in (run / folder).glob("*")} for run in (one, two))
-        found += [] if ours == theirs else [folder]
-    return found
-
-
-def fault(options: list[str], stop_after: int, folder: Path) -> tuple[int | None, str]:
-    """The exit status of a training, and what is wrong with it, or an empty text."""
+def check(options: list[str], stop_after: int, folder: Path) -> int:
+    """The exit status of a training. Raises AssertionError or what the program raised where something is wrong."""
     whole, stopped = folder / "whole", folder / "stopped"
-    status, errors = call([*options, "--logdir", str(whole)])
+    status, _ = call(*options, "--logdir", whole)
     if status == 2:
-        return status, "refused, but left a run directory" if whole.exists() and any(whole.iterdir()) else ""
-    if status == 1:  # it diverged for good, and said so
-        return status, ""
-    if status is None:
-        return status, errors
-    found, errors = call([*options, "--logdir", str(stopped)], stop_after)
-    if found != 143:
-        return status, f"SIGTERM after step {stop_after}: exit status {found}\n{errors}"
+        assert not any(folder.glob("whole/*")), "refused, but left a run directory"
+    if status != 0:  # refused, or diverged for good
+        return status
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at_step(patch, stop_after)
+        found, errors = call(*options, "--logdir", stopped)
+    assert found == 143, errors
     (run,) = stopped.iterdir()
-    found, errors = call(["--resume", str(run)])
-    if found != 0:
-        return status, f"resumed after step {stop_after}: exit status {found}\n{errors}"
-    other = differences(next(whole.iterdir()), run)
-    return status, f"resumed after step {stop_after}, not the same: {', '.join(other)}" if other else ""
+    found, errors = call("--resume", run)
+    assert found == 0, errors
+    assert_same_run(next(whole.iterdir()), run)
+    return status
 
 
 def run_all() -> int:
@@ -174,17 +132,15 @@ def run_all() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the choice (1)")
     args = parser.parse_args()
     chooser, statuses, n_faults = random.Random(args.seed), Counter(), 0
-    trainer.MIN_EPOCH = 1  # short epochs end with an evaluation and a checkpoint, too
-    run_logger.plot_curves = lambda run: None  # two pictures at each of them take longer than all else
-    with tempfile.TemporaryDirectory() as folder:
-        recipes = [name for name in RECIPES if name != "oe-jem"]  # which needs a trained network
+    recipes = [name for name in RECIPES if name != "oe-jem"]  # which needs a trained network
+    with tempfile.TemporaryDirectory() as folder, short_epochs():
         for i in range(args.runs):
-            options = options_of(chooser.choice(recipes), chooser)
-            status, wrong = fault(options, chooser.randint(1, STEPS - 1), Path(folder, str(i)))
-            statuses[status] += 1
-            if wrong:
+            options, stop_after = options_of(chooser.choice(recipes), chooser), chooser.randint(1, STEPS - 1)
+            try:
+                statuses[check(options, stop_after, Path(folder, str(i)))] += 1
+            except Exception:
                 n_faults += 1
-                print(f"{' '.join(options)}\n  {wrong}", flush=True)
+                print(f"{' '.join(options)}\n  stopped after step {stop_after}\n{traceback.format_exc()}", flush=True)
     print(f"{n_faults} faults; exit statuses: {dict(statuses)}")
     return 1 if n_faults else 0
 
