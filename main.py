@@ -17,7 +17,6 @@ if IS_PROGRAM:  # before the seconds in which torch and Matplotlib are imported
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ``main`` is there, Ctrl-C ends it without a traceback
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def train(given: dict[str, Any]) -> int:
         if cfg.load_ckpt:
             trainer.load_weights(*distributed.broadcast_from_rank0(lambda: open_checkpoint(cfg.load_ckpt, asdict(cfg))))
         predict(trainer.model, images.test.images[:2])  # a network of one's own may fail: before anything is written
-        check_room(trainer, Path(cfg.logdir))
+        check_room(trainer)
         directory = distributed.broadcast_from_rank0(lambda: RunDir.create(cfg.logdir, cfg.mode, cfg.note))
         log_position = 0
     else:

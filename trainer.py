@@ -131,7 +131,7 @@ class Trainer:
         written = run if self.world.rank == 0 else None
         if written:
             now = utils.environment(self.device) | how
-            run.write_config(asdict(self.cfg), now, data=self.data.description, environments_before=earlier)
+            run.write_config(self.cfg, now, data=self.data.description, environments_before=earlier)
         self.logger = RunLogger(written, self.cfg, self.step, self.total_steps, log_position)
         with Signals() as signals:
             with self.logger:
@@ -168,7 +168,6 @@ class Trainer:
         while self.step < self.total_steps:
             self.step += 1
             samples = self.training_step()
-            self.logger.advance()
             asked, status = distributed.all_reduce_max(*signals.take())  # one that comes later is for the next step
             log = self.due(LOG_EVERY)
             evaluate = self.due(eval_every)
@@ -196,17 +195,15 @@ class Trainer:
                 found |= self.evaluate()
             if measure:
                 found |= self.measure_quality()
-            if found:
-                self.logger.print_evaluation(self.step, epoch, found)
             if values or found:
-                self.logger.log_values(self.step, values | found | {"epoch": epoch})
+                self.logger.log_values(self.step, values, found, epoch)
             if save:
                 self.checkpoint("last.pt")
             if evaluate:
                 self.logger.draw_curves()
+            self.logger.advance(self.step)
             if status and self.step < self.total_steps:
                 return status
-            self.logger.start_clock(self.step)
         return 0
 
     def grow_chains(self, auroc: float) -> None:

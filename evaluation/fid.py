@@ -23,7 +23,6 @@ CHUNK = 1000  # rows of a matrix of distances, of 50,000 columns
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
 N_SAMPLES, N_REFERENCE = 2000, 10_000  # of --quality_every: unless --n_samples says another number; training images
-EXACT = "donot_use_mm_for_euclid_dist"  # so that an image lies at distance 0 from itself
 
 
 class InceptionSpace:
@@ -111,9 +110,8 @@ def inception_score(logits: Tensor) -> dict[str, float]:
 
 def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,) to each point's nearest reference, and that one's index; (N, ...), (M, ...)."""
-    points, references = points.flatten(1).float(), references.flatten(1).float()
-    found = [torch.cdist(part, references, compute_mode=EXACT).min(1) for part in points.split(CHUNK)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    exact = "donot_use_mm_for_euclid_dist"  # so that an image lies at distance 0 from itself
+    return torch.cdist(points.flatten(1).float(), references.flatten(1).float(), compute_mode=exact).min(1)
 
 
 class SampleQuality:

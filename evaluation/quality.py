@@ -28,12 +28,9 @@ class ImageSet(NamedTuple):
 def most_confident(logits: Tensor, share: float) -> Tensor:
     """Indices of the ``share`` most confident images of each predicted class; logits: (N, K)."""
     confidence, classes = logits.double().softmax(1).max(1)  # in float32 many are exactly 1
-    kept = []
-    for k in classes.unique():
-        members = (classes == k).nonzero().flatten()
-        order = confidence[members].argsort(descending=True, stable=True)
-        kept.append(members[order[: max(1, round(share * len(members)))]])
-    return torch.cat(kept)
+    order = confidence.argsort(descending=True, stable=True)
+    members = [order[classes[order] == k] for k in classes.unique()]
+    return torch.cat([ordered[: max(1, round(share * len(ordered)))] for ordered in members])
 
 
 def measure(inputs: EvalInputs, section: Section) -> None:

@@ -46,26 +46,29 @@ class Section:
     pictures: dict[str, str] = field(default_factory=dict)  # captions, by the file's name without .png
 
     def add(
-        self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: tuple | None = None
+        self, name: str, value: float, n: int, protocol: str, interval: Interval | None = None, at: tuple = ()
     ) -> None:
         """A measurement; ``at`` is its row and column in the table ``name``. One that is not finite is absent."""
         if not math.isfinite(value):
-            self.add_absent(" ".join((name, *(at or ()))), f"the result is {float(value)}")
+            self.add_absent(" ".join((name, *at)), f"the result is {float(value)}")
             return
-        *place, last = (printable(text, "utf-8") for text in (name, *(at or ())))
+        *place, last = (printable(text, "utf-8") for text in (name, *at))
         line = self.results
         for text in place:
             line = line.setdefault(text, {})
         line[last] = {"value": float(value), "interval": interval, "n": n, "protocol": printable(protocol, "utf-8")}
 
-    def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple | None = None) -> None:
+    def add_mean(self, name: str, values: Tensor, protocol: str, at: tuple = ()) -> None:
         """The mean of one value an image, (N,), with its bootstrap interval."""
         values = values.double()
         self.add(name, values.mean().item(), len(values), protocol, bootstrap(Tensor.mean, values), at)
 
-    def add_proportion(self, name: str, true: Tensor, protocol: str, at: tuple | None = None) -> None:
-        """The share of images, bool (N,), with its Wilson interval."""
-        self.add(name, true.double().mean().item(), len(true), protocol, wilson(true), at)
+    def add_proportion(self, name: str, true: Tensor, protocol: str, at: tuple = ()) -> None:
+        """The share of images, bool (N,), with its Wilson interval: 0 of 100 may be 3 %."""
+        from scipy.stats import binomtest  # slow to import
+
+        share = binomtest(int(true.sum()), len(true))
+        self.add(name, share.statistic, share.n, protocol, share.proportion_ci(method="wilson"), at)
 
     def note(self, text: str) -> None:
         self.notes.append(printable(text, "utf-8"))
@@ -78,22 +81,22 @@ class Section:
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
         """Call ``measure``, in all processes; if it fails, ``what``, or the rest of it, is absent, and no error."""
         distributed.raise_on_all_ranks(lambda: None)  # what has failed before, in another process, is no fault of this
-        n_before, reason = len(self.measurements()), ""
+        n_before = len(self.measurements())
         try:
             with evaluation_packages():
                 distributed.raise_on_all_ranks(measure)
+            return
         except UserError as error:
             reason = str(error)
         except Exception as error:
             if distributed.lost_connection(error):
                 raise
-            reason = f"{type(error).__name__}: {error}"
             if out_of_memory(error):
                 reason = "not enough memory: measure fewer images (--max_images, --attack_images, --n_samples)"
             else:
+                reason = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
-        if reason:
-            self.add_absent(what if len(self.measurements()) == n_before else f"the rest of {what}", reason)
+        self.add_absent(what if len(self.measurements()) == n_before else f"the rest of {what}", reason)
 
     def picture(self, name: str, caption: str, content: Any) -> None:
         """Save a figure of Matplotlib or an array, an RGB picture (H, W, 3) uint8, as ``name``.png; blanks become _."""
@@ -122,13 +125,6 @@ def bootstrap(statistic: Callable[..., Any], *groups: Tensor, replicates: int = 
     return tuple(np.quantile(drawn, [0.025, 0.975]).tolist())
 
 
-def wilson(true: Tensor) -> Interval:
-    """95 % interval of the share of images, bool (N,), that are true: 0 of 100 may be 3 %."""
-    from scipy.stats import binomtest  # slow to import
-
-    return tuple(map(float, binomtest(int(true.sum()), len(true)).proportion_ci(method="wilson")))
-
-
 class Report:
     """Facts about an evaluation, and its sections so far, whose pictures lie in ``directory``.
 
@@ -140,9 +136,6 @@ class Report:
         for name, part in header.items():
             self.header[name] = {k: printable(v, "utf-8") if isinstance(v, str) else v for k, v in part.items()}
         self.sections: dict[str, Section] = {}
-
-    def section(self, name: str) -> Section:
-        return self.sections.setdefault(name, Section(name, self.directory))
 
     def write_files(self) -> None:
         """Bring the files up to date; called after each metric, also after one that was stopped."""
@@ -157,7 +150,7 @@ def read_report(place: str) -> Report:
 
     Raises UserError if there is none, or if its results.json cannot be read. A picture that is missing is left out.
     """
-    names = ["", *(glob.glob("eval*", root_dir=place) if os.path.isdir(place) else ())]
+    names = ["", *glob.glob("eval*", root_dir=place)]
     found = [path for path in (Path(place, name, "results.json") for name in names) if os.path.isfile(path)]
     if not found:
         raise UserError(f"--compare {place}: no results.json there or in its folder eval; --mode test writes one")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +25,7 @@ from sgld import LogDensity, chain_options, langevin_step, normal_like, step_pro
 from utils import UserError
 
 needs_labels = True
+Classifier = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to logits (N, K)
 EPSILONS = {  # on the [0, 1] scale, by the label they have in the report
     "Linf": {f"{e}/255": e / 255 for e in (1, 2, 4, 8, 16)},
     "L2": {f"{e:g}": e for e in (0.25, 0.5, 1, 2)},
@@ -37,53 +38,32 @@ TITLES = {"pgd": "PGD", "refined": "PGD through refinement", "refined_straight":
 TITLES |= {"autoattack": "AutoAttack"}
 
 
-class Classifier(nn.Module):
-    """A JEM as attacks want it: images (N, C, H, W) in [0, 1] to logits (N, K)."""
-
-    def __init__(self, model: JEM):
-        super().__init__()
-        self.model = model
-        self.eval()  # a module starts in training mode, and attacks leave the whole of it in the mode they found
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(to_model_scale(x))
-
-
 def to_model_scale(x: Tensor) -> Tensor:
     """[0, 1] to [-1, 1]; gradients arrive contiguous, as attacks that flatten them with view() need."""
     return (2 * x - 1).flatten(1).unflatten(1, x.shape[1:])
 
 
-class RefinedClassifier(Classifier):
-    """Classification after SGLD from the input (JEM, section 5.4), averaged over several chains.
+def refined(x: Tensor, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int) -> Tensor:
+    """Log of the mean probabilities (N, K) of several SGLD chains from images x in [0, 1] (JEM, section 5.4).
 
     ``chain`` is differentiable, with new noise in each call: a gradient attack goes end to end through the refinement,
     in expectation over its noise (Athalye et al., ICML 2018).
     """
-
-    def __init__(self, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int):
-        super().__init__(model)
-        self.chain, self.n_chains = chain, n_chains
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Log of the chains' mean probabilities, (N, K), of images in [0, 1]."""
-        x = self.chain(to_model_scale(x).repeat(self.n_chains, 1, 1, 1))
-        return self.model(x).log_softmax(1).unflatten(0, (self.n_chains, -1)).logsumexp(0) - math.log(self.n_chains)
+    x = chain(to_model_scale(x).repeat(n_chains, 1, 1, 1))
+    return model(x).log_softmax(1).unflatten(0, (n_chains, -1)).logsumexp(0) - math.log(n_chains)
 
 
-class StraightRefinedClassifier(RefinedClassifier):
-    """As JEM's authors attack it: what a chain adds, begun with noise of ``start_std``, counts as a constant."""
+def refined_straight(
+    x: Tensor, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int, start_std: float, rng: Generator
+) -> Tensor:
+    """The chains' mean logits (N, K) of images x in [0, 1], as JEM's authors attack them.
 
-    def __init__(self, model: JEM, chain: Callable, n_chains: int, start_std: float, rng: Generator):
-        super().__init__(model, chain, n_chains)
-        self.start_std, self.rng = start_std, rng
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The chains' mean logits, (N, K), of images in [0, 1]."""
-        x = to_model_scale(x).repeat(self.n_chains, 1, 1, 1)
-        start = x.detach() + self.start_std * normal_like(x, self.rng)
-        refined = x + (self.chain(start) - x).detach()
-        return self.model(refined).unflatten(0, (self.n_chains, -1)).mean(0)  # (chains, N, K) -> (N, K)
+    What a chain adds, begun with noise of ``start_std``, counts as a constant.
+    """
+    x = to_model_scale(x).repeat(n_chains, 1, 1, 1)
+    start = x.detach() + start_std * normal_like(x, rng)
+    moved = x + (chain(start) - x).detach()
+    return model(moved).unflatten(0, (n_chains, -1)).mean(0)  # (chains, N, K) -> (N, K)
 
 
 def differentiable_chain(
@@ -108,7 +88,7 @@ def differentiable_chain(
 
 
 def pgd_attack(
-    classifier: nn.Module, eps: float, norm: str, steps: int, rng: Generator, x: Tensor, y: Tensor
+    classifier: Classifier, eps: float, norm: str, steps: int, rng: Generator, x: Tensor, y: Tensor
 ) -> Tensor:
     """Projected gradient descent (Madry et al., ICLR 2018) from a random start; step size 2.5 eps / steps."""
     radius = 2 * eps  # on the model's scale, which is twice as wide
@@ -117,7 +97,7 @@ def pgd_attack(
     return (moved + 1) / 2
 
 
-def autoattack(classifier: nn.Module, eps: float, norm: str, n_classes: int, seed: int, device: torch.device):
+def autoattack(classifier: Classifier, eps: float, norm: str, n_classes: int, seed: int, device: torch.device):
     """AutoAttack's standard version (Croce & Hein, ICML 2020) as its authors' object, for at least 4 classes.
 
     The targets are the 9 most likely wrong classes, or all of fewer.
@@ -146,12 +126,12 @@ def check_autoattack(n_classes: int, shape: tuple[int, int, int]) -> None:
 class Attacked(NamedTuple):
     """A classifier and the images on which it is attacked."""
 
-    classifier: nn.Module
+    classifier: Classifier
     x: Tensor  # (N, C, H, W) in [0, 1]
     y: Tensor  # (N,)
     batch_size: int
     rng: Generator  # what the classifier and its attacks draw from, if they do
-    protocol: str = ""  # of the classifier
+    protocol: str = "; no noise added"  # of the classifier
 
     @torch.no_grad()
     def predicted(self) -> Tensor:
@@ -216,7 +196,7 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     test = inputs.subset(inputs.data.test, cfg.attack_images or cfg.max_images or ATTACKED_IMAGES)
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     if name in ("pgd", "autoattack"):
-        return Attacked(Classifier(model), test.images.float() / 255, test.labels, batch_size, rng)
+        return Attacked(lambda x: model(to_model_scale(x)), test.images.float() / 255, test.labels, batch_size, rng)
     n_chains = CHAINS if cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test) else 1  # all would be the same
     test = test if cfg.attack_images else test[:REFINED_IMAGES]
     batch_size = max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too
@@ -224,10 +204,11 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     chain = partial(differentiable_chain, model.log_density, generator=rng, **sizes, **chain_options(cfg))
     protocol = f"; classified after {cfg.refine_steps} SGLD steps ({step_protocol(cfg)}), "
     if name == "refined":
-        classifier = RefinedClassifier(model, chain, n_chains)
+        classifier = partial(refined, model=model, chain=chain, n_chains=n_chains)
         protocol += f"probabilities averaged over {n_chains} chains, attacked through these chains"
     else:
-        classifier = StraightRefinedClassifier(model, chain, n_chains, cfg.sigma_test, rng)
+        noise = {"start_std": cfg.sigma_test, "rng": rng}
+        classifier = partial(refined_straight, model=model, chain=chain, n_chains=n_chains, **noise)
         protocol += f"begun with noise of {cfg.sigma_test:g}, logits of {n_chains} chains averaged, attacked past them"
     return Attacked(classifier, test.images.float() / 255, test.labels, batch_size, rng, protocol)
 
@@ -241,7 +222,7 @@ def add_pgd(inputs: EvalInputs, section: Section, norm: str, name: str, axes: Ax
     answers = target.predicted()
     grey = 0.5 if norm == "Linf" else 0.5 * math.sqrt(target.x[0].numel())
     protocol = f"{norm} PGD, {steps} steps of epsilon / {steps / 2.5:g}, starts: {starts}, [0, 1] scale"
-    protocol += f"{target.protocol or '; no noise added'}; an image counts while it has withstood the smaller epsilons "
+    protocol += f"{target.protocol}; an image counts while it has withstood the smaller epsilons "
     protocol += "too; one that has fallen stays fallen, whatever noise is drawn later"
     mask, shares = answers == target.y, []
     for label, eps in {"0": 0.0, **epsilons, f"{grey:.3g} (check)": grey}.items():
@@ -262,15 +243,12 @@ def add_pgd(inputs: EvalInputs, section: Section, norm: str, name: str, axes: Ax
 
 def add_autoattack(inputs: EvalInputs, section: Section, norm: str, name: str, axes: Axes) -> None:
     target, n_classes = attacked(inputs, name), len(inputs.data.class_names)
-    label = AUTOATTACK_EPSILON[norm]
+    label, title = AUTOATTACK_EPSILON[norm], TITLES[name]
     eps = EPSILONS[norm][label]
-    attack = autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device)
-
-    def moved(x: Tensor, y: Tensor) -> Tensor:
-        return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
-
-    mask = target.robust(moved, target.predicted() == target.y, f"{norm}, {TITLES[name]}")
+    run = autoattack(target.classifier, eps, norm, n_classes, inputs.cfg.seed, inputs.device).run_standard_evaluation
+    right = target.predicted() == target.y
+    mask = target.robust(lambda x, y: run(x, y, batch_size=len(x))[0], right, f"{norm}, {title}")
     protocol = "AutoAttack, standard version by its authors (APGD-CE, APGD-T and FAB-T of 100 steps and "
     protocol += f"{min(9, n_classes - 1)} targets, Square of 5,000 queries), [0, 1] scale, no noise added"
-    section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, TITLES[name]))
-    axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label=TITLES[name])
+    section.add_proportion(f"accuracy under {norm} attack", mask, protocol, (label, title))
+    axes.plot(eps, mask.double().mean().item(), "k*", markersize=12, label=title)

@@ -43,7 +43,8 @@ def run(checkpoint: Trained) -> int:
     report = Report(directory, {"about": about, "options": options, "environment": utils.environment(device)}, other)
     for i, name in enumerate(cfg.metrics, 1):
         print(f"{name} ({i} of {len(cfg.metrics)}) ...", flush=True)
-        start, section = time.perf_counter(), report.section(name)
+        start, section = time.perf_counter(), Section(name, directory)
+        report.sections[name] = section
         try:
             section.attempt(name, partial(measure, inputs, section))
             print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -4,7 +4,6 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def run(checkpoint: Trained) -> int:
         return 0
     name = "inpaint" if cfg.inpaint else "denoise" if cfg.denoise else "samples"
     print(summary(start, result, settings))
-    directory.write_config(asdict(cfg), utils.environment(trained.device))
+    directory.write_config(cfg, utils.environment(trained.device))
     images = to_uint8(result.x)
     write_archive(directory.path / f"{name}.npz", start, result, images, settings)
     write_pictures(directory.path, name, start, result, recorded_steps(steps), trained.class_names)

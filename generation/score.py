@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ def run(checkpoint: Trained) -> int:
     directory = RunDir.create(cfg.logdir, cfg.mode, cfg.note)
     replace_file(directory.path / "scores.csv", table(names, classes, logits, low).encode())
     save_png(directory.path / "scores.png", contact_sheet(images, logits, classes))
-    directory.write_config(asdict(cfg), utils.environment(trained.device), low_log_density=low)
+    directory.write_config(cfg, utils.environment(trained.device), low_log_density=low)
     print(f"{summary}\nLook at {printable(directory.path / 'scores.csv')} and scores.png.")
     return 0
 

@@ -72,8 +72,9 @@ def check_memory(trainer) -> None:
         raise UserError(f"{found}: end other programs, or give a smaller --image_size, --buffer_size or --width")
 
 
-def check_room(trainer, logdir: Path) -> None:
-    """Raise UserError if the disk of ``logdir``, or of the folder in which it is to be made, is too small for a run."""
+def check_room(trainer) -> None:
+    """Raise UserError if the disk of ``--logdir``, or of the folder where it is to be made, is too small for a run."""
+    logdir = Path(trainer.cfg.logdir)
     there = next(folder for folder in (logdir, *logdir.parents) if os.path.isdir(folder))
     needed, free = room(trainer)["disk"], shutil.disk_usage(there).free
     if needed > free:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class RunDir:
                     unfinished.unlink()
         self.lock.release()
 
-    def write_config(self, options: dict[str, Any], environment: dict[str, Any], **further: Any) -> None:
-        content = json.dumps({"options": options, "environment": environment, **further}, indent=2) + "\n"
+    def write_config(self, cfg: Any, environment: dict[str, Any], **further: Any) -> None:
+        content = json.dumps({"options": asdict(cfg), "environment": environment, **further}, indent=2) + "\n"
         replace_file(self.path / "config.json", content.encode())
 
 

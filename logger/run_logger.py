@@ -67,18 +67,15 @@ class RunLogger:
             self.jobs.popleft().result()
         self.jobs.append(self.writer.submit(job, *args))
 
-    def advance(self) -> None:
-        """One step is done."""
+    def advance(self, step: int) -> None:
+        """A step is done. The first one's time is compilation and warm-up, and does not count for the speed."""
         if self.run is not None:
             self.bar.update()
-
-    def start_clock(self, step: int) -> None:
-        """Measure the speed from here on: the first step's time is compilation and warm-up, and does not count."""
-        self.clock = self.clock or (time.perf_counter(), step)
+            self.clock = self.clock or (time.perf_counter(), step)
 
     def take_speed(self, step: int) -> float:
         """Images a second since the last call; NaN before the clock runs. Says once how long the rest will take."""
-        if self.run is None or self.clock is None:
+        if self.clock is None:
             return math.nan
         (since, first), self.clock = self.clock, (time.perf_counter(), step)
         speed = (step - first) * self.cfg.batch_size / (self.clock[0] - since)
@@ -89,21 +86,18 @@ class RunLogger:
             self.bar.write(f"The remaining {remaining} steps will take about {duration} (hours:minutes:seconds).")
         return round(speed, 1)
 
-    def log_values(self, step: int, values: dict[str, float | list[int]]) -> None:
-        """Measurements into the log, numbers and lists of how often each of K classes occurred; some behind the bar."""
+    def log_values(self, step: int, values: dict[str, Any], found: dict[str, float], epoch: float) -> None:
+        """Measurements into the log, numbers or how often each of K classes occurred; ``found`` is printed, too."""
         if self.run is not None:
-            self.log.values(step, values)
+            if found:
+                printed = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+                self.bar.write(f"step {step}, epoch {epoch:.4g}: {printed}")
+            self.log.values(step, values | found | {"epoch": epoch})
             if shown := {name: values[key] for name, key in BESIDE_BAR.items() if key in values}:
                 self.bar.set_postfix(shown, refresh=False)
             if warning := self.balance.add(step, values):
                 self.bar.write(f"Warning: step {step}: {warning}.")
                 self.log.event(step, "warning", warning)
-
-    def print_evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Print what an evaluation has found."""
-        if self.run is not None:
-            found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.bar.write(f"step {step}, epoch {epoch:.4g}: {found}")
 
     def log_recovery(self, step: int, back_to: int, change: str) -> None:
         """Training diverged at ``step`` and goes on after ``back_to``, with a change that is told in words."""

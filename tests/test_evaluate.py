@@ -28,7 +28,7 @@ from evaluation import classification, likelihood, ood, robustness
 from evaluation.calibration import calibration_errors, fit_temperature, reliability_panel
 from evaluation.inputs import EvalInputs
 from evaluation.ood import converted, foreign_images
-from evaluation.report import Section, bootstrap, read_report, value_and_interval, wilson
+from evaluation.report import Section, bootstrap, read_report, value_and_interval
 from losses import auroc
 from main import main
 from models import build_model
@@ -65,8 +65,10 @@ def test_images_are_moved_up_log_p_x_within_their_ball(inputs):
 
 
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.037), (100, 0.963, 1), (50, 0.404, 0.596)])
-def test_a_share_has_a_wilson_interval(right, low, high):
-    assert wilson(torch.arange(100) < right) == pytest.approx((low, high), abs=5e-4)
+def test_a_share_has_a_wilson_interval(right, low, high, tmp_path):
+    section = Section("one", tmp_path)
+    section.add_proportion("share", torch.arange(100) < right, "")
+    assert section.results["share"]["interval"] == pytest.approx((low, high), abs=5e-4)
 
 
 def test_calibration_errors_by_hand():

@@ -15,7 +15,7 @@ import test_evaluate
 from PIL import Image
 from test_evaluate import SHORT, new_report
 
-from evaluation.report import Report, read_report
+from evaluation.report import Report, Section, read_report
 from main import main
 
 run = test_evaluate.run  # the fixture
@@ -110,7 +110,7 @@ def test_both_forms_say_the_same(evaluated):
 def test_nothing_is_taken_for_html(tmp_path):
     nasty = "<img src=x onerror=alert(1)> </script> \" ' & &lt; | {{ 7 * 7 }} \udce9"
     report = Report(tmp_path, {"about": {"data set": nasty}, "options": {}, "environment": {}})
-    section = report.section("classification")
+    section = report.sections["classification"] = Section("classification", tmp_path)
     section.add(nasty, 1, 1, nasty)
     section.add(nasty + " table", 2, 2, nasty, at=(nasty, nasty))
     section.note(f"**{nasty}** is marked")

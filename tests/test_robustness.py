@@ -17,7 +17,7 @@ from data import load
 from evaluation import robustness
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import Attacked, Classifier, RefinedClassifier, differentiable_chain, pgd_attack
+from evaluation.robustness import Attacked, differentiable_chain, pgd_attack, refined, refined_straight, to_model_scale
 from models import build_model
 from pgd import random_offset
 from sgld import normal_like
@@ -27,6 +27,10 @@ from utils import UserError
 def two_classes(score):
     """A classifier by the sign of a score of each image."""
     return lambda x: torch.stack([score(x), -score(x)], 1)
+
+
+def plain(model):
+    return lambda x: model(to_model_scale(x))
 
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
@@ -71,7 +75,7 @@ def images():
 
 @pytest.mark.parametrize(("norm", "epsilons"), [("Linf", [1e-4, 0.1, 0.5]), ("L2", [1e-3, 2.0, 7.0])])
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
-    classifier = Classifier(model)
+    classifier = plain(model)
     labels = classifier(images).argmax(1)
     shares, _ = column(classifier, norm, images, labels, epsilons, batch_size=3)
     assert shares[0] == 1 > shares[-1] and shares == sorted(shares, reverse=True)
@@ -87,8 +91,8 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
 @pytest.mark.parametrize("model", [{"norm": "batch"}, {"dropout_rate": 0.5}], ids=["batch", "dropout"], indirect=True)
 def test_attacks_leave_the_model_as_it_was(model, wrapper, images):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    refined = RefinedClassifier(model, chain_of(model, 1, 1e-6, 0.0), n_chains=1)
-    classifier = {"plain": Classifier(model), "refined": refined}[wrapper]
+    after_chains = partial(refined, model=model, chain=chain_of(model, 1, 1e-6, 0.0), n_chains=1)
+    classifier = {"plain": plain(model), "refined": after_chains}[wrapper]
     labels = model(2 * images - 1).argmax(1)
     attack = partial(pgd_attack, classifier, 1e-7, "Linf", 1, seeded())
     kept = Attacked(classifier, images, labels, 8, seeded()).robust(attack, torch.ones(8) > 0)
@@ -139,7 +143,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
         return whole
 
     monkeypatch.setattr(robustness, "autoattack", shortened)
-    classifier = Classifier(model)
+    classifier = plain(model)
     labels = classifier(images).argmax(1)
     target = Attacked(classifier, images, labels, 8, seeded())
     monkeypatch.setattr(robustness, "attacked", lambda *_, **__: target)
@@ -181,18 +185,16 @@ def test_the_gradient_goes_through_the_whole_chain():
 
 
 def test_refinement_averages_the_probabilities_of_its_chains(model, images):
-    refined = RefinedClassifier(model, chain_of(model, 2, 1.0, 0.3, seed=7), n_chains=3)
     with torch.no_grad():
-        found = refined(images)
+        found = refined(images, model, chain_of(model, 2, 1.0, 0.3, seed=7), n_chains=3)
     ends = reference_chain(model.log_density, (2 * images - 1).repeat(3, 1, 1, 1), 2, 1.0, 0.3, seeded(7)).x
     torch.testing.assert_close(found.exp(), sum(model(part).softmax(1) for part in ends.chunk(3)) / 3)
 
 
 def test_refinement_is_attacked_straight_as_if_its_chains_added_a_constant(model, images):
     """The gradient by finite differences of the classifier alone, at the chains' ends; the logits are averaged."""
-    refined = robustness.StraightRefinedClassifier(model, chain_of(model, 2, 1.0, 0.3, seed=7), 3, 0.2, seeded(8))
     x = images.clone().requires_grad_()
-    found = refined(x)
+    found = refined_straight(x, model, chain_of(model, 2, 1.0, 0.3, seed=7), 3, 0.2, seeded(8))
     start = (2 * images - 1).repeat(3, 1, 1, 1)
     start = start + 0.2 * normal_like(start, seeded(8))
     ends = reference_chain(model.log_density, start, 2, 1.0, 0.3, seeded(7)).x
@@ -223,11 +225,11 @@ def test_options_reach_the_attacks():
     refined, straight = (robustness.attacked(inputs, name) for name in ("refined", "refined_straight"))
     assert "gradient clamped to 0.5, images clamped to [-1, 1]" in refined.protocol
     chain = {"grad_clamp": 0.5, "clamp": True, "steps": 4, "sgld_lr": 0.5, "sgld_std": 0.2}
-    assert chain.items() <= refined.classifier.chain.keywords.items()
-    assert straight.classifier.n_chains == refined.classifier.n_chains == 5
+    assert chain.items() <= refined.classifier.keywords["chain"].keywords.items()
+    assert straight.classifier.keywords["n_chains"] == refined.classifier.keywords["n_chains"] == 5
     quiet = replace(inputs, cfg=replace(usual, sgld_std=0.0))  # all chains would be the same
-    assert robustness.attacked(quiet, "refined").classifier.n_chains == 1
-    assert straight.classifier.start_std == 0.2 and "begun with noise of 0.2" in straight.protocol
+    assert robustness.attacked(quiet, "refined").classifier.keywords["n_chains"] == 1
+    assert straight.classifier.keywords["start_std"] == 0.2 and "begun with noise of 0.2" in straight.protocol
     x = robustness.attacked(inputs, "pgd").x
     assert len(x) == len(refined.x) == 30 and (x.min(), x.max()) == (0, 1)
     assert robustness.EPSILONS["Linf"]["8/255"] == 8 / 255

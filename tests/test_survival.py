@@ -172,7 +172,7 @@ def test_a_process_that_does_not_write_has_the_same_methods(capsys):
         record.save_gif(1, torch.zeros(2, 3, 3, 8, 8), 10)
         record.checkpoint(pytest.fail, "last.pt", {})
         record.log_recovery(10, 5, "new randomness")
-        record.log_values(10, {})
+        record.log_values(10, {}, {}, 0.0)
         record.end(10, 0)
     assert math.isnan(record.take_speed(10)) and capsys.readouterr() == ("", "")
 
