@@ -36,29 +36,28 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     inside = scores(inputs.model, inputs.with_noise(test.images))
     if not inputs.classifies:
         del inside["max softmax"], inside["max logit"]
-    drawn = {score: {"test images": values} for score, values in inside.items()}
+    drawn = {score: [("test images", values)] for score, values in inside.items()}  # a set can have this name, too
     for name in set_names(inputs.cfg):
-        section.attempt(printable(name, "utf-8"), partial(add_set, inputs, section, name, test.images, drawn))
+        section.attempt(name, partial(add_set, inputs, section, name, test.images, drawn))
     for score, sets in drawn.items():
         file_name = re.sub(r"\W+", "_", f"ood {score}").strip("_")
         section.picture(file_name, f"{score} of test images against other images", histograms(sets, score))
 
 
-def add_set(inputs: EvalInputs, section: Section, name: str, test: Tensor, drawn: dict[str, dict]) -> None:
-    """The set ``name`` against test images (N, C, H, W), whose scores ``drawn`` holds; those of the set are added."""
-    shown = printable(name, "utf-8")
+def add_set(inputs: EvalInputs, section: Section, name: str, test: Tensor, drawn: dict[str, list]) -> None:
+    """The set ``name`` against test images (N, C, H, W), the first in ``drawn``; the scores of the set are added."""
     images = distributed.rank0_first(lambda: foreign_images(name, test, inputs))
     if name not in BUILT_IN:
-        check_not_test_images(shown, images, inputs.data.test.images, section)
+        check_not_test_images(name, images, inputs.data.test.images, section)
     outside = scores(inputs.model, inputs.with_noise(images))
     for score, sets in drawn.items():
-        add_detection(section, (shown, score), sets["test images"], outside[score], inputs.noise_protocol)
-        sets[shown] = outside[score]
+        add_detection(section, (name, score), sets[0][1], outside[score], inputs.noise_protocol)
+        sets.append((name, outside[score]))
     moved = moved_towards_data(inputs.model, images[:MOVED])
-    area = auroc(drawn["log p(x)"]["test images"], log_density(predict(inputs.model, moved)))
+    area = auroc(drawn["log p(x)"][0][1], log_density(predict(inputs.model, moved)))
     protocol = f"{len(test)} test images, {inputs.noise_protocol}, against {len(moved)} others, each moved up "
     protocol += f"log p(x) by at most L2 1 ([0, 1] scale), {MOVE_STEPS} steps of projected gradient ascent"
-    section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(shown, "log p(x)"))
+    section.add("AUROC, worst case", area, len(test) + len(moved), protocol, at=(name, "log p(x)"))
 
 
 def add_detection(section: Section, at: tuple[str, str], inside: Tensor, outside: Tensor, noise: str) -> None:
@@ -174,9 +173,9 @@ def moved_towards_data(model: JEM, images: Tensor) -> Tensor:
     return torch.cat(distributed.sharded_map(batches, climb, images.device))
 
 
-def histograms(scores: dict[str, Tensor], label: str) -> Figure:
+def histograms(scores: list[tuple[str, Tensor]], label: str) -> Figure:
     """Shares of the images at each score; the first set is filled and, with its width on both sides, sets the range."""
-    names, sets = list(scores), [values.double().cpu().numpy() for values in scores.values()]
+    sets = [values.double().cpu().numpy() for _, values in scores]
     low, high = np.quantile(sets[0], [0.005, 0.995])
     everything = np.concatenate(sets)
     low, high = max(everything.min(), 2 * low - high), min(everything.max(), 2 * high - low)
@@ -189,5 +188,5 @@ def histograms(scores: dict[str, Tensor], label: str) -> Figure:
     axes.set(xlabel=f"{label} (the end bins hold all that lies beyond)", ylabel="share of images (log)")
     axes.set(yscale="log", ylim=(5e-4, 1.5))
     for text in axes.legend().get_texts():  # given as labels, names that begin with "_" would be left out
-        text.set(text=names[int(text.get_text())], parse_math=False)
+        text.set(text=printable(scores[int(text.get_text())][0], "utf-8"), parse_math=False)
     return figure

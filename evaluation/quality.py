@@ -81,7 +81,7 @@ def sample_sets(inputs: EvalInputs, section: Section, n: int) -> dict[str, Image
         for name in ("fresh, class-conditional", *FILTERED):
             section.add_absent(name, "the model was trained without labels")
     if inputs.buffer is None:
-        reason = "the checkpoint has none: only last.pt of --mode energy_train does, so name the run"
+        reason = "the checkpoint has none, or no finite one: last.pt of --mode energy_train has one, so name the run"
         section.add_absent("samples of the replay buffer", reason)
         return sets
     rng = Generator().manual_seed(inputs.cfg.seed)

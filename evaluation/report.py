@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, TemplateError
 from markupsafe import Markup
 from torch import Tensor
 
@@ -162,8 +162,8 @@ def read_report(place: str) -> Report:
             section = report.sections[name] = Section(name, path.parent, **content[name])
             shown = section.pictures.items()
             section.pictures = {p: text for p, text in shown if os.access(path.with_name(f"{p}.png"), os.R_OK)}
-        render(report, "report.html")  # here what cannot be shown is one line
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        render(report, "report.html").encode()  # here what cannot be shown is one line
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, TemplateError):
         raise UserError(f"--compare {path} is broken, or not from --mode test: measure that run again") from None
     return report
 
@@ -178,7 +178,7 @@ def render(report: Report, name: str, **options: Any) -> str:
     """The file ``name`` of a report, from its template."""
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
-    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique)}
+    env.globals |= {f.__name__: f for f in (facts, changed_options, runs_of, protocols, tables, unique, printable)}
     env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     return env.get_template(f"{name}.jinja").render(report=report)
 

@@ -43,6 +43,11 @@ def to_model_scale(x: Tensor) -> Tensor:
     return (2 * x - 1).flatten(1).unflatten(1, x.shape[1:])
 
 
+def direct(x: Tensor, model: JEM) -> Tensor:
+    """Logits (N, K) of images x in [0, 1]."""
+    return model(to_model_scale(x))
+
+
 def refined(x: Tensor, model: JEM, chain: Callable[[Tensor], Tensor], n_chains: int) -> Tensor:
     """Log of the mean probabilities (N, K) of several SGLD chains from images x in [0, 1] (JEM, section 5.4).
 
@@ -196,7 +201,7 @@ def attacked(inputs: EvalInputs, name: str) -> Attacked:
     test = inputs.subset(inputs.data.test, cfg.attack_images or cfg.max_images or ATTACKED_IMAGES)
     batch_size = images_per_batch(GRADIENT_BATCH, inputs.data.shape)
     if name in ("pgd", "autoattack"):
-        return Attacked(lambda x: model(to_model_scale(x)), test.images.float() / 255, test.labels, batch_size, rng)
+        return Attacked(partial(direct, model=model), test.images.float() / 255, test.labels, batch_size, rng)
     n_chains = CHAINS if cfg.sgld_std or (name == "refined_straight" and cfg.sigma_test) else 1  # all would be the same
     test = test if cfg.attack_images else test[:REFINED_IMAGES]
     batch_size = max(1, batch_size // (4 * n_chains))  # a step's graph takes memory, too

@@ -32,7 +32,8 @@ def run(checkpoint: Trained) -> int:
         importlib.import_module("evaluation.ood").set_names(cfg)  # what it refuses, before all else is measured
     tested, state = TrainedRun(checkpoint), content["state"]
     device, images, trained = tested.device, tested.images, tested.trained_with
-    buffer = finite_images(state["buffer"]["images"]).to(device) if "buffer" in state else None
+    held = finite_images(state["buffer"]["images"]) if "buffer" in state else ()
+    buffer = held.to(device) if len(held) else None
     features = load_feature_model(cfg.feature_ckpt, cfg.dataset, images, device) if "quality" in cfg.metrics else None
     shown = replace(images, class_names=tuple(printable(name, "utf-8") for name in images.class_names))
     inputs = EvalInputs(cfg, tested.model, shown, buffer, features, device, tested.classifies, tested.chains)

@@ -62,7 +62,7 @@ class TrainedRun:
 
     def log_density(self, images: Tensor, y: Classes | Tensor = None) -> Tensor:
         """Unnormalised log p(x), or log p(x, y) of a class y, or one each; float32 (N,), in nats, without gradients."""
-        logits = self.logits(images)
+        logits = predict(self.model, self.checked(images)).cpu()
         if y is None:
             return log_density(logits)
         classes = torch.tensor(self.classes(y))

@@ -122,8 +122,8 @@ class Balance:
     """Whether chains keep up with the loss, by ``sgld/auroc`` in a run's log; lines before a resume are read again."""
 
     def __init__(self, lines: list[dict[str, Any]]):
-        self.balanced_at = self.warned_at = 0  # steps
-        self.warning = ""  # the last one
+        self.balanced_at = 0  # step
+        self.warning = ""  # that is due since then
         for line in lines:
             self.add(line["step"], line)
 
@@ -133,9 +133,9 @@ class Balance:
         if auroc is None:
             return ""
         if 1 - TOLD_APART <= auroc <= TOLD_APART:
-            self.balanced_at = step
-        if step - self.balanced_at < PATIENCE or self.warned_at > self.balanced_at:
+            self.balanced_at, self.warning = step, ""
+        if step - self.balanced_at < PATIENCE or self.warning:
             return ""
-        self.warned_at, why = step, BEHIND if auroc > 0.5 else AHEAD
+        why = BEHIND if auroc > 0.5 else AHEAD
         self.warning = f"log p(x) tells samples from real images (AUROC {auroc:.2f}, {PATIENCE} steps): {why} may help"
         return self.warning

@@ -249,6 +249,7 @@ PLAIN = "--batch_size 32 --warmup_steps 10 --ema 0 --dropout_rate 0 --sample_eve
         ([0.96] * 25, [100], "chains do not reach"),
         ([0.04] * 10, [100], "chains climb faster"),
         ([0.5, 0.5] + [0.96] * 9 + [0.94] + [0.96] * 9, [], ""),
+        ([0.96] * 12 + [0.94], [100], ""),  # which is over at the end
         ([0.96, 0.02] * 5 + [0.5] + [1.0] * 12, [100, 210], "chains do not reach"),
         ([None] * 20, [], ""),  # not finite, or without samples
     ],
@@ -261,7 +262,7 @@ def test_it_is_due_after_a_hundred_steps_and_once_for_each_time(auroc, warned, w
             if balance.add(line["step"], line):
                 said.append(line["step"])
         assert said == [step for step in warned if step > 10 * cut]
-        assert words in balance.warning and bool(balance.warning) == bool(warned)
+        assert words in balance.warning and bool(balance.warning) == bool(words)
 
 
 def test_a_run_out_of_balance_says_so_also_when_it_is_resumed(tmp_path, monkeypatch, capsys):

@@ -157,9 +157,6 @@ def test_predict_takes_uint8_and_float_and_accuracy_counts(model, inputs, monkey
 
 
 def test_built_in_sets(inputs):
-    def cut(images):
-        return [part for image in images for row in image.split(4, 1) for part in row.split(4, 2)]
-
     test = inputs.data.test.images[:40]
     sets = {name: foreign_images(name, test, inputs) for name in ood.BUILT_IN}
     assert all(images.shape == test.shape and images.dtype == torch.uint8 for images in sets.values())
@@ -173,7 +170,8 @@ def test_built_in_sets(inputs):
     assert all(tuple(image.flatten().tolist()) in means for image in sets["interp"])
     assert 100 < sets["noise"].float().mean() < 155
     assert torch.equal(sets["inverted"].int() + test.int(), torch.full_like(test, 255).int())
-    quarters = [sorted(bytes(q.numpy()) for q in cut(images)) for images in (sets["patches"], test)]
+    halves = [[half for image in images for half in image.split(4, 1)] for images in (sets["patches"], test)]
+    quarters = [sorted(bytes(q.numpy()) for row in part for q in row.split(4, 2)) for part in halves]
     assert quarters[0] == quarters[1] and not torch.equal(sets["patches"], test)
     weights = torch.exp(-torch.arange(-4, 5).square() / (2 * 2.0**2))
     padded = F.pad(test.float(), (4, 4, 4, 4), mode="reflect")
@@ -349,24 +347,27 @@ def test_the_whole_command_and_its_report_read_back(run, quick, tmp_path, capsys
 
 
 def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own_run(run, tmp_path, monkeypatch):
-    lone = tmp_path / "model.pt"
-    lone.write_bytes((run / "ckpt" / "best.pt").read_bytes())
+    torch.save(torch.load(run / "ckpt" / "best.pt"), tmp_path / "model.pt")
+    content = torch.load(run / "ckpt" / "last.pt")
+    content["state"]["buffer"]["images"].fill_(torch.nan)
+    torch.save(content, tmp_path / "nan.pt")
     before = {path: path.read_bytes() for path in run.rglob("eval/*")}
     short = [*SHORT, "--eval", "classification", "--load_ckpt"]
     assert main([*short, str(run)]) == 0 and main([*short, str(run / "ckpt" / "last.pt")]) == 0
     monkeypatch.chdir(tmp_path)
     for options, place in (["--note", "own"], "runs/*_test_own"), (["--logdir", "other"], "other/*_test"):
         assert main([*short, str(run), *options]) == 0 and len(list(tmp_path.glob(f"{place}/eval/report.md"))) == 1
-    further = "--note lone --eval classification,quality,likelihood --ais_chains 2 --ais_temperatures 2".split()
-    assert main([*short, str(lone), "--logdir", str(tmp_path / "new"), *further]) == 0
+    further = "--eval classification,quality,likelihood --ais_chains 2 --ais_temperatures 2".split()
+    for name in ("model", "nan"):
+        logdir = tmp_path / name
+        results, _ = new_report(f"{logdir}.pt", *further, "--logdir", str(logdir), logdir=logdir)
+        assert results["classification"]["results"]["accuracy"]["n"] == 20
+        assert "samples of the replay buffer" in results["quality"]["absent"]
+        both = {"likelihood at another temperature", "reverse estimate, 1/T = 1"}
+        assert both <= results["likelihood"]["absent"].keys()
     assert before == {path: path.read_bytes() for path in before}
     reports = sorted(path.parent.name for path in run.glob("eval*/report.md"))
     assert len(reports) >= 2 and f"eval-{len(reports)}" in reports
-    (found,) = (tmp_path / "new").glob("*_test_lone/eval/results.json")
-    results = json.loads(found.read_text())
-    assert results["classification"]["results"]["accuracy"]["n"] == 20
-    assert "samples of the replay buffer" in results["quality"]["absent"]
-    assert {"likelihood at another temperature", "reverse estimate, 1/T = 1"} <= results["likelihood"]["absent"].keys()
 
 
 def test_one_broken_metric_does_not_stop_the_others(run, monkeypatch, capsys):
@@ -541,18 +542,20 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
     assert len(foreign_images("~/cats", inputs.data.test.images, inputs)) == 5
 
 
-def test_test_images_are_no_other_images(inputs, tmp_path, capsys):
-    test = inputs.data.test.images
-    (tmp_path / "some").mkdir()
+def test_test_images_are_no_other_images(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test, folder = inputs.data.test.images, Path("test images")  # a name that the report has for something else
+    folder.mkdir()
     for i in range(20):
         pixels = test[i, 0].numpy() if i < 4 else np.full((8, 8), i, "u1")
-        Image.fromarray(pixels).save(tmp_path / "some" / f"{i:02d}.png")
-    small = replace(inputs, cfg=replace(inputs.cfg, ood_datasets=f"digits,{tmp_path / 'some'}"))
-    section = Section("ood", tmp_path)
-    ood.measure(small, section)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    alone, section = Section("ood", tmp_path), Section("ood", tmp_path)
+    for part, sets in ((alone, "noise"), (section, f"digits,{folder},noise")):
+        ood.measure(replace(inputs, cfg=replace(inputs.cfg, ood_datasets=sets)), part)
+    assert section.results["AUROC"]["noise"] == alone.results["AUROC"]["noise"]
     assert section.absent == {"digits": "40 of its 40 images are test images: it is not out of distribution"}
     (note,) = section.notes
-    assert "some**: 4 of its 20 images are test images" in note
+    assert f"{folder}**: 4 of its 20 images are test images" in note
 
 
 def test_names_that_are_no_utf8_or_look_like_mathematics(run, tmp_path, monkeypatch, capsys):

@@ -184,12 +184,16 @@ def test_numbers_on_other_images_are_all_marked(evaluated, tmp_path):
     both = [(section, report.other.sections[name]) for name, section in report.sections.items()]
     n = sum(len(one.measurements().keys() & other.measurements().keys()) for one, other in both)
     assert text.count("≠") == 1 + n and re.search(r"\| 360, digest \w{32} \| other ones", text)
+    report.other.directory, report.other.sections = Path("o\udcff"), {}
+    assert "The other report, o\\udcff, has no results" in files_of(report)[1]
 
 
 NUMBER = {"value": "one", "interval": None, "n": 2, "protocol": "p"}
 SECTION = {"results": {"a": NUMBER}, "notes": [], "absent": {}, "pictures": {}}
 WRONG_NUMBER = {"about": {}, "options": {}, "environment": {}, "classification": SECTION}
-BROKEN = {"torn": "{", "deep": "[" * 100_000, "list": "[]", "number": json.dumps(WRONG_NUMBER)}
+ABSENT = [WRONG_NUMBER | {"classification": SECTION | {"results": {}, "absent": x}} for x in ([], {"x": "\udce9"})]
+BROKEN = {"torn": "{", "deep": "[" * 100_000, "list": "[]"}
+BROKEN |= {name: json.dumps(x) for name, x in zip(("number", "absent", "text"), (WRONG_NUMBER, *ABSENT), strict=True)}
 
 
 @pytest.mark.parametrize("place", ["nowhere", "", "x" * 300, "empty", *BROKEN])

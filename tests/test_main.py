@@ -276,15 +276,12 @@ def test_help_is_grouped_and_has_every_option(capsys):
 
 
 def test_switches_and_numbers_as_other_programs_write_them():
-    def parsed(line):
-        return parse(line.split(), Config)
-
     for line in ("--sgld_clamp", "--sgld_clamp=True", "--sgld_clamp true", "--no_sgld_clamp=0", "--sgld_clamp=1"):
-        assert parsed(line) == {"sgld_clamp": True}
+        assert parse(line.split(), Config) == {"sgld_clamp": True}
     for line in ("--no_sgld_clamp", "--sgld_clamp=False", "--no_sgld_clamp 1", "--sgld_clamp --sgld_clamp 0"):
-        assert parsed(line) == {"sgld_clamp": False}
-    assert parsed("--no_log --width 2.0 -l 1e-3") == {"no_log": True, "width": 2, "lr": 1e-3}
-    assert parsed("--max_steps off --sgld_grad_clamp off") == {"max_steps": None, "sgld_grad_clamp": None}
+        assert parse(line.split(), Config) == {"sgld_clamp": False}
+    assert parse("--no_log --width 2.0 -l 1e-3".split(), Config) == {"no_log": True, "width": 2, "lr": 1e-3}
+    assert parse("--max_steps off --sgld_grad_clamp off".split(), Config) == dict(max_steps=None, sgld_grad_clamp=None)
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path, capsys):

@@ -17,7 +17,7 @@ from data import load
 from evaluation import robustness
 from evaluation.inputs import EvalInputs
 from evaluation.report import Section
-from evaluation.robustness import Attacked, differentiable_chain, pgd_attack, refined, refined_straight, to_model_scale
+from evaluation.robustness import Attacked, differentiable_chain, direct, pgd_attack, refined, refined_straight
 from models import build_model
 from pgd import random_offset
 from sgld import normal_like
@@ -27,10 +27,6 @@ from utils import UserError
 def two_classes(score):
     """A classifier by the sign of a score of each image."""
     return lambda x: torch.stack([score(x), -score(x)], 1)
-
-
-def plain(model):
-    return lambda x: model(to_model_scale(x))
 
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
@@ -75,7 +71,7 @@ def images():
 
 @pytest.mark.parametrize(("norm", "epsilons"), [("Linf", [1e-4, 0.1, 0.5]), ("L2", [1e-3, 2.0, 7.0])])
 def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, epsilons):
-    classifier = plain(model)
+    classifier = partial(direct, model=model)
     labels = classifier(images).argmax(1)
     shares, _ = column(classifier, norm, images, labels, epsilons, batch_size=3)
     assert shares[0] == 1 > shares[-1] and shares == sorted(shares, reverse=True)
@@ -92,7 +88,7 @@ def test_attacks_lower_the_accuracy_and_stay_in_their_ball(model, images, norm, 
 def test_attacks_leave_the_model_as_it_was(model, wrapper, images):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     after_chains = partial(refined, model=model, chain=chain_of(model, 1, 1e-6, 0.0), n_chains=1)
-    classifier = {"plain": plain(model), "refined": after_chains}[wrapper]
+    classifier = {"plain": partial(direct, model=model), "refined": after_chains}[wrapper]
     labels = model(2 * images - 1).argmax(1)
     attack = partial(pgd_attack, classifier, 1e-7, "Linf", 1, seeded())
     kept = Attacked(classifier, images, labels, 8, seeded()).robust(attack, torch.ones(8) > 0)
@@ -143,7 +139,7 @@ def test_autoattack_is_the_standard_version_of_its_package(norm, epsilon, model,
         return whole
 
     monkeypatch.setattr(robustness, "autoattack", shortened)
-    classifier = plain(model)
+    classifier = partial(direct, model=model)
     labels = classifier(images).argmax(1)
     target = Attacked(classifier, images, labels, 8, seeded())
     monkeypatch.setattr(robustness, "attacked", lambda *_, **__: target)

@@ -80,10 +80,7 @@ def test_a_class_gaussian_knows_no_label_that_the_training_does_not():
 
 
 def test_several_starts_have_their_shares():
-    def constant(value):
-        return lambda classes, rng: torch.full((len(classes), 1, 2, 2), value)
-
-    inits = [constant(value) for value in (0.1, 0.2, 0.3)]
+    inits = [lambda classes, rng, value=v: torch.full((len(classes), 1, 2, 2), value) for v in (0.1, 0.2, 0.3)]
     assert Config(start="smooth:3, uniform").start_shares == {"smooth": 0.75, "uniform": 0.25}
     x = chain_init.mixture_init(inits, [0.5, 0.3, 0.2], [0] * 20_000, generator())
     assert (x == x[:, :, :1, :1]).all()  # an image is of one kind
