@@ -63,7 +63,7 @@ class Config(Options):
 
     @property
     def fresh_steps(self) -> int:
-        """SGLD steps of a sample's chain: those given, or else of twenty training chains (why: docs/results.md)."""
+        """SGLD steps of a sample's chain: those given, or else of twenty training chains (why: docs/experiments.md)."""
         default = max(min(20 * self.sgld_step, 200), self.sgld_step, self.sgld_step_max or 0)
         return default if self.n_sample_steps is None else self.n_sample_steps
 
