@@ -64,7 +64,7 @@ def measure(inputs: EvalInputs, section: Section) -> None:
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # TF32 is too rough
         add_bits(inputs, section, 1.0, log_p(test), levels, rng)
         if not len(others) or inputs.buffer is None:
-            reason = "it needs a replay buffer" if len(others) else "there are no other images to choose it on"
+            reason = "it needs images of a buffer" if len(others) else "there are no other images to choose it on"
             section.add_absent("likelihood at another temperature", reason)
             return
         others = inputs.subset(others)
@@ -156,7 +156,7 @@ def add_bits(inputs: EvalInputs, section: Section, beta: float, on_test: Tensor,
         bits = ais.bits_per_dim(beta * on_test - log_z[name], dim, levels)
         section.add_mean("test bits per dimension", bits, bits_protocol, (row, "bits"))
     if "reverse" not in log_z:
-        section.add_absent(f"reverse estimate, 1/T = {beta:g}", "the checkpoint has no replay buffer to start from")
+        section.add_absent(f"reverse estimate, 1/T = {beta:g}", "no finite image of a replay buffer to start from")
         return
     gap = (log_z["reverse"] - log_z["forward"]) / dim / math.log(2)
     protocol = f"reverse minus forward estimate of log Z, in bits per dimension; {temperatures} temperatures"

@@ -85,7 +85,7 @@ def set_names(cfg: Config) -> list[str]:
         return [*BUILT_IN, *{"cifar10": ["digits", "svhn", "cifar100"], "digits": []}.get(cfg.dataset, ["digits"])]
     if os.path.isdir(os.path.expanduser(cfg.ood_datasets)):  # its name may hold a comma
         return [cfg.ood_datasets]
-    names = [name.strip() for name in cfg.ood_datasets.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in cfg.ood_datasets.split(",")))  # each once
     for name in names:
         if name not in (*BUILT_IN, *NAMED) and not os.path.isdir(os.path.expanduser(name)):
             raise UserError(f"--ood_datasets: {name!r} is neither a folder nor one of {', '.join((*BUILT_IN, *NAMED))}")

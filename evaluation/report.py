@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, TemplateError
+from jinja2 import Environment, FileSystemLoader, UndefinedError
 from markupsafe import Markup
 from torch import Tensor
 
@@ -163,7 +163,7 @@ def read_report(place: str) -> Report:
             shown = section.pictures.items()
             section.pictures = {p: text for p, text in shown if os.access(path.with_name(f"{p}.png"), os.R_OK)}
         render(report, "report.html").encode()  # here what cannot be shown is one line
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, TemplateError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UndefinedError):
         raise UserError(f"--compare {path} is broken, or not from --mode test: measure that run again") from None
     return report
 

@@ -532,7 +532,7 @@ def test_a_folder_may_hold_commas_and_start_with_a_tilde(inputs, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     write_pngs(tmp_path, "cats", "cats, dogs", n=5)
     names = {name: [name] for name in (f"{tmp_path}/cats, dogs", "~/cats, dogs")}
-    names["noise, ~/cats"] = ["noise", "~/cats"]
+    names["noise, ~/cats,noise"] = ["noise", "~/cats"]  # each once
     usual = ["interp", "noise", "constant", "shuffled", "patches", "blurred", "inverted"]
     others = {"digits": [], "cifar10": ["digits", "svhn", "cifar100"], "mnist": ["digits"]}
     for dataset, more in others.items():
