@@ -5,7 +5,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: train test eval demo clean
 
-train: .venv/train  ## a JEM on the 8x8 digits, in a minute or two on two CPU cores
+train: .venv/train  ## a JEM on the 8x8 digits, in one to three minutes on two CPU cores
 	$(BIN)/python benchmarks/reproduce.py digits
 
 test: .venv/dev  ## ruff and the tests

@@ -68,8 +68,8 @@ SHORT = (  # what two CPU cores measure in a few minutes
     "--refine_steps 3 --n_samples 100 --ais_chains 50 --ais_temperatures 200"
 )
 SHORT_TIMES = (
-    "Shortened: one and a half to five minutes on two CPU cores, of which robustness one or two, quality one (with "
-    "Inception's weights), likelihood half a minute, the others seconds."
+    "Shortened: one and a half to six minutes on two CPU cores, of which robustness one to three, quality one (with "
+    "Inception's weights), likelihood half a minute to two, the others seconds."
 )
 TEST = dict.fromkeys(("digits_jem", "digits_baseline"), SHORT) | {"digits": f"{SHORT} --n_sample_steps 25"}
 

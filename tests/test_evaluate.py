@@ -363,8 +363,7 @@ def test_a_second_evaluation_leaves_the_first_alone_and_a_lone_file_gets_its_own
         results, _ = new_report(f"{logdir}.pt", *further, "--logdir", str(logdir), logdir=logdir)
         assert results["classification"]["results"]["accuracy"]["n"] == 20
         assert "samples of the replay buffer" in results["quality"]["absent"]
-        both = {"likelihood at another temperature", "reverse estimate, 1/T = 1"}
-        assert both <= results["likelihood"]["absent"].keys()
+        assert {"likelihood at another temperature", "reverse estimate, 1/T = 1"} <= {*results["likelihood"]["absent"]}
     assert before == {path: path.read_bytes() for path in before}
     reports = sorted(path.parent.name for path in run.glob("eval*/report.md"))
     assert len(reports) >= 2 and f"eval-{len(reports)}" in reports

@@ -104,7 +104,8 @@ def test_other_images_are_refused(run_dir):
     with pytest.raises(UserError, match="takes float images in .-1, 1., not torch.uint8"):
         run.model(DIGITS.test.images)
     with pytest.warns(UserWarning, match=r"in \[0, 1\]") as warned:
-        run.logits(DIGITS.test.images / 255), run.log_density(DIGITS.test.images / 255)
+        run.logits(DIGITS.test.images / 255)
+        run.log_density(DIGITS.test.images / 255)
     assert [warning.filename for warning in warned] == [__file__] * 2  # each names the caller's line
     images = DIGITS.test.images[:2]
     for y in (10, 1.7, "three", ["1", "11"], True, [], [[1]], [np.array([1, 2])]):

@@ -203,8 +203,7 @@ class TestCommandLine:
     def test_signals_to_one_process_are_for_all(self, tmp_path):
         options = [*SMALL, "--batch_size", "2", "--max_steps", "100000", "--logdir", str(tmp_path / "runs")]
         process = torchrun(HERE.parent / "main.py", *options)
-        logs = "runs/*/metrics.jsonl"
-        wait_for(lambda: any(path.read_text().count("\n") > 1 for path in tmp_path.glob(logs)), process)
+        wait_for(lambda: any(path.read_text().count("\n") > 1 for path in tmp_path.rglob("metrics.jsonl")), process)
         (checkpoint,) = tmp_path.glob("runs/*/ckpt/last.pt")
         first = load_checkpoint(checkpoint)["state"]["step"]
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -168,7 +168,8 @@ def test_what_the_second_thread_could_not_write_is_raised_here(more, tmp_path):
 
 def test_a_process_that_does_not_write_has_the_same_methods(capsys):
     with RunLogger(None, Config(no_log=True), 0, 10, 0) as record:
-        record.advance(1), record.save_samples(1, torch.zeros(2, 3, 8, 8))
+        record.advance(1)
+        record.save_samples(1, torch.zeros(2, 3, 8, 8))
         record.save_gif(1, torch.zeros(2, 3, 3, 8, 8), 10)
         record.checkpoint(pytest.fail, "last.pt", {})
         record.log_recovery(10, 5, "new randomness")
