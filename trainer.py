@@ -151,7 +151,7 @@ class Trainer:
         batch, _ = self.draw_step_batch(chain_length=1)  # a chain compiles itself
         if self.compiles:
             try:  # without joint_forward, in which processes would wait for each other
-                logits = self.one_process_forward(batch.x, batch.x_real, batch.samples, batch.outliers)
+                logits = self.one_process_forward(batch)
                 sum(part.sum() for part in logits if part is not None).backward()
             except Exception as error:  # the compiler's exceptions share no public base class
                 self.forward.give_up(type(error).__name__)
@@ -286,7 +286,7 @@ class Trainer:
 
     def loss_and_gradient(self, batch: StepBatch, update_statistics: bool = True) -> dict[str, Tensor]:
         """Leaves the loss's gradient in the parameters' ``grad``; returns the loss and its parts."""
-        logits = self.joint_forward(batch.x, batch.x_real, batch.samples, batch.outliers, update_statistics)
+        logits = self.joint_forward(batch, update_statistics)
         classes = {"y_sampled": batch.y_sampled, "class_weights": self.class_weights, "y_real": batch.y_real}
         others = {"energy_l2": self.recovery.remedies["energy_l2"], "mean_over_processes": distributed.all_reduce_mean}
         loss, parts = joint_loss(self.cfg, logits, batch.y, **classes, **others)

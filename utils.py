@@ -68,10 +68,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            cpuinfo = Path("/proc/cpuinfo")  # of Linux
-            flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-            avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-            fast = avx512 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+            avx512, cpu = torch.backends.cpu.get_cpu_capability() == "AVX512", torch.cpu.get_capabilities()
+            fast = avx512 and (cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False))
         precision = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 

@@ -91,21 +91,15 @@ class JointForward(nn.Module):
         self.dropouts += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.dropout > 0]
         self.norm_statistics = norm_statistics if batch_norms(model) else "none"
 
-    def forward(
-        self,
-        x: Tensor,
-        x_real: Tensor | None,
-        samples: Tensor | None,
-        outliers: Tensor | None = None,
-        update_statistics: bool = True,
-    ) -> Logits:
-        """Logits of labelled images, other real ones, samples and outliers, if there are any, (N, C, H, W) each.
+    def forward(self, batch: StepBatch, update_statistics: bool = True) -> Logits:
+        """Logits of all images of the batch.
 
         Where batch normalisation uses a batch's own statistics, that batch goes through the network separately. With
         ``update_statistics`` its running statistics follow such batches of real images; but where log p(x) is on
         running statistics, these stay what they were for the chains: see ``Trainer.draw_step_batch``. Dropout acts on
         labelled images only: chains are without, and log p(x) must be one function.
         """
+        x, x_real, samples, outliers = batch.x, batch.x_real, batch.samples, batch.outliers
         if self.norm_statistics == "batch":
             with running_stats_update(self.model, enabled=update_statistics):
                 labelled = self.logits(x)

@@ -1,7 +1,6 @@
 """A network's outputs for many images, batch by batch. Training, evaluation and sampling all predict with this."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,16 +17,16 @@ def images_per_batch(n: int, shape: tuple[int, int, int]) -> int:
     return max(1, n * 1024 // math.prod(shape[1:]))
 
 
-def evaluation_mode(network: Callable) -> AbstractContextManager:
-    """A module with all its parts is in evaluation mode meanwhile; afterwards each part is in the mode it was in."""
-    return attribute_set(network.modules() if isinstance(network, nn.Module) else (), "training", False)
+def evaluation_mode(network: nn.Module) -> AbstractContextManager:
+    """The network with all its parts is in evaluation mode meanwhile; afterwards each part is in the mode it was in."""
+    return attribute_set(network.modules(), "training", False)
 
 
 @torch.no_grad()
-def predict(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def predict(network: nn.Module, images: Tensor) -> Tensor:
     """Outputs (N, ...) of images (N, C, H, W), uint8 or float in [-1, 1]; of a JEM, its logits float32 (N, K).
 
-    A module is in evaluation mode meanwhile. All processes must predict together.
+    It is in evaluation mode meanwhile. All processes must predict together.
     """
     with evaluation_mode(network):
         batches = images.split(images_per_batch(500, images.shape[1:]))

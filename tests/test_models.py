@@ -12,7 +12,7 @@ import torch
 from torch.autograd import gradcheck
 
 from losses import joint_loss
-from models import JointForward, Logits, build_model, copy_weights, frozen_sampler_model
+from models import JointForward, Logits, StepBatch, build_model, copy_weights, frozen_sampler_model
 from models.predict import images_per_batch, predict
 from utils import UserError
 
@@ -82,12 +82,15 @@ def test_norms_make_what_they_say_have_mean_0_and_variance_1(norm):
 def test_all_images_of_a_step_in_one_call(norm):
     model = tiny(norm=norm).train()
     forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6, 7)]
-    together = forward(*batches)
+    x, x_real, samples, outliers = batches
+    y = torch.zeros(4, dtype=torch.int64)
+    together = forward(StepBatch(x, y, x_real, samples, outliers=outliers))
     for logits, batch in zip(together, batches, strict=True):
         torch.testing.assert_close(logits, model.logits(batch))
-    plain = forward(batches[0], None, batches[2])
+    plain = forward(StepBatch(x, y, None, samples))
     assert plain.real is plain.labelled and len(plain.sampled) == 6 and plain.outliers is None
-    assert forward(batches[0], None, None).sampled is None and len(forward(*batches[:2], None).real) == 5
+    assert forward(StepBatch(x, y, None, None)).sampled is None
+    assert len(forward(StepBatch(x, y, x_real, None)).real) == 5
 
 
 @pytest.mark.parametrize("statistics", ["running", "frozen"])
@@ -103,7 +106,7 @@ def test_log_density_of_one_image_in_training(statistics):
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     forward = JointForward(model, model.logits, statistics)
     for second in (x_real, None):
-        out = forward(x, second, samples)
+        out = forward(StepBatch(x, torch.zeros(4, dtype=torch.int64), second, samples))
         torch.testing.assert_close(out.real, alone(x if second is None else x_real))
         torch.testing.assert_close(out.sampled, alone(samples))
         torch.testing.assert_close(out.labelled, by_batch if statistics == "running" else alone(x))
