@@ -102,7 +102,11 @@ def grey_or_rgb(images: Tensor, channels: int) -> Tensor:
 
 def read_test_part(root: Path, image_size: int | None) -> Tensor:
     """The images of the test part below ``root``, or all if it has no parts, as ``read_unlabelled`` reads them."""
-    return read_unlabelled(root / _find_parts(root, _list(root, "")).get("test", ""), image_size)
+    paths, test = _list(root, ""), None
+    with suppress(UserError):  # images that lie in another way than labels need are images all the same
+        test = _find_parts(root, paths).get("test")
+    files = [os.path.join(root, *path) for path in paths if test in (None, path[0])]
+    return _read_files(root / (test or ""), files, image_size)[0]
 
 
 def note(*lines: str) -> None:

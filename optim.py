@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from data import to_float
-from models.batch_norm import attribute_set, other_buffers
-from models.predict import images_per_batch
+from models.batch_norm import attribute_set, batch_norms, other_buffers
+from models.predict import evaluation_mode, images_per_batch
 
 REFIT_IMAGES = 5000  # enough for means and variances of channels
 
@@ -84,17 +83,17 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
+@torch.no_grad()
 def recalibrate_batch_norm(model: nn.Module, images: Tensor, least: int) -> None:
     """Give a model's batch normalisation the statistics that images uint8 (N, C, H, W) have under its own weights.
 
-    A no-op without batch normalisation. Batches have 500 images of 32x32 pixels, as many pixels of larger ones, but at
-    least about ``least`` images. Neither the model's mode nor any random generator changes.
+    Batches have 500 images of 32x32 pixels, as many pixels of larger ones, but at least about ``least`` images. All
+    other layers are in evaluation mode.
     """
-    device = next(model.parameters()).device
-    dropouts = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]  # off, as in evaluation
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), attribute_set(dropouts, "p", 0.0):
-        torch.manual_seed(0)  # for a network of one's own that draws
-        images = images[:REFIT_IMAGES].to(device)
-        n_batches = math.ceil(len(images) / max(least, images_per_batch(500, images.shape[1:])))
-        batches = images.tensor_split(n_batches)  # equally large: each has the same part in the average
-        torch.optim.swa_utils.update_bn(map(to_float, batches), model)
+    layers, images = batch_norms(model), images[:REFIT_IMAGES].to(next(model.parameters()).device)
+    n_batches = math.ceil(len(images) / max(least, images_per_batch(500, images.shape[1:])))
+    with evaluation_mode(model), attribute_set(layers, "training", True), attribute_set(layers, "momentum", None):
+        for layer in layers:
+            layer.reset_running_stats()
+        for batch in images.tensor_split(n_batches):  # equally large: each has the same part in the average
+            model(to_float(batch))

@@ -27,7 +27,7 @@ PROGRAMS = {
     "jem": ("JEM", FAMILY),
     "jem++": ("JEM++ (its --model yopo)", FAMILY),
     "sada-jem": ("SADA-JEM or M-JEM", FAMILY | {"stages": (3, 4)}),
-    "robust": ("DAT, whose images are in [0, 1]", FAMILY | ROBUST),
+    "robust": ("DAT (images in [0, 1])", FAMILY | ROBUST),
 }
 
 

@@ -76,7 +76,7 @@ def convert(path: Path, raw: Any, given: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {"step": None, "model": fitted(path, weights, options)}
     if find_weights(raw.get("ema_state_dict")):
         state["ema"] = state["model"]
-    sides = {"mnist": 28, "fashion_mnist": 28}
+    sides = {"mnist": 28, "fashion_mnist": 28, "digits": 8}
     side = given.get("image_size") or sides.get(options["dataset"], 32 if options["stages"] == 3 else 64)
     buffer = raw.get("replay_buffer")
     if isinstance(buffer, Tensor) and buffer.ndim == 4 and buffer.shape[1] == channels:

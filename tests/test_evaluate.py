@@ -97,6 +97,7 @@ def test_named_sets_are_not_downloaded_into_a_folder_of_images(model, monkeypatc
         cfg = Config(mode="test", dataset="folder", data_dir=place, max_images=40)
         with pytest.raises(UserError, match="would be downloaded into your images"):
             foreign_images("mnist", inputs.data.test.images[:20], replace(inputs, cfg=cfg))
+        assert foreign_images("digits", inputs.data.test.images[:20], replace(inputs, cfg=cfg)).shape == (20, 1, 8, 8)
 
 
 @pytest.mark.parametrize("true_temperature", [0.4, 3.0])

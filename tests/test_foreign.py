@@ -183,7 +183,8 @@ def test_second_names(tmp_path):
 def test_the_activation_of_a_plain_classifier_is_assumed(tmp_path, capsys):
     w = weights_of("batch", extra=False, channels=1)
     plain = {n.removeprefix("f.").replace("class_output", "linear"): v for n, v in w.items() if "energy" not in n}
-    assert opened(tmp_path, plain)[1]["config"]["activation"] == "relu"
+    content = opened(tmp_path, plain, dataset="digits")[1]
+    assert content["config"]["activation"] == "relu" and content["data"]["shape"] == [1, 8, 8]
     assert "--activation assumed" in capsys.readouterr().err
     common = f"--dataset digits --gpu cpu --depth 10 --width 1 --norm batch --load_ckpt {tmp_path / 'theirs.pt'}"
     assert main([*common.split(), "--logdir", str(tmp_path)]) == 2
@@ -430,7 +431,7 @@ def test_names_shapes_and_logits_are_those_of_the_program(tmp_path, capsys, prog
         (ROBUST, "for DAT"),
         ({"separate_energy": True}, "for JEM; whose scripts need options or changes for such a network: see"),
         ({"shape": (1, 8, 8)}, "for JEM; whose scripts"),
-        (ROBUST | {"activation": "silu"}, "are in [0, 1]; whose scripts"),
+        (ROBUST | {"activation": "silu"}, "for DAT (images in [0, 1]); whose scripts"),
     ],
 )
 def test_the_line_says_which_program_and_whether_it_builds_such_a_network(tmp_path, capsys, options, chosen):

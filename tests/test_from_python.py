@@ -29,6 +29,7 @@ from checkpoints.other_programs import CIFAR10
 from evaluation.robustness import differentiable_chain
 from generation import load_run
 from logger.images import to_uint8
+from optim import recalibrate_batch_norm
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,9 @@ def test_attention_has_one_function_in_chains_and_loss_and_can_be_attacked_throu
     torch.testing.assert_close(scored, run.sampler_model.log_density(batch.samples).mean())
     differentiable_chain(run.model.eval().log_density, x, 2, 1.0, 0.0, torch.Generator()).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()
+    images, attentive = DIGITS.train.images[:99], Attentive((1, 8, 8), width=1, depth=1, norm_statistics="batch")
+    recalibrate_batch_norm(normed := nn.Sequential(attentive, nn.BatchNorm1d(4)), images, 99)
+    torch.testing.assert_close(normed[1].running_var, attentive.eval()(data.to_float(images)).var(0))
 
 
 def python(*options, **environment):

@@ -436,6 +436,10 @@ def test_unlabelled_folders_are_read_whole(tmp_path, capsys, decoded):
     assert capsys.readouterr().out == "data: left out: files that are no images: 1 (e.g. list.txt)\n"
     decoded.clear()
     assert torch.equal(image_folder.read_unlabelled(tmp_path, None), images) and not decoded
+    write_files(tmp_path / "styles", {f"{name}/Thumbs.db": b"" for name in ("photo", "sketch")})
+    styles = write_pngs(tmp_path / "styles", *(f"{style}/{animal}" for style in ("photo", "sketch") for animal in "ab"))
+    assert len(image_folder.read_test_part(styles, None)) == 4 * len(list((styles / "photo" / "a").iterdir()))
+    assert capsys.readouterr().out.count("Thumbs.db") == 1
     with pytest.raises(UserError, match="holds no images"):
         image_folder.read_unlabelled(write_files(tmp_path / "none", {"a.txt": b"text"}), None)
 
