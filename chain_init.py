@@ -25,7 +25,7 @@ Gaussian = tuple[Tensor, Tensor, float]  # mean (D,), factor (R, D) and noise; s
 
 
 class StoredStarts(NamedTuple):
-    """What a file that ships has in the place of training images: their shape, and Gaussians fitted to them by name."""
+    """What an included file has in the place of training images: their shape, and Gaussians fitted to them by name."""
 
     shape: Shape
     gaussians: dict[str, list[Gaussian]]
