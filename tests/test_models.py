@@ -83,14 +83,12 @@ def test_all_images_of_a_step_in_one_call(norm):
     model = tiny(norm=norm).train()
     forward, batches = JointForward(model, model.logits), [torch.rand(n, 1, 8, 8) for n in (4, 5, 6, 7)]
     x, x_real, samples, outliers = batches
-    y = torch.zeros(4, dtype=torch.int64)
-    together = forward(StepBatch(x, y, x_real, samples, outliers=outliers))
-    for logits, batch in zip(together, batches, strict=True):
+    for logits, batch in zip(forward(StepBatch(x, None, x_real, samples, outliers=outliers)), batches, strict=True):
         torch.testing.assert_close(logits, model.logits(batch))
-    plain = forward(StepBatch(x, y, None, samples))
+    plain = forward(StepBatch(x, None, None, samples))
     assert plain.real is plain.labelled and len(plain.sampled) == 6 and plain.outliers is None
-    assert forward(StepBatch(x, y, None, None)).sampled is None
-    assert len(forward(StepBatch(x, y, x_real, None)).real) == 5
+    assert forward(StepBatch(x, None, None, None)).sampled is None
+    assert len(forward(StepBatch(x, None, x_real, None)).real) == 5
 
 
 @pytest.mark.parametrize("statistics", ["running", "frozen"])
@@ -106,7 +104,7 @@ def test_log_density_of_one_image_in_training(statistics):
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     forward = JointForward(model, model.logits, statistics)
     for second in (x_real, None):
-        out = forward(StepBatch(x, torch.zeros(4, dtype=torch.int64), second, samples))
+        out = forward(StepBatch(x, None, second, samples))
         torch.testing.assert_close(out.real, alone(x if second is None else x_real))
         torch.testing.assert_close(out.sampled, alone(samples))
         torch.testing.assert_close(out.labelled, by_batch if statistics == "running" else alone(x))
