@@ -258,6 +258,7 @@ def test_a_network_of_ones_own_may_have_idle_parts_and_dropout(monkeypatch):
     batch = run.draw_step_batch(1)[0]._replace(samples=samples)
     scored = run.loss_and_gradient(batch)["log_density/sampled"]  # without dropout
     torch.testing.assert_close(scored, run.sampler_model.log_density(samples).mean())
+    assert batch.x_real is batch.x  # log p(x) learns without dropout, in a pass of its own
 
 
 class Attentive(Small):

@@ -353,6 +353,9 @@ def test_pixel_limit_and_unsupported_formats_are_reasons_of_their_own(tmp_path, 
     assert "cannot be read: Image size (96 pixels) exceeds limit of 94" in decode(tmp_path, encode(RGB)).problem
     assert "of an unsupported format (heic): convert it" in decode(tmp_path, b"", "x.HEIC").problem
     assert "of an unsupported format" in decode(tmp_path, encode(RGB, "TGA"), "x.tga").problem
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    refuses("need 0.0 GB of memory of 0.0: use fewer", "folder", write_pngs(tmp_path / "set", "a", "b"))
 
 
 def announced(capsys, root, **options):

@@ -272,7 +272,9 @@ def test_a_place_that_is_no_utf8_is_one_line(tmp_path):
     place.mkdir()
     with pytest.raises(UserError, match="not valid UTF-8; rename it, or give --no_log"):
         Log(place, tensorboard=True)
-    Log(place, tensorboard=False).close()
+    log = Log(place, tensorboard=False)
+    log.values(1, {"loss": math.nan})
+    assert log.path.read_text() == '{"step": 1, "loss": null}\n'  # JSON has no NaN
 
 
 def test_the_commit_is_that_of_the_programs_own_repository(tmp_path, tmp_path_factory, monkeypatch):
