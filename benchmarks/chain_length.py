@@ -5,8 +5,8 @@
 
 The second draws test accuracy and distances against an option in which the runs differ.
 Fréchet distances in a classifier's features to 10,000 training images, of the same number of fresh chains at each
-length, of images of the replay buffer and of what the chains start from. The data set must be where it was in training,
-or in --data_dir.
+length, of images of the replay buffer and of what the chains start from. The data set must be the one of the training,
+where it was then, or else --dataset and --data_dir name it.
 """
 
 import argparse
@@ -59,8 +59,8 @@ class Distance:
 
 def measure(place: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Distances of a run: of its buffer, and for each noise one for each of LENGTHS up to ``--steps``."""
-    given = {"mode": "test", "gpu": "cpu", "load_ckpt": place}
-    trained = open_trained(given | ({"data_dir": args.data_dir} if args.data_dir else {}))
+    given = {"mode": "test", "gpu": "cpu", "load_ckpt": place, "dataset": args.dataset, "data_dir": args.data_dir}
+    trained = open_trained({name: value for name, value in given.items() if value})
     cfg, path, content = trained
     images = load_data(trained, device)
     dtype = utils.pick_dtype("auto", device)
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="picture; the numbers are beside it, as .json")
     numbers = [f.name for f in fields(Config) if f.type in (int, float)]
     parser.add_argument("--against", choices=numbers, metavar="OPTION", help="draw accuracy and distances against it")
+    parser.add_argument("--dataset")
     parser.add_argument("--data_dir")
     parser.add_argument("--n", type=int, default=1000, help="samples of each length (default: 1000)")
     parser.add_argument("--steps", type=int, default=400, help="longest chain (default: 400)")
@@ -159,7 +160,7 @@ def main() -> None:
     found = {}
     for name, place in zip(names, places, strict=True):
         found[name] = measure(place, args, device)
-    Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     drawn = figure_against({args.against: found}) if args.against else figure(found)
     drawn.savefig(args.out, dpi=110)
     print(json.dumps(found, indent=1))
